@@ -1,0 +1,350 @@
+"""The recipe: everything a run depends on, as frozen, strictly checked data.
+
+Numbers may be written `5e-7`. A per-iteration value is one number, or a list with one number for each iteration.
+The string under a field is its documentation; `spinlm init` and the docs are made from it.
+"""
+
+import difflib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from spinlm.errors import RecipeError
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+PerIteration = Positive | list[Positive]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+
+class Model(Section):
+    path: str
+    """A folder, a .gguf file, `package://NAME/FILE` (a file inside an installed Python package), or a hub id."""
+    revision: str | None = None
+    """Commit, tag or branch of a hub model. Pin it: repositories change."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision of the frozen weights and of all computation; `auto` is float32 on CPU and bfloat16 on a GPU. With full
+    fine-tuning the weights stay in float32 and bfloat16 is used for computation only."""
+    attention: Literal["auto", "sdpa", "eager"] = "auto"
+    """Attention for generation and for rows that hold one response; prompt trees bring their own."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Only for repositories you trust."""
+
+
+class Lora(Section):
+    r: Count = 16
+    """Rank."""
+    alpha: Positive = 32
+    """Scale: the update is multiplied by alpha / r."""
+    dropout: Share = 0.0
+    """Dropout on the adapter's input while training."""
+    targets: Literal["all-linear"] | list[str] = "all-linear"
+    """Names of the layers to adapt; `all-linear` is every linear layer but the output head."""
+
+
+class Columns(Section):
+    messages: str | None = None
+    """Column with a list of {role, content} messages."""
+    prompt: str | None = None
+    """Column with the prompt: text, or a list of messages."""
+    response: str | None = None
+    """Column with the response: text, or a list with one assistant message."""
+    system: str | None = None
+    """Column with a system prompt, used beside `prompt`."""
+    id: str | None = None
+    """Column with a unique id; without it the id is a hash of the content."""
+
+
+class Data(Section):
+    path: str
+    """A .jsonl, .json, .parquet or .csv file, or a hub dataset id."""
+    split: str = "train"
+    """Split of a hub dataset."""
+    revision: str | None = None
+    """Commit, tag or branch of a hub dataset."""
+    columns: Columns = Columns()
+    """Which columns to read; without names, the usual layouts are recognised."""
+    turns: Literal["first", "last", "every"] = "first"
+    """Which assistant turns of a conversation become examples."""
+    prompts: Count | None = None
+    """How many examples to draw at random for self-play; absent means all that are left after the held-out ones."""
+    heldout: Count = 512
+    """How many examples to set aside for evaluation. Their prompts are never trained on."""
+    seed: int = 0
+    """Decides which examples are drawn."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """Stop at a row that cannot be used, or leave it out and count it."""
+    chat_template: str | None = None
+    """A Jinja chat template, or a file holding one, in place of the tokenizer's own."""
+
+
+class Opponent(Section):
+    engine: Literal["transformers"] = "transformers"
+    """What generates the synthetic responses."""
+    temperature: NonNegative = 1.0
+    """1.0 samples from the opponent's own distribution, as the method assumes; 0 is greedy."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Sample from the smallest set of tokens that holds this share of the probability; 1.0 is all of them."""
+    max_new_tokens: Count = 256
+    """Longest synthetic response. One that reaches it has no end-of-turn token and is not given one."""
+    samples_per_prompt: Count = 1
+    """Synthetic responses to every prompt in every iteration."""
+    batch_size: Count = 32
+    """Responses generated at once."""
+    shard_size: Count = 256
+    """Prompts in one generation file: the unit that an interrupted run does not repeat."""
+
+
+class Select(Section):
+    metric: Literal["task_score", "heldout_nll"] | None = None
+    """What decides which player is best; absent means task_score where a scorer is given, else heldout_nll."""
+    patience: Count = 2
+    """Stop after this many iterations without a better player."""
+    standard_errors: NonNegative = 1.0
+    """How many standard errors of the paired difference a player must be ahead of the best so far to replace it."""
+
+
+class SelfPlay(Section):
+    iterations: Count = 4
+    """How many times the main player is trained and becomes the next opponent (T)."""
+    replay: Annotated[int, Field(ge=0)] = 1
+    """How many earlier iterations' synthetic responses are used again beside the newest."""
+    select: Select = Select()
+    """Which player is the best, and when to stop."""
+
+
+class Objective(Section):
+    name: Literal["spin"] = "spin"
+    """The objective."""
+    loss: Literal["logistic", "hinge", "exponential"] = "logistic"
+    """The convex decreasing function of the margin."""
+    beta: PerIteration = 0.1
+    """λ in the paper: how strongly the main player is held to its opponent. Per iteration."""
+    nll_weight: NonNegative = 0.0
+    """Weight of an added −log p(y|x)/|y|, which keeps the likelihood of the real responses up."""
+
+
+class Train(Section):
+    epochs: Count = 2
+    """Passes over the pairs of an iteration."""
+    batch_size: Count = 64
+    """Pairs per optimiser step, over all processes."""
+    learning_rate: PerIteration = 5e-7
+    """Peak learning rate. Per iteration."""
+    optimizer: str = "rmsprop"
+    """Any optimiser of torch.optim by name: rmsprop, adamw, sgd, …"""
+    warmup: Share = 0.1
+    """Share of the steps over which the learning rate rises to its peak."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """What the learning rate does after the warm-up."""
+    weight_decay: NonNegative = 0.0
+    """The optimiser's weight decay."""
+    max_grad_norm: Positive = 1.0
+    """Gradients are scaled down to this norm."""
+    max_length: Annotated[int, Field(ge=8)] = 2048
+    """Longest prompt plus response, in tokens. Longer real responses are cut (and then have no end-of-turn token)."""
+    tokens_per_micro_batch: Count = 2048
+    """Tokens in one forward and backward pass. Lower it when memory runs out: the result stays the same."""
+    packing: Literal["auto", "tree", "pair"] = "auto"
+    """All responses to a prompt in one row (tree), or one response per row (pair); `auto` tries tree and measures."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
+    checkpoint_every: Count = 50
+    """Optimiser steps between checkpoints."""
+
+
+class WarmupSft(Section):
+    epochs: Count = 1
+    """Passes over the examples."""
+    learning_rate: Positive = 2e-5
+    """Peak learning rate."""
+    batch_size: Count = 16
+    """Examples per optimiser step."""
+    optimizer: str = "adamw"
+    """Any optimiser of torch.optim by name."""
+    prompts: Count | None = None
+    """Draw this many examples for the warm-up alone, disjoint from those of self-play; absent means train on the
+    examples of self-play themselves."""
+
+
+class Evaluate(Section):
+    scorer: str | None = None
+    """Scores an answer against the real response, from 0 to 1: exact_match, json_fields, gsm8k, or `module:function`."""
+    temperature: NonNegative = 0.0
+    """How held-out answers are sampled; 0 is greedy."""
+    max_new_tokens: Count | None = None
+    """Longest held-out answer; absent means the opponent's limit."""
+
+
+class Recipe(Section):
+    model: Model
+    """The fine-tuned model that plays against itself."""
+    lora: Lora | None = None
+    """Train a LoRA adapter, chained through the iterations; absent means full fine-tuning."""
+    data: Data
+    """The supervised data the model was fine-tuned on."""
+    opponent: Opponent = Opponent()
+    """How the opponent answers."""
+    selfplay: SelfPlay = SelfPlay()
+    """The game."""
+    objective: Objective = Objective()
+    """What the main player minimises."""
+    train: Train = Train()
+    """How it is minimised."""
+    warmup_sft: WarmupSft | None = None
+    """Supervised fine-tuning before iteration 0, for a model that was never fine-tuned on the data."""
+    evaluate: Evaluate = Evaluate()
+    """What is measured on held-out prompts."""
+    tracking: list[str] = []
+    """Trackers of Accelerate to report to: tensorboard, wandb, …"""
+    seed: int = 0
+    """Decides sampling, shuffling and the adapter's initial weights."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "Recipe":
+        for name, value in (
+            ("objective.beta", self.objective.beta),
+            ("train.learning_rate", self.train.learning_rate),
+        ):
+            if isinstance(value, list) and len(value) != self.selfplay.iterations:
+                raise ValueError(
+                    f"{name} has {len(value)} values for {self.selfplay.iterations} iterations: give one number, or "
+                    "one for each of selfplay.iterations"
+                )
+        if self.selfplay.select.metric == "task_score" and self.evaluate.scorer is None:
+            raise ValueError("selfplay.select.metric is task_score, but evaluate.scorer names no scorer")
+        return self
+
+    def fingerprint(self) -> dict[str, Any]:
+        """The recipe as plain data, without what cannot change a result."""
+        return self.model_dump(mode="json", exclude={"tracking"})
+
+
+def at_iteration(value: PerIteration, iteration: int) -> float:
+    """The value of a per-iteration field at one iteration."""
+    return value[iteration] if isinstance(value, list) else value
+
+
+def load_recipe(path: Path, overrides: tuple[str, ...] | list[str] = ()) -> Recipe:
+    """Read a YAML recipe, apply `section.key=value` overrides, and check it.
+
+    Relative paths in `model.path`, `data.path` and `data.chat_template` that exist beside the recipe are resolved
+    against the recipe's folder.
+
+    Raises:
+        RecipeError: the file is missing or no YAML mapping, or a key or value is wrong.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise RecipeError(f"{path}: no such recipe. `spinlm init` writes one to start from") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: cannot be read as text: {error}") from None
+    values = _parse_yaml(text, str(path))
+    if not isinstance(values, dict):
+        raise RecipeError(f"{path}: a recipe is a mapping of sections (model:, data:, …)")
+    for override in overrides:
+        _apply_override(values, override)
+    _resolve_paths(values, path.resolve().parent)
+    return parse_recipe(values, str(path))
+
+
+def parse_recipe(values: dict[str, Any], where: str = "recipe") -> Recipe:
+    """Check plain data against the recipe's schema.
+
+    Raises:
+        RecipeError: with one line for each thing that is wrong.
+    """
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        lines = list(dict.fromkeys(_explain(item) for item in error.errors(include_url=False)))
+        raise RecipeError("\n".join(f"{where}: {line}" for line in lines)) from None
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML where `5e-7` is a number, as in YAML 1.2 and everywhere else, and a repeated key is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            if key_node.value in seen:
+                raise yaml.YAMLError(f"the key {key_node.value!r} stands twice (line {key_node.start_mark.line + 1})")
+            seen.add(key_node.value)
+        return super().construct_mapping(node, deep)
+
+
+def _number_resolver() -> None:
+    import re
+
+    exponent = re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$")
+    _Loader.add_implicit_resolver("tag:yaml.org,2002:float", exponent, list("-+0123456789"))
+
+
+_number_resolver()
+
+
+def _parse_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506  a SafeLoader
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{where}: not valid YAML: {error}") from None
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise RecipeError(f"override {override!r}: write section.key=value, for example train.epochs=1")
+    *sections, last = key.strip().lstrip("-").split(".")
+    target = values
+    for section in sections:
+        if target.get(section) is None:
+            target[section] = {}
+        target = target[section]
+        if not isinstance(target, dict):
+            raise RecipeError(f"override {override!r}: {section} is not a section")
+    target[last] = _parse_yaml(text, f"override {override!r}")
+
+
+def _resolve_paths(values: dict[str, Any], folder: Path) -> None:
+    for section, key in (("model", "path"), ("data", "path"), ("data", "chat_template")):
+        block = values.get(section)
+        value = block.get(key) if isinstance(block, dict) else None
+        if not isinstance(value, str) or "\n" in value or "{" in value:
+            continue
+        beside = folder / Path(value).expanduser()
+        if not Path(value).expanduser().exists() and beside.exists():
+            block[key] = str(beside)  # type: ignore[index]  # a dict, or value would be None
+
+
+def _explain(item: Any) -> str:
+    location = [part for part in item["loc"] if isinstance(part, int) or not str(part).endswith("]")]
+    dotted = ".".join(str(part) for part in location if part not in ("float", "literal", "list"))
+    if item["type"] == "extra_forbidden":
+        known = _known_keys([str(part) for part in location[:-1]])
+        near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
+        return f"{dotted}: unknown key" + (f"; did you mean {near[0]}?" if near else f"; known: {', '.join(known)}")
+    if item["type"] == "missing":
+        return f"{dotted}: missing"
+    if item["type"] == "value_error":
+        return str(item["ctx"]["error"])
+    shown = json.dumps(item["input"], default=str)
+    message = item["msg"][0].lower() + item["msg"][1:]
+    return f"{dotted}: {message.replace('input should', 'should')}, got {shown[:80]}"
+
+
+def _known_keys(sections: list[str]) -> list[str]:
+    model: Any = Recipe
+    for section in sections:
+        annotation = model.model_fields[section].annotation
+        choices = [annotation, *getattr(annotation, "__args__", ())]
+        model = next(choice for choice in choices if isinstance(choice, type) and issubclass(choice, Section))
+    return list(model.model_fields)

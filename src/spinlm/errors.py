@@ -1,0 +1,41 @@
+"""Everything that can go wrong on the user's side, as one family of exceptions.
+
+An error says what happened, where, and what to do. The command line shows it without a traceback and exits with
+`exit_code`.
+"""
+
+
+class SpinError(Exception):
+    """Base of every error that is meant to be read by a user."""
+
+    exit_code = 2
+
+
+class RecipeError(SpinError, ValueError):
+    """The recipe, or an override on the command line, is wrong."""
+
+
+class DataError(SpinError, ValueError):
+    """A data file or a row of it cannot be used."""
+
+
+class ModelError(SpinError, ValueError):
+    """The model or its tokenizer cannot be used."""
+
+
+class RunError(SpinError, RuntimeError):
+    """The run folder is in use, damaged, or was made from something else."""
+
+
+class TrainingError(SpinError, ArithmeticError):
+    """Training produced a number that is not finite."""
+
+
+class MissingPackageError(SpinError, ImportError):
+    """An optional package is needed; the message holds the install command."""
+
+
+class Interrupted(SpinError):
+    """The user pressed Ctrl-C or the process was asked to end; the run can be continued."""
+
+    exit_code = 130
