@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from spinlm.errors import RecipeError
 
@@ -18,7 +18,21 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
-PerIteration = Positive | list[Positive]
+
+_ONE, _LIST = "<one>", "<list>"
+
+
+def _one_or_list(value: Any) -> str:
+    return _LIST if isinstance(value, list) else _ONE
+
+
+# Choosing the alternative by the kind of value, not by trial, gives one error for a wrong value instead of two.
+PerIteration = Annotated[
+    Annotated[Positive, Tag(_ONE)] | Annotated[list[Positive], Tag(_LIST)], Discriminator(_one_or_list)
+]
+LayerNames = Annotated[
+    Annotated[Literal["all-linear"], Tag(_ONE)] | Annotated[list[str], Tag(_LIST)], Discriminator(_one_or_list)
+]
 
 
 class Section(BaseModel):
@@ -46,7 +60,7 @@ class Lora(Section):
     """Scale: the update is multiplied by alpha / r."""
     dropout: Share = 0.0
     """Dropout on the adapter's input while training."""
-    targets: Literal["all-linear"] | list[str] = "all-linear"
+    targets: LayerNames = "all-linear"
     """Names of the layers to adapt; `all-linear` is every linear layer but the output head."""
 
 
@@ -177,7 +191,8 @@ class WarmupSft(Section):
 
 class Evaluate(Section):
     scorer: str | None = None
-    """Scores an answer against the real response, from 0 to 1: exact_match, json_fields, gsm8k, or `module:function`."""
+    """Scores an answer against the real response, from 0 to 1: exact_match, json_fields, gsm8k, or
+    `module:function`."""
     temperature: NonNegative = 0.0
     """How held-out answers are sampled; 0 is greedy."""
     max_new_tokens: Count | None = None
@@ -271,14 +286,22 @@ def parse_recipe(values: dict[str, Any], where: str = "recipe") -> Recipe:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML where `5e-7` is a number, as in YAML 1.2 and everywhere else, and a repeated key is an error."""
+    """YAML where `5e-7` is a number, as in YAML 1.2 and everywhere else, and a repeated or empty key is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
-        for key_node, _ in node.value:
-            if key_node.value in seen:
-                raise yaml.YAMLError(f"the key {key_node.value!r} stands twice (line {key_node.start_mark.line + 1})")
-            seen.add(key_node.value)
+        for key_node, value_node in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                continue
+            key, line = key_node.value, key_node.start_mark.line + 1
+            if key in seen:
+                raise yaml.YAMLError(f"the key {key!r} stands twice (line {line})")
+            if isinstance(value_node, yaml.ScalarNode) and value_node.value == "" and value_node.style is None:
+                raise yaml.YAMLError(
+                    f"the key {key!r} has no value (line {line}): write null for none, or {{}} for a section with its "
+                    "defaults"
+                )
+            seen.add(key)
         return super().construct_mapping(node, deep)
 
 
@@ -294,15 +317,15 @@ _number_resolver()
 
 def _parse_yaml(text: str, where: str) -> Any:
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506  a SafeLoader
-    except yaml.YAMLError as error:
+        return yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none
         raise RecipeError(f"{where}: not valid YAML: {error}") from None
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
-    if not equals or not key.strip():
-        raise RecipeError(f"override {override!r}: write section.key=value, for example train.epochs=1")
+    if not equals or not key.strip() or not text.strip():
+        raise RecipeError(f"override {override!r}: write section.key=value, for example train.epochs=1 or lora=null")
     *sections, last = key.strip().lstrip("-").split(".")
     target = values
     for section in sections:
@@ -320,31 +343,70 @@ def _resolve_paths(values: dict[str, Any], folder: Path) -> None:
         value = block.get(key) if isinstance(block, dict) else None
         if not isinstance(value, str) or "\n" in value or "{" in value:
             continue
-        beside = folder / Path(value).expanduser()
-        if not Path(value).expanduser().exists() and beside.exists():
-            block[key] = str(beside)  # type: ignore[index]  # a dict, or value would be None
+        try:
+            here = Path(value).expanduser()
+        except RuntimeError as error:  # ~name of a user that does not exist
+            raise RecipeError(f"{section}.{key}: {value}: {error}") from None
+        beside = folder / here
+        if value.startswith("~"):
+            block[key] = str(here)  # type: ignore[index]  # a dict, or value would be None
+        elif not here.exists() and beside.exists():
+            block[key] = str(beside)  # type: ignore[index]
 
 
 def _explain(item: Any) -> str:
-    location = [part for part in item["loc"] if isinstance(part, int) or not str(part).endswith("]")]
-    dotted = ".".join(str(part) for part in location if part not in ("float", "literal", "list"))
-    if item["type"] == "extra_forbidden":
-        known = _known_keys([str(part) for part in location[:-1]])
-        near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
-        return f"{dotted}: unknown key" + (f"; did you mean {near[0]}?" if near else f"; known: {', '.join(known)}")
-    if item["type"] == "missing":
-        return f"{dotted}: missing"
-    if item["type"] == "value_error":
-        return str(item["ctx"]["error"])
-    shown = json.dumps(item["input"], default=str)
-    message = item["msg"][0].lower() + item["msg"][1:]
-    return f"{dotted}: {message.replace('input should', 'should')}, got {shown[:80]}"
+    location = [part for part in item["loc"] if part not in (_ONE, _LIST)]
+    dotted = ".".join(str(part) for part in location)
+    match item["type"]:
+        case "extra_forbidden":
+            return f"{dotted}: unknown key{_suggest([str(part) for part in location])}"
+        case "missing":
+            return f"{dotted}: missing"
+        case "value_error":
+            return str(item["ctx"]["error"])
+        case "model_type" | "model_attributes_type":
+            return f"{dotted}: should be a section with keys, got {_show(item['input'])}"
+    message = item["msg"][0].lower() + item["msg"][1:] + (" (or a list)" if _ONE in item["loc"] else "")
+    hint = ""
+    if item["type"] == "string_type" and isinstance(item["input"], int | float):
+        hint = "; put it in quotes to make it text"
+    if item["type"] == "float_type" and isinstance(item["input"], str) and _is_number(item["input"]):
+        hint = "; leave the quotes out"
+    return f"{dotted}: {message.replace('input should', 'should')}, got {_show(item['input'])}{hint}"
 
 
-def _known_keys(sections: list[str]) -> list[str]:
+def _suggest(location: list[str]) -> str:
+    """What may have been meant by an unknown key: one with a similar name here, or the same name in another section."""
+    *sections, key = location
+    known = list(_section(sections).model_fields)
+    elsewhere = [name for name in Recipe.model_fields if key in getattr(_section([name]), "model_fields", {})]
+    if 0 < len(elsewhere) <= 2:
+        return f"; did you mean {' or '.join(f'{name}.{key}' for name in elsewhere)}?"
+    if near := difflib.get_close_matches(key, known, n=1, cutoff=0.5):
+        return f"; did you mean {near[0]}?"
+    return f"; known: {', '.join(known)}"
+
+
+def _section(names: list[str]) -> Any:
+    """The class of a section of the recipe; None for a field that is none."""
     model: Any = Recipe
-    for section in sections:
-        annotation = model.model_fields[section].annotation
+    for name in names:
+        annotation = model.model_fields[name].annotation
         choices = [annotation, *getattr(annotation, "__args__", ())]
-        model = next(choice for choice in choices if isinstance(choice, type) and issubclass(choice, Section))
-    return list(model.model_fields)
+        model = next((one for one in choices if isinstance(one, type) and issubclass(one, Section)), None)
+    return model
+
+
+def _show(value: Any) -> str:
+    try:
+        return json.dumps(value, default=str, ensure_ascii=False)[:80]
+    except (TypeError, ValueError):  # keys that JSON has not, or a value that holds itself
+        return repr(value)[:80]
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

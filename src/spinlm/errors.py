@@ -35,7 +35,7 @@ class MissingPackageError(SpinError, ImportError):
     """An optional package is needed; the message holds the install command."""
 
 
-class Interrupted(SpinError):
+class StoppedError(SpinError):
     """The user pressed Ctrl-C or the process was asked to end; the run can be continued."""
 
     exit_code = 130

@@ -61,14 +61,29 @@ class Sampling:
     temperature: float
     top_p: float
     max_new_tokens: int
+    max_length: int  # prompt and response together
     samples: int
     stop_ids: tuple[int, ...]  # any of these ends a response
 
 
-Record = TypeVar("Record", Example, Generation)
+@dataclass(frozen=True, slots=True)
+class HeldOutAnswer:
+    """A player's answer to a held-out prompt, and what was measured on that prompt."""
+
+    id: str  # the example's
+    token_ids: list[int]
+    text: str
+    finished: bool
+    identical: bool  # token for token the real response
+    repetition: float  # share of its 4-grams of tokens that occurred before in it
+    nll: float  # of the real response, nats per token
+    task_score: float | None  # from 0 to 1, where the recipe names a scorer
 
 
-def to_line(record: Example | Generation) -> str:
+Record = TypeVar("Record", Example, Generation, HeldOutAnswer)
+
+
+def to_line(record: Example | Generation | HeldOutAnswer) -> str:
     """One record as one line of JSON."""
     return json.dumps(asdict(record), ensure_ascii=False, separators=(",", ":")) + "\n"
 

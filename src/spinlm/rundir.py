@@ -8,9 +8,9 @@
     best            link to the folder that holds the best player
     metrics.jsonl   one line for each optimiser step
 
-A file appears under its name only when it is complete. A stage ends by writing its marker, which holds a digest of what
-the stage wrote and the digest of the stage it was made from: the markers of a run form a chain, and a link that no longer
-fits is noticed before anything is built on it.
+A file appears under its name only when it is complete. A stage ends by writing its marker, which holds a digest of
+what the stage wrote and the digest of the stage it was made from: the markers of a run form a chain, and a link that
+no longer fits is noticed before anything is built on it.
 """
 
 import contextlib
@@ -94,14 +94,14 @@ class RunDir:
         """The iteration whose player is the best so far (`START` for θ_0), or None before the first evaluation."""
         if not self.best_link.is_symlink():
             return None
-        name = os.readlink(self.best_link)
+        name = self.best_link.readlink().name
         return START if name == "start" else int(name.removeprefix("iteration-"))
 
     def set_best(self, iteration: int) -> None:
         temporary = self.root / ".best.tmp"
         temporary.unlink(missing_ok=True)
         temporary.symlink_to(self.iteration(iteration).name)
-        os.replace(temporary, self.best_link)
+        temporary.replace(self.best_link)
 
     # Markers
 
@@ -271,7 +271,7 @@ def atomic_file(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`, for a file or a folder, that takes its name when the block ends without an error."""
+    """A temporary path for a file or a folder that takes the name `path` when the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{path.name}.tmp"
     if temporary.is_dir():
@@ -280,7 +280,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     _sync(temporary)
     if path.is_dir():
         shutil.rmtree(path)
-    os.replace(temporary, path)
+    temporary.replace(path)
     _sync_one(path.parent)
 
 

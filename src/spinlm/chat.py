@@ -1,0 +1,36 @@
+"""Chat: the same prompt to several players, side by side."""
+
+from collections.abc import Sequence
+
+from spinlm.config import Recipe
+from spinlm.model.players import seat
+from spinlm.opponents.local import LocalOpponent
+from spinlm.records import Message, Sampling
+from spinlm.rundir import RunDir
+
+
+def ask(
+    recipe: Recipe, run: RunDir, iterations: Sequence[int], messages: list[Message], *, temperature: float, seed: int
+) -> list[str]:
+    """The answers of several iterations' players to one conversation, in order.
+
+    Raises:
+        RowError: the conversation cannot be rendered.
+    """
+    players = seat(recipe, run)
+    prompt = players.renderer.prompt_ids(messages)
+    sampling = Sampling(
+        temperature=temperature,
+        top_p=recipe.opponent.top_p,
+        max_new_tokens=recipe.opponent.max_new_tokens,
+        max_length=recipe.train.max_length,
+        samples=1,
+        stop_ids=players.renderer.stop_ids,
+    )
+    texts = []
+    for iteration in iterations:
+        players.become(iteration)
+        engine = LocalOpponent(players.logprobs, batch_size=1)
+        ((answer,),) = engine.answer([prompt], sampling, seed, lambda tokens: None)
+        texts.append(players.renderer.decode(answer.token_ids))
+    return texts

@@ -1,0 +1,233 @@
+"""The command line: parse, call, print. Heavy modules are imported inside the commands."""
+
+import errno
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from spinlm import __version__
+from spinlm.config import Recipe, load_recipe, parse_recipe
+from spinlm.errors import RunError, SpinError
+from spinlm.rundir import RunDir, read_json
+
+app = typer.Typer(
+    name="spinlm",
+    help="Improve a fine-tuned language model by self-play (SPIN, arXiv 2401.01335), from the data it was tuned on.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+RecipePath = Annotated[Path, typer.Argument(help="Recipe, a YAML file; `spinlm init` writes one.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Changes to the recipe: section.key=value.", show_default=False)
+]
+RunPath = Annotated[Path, typer.Argument(help="Run folder.", show_default=False)]
+RunOption = Annotated[Path | None, typer.Option(help="Run folder; the default is runs/NAME-OF-THE-RECIPE.")]
+Iteration = Annotated[int, typer.Option(help="Iteration, from 0.", show_default=False)]
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    if version:
+        print(f"spinlm {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def run(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    run_dir: RunOption = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Delete what an earlier run left in the folder.")] = False,
+) -> None:
+    """Play a recipe to its end, or on from where it stopped."""
+    from spinlm import selfplay
+
+    loaded = load_recipe(recipe, overrides or ())
+    folder = _run_folder(recipe, run_dir)
+    source = recipe.read_text(encoding="utf-8")
+    finished = selfplay.run(loaded, folder, source=source, fresh=fresh)
+    _print_result(finished)
+
+
+@app.command()
+def plan(recipe: RecipePath, overrides: Overrides = None, run_dir: RunOption = None) -> None:
+    """Show what a recipe will take: pairs, steps, tokens, memory, disk, time. Loads no weights, needs no network."""
+    from rich.console import Console
+
+    from spinlm.plan import make_plan, render
+
+    loaded = load_recipe(recipe, overrides or ())
+    Console().print(render(make_plan(loaded, RunDir(_run_folder(recipe, run_dir)))))
+
+
+@app.command()
+def check(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Load the model and try everything once: template, end token, ln 2, packing, precision, memory, a few prompts."""
+    from spinlm.check import check as check_recipe
+
+    for line in check_recipe(load_recipe(recipe, overrides or ())):
+        print(line, flush=True)
+
+
+@app.command()
+def generate(run: RunPath, iteration: Iteration) -> None:
+    """Let the opponent of an iteration answer every prompt."""
+    _stage("generate", run, iteration)
+
+
+@app.command()
+def score(run: RunPath, iteration: Iteration) -> None:
+    """Score the responses of an iteration with its opponent."""
+    _stage("score", run, iteration)
+
+
+@app.command()
+def train(run: RunPath, iteration: Iteration) -> None:
+    """Train the main player of an iteration."""
+    _stage("train", run, iteration)
+
+
+@app.command()
+def evaluate(run: RunPath, iteration: Iteration) -> None:
+    """Measure the player of an iteration on the held-out prompts."""
+    _stage("evaluate", run, iteration)
+
+
+@app.command()
+def export(
+    run: RunPath,
+    to: Annotated[Path, typer.Option(help="Folder to write.", show_default=False)],
+    iteration: Annotated[str, typer.Option(help="A number, `start`, or `best`.")] = "best",
+    merge: Annotated[bool, typer.Option("--merge", help="Merge the adapter into the base model.")] = False,
+    push_to_hub: Annotated[str | None, typer.Option(help="Upload the result as this repository, too.")] = None,
+) -> None:
+    """Take a player out of a run: an adapter for PEFT, or a whole model for transformers."""
+    from spinlm.export import export as export_player
+    from spinlm.export import push, which_player
+
+    folder, recipe = _open_run(run)
+    chosen = which_player(folder, iteration)
+    export_player(recipe, folder, chosen, to, merge=merge)
+    print(f"wrote {to} ({folder.iteration(chosen).name})")
+    if push_to_hub:
+        print(f"pushed to {push(to, push_to_hub)}")
+
+
+@app.command()
+def chat(
+    run: RunPath,
+    iterations: Annotated[str, typer.Option(help="Players to ask: numbers, `start`, `best`.")] = "start,best",
+    prompt: Annotated[str | None, typer.Option(help="Ask this and exit; without it, ask on the terminal.")] = None,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+) -> None:
+    """Put the same prompt to several players of a run, side by side."""
+    from spinlm.chat import ask
+    from spinlm.data.chat import RowError
+    from spinlm.export import which_player
+
+    folder, recipe = _open_run(run)
+    names = [name.strip() for name in iterations.split(",")]
+    chosen = [which_player(folder, name) for name in names]
+    while True:
+        try:
+            text = prompt if prompt is not None else input("you> ")
+        except EOFError:
+            return
+        try:
+            answers = ask(
+                recipe, folder, chosen, [{"role": "user", "content": text}], temperature=temperature, seed=recipe.seed
+            )
+        except RowError as error:
+            raise SpinError(f"this prompt cannot be used: {error}") from error
+        for name, answer in zip(names, answers, strict=True):
+            print(f"\n[{name}]\n{answer}")
+        if prompt is not None:
+            return
+
+
+@app.command()
+def init(
+    path: Annotated[Path, typer.Argument(help="File to write.")] = Path("recipe.yaml"),
+) -> None:
+    """Write a commented recipe to start from."""
+    from spinlm.template import template
+
+    if path.exists():
+        raise SpinError(f"{path}: already there; name another file")
+    path.write_text(template(), encoding="utf-8")
+    print(f"wrote {path}. Set model.path and data.path in it, then: spinlm plan {path}")
+
+
+def main() -> None:
+    """Entry point: errors meant for the user are shown without a traceback, with their exit code."""
+    logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
+    for noisy in ("transformers", "httpx", "accelerate", "datasets", "peft"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    try:
+        app()
+    except SpinError as error:
+        print(f"spinlm: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            raise
+        where = error.filename or "the run folder"
+        what = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "cannot write there"
+        print(f"spinlm: {where}: {what} ({error.strerror}). Make room or", end=" ", file=sys.stderr)
+        print(
+            "choose another --run-dir, then run the same command again: nothing that was done is lost", file=sys.stderr
+        )
+        sys.exit(2)
+
+
+def _run_folder(recipe: Path, run_dir: Path | None) -> Path:
+    return run_dir or Path("runs") / recipe.stem
+
+
+def _open_run(path: Path) -> tuple[RunDir, Recipe]:
+    run = RunDir(path)
+    if not run.recipe.exists():
+        raise RunError(f"{path}: not a run folder (it has no {run.recipe.name}). `spinlm run RECIPE` makes one")
+    return run, parse_recipe(read_json(run.recipe), str(run.recipe))
+
+
+def _stage(name: str, path: Path, iteration: int) -> None:
+    import importlib
+
+    from spinlm.interrupt import gentle_stop
+
+    run, recipe = _open_run(path)
+    if not 0 <= iteration < recipe.selfplay.iterations:
+        raise RunError(f"--iteration {iteration}: this run has iterations 0 to {recipe.selfplay.iterations - 1}")
+    stage = getattr(importlib.import_module(f"spinlm.stages.{name}"), name)
+    with run.locked(), gentle_stop():
+        done = run.done(name, iteration)
+        stage(recipe, run, iteration)
+    print(f"{name} of iteration {iteration}: " + ("already complete" if done else "complete"))
+
+
+def _print_result(run: RunDir) -> None:
+    from rich.console import Console
+
+    from spinlm.summary import side_by_side, table, verdict
+
+    console = Console(highlight=False)
+    for prompt, real, answers in side_by_side(run, prompts=3):
+        console.print(f"\nprompt      {prompt}", markup=False)
+        console.print(f"real        {real}", markup=False)
+        for name, answer in answers:
+            console.print(f"{name:<11} {answer}", markup=False)
+    console.print(table(run))
+    console.print(verdict(run), markup=False)
+    console.print(
+        f"\nThe run is in {run.root}; the best player is {run.best_link}/player. Next:\n"
+        f"  spinlm chat {run.root}\n"
+        f"  spinlm export {run.root} --merge --to my-model\n"
+        f"  spinlm init",
+        markup=False,
+    )

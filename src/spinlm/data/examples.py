@@ -1,0 +1,463 @@
+"""Datasets in, checked examples out: which rows a run uses, what it leaves out, and why.
+
+Rows are read one at a time in a seeded order and handed on as they are accepted, so the size of a .jsonl, .parquet or
+hub dataset does not matter; .json and .csv files are held in memory.
+"""
+
+import csv
+import difflib
+import hashlib
+import json
+import math
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from spinlm.config import Columns, Data
+from spinlm.data.chat import Renderer, RowError
+from spinlm.errors import DataError
+from spinlm.records import Example, Message
+
+SPLITS = ("heldout", "warmup", "train")  # in the order they are filled
+
+_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+_RESPONSES = ("response", "completion", "output", "answer")
+_ROWS_TO_RECOGNISE = 100
+_DROPS_TO_LIST = 100
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What was made of the rows. With `turns: every`, a single turn of a row can be dropped."""
+
+    counts: dict[str, int]  # split to examples
+    rows: int  # in the source
+    dropped: dict[str, int]  # reason to how often
+    dropped_rows: list[str]  # "file:row: reason: detail" of the first ones
+    cut: int  # examples whose response was cut at the length limit
+    not_sampled: int  # rows that were not needed
+
+
+def select_examples(
+    data: Data, warmup: int | None, renderer: Renderer, max_length: int, write: Callable[[str, Example], None]
+) -> Selection:
+    """Draw held-out examples, then `warmup` ones, then those of self-play, and `write(split, example)` each.
+
+    The same data and seed give the same examples in the same order on every machine. Examples of one row go to one
+    split, exact duplicates are dropped, and no prompt of the held-out examples occurs in another split.
+
+    Raises:
+        DataError: the data cannot be read or its layout is not recognised; a row is bad and `data.on_bad_row` is
+            `error`; or there are fewer usable examples than asked for.
+    """
+    source = _open(data)
+    layout = _recognise(source, data.columns)
+    turns = data.turns if layout.messages else "last"  # a prompt may be a conversation; its response is one turn
+    wanted = {"heldout": data.heldout, "warmup": warmup or 0, "train": data.prompts or math.inf}
+    counts = dict.fromkeys(SPLITS, 0)
+    drops = _Drops(source, strict=data.on_bad_row == "error")
+    contents: set[bytes] = set()
+    heldout_prompts: set[bytes] = set()
+    ids: set[str] = set()
+    cut = visited = 0
+
+    for index in np.random.default_rng(data.seed).permutation(len(source.numbers)).tolist():
+        split = next((split for split in SPLITS if counts[split] < wanted[split]), None)
+        if split is None:
+            break
+        visited += 1
+        number = source.numbers[index]
+        try:
+            row = source.row(index)
+            conversation = layout.conversation(row)
+            row_id = layout.row_id(row)
+            targets = _targets(conversation, turns)
+        except RowError as error:
+            drops.bad_row(number, error)
+            continue
+        for position, target in enumerate(targets):
+            if counts[split] >= wanted[split]:
+                break
+            messages, response = conversation[:target], conversation[target]["content"]
+            prompt_digest, digest = _digest(messages), _digest([messages, response])
+            if digest in contents:
+                drops.add(number, "duplicate", "the same prompt and response as an earlier row")
+                continue
+            if split != "heldout" and prompt_digest in heldout_prompts:
+                drops.add(number, "prompt_in_heldout", "its prompt is one of the held-out ones")
+                continue
+            try:
+                _check_not_empty(messages, response)
+                encoded = renderer.encode(messages, response, max_length)
+            except RowError as error:
+                drops.bad_row(number, error)
+                continue
+            example_id = row_id or digest.hex()[:16]
+            if len(targets) > 1:
+                example_id += f"-{position}"
+            if example_id in ids:
+                example_id += f"-{digest.hex()[:16]}"
+            ids.add(example_id)
+            contents.add(digest)
+            if split == "heldout":
+                heldout_prompts.add(prompt_digest)
+            counts[split] += 1
+            cut += encoded.cut
+            source_row = f"{source.name}:{number}"
+            write(split, Example(example_id, messages, response, encoded.prompt_ids, encoded.response_ids, source_row))
+
+    rows = len(source.numbers)
+    if any(counts[split] < (1 if math.isinf(wanted[split]) else wanted[split]) for split in SPLITS):
+        got = ", ".join(f"{counts[s]} of {'at least 1' if math.isinf(n) else n} {s}" for s, n in wanted.items() if n)
+        why = ", ".join(f"{reason} {count}" for reason, count in drops.counts.items()) or "none"
+        raise DataError(
+            f"{source.where}: not enough usable examples: {got}. Its {rows} rows gave {sum(counts.values())}; dropped: "
+            f"{why}. Add rows, or lower data.heldout, data.prompts or warmup_sft.prompts"
+        )
+    return Selection(counts, rows, dict(drops.counts), drops.rows, cut, not_sampled=rows - visited)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Rows that can be read in any order."""
+
+    where: str  # as the recipe names it
+    name: str  # the same on every machine
+    numbers: Sequence[int]  # of the rows, from 1; of lines, in a file of lines
+    read: Callable[[int], Any]  # index to row; raises RowError
+
+    def row(self, index: int) -> dict[str, Any]:
+        row = self.read(index)
+        if not isinstance(row, dict):
+            raise RowError("not_an_object", f"the row is {_kind(row)}, not an object with named values")
+        return row
+
+
+@dataclass
+class _Drops:
+    """Counts what is left out, and stops at a bad row where that is asked for."""
+
+    source: _Source
+    strict: bool
+    counts: Counter[str] = field(default_factory=Counter)
+    rows: list[str] = field(default_factory=list)
+
+    def add(self, number: int, reason: str, detail: str) -> None:
+        self.counts[reason] += 1
+        if len(self.rows) < _DROPS_TO_LIST:
+            self.rows.append(f"{self.source.name}:{number}: {reason}: {detail}")
+
+    def bad_row(self, number: int, error: RowError) -> None:
+        if self.strict:
+            raise DataError(
+                f"{self.source.where}, row {number}: {error}. Correct or remove it, or set data.on_bad_row: skip"
+            ) from error
+        self.add(number, error.reason, str(error))
+
+
+def _open(data: Data) -> _Source:
+    path = Path(data.path).expanduser()
+    if path.is_dir():
+        raise DataError(f"{data.path}: is a folder; name a file in it ({', '.join(_FILES)})")
+    looks_local = data.path.startswith(("/", "./", "../", "~")) or path.suffix.lower() in _FILES
+    if not looks_local and not path.exists():
+        rows = _hub_rows(data)
+        source = _Source(data.path, data.path, range(1, len(rows) + 1), rows.__getitem__)
+    elif not path.exists():
+        raise DataError(f"{data.path}: no such file")
+    elif path.suffix.lower() not in _FILES:
+        raise DataError(f"{data.path}: not a kind of file that can be read; known: {', '.join(_FILES)}")
+    elif path.stat().st_size == 0:
+        raise DataError(f"{data.path}: is empty")
+    else:
+        try:
+            numbers, read = _FILES[path.suffix.lower()](path)
+        except OSError as error:
+            raise DataError(f"{data.path}: cannot be read: {error}") from error
+        source = _Source(data.path, path.name, numbers, read)
+    if not source.numbers:
+        raise DataError(f"{data.path}: is empty: it has no rows")
+    return source
+
+
+_Rows = tuple[Sequence[int], Callable[[int], Any]]
+
+
+def _jsonl(path: Path) -> _Rows:
+    numbers, offsets = [], []
+    offset = 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.removeprefix(b"\xef\xbb\xbf").strip():
+                numbers.append(number)
+                offsets.append(offset)
+            offset += len(line)
+
+    def read(index: int) -> Any:
+        with path.open("rb") as file:
+            file.seek(offsets[index])
+            line = file.readline()
+        try:
+            return json.loads(line.decode("utf-8-sig"))
+        except UnicodeDecodeError as error:
+            raise RowError("not_text", f"the line is not UTF-8: {error}") from error
+        except (ValueError, RecursionError) as error:
+            raise RowError("not_json", f"the line is not JSON: {error}") from error
+
+    return numbers, read
+
+
+def _json(path: Path) -> _Rows:
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not JSON: {error}. A file with one object on each line is named .jsonl") from error
+    if isinstance(rows, dict):
+        lists = [rows[key] for key in ("data", "rows") if isinstance(rows.get(key), list)]
+        rows = lists[0] if len(lists) == 1 else None
+    if not isinstance(rows, list):
+        raise DataError(f'{path}: must hold a list of objects, or an object with such a list under "data" or "rows"')
+    return range(1, len(rows) + 1), rows.__getitem__
+
+
+def _csv(path: Path) -> _Rows:
+    csv.field_size_limit(sys.maxsize)  # the default refuses long texts
+    records: list[list[str]] = []
+    numbers = []
+    start = 1  # the line on which the record begins; text in quotes may span several
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file, strict=True)
+        try:
+            for record in reader:
+                if record:
+                    records.append(record)
+                    numbers.append(start)
+                start = reader.line_num + 1
+        except csv.Error as error:
+            raise DataError(f"{path}, line {start}: not CSV: {error}") from error
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path}: not UTF-8: {error}") from error
+    header = records.pop(0) if records else []
+    if len(set(header)) < len(header):
+        raise DataError(f"{path}: two columns have the same name ({', '.join(header)})")
+
+    def read(index: int) -> Any:
+        if len(records[index]) != len(header):
+            raise RowError("wrong_width", f"the row has {len(records[index])} values for {len(header)} columns")
+        return dict(zip(header, records[index], strict=True))
+
+    return numbers[1:], read
+
+
+def _parquet(path: Path) -> _Rows:
+    from datasets import Dataset
+
+    try:
+        rows = Dataset.from_parquet(str(path))
+    except Exception as error:  # pyarrow and datasets have no common family
+        raise DataError(f"{path}: not a Parquet file that can be read: {error.__cause__ or error}") from error
+    return range(1, len(rows) + 1), rows.__getitem__
+
+
+_FILES: dict[str, Callable[[Path], _Rows]] = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}
+
+
+def _hub_rows(data: Data) -> Any:
+    from datasets import load_dataset
+
+    try:
+        return load_dataset(data.path, split=data.split, revision=data.revision)
+    except Exception as error:  # the hub client, its transport and the readers have no common family
+        raise DataError(
+            f"{data.path}: no such file here, and the hub did not give a dataset of that name: {error}"
+        ) from error
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """The columns that hold a conversation: either `messages`, or `prompt` and `response`."""
+
+    messages: str | None = None
+    prompt: str | None = None
+    addition: str | None = None  # Alpaca's input, which belongs to the prompt
+    response: str | None = None
+    system: str | None = None
+    id: str | None = None
+
+    def conversation(self, row: dict[str, Any]) -> list[Message]:
+        """All messages of a row, with the response as the last one where it has a column of its own."""
+        if self.messages:
+            conversation = _messages(_field(row, self.messages), self.messages)
+        else:
+            assert self.prompt and self.response
+            conversation = [*self._prompt(row, self.prompt), _response(_field(row, self.response), self.response)]
+        system = row.get(self.system) if self.system else None
+        if self.system and system is not None and (text := _text(system, self.system)).strip():
+            has_one = bool(conversation) and conversation[0]["role"] == "system"
+            conversation = conversation if has_one else [{"role": "system", "content": text}, *conversation]
+        return conversation
+
+    def row_id(self, row: dict[str, Any]) -> str | None:
+        """The id the data gives the row, if any."""
+        value = row.get(self.id) if self.id else None
+        if isinstance(value, bool) or not isinstance(value, str | int | None):
+            raise RowError("bad_id", f"the id in {self.id!r} is {_kind(value)}, not text or a whole number")
+        return None if value is None else _text(str(value), str(self.id))
+
+    def _prompt(self, row: dict[str, Any], column: str) -> list[Message]:
+        value = _field(row, column)
+        if isinstance(value, list):
+            return _messages(value, column)
+        text = _text(value, column)
+        addition = row.get(self.addition) if self.addition else None
+        if self.addition and addition is not None and (more := _text(addition, self.addition)).strip():
+            text = f"{text}\n\n{more}"
+        return [{"role": "user", "content": text}]
+
+
+def _recognise(source: _Source, named: Columns) -> _Layout:
+    columns = _columns(source)
+    for key, column in named.model_dump(exclude_none=True).items():
+        if column not in columns:
+            near = difflib.get_close_matches(column, columns, n=1, cutoff=0.5)
+            guess = f"; did you mean {near[0]!r}?" if near else ""
+            raise DataError(
+                f"{source.where}: data.columns.{key} is {column!r}, which is no column of the data{guess} "
+                f"(columns: {', '.join(columns)})"
+            )
+    if named.messages and (named.prompt or named.response):
+        raise DataError(
+            "data.columns names both messages and a prompt or response: name messages, or prompt and response"
+        )
+
+    def present(*names: str) -> str | None:
+        return next((name for name in names if name in columns), None)
+
+    prompt, response = named.prompt, named.response
+    system = named.system or present("system", "system_prompt")
+    if prompt or response:
+        prompt = prompt or present("prompt", "instruction", "question")
+        response = response or present(*_RESPONSES)
+    elif messages := named.messages or present("messages"):
+        return _Layout(messages=messages, system=system, id=named.id or present("prompt_id"))
+    elif present("prompt") and present(*_RESPONSES):
+        prompt, response = "prompt", present(*_RESPONSES)
+    elif present("instruction") and present("output"):
+        prompt, response = "instruction", "output"
+    elif present("question") and present("answer"):
+        prompt, response = "question", "answer"
+    if not prompt or not response or prompt == response:
+        raise DataError(
+            f"{source.where}: cannot tell which columns hold the prompt and the response (columns: "
+            f"{', '.join(columns)}). Name them: data.columns.prompt and data.columns.response, or "
+            "data.columns.messages for a list of messages"
+        )
+    addition = present("input") if prompt == "instruction" and response != "input" else None
+    return _Layout(prompt=prompt, addition=addition, response=response, system=system, id=named.id)
+
+
+def _columns(source: _Source) -> list[str]:
+    """Names in the first readable rows, in order."""
+    columns: dict[str, None] = {}
+    readable = 0
+    first_error: DataError | None = None
+    for index, number in enumerate(source.numbers):
+        try:
+            columns.update(dict.fromkeys(source.row(index)))
+        except RowError as error:
+            first_error = first_error or DataError(f"{source.where}: no row can be read; row {number}: {error}")
+        else:
+            readable += 1
+            if readable == _ROWS_TO_RECOGNISE:
+                break
+    if first_error and not readable:
+        raise first_error
+    return list(columns)
+
+
+def _field(row: dict[str, Any], column: str) -> Any:
+    if column not in row:
+        raise RowError("missing_column", f"the row has no {column!r}")
+    return row[column]
+
+
+def _text(value: Any, name: str) -> str:
+    if not isinstance(value, str):
+        raise RowError("not_text", f"{name!r} is {_kind(value)}, not text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise RowError("not_text", f"{name!r} holds half a character (a lone surrogate): {error}") from error
+    return value
+
+
+def _messages(value: Any, name: str) -> list[Message]:
+    if not isinstance(value, list):
+        raise RowError("not_messages", f"{name!r} is {_kind(value)}, not a list of messages")
+    return [_message(item, f"{name}[{index}]") for index, item in enumerate(value)]
+
+
+def _message(value: Any, name: str) -> Message:
+    if not isinstance(value, dict) or "role" not in value or "content" not in value:
+        raise RowError("not_messages", f"{name!r} is not a message: an object with role and content")
+    role = value["role"]
+    if not isinstance(role, str) or role not in _ROLES:
+        raise RowError("unknown_role", f"{name!r} has the role {role!r}; known: {', '.join(_ROLES)}")
+    if value.get("tool_calls"):
+        raise RowError("tool_call", f"{name!r} calls a tool, which self-play cannot answer")
+    content = value["content"]
+    if isinstance(content, list):
+        content = "".join(_parts(content, name))
+    return {"role": _ROLES[role], "content": _text(content, f"{name}.content")}
+
+
+def _parts(parts: list[Any], name: str) -> Iterator[str]:
+    for part in parts:
+        kind = part.get("type") if isinstance(part, dict) else _kind(part)
+        if kind != "text":
+            raise RowError("not_text", f"{name!r} has a part of the type {kind}, not text")
+        yield _text(part.get("text"), f"{name}.content")
+
+
+def _response(value: Any, name: str) -> Message:
+    if not isinstance(value, list):
+        return {"role": "assistant", "content": _text(value, name)}
+    messages = _messages(value, name)
+    if len(messages) != 1 or messages[0]["role"] != "assistant":
+        raise RowError("not_messages", f"{name!r} must be text or a list of one assistant message")
+    return messages[0]
+
+
+def _targets(conversation: list[Message], turns: Literal["first", "last", "every"]) -> list[int]:
+    """Positions of the assistant messages to learn from: those that come after a message of the user."""
+    roles = [message["role"] for message in conversation]
+    if "assistant" not in roles:
+        raise RowError("no_assistant_turn", "the conversation has no message of the assistant")
+    asked = roles.index("user") if "user" in roles else len(roles)
+    targets = [position for position, role in enumerate(roles) if role == "assistant" and position > asked]
+    if not targets:
+        raise RowError("no_user_message", "no message of the user comes before the response")
+    return {"first": targets[:1], "last": targets[-1:], "every": targets}[turns]
+
+
+def _check_not_empty(messages: list[Message], response: str) -> None:
+    if not response.strip():
+        raise RowError("empty_response", "the response is empty")
+    if not any(message["content"].strip() for message in messages if message["role"] == "user"):
+        raise RowError("empty_prompt", "the prompt is empty")
+
+
+def _digest(value: Any) -> bytes:
+    return hashlib.sha256(
+        json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode()
+    ).digest()
+
+
+def _kind(value: Any) -> str:
+    names = {type(None): "null", bool: "true or false", str: "text", list: "a list", dict: "an object"}
+    return names.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)

@@ -1,0 +1,79 @@
+"""Export: take a player out of a run folder."""
+
+import logging
+import shutil
+from pathlib import Path
+
+from spinlm.config import Recipe
+from spinlm.errors import RunError
+from spinlm.rundir import START, RunDir, atomic_path
+
+log = logging.getLogger("spinlm")
+
+
+def which_player(run: RunDir, name: str) -> int:
+    """The iteration that a player's name means: `best`, `start`, or a number.
+
+    Raises:
+        RunError: the run has no such player.
+    """
+    iteration: int | None
+    if name == "best":
+        iteration = run.best()
+        if iteration is None:
+            raise RunError(f"{run.root}: no iteration has been judged yet, so there is no best player. Name one")
+    elif name == "start":
+        iteration = START
+    elif name.isdecimal():
+        iteration = int(name)
+    else:
+        raise RunError(f"{name!r} names no player: write best, start, or the number of an iteration")
+    if not run.player(iteration).is_dir():
+        made = [path.parent.name for path in sorted(run.root.glob("*/player"))]
+        raise RunError(f"{run.root}: has no player {name}; it has {', '.join(made) or 'none yet'}")
+    return iteration
+
+
+def export(recipe: Recipe, run: RunDir, iteration: int, to: Path, *, merge: bool = False) -> None:
+    """Copy a player to a folder, or merge its adapter into the base and save a whole model there.
+
+    Raises:
+        RunError: the folder exists and is not empty, or there is nothing to merge.
+    """
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise RunError(f"{to}: already there and not an empty folder. Choose another --to")
+    if not merge:
+        with atomic_path(to) as temporary:
+            shutil.copytree(run.player(iteration), temporary)
+        return
+    if recipe.lora is None:
+        raise RunError("--merge: this run fine-tunes the whole model, so its players have no adapter. Leave it out")
+    from peft import PeftModel
+
+    from spinlm.model.players import compute_dtype, ensure_base, load_model, seat
+
+    players = seat(recipe, run)
+    base = load_model(recipe.model, ensure_base(recipe.model, run), compute_dtype(recipe.model, players.device))
+    merged = PeftModel.from_pretrained(base, str(run.player(iteration))).merge_and_unload()
+    with atomic_path(to) as temporary:
+        merged.save_pretrained(temporary)
+        players.tokenizer.chat_template = players.renderer.template
+        players.tokenizer.save_pretrained(temporary)
+
+
+def push(folder: Path, repository: str) -> str:
+    """Upload an exported folder to the hub; returns its address. Uses the token of `hf auth login` or HF_TOKEN.
+
+    Raises:
+        RunError: the hub refused or could not be reached.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    api = HfApi()
+    try:
+        address = api.create_repo(repository, exist_ok=True)
+        api.upload_folder(folder_path=folder, repo_id=repository)
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise RunError(f"{repository}: could not be pushed: {error}. {folder} is complete; try again") from error
+    return str(address)

@@ -1,0 +1,324 @@
+"""The optimisation loop: minimise an objective over trees, one optimiser step after the other.
+
+A step is a set of items, fixed by the seed alone, and its gradient is the same however it is split into micro-batches.
+A checkpoint holds all that the next step depends on, so a run that is killed and continued ends, on a CPU, in the same
+weights to the bit.
+"""
+
+import logging
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from spinlm.errors import RecipeError, RunError, StoppedError, TrainingError
+from spinlm.interrupt import stop_if_asked
+from spinlm.model.players import Players
+from spinlm.model.trees import Tree, lay_out, micro_batches
+from spinlm.progress import track
+from spinlm.rundir import atomic_path, read_json, write_json
+from spinlm.seeds import derive_seed
+
+log = logging.getLogger("spinlm")
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """A tree, and what the opponent said of its responses (empty where the objective needs no opponent)."""
+
+    tree: Tree
+    opponent: tuple[float, ...] = ()  # log p_θt of each response
+    pairs: tuple[tuple[int, int], ...] = ()  # which responses are a real and a synthetic one of a pair
+
+
+class Items(Protocol):
+    """Random access to what an objective is trained on, without holding it in memory."""
+
+    sizes: np.ndarray  # [items] what each counts towards a batch
+    weights: np.ndarray  # [items] what each counts towards the mean
+
+    def __getitem__(self, index: int) -> Item: ...
+
+
+@dataclass(frozen=True)
+class Total:
+    """Sums over a micro-batch. `loss` carries the gradient; `extra` are sums of further things to show."""
+
+    loss: Tensor
+    extra: dict[str, float] = field(default_factory=dict)
+
+
+Objective = Callable[[Tensor, Sequence[Item]], Total]
+"""From the responses' log-probabilities [S], in the order of the items' responses, to sums."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How an objective is minimised. The fields are those of the recipe's `train`, at one iteration."""
+
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    optimizer: str
+    warmup: float
+    schedule: str
+    weight_decay: float
+    max_grad_norm: float
+    tokens_per_micro_batch: int
+    checkpoint_every: int
+    seed: int
+
+
+def fit(
+    players: Players,
+    items: Items,
+    objective: Objective,
+    how: Fit,
+    *,
+    packing: str,
+    checkpoints: Path,
+    what: str,
+    on_step: Callable[[dict[str, float]], None],
+    on_epoch: Callable[[int], None] = lambda epoch: None,
+) -> int:
+    """Minimise the mean of an objective; the weights of `players` change in place. Returns the number of steps.
+
+    Args:
+        players: in the weights to start from.
+        items: what to train on.
+        objective: what to minimise, as sums over items; the mean is over `items.weights`.
+        how: the recipe's settings.
+        packing: `tree` or `pair`.
+        checkpoints: folder to resume from and to save to; the newest checkpoint in it wins.
+        what: for the progress display.
+        on_step: called after each optimiser step with what was measured.
+        on_epoch: called after each epoch with its number.
+
+    Raises:
+        TrainingError: a loss or gradient was not finite. The last checkpoint is untouched.
+        StoppedError: the user asked to stop. The state of the last complete step has been saved.
+    """
+    steps = plan_steps(items.sizes, how.batch_size, how.epochs, how.seed)
+    optimizer = make_optimizer(how, players)
+    begin = resume(checkpoints, players, optimizer)
+    players.changed()
+    accelerator, module = players.parallel()
+    ends = {index for index, (epoch, _) in enumerate(steps) if index + 1 == len(steps) or steps[index + 1][0] > epoch}
+    with track(what, len(steps)) as advance:
+        advance(begin)
+        for step in range(begin, len(steps)):
+            epoch, chosen = steps[step]
+            began = time.perf_counter()
+            set_learning_rate(optimizer, learning_rate_at(step, len(steps), how))
+            batch = [items[index] for index in chosen]
+            weight = float(items.weights[chosen].sum())
+            try:
+                measured = _accumulate(
+                    accelerator, module, objective, batch, weight, packing, how, derive_seed(how.seed, step)
+                )
+            except StoppedError:
+                optimizer.zero_grad()
+                save_checkpoint(checkpoints, players, optimizer, step)
+                raise
+            norm = float(accelerator.clip_grad_norm_([p for _, p in players.parameters()], how.max_grad_norm))
+            if not math.isfinite(norm) or not math.isfinite(measured["loss"]):
+                raise TrainingError(_not_finite(what, step, measured["loss"], norm, checkpoints))
+            optimizer.step()
+            optimizer.zero_grad()
+            tokens = sum(len(item.tree) for item in batch)
+            seconds = time.perf_counter() - began
+            rate = optimizer.param_groups[0]["lr"]
+            on_step(
+                {
+                    "step": step + 1,
+                    "steps": len(steps),
+                    "epoch": epoch + 1,
+                    **measured,
+                    "learning_rate": rate,
+                    "grad_norm": norm,
+                    "tokens_per_second": tokens / seconds,
+                }
+            )
+            advance(1, tokens, f"loss {measured['loss']:.4f}")
+            if step in ends:
+                on_epoch(epoch + 1)
+            if (step + 1) % how.checkpoint_every == 0 or step + 1 == len(steps):
+                save_checkpoint(checkpoints, players, optimizer, step + 1)
+    return len(steps)
+
+
+def _accumulate(
+    accelerator: Any,
+    module: torch.nn.Module,
+    objective: Objective,
+    batch: list[Item],
+    weight: float,
+    packing: str,
+    how: Fit,
+    seed: int,
+) -> dict[str, float]:
+    """Forward and backward over one step's items, a micro-batch at a time; returns means over the step."""
+    module.train()
+    sums: dict[str, float] = {}
+    for number, chosen in enumerate(micro_batches([item.tree for item in batch], how.tokens_per_micro_batch)):
+        stop_if_asked()
+        torch.manual_seed(derive_seed(seed, number))  # the adapter's dropout
+        part = [batch[index] for index in chosen]
+        logprobs = module(lay_out([item.tree for item in part], packing).to(accelerator.device))
+        total = objective(logprobs, part)
+        accelerator.backward(total.loss / weight)
+        for name, value in {"loss": total.loss.item(), **total.extra}.items():
+            sums[name] = sums.get(name, 0.0) + value / weight
+    return sums
+
+
+def _not_finite(what: str, step: int, loss: float, norm: float, checkpoints: Path) -> str:
+    kept = max((path.name for path in checkpoints.glob("step-*")), default=None)
+    return (
+        f"{what}, step {step + 1}: the loss is {loss} and the gradient's norm {norm}. Stopped before this step; "
+        + (f"the last good checkpoint is {checkpoints / kept}" if kept else "no checkpoint had been made yet")
+        + ". Lower train.learning_rate, or compute in model.dtype: float32, and run in another --run-dir"
+    )
+
+
+def plan_steps(sizes: np.ndarray, batch_size: int, epochs: int, seed: int) -> list[tuple[int, np.ndarray]]:
+    """Which items each optimiser step takes: (epoch, indices), every item once an epoch, in an order the seed gives.
+
+    Args:
+        sizes: [items] what each counts towards a batch.
+        batch_size: a step takes items while they fit; an item larger than that is alone.
+    """
+    steps = []
+    for epoch in range(epochs):
+        order = np.random.default_rng([seed, epoch]).permutation(len(sizes))
+        for chosen in _groups(order, sizes, batch_size):
+            steps.append((epoch, chosen))
+    return steps
+
+
+def _groups(order: np.ndarray, sizes: np.ndarray, batch_size: int) -> Iterator[np.ndarray]:
+    begin = filled = 0
+    for place, index in enumerate(order):
+        if place > begin and filled + sizes[index] > batch_size:
+            yield order[begin:place]
+            begin, filled = place, 0
+        filled += sizes[index]
+    if begin < len(order):
+        yield order[begin:]
+
+
+def learning_rate_at(step: int, steps: int, how: Fit) -> float:
+    """The learning rate of a step (from 0): a linear rise to the peak, then the schedule's way down to 0."""
+    rise = math.ceil(how.warmup * steps)
+    if step < rise:
+        return how.learning_rate * (step + 1) / rise
+    left = (steps - step) / max(steps - rise, 1)  # 1 after the rise, towards 0 at the end
+    match how.schedule:
+        case "linear":
+            return how.learning_rate * left
+        case "cosine":
+            return how.learning_rate * 0.5 * (1 - math.cos(math.pi * left))
+        case _:
+            return how.learning_rate
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def find_optimizer(name: str) -> type[torch.optim.Optimizer]:
+    """The optimiser of torch.optim with a name, in any case.
+
+    Raises:
+        RecipeError: there is none.
+    """
+    known = {
+        key.lower(): value
+        for key, value in vars(torch.optim).items()
+        if isinstance(value, type) and issubclass(value, torch.optim.Optimizer) and value is not torch.optim.Optimizer
+    }
+    if name.lower() not in known:
+        raise RecipeError(f"optimizer: no {name!r} in torch.optim; known: {', '.join(sorted(known))}")
+    return known[name.lower()]
+
+
+def make_optimizer(how: Fit, players: Players) -> torch.optim.Optimizer:
+    """A fresh optimiser over what is trained.
+
+    Raises:
+        RecipeError: there is no such optimiser, or it takes other settings than a learning rate and weight decay.
+    """
+    parameters = [parameter for _, parameter in players.parameters()]
+    make: Any = find_optimizer(how.optimizer)
+    try:
+        optimizer: torch.optim.Optimizer = make(parameters, lr=how.learning_rate, weight_decay=how.weight_decay)
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"optimizer {how.optimizer}: {error}; choose another, such as adamw or rmsprop") from error
+    return optimizer
+
+
+# Checkpoints: weights.safetensors, optimizer.safetensors, state.json
+
+
+def save_checkpoint(folder: Path, players: Players, optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Save the state after so many complete steps, then remove older ones."""
+    from safetensors.torch import save_file
+
+    target = folder / f"step-{step:06d}"
+    tensors, scalars = {}, {}
+    for index, state in optimizer.state_dict()["state"].items():
+        for key, value in state.items():
+            name = f"{index}.{key}"
+            if isinstance(value, Tensor):
+                tensors[name] = value.detach().contiguous()
+            else:
+                scalars[name] = value
+    with atomic_path(target) as temporary:
+        temporary.mkdir()
+        weights = {name: parameter.detach().contiguous() for name, parameter in players.parameters()}
+        save_file(weights, temporary / "weights.safetensors")
+        save_file(tensors, temporary / "optimizer.safetensors")
+        write_json(temporary / "state.json", {"step": step, "optimizer": scalars})
+    for old in folder.glob("step-*"):
+        if old != target:
+            shutil.rmtree(old)
+
+
+def resume(folder: Path, players: Players, optimizer: torch.optim.Optimizer) -> int:
+    """Load the newest checkpoint of a folder, if there is one; returns the number of complete steps.
+
+    Raises:
+        RunError: it is damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    found = max(folder.glob("step-*"), default=None)
+    if found is None:
+        return 0
+    try:
+        weights = load_file(found / "weights.safetensors")
+        tensors: dict[str, Any] = dict(load_file(found / "optimizer.safetensors"))
+        noted = read_json(found / "state.json")
+        with torch.no_grad():
+            for name, parameter in players.parameters():
+                parameter.copy_(weights[name])
+    except (OSError, KeyError, RuntimeError, SafetensorError) as error:
+        raise RunError(
+            f"{found}: damaged checkpoint ({error}). Delete it and run again: training starts over"
+        ) from error
+    state: dict[int, dict[str, Any]] = {}
+    for name, value in {**tensors, **noted["optimizer"]}.items():
+        index, _, key = name.partition(".")
+        state.setdefault(int(index), {})[key] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    log.info("resuming after step %d", noted["step"])
+    return int(noted["step"])

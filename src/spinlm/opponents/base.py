@@ -1,0 +1,37 @@
+"""What every generation engine offers."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from spinlm.records import Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One response: token ids (the end-of-turn token included if there was one), whether it ended by itself, and the
+    sum of the sampler's own log-probabilities."""
+
+    token_ids: list[int]
+    finished: bool
+    logprob: float
+
+
+class Opponent(Protocol):
+    """An engine that holds the current opponent."""
+
+    def answer(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: int, progress: Callable[[int], None]
+    ) -> list[list[Answer]]:
+        """Answer prompts given as token ids.
+
+        Args:
+            prompts: token ids, each exactly what the model is to continue.
+            sampling: how.
+            seed: the same seed and prompts give the same answers.
+            progress: called with the number of tokens generated since the last call.
+
+        Returns:
+            For each prompt, in order, `sampling.samples` answers.
+        """
+        ...

@@ -1,0 +1,50 @@
+"""Progress of long stages: a bar on a terminal, a line now and then elsewhere."""
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Iterator
+
+log = logging.getLogger("spinlm")
+
+Advance = Callable[..., None]
+"""`advance(done=1, amount=0, note="")`: so many more items are done, with so many more units (tokens), and a note."""
+
+SECONDS_BETWEEN_LINES = 30
+
+
+@contextlib.contextmanager
+def track(what: str, total: int, unit: str = "tokens") -> Iterator[Advance]:
+    """Show how far a stage has come, its rate in units per second, and when it will end."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    begun = time.monotonic()
+    spoken = begun
+    items = units = 0
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
+    with bar:
+        task = bar.add_task(what, total=total, rate="")
+
+        def advance(done: int = 1, amount: int = 0, note: str = "") -> None:
+            nonlocal items, units, spoken
+            items += done
+            units += amount
+            now = time.monotonic()
+            rate = f"{units / max(now - begun, 1e-9):,.0f} {unit}/s {note}".rstrip()
+            bar.update(task, advance=done, rate=rate)
+            if bar.disable and now - spoken > SECONDS_BETWEEN_LINES:
+                spoken = now
+                left = (total - items) * (now - begun) / max(items, 1)
+                log.info("%s %d/%d, %s, %.0f s left", what, items, total, rate, left)
+
+        yield advance

@@ -1,0 +1,53 @@
+"""The loop.
+
+SPIN (arXiv 2401.01335, algorithm 1): for t = 0 … T−1, the opponent θ_t answers the prompts, the main player learns to
+tell the real responses from the opponent's, and becomes θ_{t+1}.
+"""
+
+from pathlib import Path
+
+from spinlm.config import Recipe
+from spinlm.interrupt import gentle_stop
+from spinlm.rundir import START, RunDir
+from spinlm.stages.evaluate import evaluate
+from spinlm.stages.generate import generate
+from spinlm.stages.prepare import prepare
+from spinlm.stages.promote import promote
+from spinlm.stages.score import score
+from spinlm.stages.train import train
+from spinlm.stages.warmup import warmup
+
+
+def run(recipe: Recipe, run_dir: Path, *, source: str = "", fresh: bool = False) -> RunDir:
+    """Play a recipe to its end, or on from where it stopped.
+
+    Args:
+        recipe: what to do.
+        run_dir: the run folder; made if it is not there.
+        source: text of the recipe file, kept beside the checked recipe.
+        fresh: delete what an earlier run left in the folder.
+
+    Raises:
+        SpinError: with what went wrong, where, and what to do. What was done so far is kept.
+    """
+    folder = RunDir(run_dir)
+    with folder.locked(), gentle_stop():
+        if fresh:
+            folder.clear()
+        folder.bind(recipe.fingerprint(), source)
+        play(recipe, folder)
+    return folder
+
+
+def play(recipe: Recipe, folder: RunDir) -> None:
+    """The stages of a run in order. A stage that is complete does nothing."""
+    prepare(recipe, folder)
+    warmup(recipe, folder)
+    evaluate(recipe, folder, START)
+    for iteration in range(recipe.selfplay.iterations):
+        generate(recipe, folder, iteration)
+        score(recipe, folder, iteration)
+        train(recipe, folder, iteration)
+        evaluate(recipe, folder, iteration)
+        if not promote(recipe, folder, iteration):
+            break

@@ -1,0 +1,21 @@
+"""Reading record files a shard of examples at a time, so that a data set is never in memory at once."""
+
+import itertools
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+from spinlm.records import Record, read_lines
+
+
+def shards(path: Path, kind: type[Record], size: int) -> Iterator[list[Record]]:
+    """The records of a file, `size` at a time."""
+    records = read_lines(path, kind)
+    while shard := list(itertools.islice(records, size)):
+        yield shard
+
+
+def count_shards(path: Path, size: int) -> int:
+    """How many shards `shards` yields."""
+    with path.open("rb") as file:
+        return math.ceil(sum(1 for _ in file) / size)

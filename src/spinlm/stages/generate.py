@@ -1,0 +1,82 @@
+"""Generate: the opponent θ_t answers every training and held-out prompt."""
+
+import logging
+
+from spinlm.config import Recipe
+from spinlm.model.players import Players, seat
+from spinlm.opponents.base import Opponent
+from spinlm.opponents.local import LocalOpponent
+from spinlm.progress import Advance, track
+from spinlm.records import Example, Generation, Sampling, to_line
+from spinlm.rundir import RunDir, atomic_file
+from spinlm.seeds import derive_seed
+from spinlm.shards import count_shards, shards
+
+log = logging.getLogger("spinlm")
+
+SPLITS = ("train", "heldout")
+
+
+def generate(recipe: Recipe, run: RunDir, iteration: int) -> None:
+    """Write the responses of the opponent of an iteration, a shard of prompts at a time; shards on disk are kept."""
+    if run.done("generate", iteration):
+        return
+    run.require("train" if iteration else "warmup", iteration - 1)
+    players = seat(recipe, run)
+    players.become(iteration - 1)
+    opponent: Opponent = LocalOpponent(players.logprobs, recipe.opponent.batch_size)
+    sampling = opponent_sampling(recipe, players)
+    size = recipe.opponent.shard_size
+    outputs = []
+    with track(f"iteration {iteration}: generate", sum(count_shards(run.examples(s), size) for s in SPLITS)) as advance:
+        for split in SPLITS:
+            for shard, examples in enumerate(shards(run.examples(split), Example, size)):
+                path = run.generations(iteration, split, shard)
+                outputs.append(path)
+                if path.exists():
+                    advance()
+                    continue
+                seed = derive_seed(recipe.seed, "generate", iteration, split, shard)
+                rows = _answer(players, opponent, examples, sampling, seed, iteration, advance)
+                with atomic_file(path, "w") as file:
+                    file.writelines(to_line(row) for row in rows)
+                advance()
+    run.complete("generate", iteration, outputs)
+
+
+def opponent_sampling(recipe: Recipe, players: Players) -> Sampling:
+    """How the recipe's opponent answers."""
+    return Sampling(
+        temperature=recipe.opponent.temperature,
+        top_p=recipe.opponent.top_p,
+        max_new_tokens=recipe.opponent.max_new_tokens,
+        max_length=recipe.train.max_length,
+        samples=recipe.opponent.samples_per_prompt,
+        stop_ids=players.renderer.stop_ids,
+    )
+
+
+def _answer(
+    players: Players,
+    opponent: Opponent,
+    examples: list[Example],
+    sampling: Sampling,
+    seed: int,
+    iteration: int,
+    advance: Advance,
+) -> list[Generation]:
+    prompts = [example.prompt_ids for example in examples]
+    answers = opponent.answer(prompts, sampling, seed, lambda tokens: advance(0, tokens))
+    return [
+        Generation(
+            id=example.id,
+            iteration=iteration,
+            sample=sample,
+            token_ids=answer.token_ids,
+            text=players.renderer.decode(answer.token_ids),
+            finished=answer.finished,
+            logprob=answer.logprob,
+        )
+        for example, given in zip(examples, answers, strict=True)
+        for sample, answer in enumerate(given)
+    ]

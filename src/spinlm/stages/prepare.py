@@ -1,0 +1,116 @@
+"""Prepare: draw the examples, and write down what the run is made of."""
+
+import contextlib
+import datetime
+import hashlib
+import importlib.metadata
+import logging
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from spinlm import __version__
+from spinlm.config import Recipe
+from spinlm.data.examples import SPLITS, select_examples
+from spinlm.model.players import ensure_base, locate, seat
+from spinlm.records import Example, to_line
+from spinlm.rundir import START, RunDir, atomic_file, write_json
+
+log = logging.getLogger("spinlm")
+
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "numpy")
+
+
+def prepare(recipe: Recipe, run: RunDir) -> None:
+    """Write the run's examples: held-out, for the warm-up where it has its own, and for self-play.
+
+    Raises:
+        DataError, ModelError: the data or the model cannot be used.
+        RunError: the model or data differ from those this run began with.
+    """
+    inputs = {"data": _data_fingerprint(recipe), "model": _model_fingerprint(recipe)}
+    run.bind_inputs(inputs)
+    if run.done("prepare", START):
+        return
+    write_json(run.provenance, {"inputs": inputs, **_provenance()})
+    ensure_base(recipe.model, run)
+    players = seat(recipe, run)
+    own = recipe.warmup_sft.prompts if recipe.warmup_sft else None
+    with contextlib.ExitStack() as stack:
+        files = {split: stack.enter_context(atomic_file(run.examples(split), "w")) for split in SPLITS}
+
+        def write(split: str, example: Example) -> None:
+            files[split].write(to_line(example))
+
+        selection = select_examples(recipe.data, own, players.renderer, recipe.train.max_length, write)
+    write_json(
+        run.dropped,
+        {
+            "rows": selection.rows,
+            "not_sampled": selection.not_sampled,
+            "dropped": selection.dropped,
+            "dropped_rows": selection.dropped_rows,
+            "responses_cut_at_max_length": selection.cut,
+        },
+    )
+    counts = selection.counts
+    log.info("examples: %d for self-play, %d held out, %d for the warm-up alone", *(counts[s] for s in _ORDER))
+    for reason, count in selection.dropped.items():
+        log.info("  left out: %d × %s (see %s)", count, reason.replace("_", " "), run.dropped)
+    run.complete("prepare", START, [run.examples(split) for split in SPLITS], counts=counts)
+
+
+_ORDER = ("train", "heldout", "warmup")
+
+
+def _data_fingerprint(recipe: Recipe) -> dict[str, Any]:
+    path = Path(recipe.data.path).expanduser()
+    if path.is_file():
+        with path.open("rb") as file:
+            return {"sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    return {"id": recipe.data.path, "revision": recipe.data.revision, "split": recipe.data.split}
+
+
+def _model_fingerprint(recipe: Recipe) -> dict[str, Any]:
+    """Sizes of the weight files and a digest of the small files: enough to notice another model, at no cost."""
+    path = locate(recipe.model.path)
+    if path is None:
+        return {"id": recipe.model.path, "revision": recipe.model.revision}
+    if path.is_file():
+        return {path.name: path.stat().st_size}
+    prints: dict[str, Any] = {}
+    for file in sorted(path.iterdir()):
+        if file.suffix in (".safetensors", ".bin"):
+            prints[file.name] = file.stat().st_size
+        elif file.suffix in (".json", ".jinja", ".model"):
+            prints[file.name] = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+    return prints
+
+
+def _provenance() -> dict[str, Any]:
+    import torch
+
+    return {
+        "spinlm": __version__,
+        "commit": _commit(),
+        "command": sys.argv,
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"CPU, {torch.get_num_threads()} threads",
+        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+    }
+
+
+def _commit() -> str | None:
+    """The commit of spinlm itself, where it runs from a checkout."""
+    here = Path(__file__).parent
+    try:
+        asked = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty"], capture_output=True, text=True)
+    except OSError:
+        return None
+    return asked.stdout.strip() or None

@@ -1,0 +1,82 @@
+"""Promote: the main player becomes the next opponent; choose the best player so far; decide whether to go on."""
+
+import logging
+from dataclasses import dataclass
+
+import numpy as np
+
+from spinlm.config import Recipe
+from spinlm.evals.heldout import standard_error
+from spinlm.records import HeldOutAnswer, read_lines
+from spinlm.rundir import START, RunDir, write_json
+
+log = logging.getLogger("spinlm")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How far a player is ahead of the best so far, on the same held-out prompts."""
+
+    metric: str
+    against: int
+    lead: float  # mean of the paired differences; positive is better
+    standard_error: float
+    better: bool
+
+
+def promote(recipe: Recipe, run: RunDir, iteration: int) -> bool:
+    """Point `best` at the best player so far; returns whether another iteration is worth it.
+
+    A player replaces the best only when it is ahead by more than `select.standard_errors` standard errors of the paired
+    difference, so the starting player stays best until one is better beyond the noise.
+    """
+    if run.done("promote", iteration):
+        return bool(run.facts("promote", iteration)["go_on"])
+    run.require("evaluate", START)
+    run.require("evaluate", iteration)
+    # The best before this iteration comes from the markers, not the link, so that a rerun decides the same.
+    best = run.facts("promote", iteration - 1)["best"] if iteration > 0 else START
+    comparison = compare(recipe, run, iteration, best)
+    if comparison.better:
+        best = iteration
+    go_on = iteration - best < recipe.selfplay.select.patience
+    run.set_best(best)
+    log.info(
+        "iteration %d: %s %+.4f ± %.4f against %s: %s",
+        iteration,
+        comparison.metric.replace("_", " "),
+        comparison.lead,
+        comparison.standard_error,
+        "the start" if comparison.against == START else f"iteration {comparison.against}",
+        "the best so far" if comparison.better else "not better beyond the noise",
+    )
+    if not go_on:
+        log.info("no better player for %d iterations: stopping", iteration - best)
+    facts = {
+        "best": best,
+        "go_on": go_on,
+        "metric": comparison.metric,
+        "against": comparison.against,
+        "lead": comparison.lead,
+        "standard_error": comparison.standard_error,
+    }
+    write_json(run.iteration(iteration) / "promotion.json", facts)
+    run.complete("promote", iteration, [run.iteration(iteration) / "promotion.json"], **facts)
+    return go_on
+
+
+def compare(recipe: Recipe, run: RunDir, iteration: int, against: int) -> Comparison:
+    """Compare the players of two iterations on `select.metric`, prompt by prompt."""
+    select = recipe.selfplay.select
+    metric = select.metric or ("task_score" if recipe.evaluate.scorer else "heldout_nll")
+    new, old = _values(run, iteration, metric), _values(run, against, metric)
+    ahead = np.array([new[key] - old[key] for key in old]) * (1 if metric == "task_score" else -1)
+    lead, error = float(ahead.mean()), standard_error(ahead.tolist())
+    return Comparison(metric, against, lead, error, better=lead > 0 and lead > select.standard_errors * error)
+
+
+def _values(run: RunDir, iteration: int, metric: str) -> dict[str, float]:
+    answers = read_lines(run.answers(iteration), HeldOutAnswer)
+    return {
+        answer.id: float((answer.task_score or 0.0) if metric == "task_score" else answer.nll) for answer in answers
+    }

@@ -1,0 +1,147 @@
+"""Score: the opponent's log-probabilities of every real and synthetic response in use, once, without gradients.
+
+From then on nobody needs a second model in memory.
+"""
+
+import logging
+from collections import defaultdict
+
+from spinlm.config import Recipe
+from spinlm.interrupt import stop_if_asked
+from spinlm.model.players import Players, seat
+from spinlm.model.trees import Tree, micro_batches
+from spinlm.progress import Advance, track
+from spinlm.records import Example, Generation, Pair, read_lines, write_pairs
+from spinlm.rundir import RunDir, atomic_path
+from spinlm.shards import count_shards, shards
+from spinlm.stages.generate import SPLITS
+
+log = logging.getLogger("spinlm")
+
+
+def score(recipe: Recipe, run: RunDir, iteration: int) -> None:
+    """Write the pairs of an iteration.
+
+    Training pairs use the newest synthetic responses and those of `selfplay.replay` iterations before; held-out pairs
+    the newest only. A synthetic response equal to the real one carries no gradient: it makes no pair, and is counted.
+    """
+    if run.done("score", iteration):
+        return
+    run.require("generate", iteration)
+    players = seat(recipe, run)
+    players.become(iteration - 1)
+    packing = run.facts("warmup", -1)["packing"]
+    size = recipe.opponent.shard_size
+    tally = _Tally()
+    outputs = []
+    with track(f"iteration {iteration}: score", sum(count_shards(run.examples(s), size) for s in SPLITS)) as advance:
+        for split in SPLITS:
+            replay = recipe.selfplay.replay if split == "train" else 0
+            sources = range(max(0, iteration - replay), iteration + 1)
+            for shard, examples in enumerate(shards(run.examples(split), Example, size)):
+                generations = [
+                    generation
+                    for source in reversed(sources)
+                    for generation in read_lines(run.generations(source, split, shard), Generation)
+                ]
+                path = run.pairs(iteration, split, shard)
+                pairs = _score_shard(recipe, players, examples, generations, packing, advance)
+                with atomic_path(path) as temporary:
+                    write_pairs(temporary, pairs)
+                outputs.append(path)
+                tally.add(split, iteration, examples, generations, pairs)
+                advance()
+    facts = tally.facts()
+    log.info("iteration %d: %s", iteration, tally.summary())
+    run.complete("score", iteration, outputs, **facts)
+
+
+def _score_shard(
+    recipe: Recipe,
+    players: Players,
+    examples: list[Example],
+    generations: list[Generation],
+    packing: str,
+    advance: Advance,
+) -> list[Pair]:
+    by_id: dict[str, list[Generation]] = defaultdict(list)
+    for generation in generations:
+        by_id[generation.id].append(generation)
+    used = []
+    trees = []
+    for example in examples:
+        synthetic = [g for g in by_id[example.id] if g.token_ids != example.response_ids]
+        if synthetic:
+            used.append((example, synthetic))
+            trees.append(Tree(example.prompt_ids, (example.response_ids, *(g.token_ids for g in synthetic))))
+    pairs: dict[int, list[Pair]] = {}
+    for chosen in micro_batches(trees, recipe.train.tokens_per_micro_batch):
+        stop_if_asked()
+        logprobs = iter(players.response_logprobs([trees[index] for index in chosen], packing))
+        for index in chosen:
+            example, synthetic = used[index]
+            real = next(logprobs)
+            pairs[index] = [
+                Pair(
+                    id=example.id,
+                    source_iteration=generation.iteration,
+                    sample=generation.sample,
+                    prompt_ids=example.prompt_ids,
+                    real_ids=example.response_ids,
+                    synthetic_ids=generation.token_ids,
+                    opponent_real=real,
+                    opponent_synthetic=next(logprobs),
+                )
+                for generation in synthetic
+            ]
+        advance(0, sum(len(trees[index]) for index in chosen))
+    return [pair for index in range(len(trees)) for pair in pairs[index]]
+
+
+class _Tally:
+    """What the shards add up to."""
+
+    def __init__(self) -> None:
+        self.counts: dict[str, dict[str, float]] = {}
+
+    def add(
+        self, split: str, iteration: int, examples: list[Example], generations: list[Generation], pairs: list[Pair]
+    ) -> None:
+        real = {example.id: example.response_ids for example in examples}
+        newest = [generation for generation in generations if generation.iteration == iteration]
+        ours = {(pair.id, pair.sample): pair for pair in pairs if pair.source_iteration == iteration}
+        sampled = {(g.id, g.sample): g for g in newest}
+        gaps = [abs(p.opponent_synthetic - sampled[key].logprob) / len(p.synthetic_ids) for key, p in ours.items()]
+        count = self.counts.setdefault(split, defaultdict(float))
+        count["pairs"] += len(pairs)
+        count["responses"] += len(newest)
+        count["identical"] += sum(g.token_ids == real[g.id] for g in newest)
+        count["unfinished"] += sum(not g.finished for g in newest)
+        count["tokens"] += sum(len(g.token_ids) for g in newest)
+        count["gap"] += sum(gaps)
+        count["gaps"] += len(gaps)
+        count["worst"] = max([count["worst"], *gaps])
+
+    def facts(self) -> dict[str, dict[str, float]]:
+        """Per split: counts, shares, and how far the sampler's log-probabilities are from ours, per token."""
+        return {
+            split: {
+                "pairs": int(count["pairs"]),
+                "responses": int(count["responses"]),
+                "identical_share": count["identical"] / count["responses"],
+                "unfinished_share": count["unfinished"] / count["responses"],
+                "mean_tokens": count["tokens"] / count["responses"],
+                "sampler_gap_mean": count["gap"] / max(count["gaps"], 1),
+                "sampler_gap_worst": count["worst"],
+            }
+            for split, count in self.counts.items()
+        }
+
+    def summary(self) -> str:
+        """One line about the training split."""
+        facts = self.facts()["train"]
+        return (
+            f"{facts['pairs']} pairs; {facts['identical_share']:.1%} of the responses equal the real one, "
+            f"{facts['unfinished_share']:.1%} did not end; sampler and scorer differ by "
+            f"{facts['sampler_gap_mean']:.1e} nats per token"
+        )

@@ -1,0 +1,49 @@
+"""One line in metrics.jsonl, and one call to the trackers, for each optimiser step."""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+from spinlm.config import Recipe
+from spinlm.model.players import Players
+from spinlm.rundir import RunDir, atomic_file
+
+
+def recorder(
+    players: Players, run: RunDir, recipe: Recipe, stage: str, iteration: int
+) -> Callable[[dict[str, Any]], None]:
+    """A function that records the measurements of a step. Lines of steps that are done again are replaced."""
+    accelerator, _ = players.parallel()
+    if recipe.tracking and not accelerator.trackers:
+        accelerator.init_trackers("spinlm", config={"recipe": json.dumps(recipe.model_dump(mode="json"))})
+    cleaned = False
+
+    def record(measured: dict[str, Any]) -> None:
+        nonlocal cleaned
+        if not cleaned:
+            _forget(run, stage, iteration, int(measured["step"]))
+            cleaned = True
+        line = {"stage": stage, "iteration": iteration, **measured}
+        with run.step_metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        if recipe.tracking:
+            numbers = {f"{stage}/{name}": value for name, value in measured.items() if name not in ("step", "steps")}
+            accelerator.log({**numbers, "iteration": iteration}, step=sum(1 for _ in run.step_metrics.open("rb")))
+
+    return record
+
+
+def _forget(run: RunDir, stage: str, iteration: int, step: int) -> None:
+    """Remove the lines of this stage from a step on, and a last line that was cut off."""
+    if not run.step_metrics.exists():
+        return
+    kept = []
+    for text in run.step_metrics.read_text(encoding="utf-8").splitlines():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if (line["stage"], line["iteration"]) != (stage, iteration) or line["step"] < step:
+            kept.append(text + "\n")
+    with atomic_file(run.step_metrics, "w") as file:
+        file.writelines(kept)

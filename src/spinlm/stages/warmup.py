@@ -1,0 +1,94 @@
+"""Warm-up: make the starting player θ_0, by supervised fine-tuning where the recipe asks for it."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from spinlm.config import Recipe
+from spinlm.evals.heldout import mean_nll
+from spinlm.model.fit import Fit, Item, Total, fit
+from spinlm.model.players import seat
+from spinlm.model.trees import Tree
+from spinlm.records import Example, read_lines
+from spinlm.rundir import START, RunDir
+from spinlm.seeds import derive_seed
+from spinlm.stages.steps import recorder
+
+log = logging.getLogger("spinlm")
+
+
+class SftItems:
+    """Examples as trees with one response, weighed by its tokens."""
+
+    def __init__(self, path: Path):
+        self._examples = list(read_lines(path, Example))
+        self.sizes = np.ones(len(self._examples), dtype=np.int64)
+        self.weights = np.array([len(example.response_ids) for example in self._examples])
+
+    def __getitem__(self, index: int) -> Item:
+        example = self._examples[index]
+        return Item(Tree(example.prompt_ids, (example.response_ids,)))
+
+
+def sft_objective(logprobs: Tensor, items: Sequence[Item]) -> Total:
+    """Negative log-likelihood, summed; per token once it is divided by the items' weights."""
+    return Total(-logprobs.sum())
+
+
+def warmup(recipe: Recipe, run: RunDir) -> None:
+    """Make and save θ_0: the model as it came, with a fresh adapter under LoRA, after `warmup_sft` if there is one."""
+    if run.done("warmup", START):
+        return
+    run.require("prepare", START)
+    players = seat(recipe, run)
+    heldout = list(read_lines(run.examples("heldout"), Example))
+    packing = players.packing(_probe(heldout))
+    sft = recipe.warmup_sft
+    curve = []
+    if sft is not None:
+        split = "train" if sft.prompts is None else "warmup"
+
+        def measure(epoch: int) -> None:
+            curve.append(mean_nll(players, heldout, packing, recipe.train.tokens_per_micro_batch))
+            log.info("warm-up: held-out NLL %.4f after %d epochs", curve[-1], epoch)
+
+        measure(0)
+        how = Fit(
+            epochs=sft.epochs,
+            batch_size=sft.batch_size,
+            learning_rate=sft.learning_rate,
+            optimizer=sft.optimizer,
+            warmup=recipe.train.warmup,
+            schedule=recipe.train.schedule,
+            weight_decay=recipe.train.weight_decay,
+            max_grad_norm=recipe.train.max_grad_norm,
+            tokens_per_micro_batch=recipe.train.tokens_per_micro_batch,
+            checkpoint_every=recipe.train.checkpoint_every,
+            seed=derive_seed(recipe.seed, "warmup"),
+        )
+        fit(
+            players,
+            SftItems(run.examples(split)),
+            sft_objective,
+            how,
+            packing=packing,
+            checkpoints=run.checkpoints(START),
+            what="warm-up SFT",
+            on_step=recorder(players, run, recipe, "warmup", START),
+            on_epoch=measure,
+        )
+    players.save(START)
+    run.complete("warmup", START, [run.player(START)], heldout_nll_by_epoch=curve, packing=packing)
+
+
+def _probe(examples: list[Example]) -> list[Tree]:
+    """Trees to try the packing on: the longest prompt and two more, each with its own and another's response."""
+    longest = sorted(examples, key=lambda example: -len(example.prompt_ids))[:1]
+    chosen = longest + [example for example in examples[:2] if example not in longest]
+    return [
+        Tree(example.prompt_ids, (example.response_ids, examples[-1 - index].response_ids))
+        for index, example in enumerate(chosen)
+    ]

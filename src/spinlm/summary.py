@@ -1,0 +1,126 @@
+"""What a run has found so far, as a table and a sentence. Reads the run folder only; imports no torch."""
+
+import json
+from dataclasses import dataclass
+from itertools import count
+from typing import TYPE_CHECKING, Any
+
+from spinlm.rundir import START, RunDir, read_json
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+COLUMNS = (
+    ("task_score", "task score", "{:.3f}"),
+    ("heldout_nll", "held-out NLL", "{:.3f}"),
+    ("pair_accuracy", "pair accuracy", "{:.2f}"),
+    ("margin", "margin", "{:+.2f}"),
+    ("identical_share", "identical", "{:.1%}"),
+    ("unfinished_share", "unfinished", "{:.1%}"),
+    ("repetition", "repetition", "{:.1%}"),
+    ("mean_tokens", "tokens", "{:.1f}"),
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One player: which, what was measured, and whether it is the best so far."""
+
+    iteration: int
+    metrics: dict[str, float]
+    best: bool
+
+    @property
+    def name(self) -> str:
+        return "start" if self.iteration == START else f"iteration {self.iteration}"
+
+
+def rows(run: RunDir) -> list[Row]:
+    """The players evaluated so far, the starting one first."""
+    best = run.best()
+    found: list[Row] = []
+    for iteration in count(START):
+        path = run.iteration_metrics(iteration)
+        if not run.marker("evaluate", iteration).exists():
+            return found
+        found.append(Row(iteration, read_json(path), iteration == best))
+    return found
+
+
+def table(run: RunDir) -> "Table":
+    """A rich table with a row for each player."""
+    from rich.box import SIMPLE
+    from rich.table import Table
+
+    players = rows(run)
+    columns = [column for column in COLUMNS if any(column[0] in row.metrics for row in players)]
+    grid = Table(box=SIMPLE, pad_edge=False)
+    grid.add_column("player")
+    for _, title, _ in columns:
+        grid.add_column(title, justify="right")
+    for row in players:
+        cells = [form.format(row.metrics[key]) if key in row.metrics else "–" for key, _, form in columns]
+        grid.add_row(row.name + (" (best)" if row.best else ""), *cells, style="bold" if row.best else "")
+    return grid
+
+
+def verdict(run: RunDir) -> str:
+    """One honest sentence about whether self-play helped."""
+    last = _promotions(run)
+    if not last:
+        return "No iteration has been judged yet."
+    best = last[-1]["best"]
+    metric = last[-1]["metric"].replace("_", " ")
+    errors = read_json(run.recipe)["selfplay"]["select"]["standard_errors"]
+    noise = f"{errors:g} standard error{'' if errors == 1 else 's'} of the paired difference"
+    if best == START:
+        tried = len(last)
+        return (
+            f"Self-play did not help: none of {tried} iteration{'s' if tried > 1 else ''} beat the starting player's "
+            f"{metric} by more than {noise}. The starting player stays the best."
+        )
+    won = next(item for item in last if item["iteration"] == best)
+    start, new = (read_json(run.iteration_metrics(i))[last[-1]["metric"]] for i in (START, best))
+    against = "the start" if won["against"] == START else f"iteration {won['against']}"
+    return (
+        f"Self-play helped: {metric} {start:.3f} at the start, {new:.3f} after iteration {best}, the best player. It "
+        f"is ahead of {against} by {won['lead']:.3f} ± {won['standard_error']:.3f} (standard error of the paired "
+        "difference on the held-out prompts of this one run; another seed may differ)."
+    )
+
+
+def _promotions(run: RunDir) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    for iteration in count(0):
+        if not run.marker("promote", iteration).exists():
+            return found
+        found.append({"iteration": iteration, **run.facts("promote", iteration)})
+    return found
+
+
+def side_by_side(run: RunDir, prompts: int) -> list[tuple[str, str, list[tuple[str, str]]]]:
+    """For some held-out prompts: the prompt, the real response, and the answers of the start and of the best player.
+
+    Prompts where the two differ come first.
+    """
+    best = run.best()
+    if best is None:
+        return []
+    names = {START: "start"} | ({best: f"iteration {best}"} if best != START else {})
+    answers = {iteration: _texts(run.answers(iteration)) for iteration in names}
+    examples = [json.loads(line) for line in run.examples("heldout").read_text(encoding="utf-8").splitlines()]
+    same = [len({texts[example["id"]] for texts in answers.values()}) == 1 for example in examples]
+    order = sorted(range(len(examples)), key=lambda index: (same[index], index))
+    return [
+        (
+            examples[index]["messages"][-1]["content"],
+            examples[index]["response"],
+            [(names[iteration], texts[examples[index]["id"]]) for iteration, texts in answers.items()],
+        )
+        for index in order[:prompts]
+    ]
+
+
+def _texts(path: Any) -> dict[str, str]:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return {answer["id"]: answer["text"] for answer in map(json.loads, lines)}

@@ -1,0 +1,60 @@
+"""Language models of many architectures, small enough for a test, with random weights."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tiny import tiny_tokenizer
+from transformers import AutoModelForCausalLM, CONFIG_MAPPING
+
+_LLAMA_LIKE = dict(
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=256,
+)
+# Weights are large, so that a token that sees what it should not changes the result by far more than rounding does.
+_CONFIGS: dict[str, dict[str, Any]] = {
+    "llama": _LLAMA_LIKE,
+    "mistral": _LLAMA_LIKE | dict(sliding_window=8),
+    "qwen2": _LLAMA_LIKE,
+    "gemma2": _LLAMA_LIKE | dict(head_dim=8, sliding_window=8),
+    "gpt2": dict(n_embd=32, n_layer=3, n_head=4, n_positions=256),
+    "gpt_neox": dict(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=256
+    ),
+    "gpt_neo": dict(
+        hidden_size=32,
+        num_layers=2,
+        attention_types=[[["global", "local"], 1]],
+        num_heads=4,
+        window_size=8,
+        max_position_embeddings=256,
+    ),
+}
+ARCHITECTURES = tuple(_CONFIGS)
+
+
+def tiny_model(architecture: str, vocabulary: int = 512, eos: int = 2, spread: float = 0.2, **changes: Any) -> Any:
+    """A causal language model with seeded random weights."""
+    config = CONFIG_MAPPING[architecture](
+        vocab_size=vocabulary,
+        initializer_range=spread,
+        bos_token_id=1,
+        eos_token_id=eos,
+        pad_token_id=None,
+        **(_CONFIGS[architecture] | changes),
+    )
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def save_tiny_model(folder: Path, architecture: str = "llama", kind: str = "chatml", **changes: Any) -> Path:
+    """A folder with a tiny model and tokenizer, as a user would have one."""
+    tokenizer = tiny_tokenizer(kind)
+    model = tiny_model(architecture, len(tokenizer), eos=tokenizer.eos_token_id, **changes)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

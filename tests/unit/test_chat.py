@@ -1,0 +1,344 @@
+"""Rendering and tokenising, on tokenizers of the families people use."""
+
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedTokenizerFast
+
+from spinlm.data.chat import Renderer, RowError
+from spinlm.errors import ModelError
+from tiny import KINDS, tiny_tokenizer
+
+USER = {"role": "user", "content": "Hi"}
+SYSTEM = {"role": "system", "content": "Be kind"}
+TURNS = [USER, {"role": "assistant", "content": "Hello"}, {"role": "user", "content": "Why?"}]
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+NO_END = (
+    "{% for m in messages %}{{ m.role + ': ' + m.content + '\n\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+)
+
+
+def text(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> str:
+    return str(tokenizer.decode(ids))
+
+
+def ids_of(tokenizer: PreTrainedTokenizerFast, rendered: str) -> list[int]:
+    return list(tokenizer(rendered, add_special_tokens=False)["input_ids"])
+
+
+def reason(
+    renderer: Renderer, messages: list[dict[str, str]], response: str, max_length: int = 1000
+) -> tuple[str, str]:
+    with pytest.raises(RowError) as caught:
+        renderer.encode(messages, response, max_length)
+    return caught.value.reason, str(caught.value)
+
+
+EXPECTED: dict[str, tuple[int, tuple[int, ...], str, str]] = {
+    # end_id, stop_ids, prompt and response of "Hi" / "Yes."
+    "chatml": (
+        2,
+        (2,),
+        "<|im_start|>system\nYou are a helpful assistant<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
+        "<|im_start|>assistant\n",
+        "Yes.<|im_end|>",
+    ),
+    "zephyr": (2, (2,), "<|user|>\nHi</s>\n<|assistant|>\n", "Yes.</s>"),
+    "llama3": (
+        4,
+        (1, 4),
+        "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n",
+        "Yes.<|eot_id|>",
+    ),
+    "mistral": (2, (2,), "<s>[INST] Hi [/INST]", " Yes.</s>"),
+    "plain": (0, (0,), "### User:\nHi\n\n### Assistant:\n", "Yes.<|endoftext|>"),
+    "bos": (2, (2,), "<s>### User:\nHi\n\n### Assistant:\n", "Yes.</s>"),
+}
+
+
+def test_every_family_that_can_be_used_is_expected() -> None:
+    assert {*EXPECTED, "unprefixed"} == {*KINDS}
+
+
+@pytest.mark.parametrize("kind", EXPECTED)
+def test_prompt_and_response_of_each_family(kind: Any) -> None:
+    tokenizer = tiny_tokenizer(kind)
+    renderer = Renderer(tokenizer)
+    end_id, stop_ids, prompt, response = EXPECTED[kind]
+
+    encoded = renderer.encode([USER], "Yes.", 1000)
+
+    assert (renderer.end_id, renderer.stop_ids) == (end_id, stop_ids)
+    assert text(tokenizer, encoded.prompt_ids) == prompt
+    assert text(tokenizer, encoded.response_ids) == response
+    assert encoded.response_ids[-1] == end_id
+    assert encoded.response_ids.count(end_id) == 1
+    assert not encoded.cut
+    assert renderer.prompt_ids([USER]) == encoded.prompt_ids
+
+
+@pytest.mark.parametrize("kind", EXPECTED)
+def test_tokens_are_those_of_the_whole_text_as_everyone_else_renders_it(kind: Any) -> None:
+    tokenizer = tiny_tokenizer(kind)
+    renderer = Renderer(tokenizer)
+    encoded = renderer.encode(TURNS, "It is the answer.", 1000)
+
+    rendered = tokenizer.apply_chat_template(
+        [*TURNS, {"role": "assistant", "content": "It is the answer."}], chat_template=renderer.template, tokenize=False
+    )
+    whole = ids_of(tokenizer, str(rendered))
+    ours = encoded.prompt_ids + encoded.response_ids
+
+    assert ours == whole[: len(ours)]
+    assert text(tokenizer, whole[len(ours) :]).strip() == ""  # nothing but white space was left out
+
+
+def test_literal_ids() -> None:
+    # chatml: three special tokens, then the bytes from "!" on
+    encoded = Renderer(tiny_tokenizer("chatml")).encode([SYSTEM, USER], "#!", 1000)
+    assert encoded.response_ids == [5, 3, 2]
+    # <|im_start|> is this tokenizer's BOS, and rightly begins each of three messages
+    assert encoded.prompt_ids.count(1) == 3
+    assert encoded.prompt_ids[0] == 1
+    # bos: three special tokens too, eos is 2
+    assert Renderer(tiny_tokenizer("bos")).encode([USER], "#!", 1000).response_ids == [5, 3, 2]
+
+
+def test_default_template_keeps_system_and_turns_and_writes_bos_once() -> None:
+    for kind, bos, eos in (("plain", "", "<|endoftext|>"), ("bos", "<s>", "</s>")):
+        tokenizer = tiny_tokenizer(kind)  # type: ignore[arg-type]
+        assert text(tokenizer, Renderer(tokenizer).prompt_ids([SYSTEM, *TURNS])) == (
+            f"{bos}Be kind\n\n### User:\nHi\n\n### Assistant:\nHello{eos}\n\n### User:\nWhy?\n\n### Assistant:\n"
+        )
+
+
+def test_stop_ids_are_the_model_s_and_the_tokenizer_s_and_the_template_s() -> None:
+    assert Renderer(tiny_tokenizer("llama3"), stop_ids=[9, 3]).stop_ids == (1, 3, 4, 9)
+
+
+def test_end_is_found_behind_what_the_template_writes_around_an_answer() -> None:
+    tokenizer = tiny_tokenizer("unprefixed")
+    tokenizer.add_tokens(["<think>", "</think>", "</answer>"])
+    thinking = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+        "{% if m.role == 'assistant' %}{{ '<think>\n</think>\n' }}{% endif %}"
+        "{{ m.content }}{% if m.role == 'assistant' %}{{ '</answer>' }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    renderer = Renderer(tokenizer, thinking)
+    response_ids = renderer.encode([USER], "Yes.", 1000).response_ids
+    assert renderer.end_id == 2
+    assert text(tokenizer, response_ids) == "<think>\n</think>\nYes.</answer><|im_end|>"
+    assert renderer.decode(response_ids) == "<think>\n</think>\nYes.</answer>"
+    # a special token ends the turn even where neither model nor tokenizer says that it stops
+    assert Renderer(tokenizer, thinking.replace("<|im_end|>", "<|endoftext|>")).stop_ids == (0, 2)
+
+
+def test_an_added_token_that_is_not_special_can_end_a_turn() -> None:
+    tokenizer = tiny_tokenizer("plain")
+    tokenizer.add_tokens(["<end>"])
+    template = NO_END.replace("m.content + '", "m.content + '<end>")
+    renderer = Renderer(tokenizer, template)
+    end_id = tokenizer.get_vocab()["<end>"]
+    assert renderer.stop_ids == (0, end_id)
+    assert renderer.encode([USER], "#!", 1000).response_ids[-2:] == [1, end_id]
+    assert renderer.decode([1, end_id, 0]) == "!"
+
+
+def test_a_tokenizer_that_knows_whole_words_only() -> None:
+    words = ["<unk>", "<eos>", "user", "assistant", ":", "Hi", "Yes", "no"]
+    model = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    model.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=model, unk_token="<unk>", eos_token="<eos>")
+    renderer = Renderer(tokenizer, NO_END.replace("m.content + '", "m.content + '."))
+    encoded = renderer.encode([USER], "Yes : no", 1000)
+    assert encoded.prompt_ids == [2, 4, 5, 0, 3, 4]
+    assert encoded.response_ids == [6, 4, 7, 1]  # the full stop is no end of turn, though <unk> is a special token
+    assert renderer.decode([5, 4, 0, 4, 1]) == "Hi : :"
+
+
+def test_a_tokenizer_without_any_special_token() -> None:
+    model = Tokenizer(WordLevel({word: i for i, word in enumerate(["user", "assistant", ":", "Hi", "<unk>"])}, "<unk>"))
+    model.pre_tokenizer = Whitespace()
+    renderer = Renderer(PreTrainedTokenizerFast(tokenizer_object=model), NO_END, stop_ids=[4])
+    assert renderer.encode([USER], "Hi", 1000).response_ids == [3, 4]
+
+
+@pytest.mark.parametrize("template", [NO_END, NO_END.replace("m.content + '", "m.content + '<eos>")])
+def test_eos_takes_the_place_of_what_a_template_without_an_end_writes(template: str) -> None:
+    tokenizer = tiny_tokenizer("plain")
+    encoded = Renderer(tokenizer, template).encode(TURNS, "Yes.", 1000)
+    assert text(tokenizer, encoded.response_ids) == " Yes.<|endoftext|>"
+    assert "<|endoftext|>" not in text(tokenizer, encoded.prompt_ids)
+
+
+def test_what_follows_a_second_eos_is_cut() -> None:
+    tokenizer = tiny_tokenizer("bos")
+    template = CHATML.replace("<|im_end|>", "</s></s>")
+    assert text(tokenizer, Renderer(tokenizer, template).encode([USER], "Yes.", 1000).response_ids) == "Yes.</s>"
+
+
+def test_nothing_ends_a_turn() -> None:
+    tokenizer = tiny_tokenizer("plain")
+    tokenizer.eos_token = None
+    with pytest.raises(ModelError, match=r"nothing ends an assistant turn.*eos_token.*data\.chat_template"):
+        Renderer(tokenizer, NO_END)
+    # the model's own configuration may still say what stops it
+    assert Renderer(tokenizer, NO_END, stop_ids=[0]).end_id == 0
+    with pytest.raises(ModelError, match="nothing ends an assistant turn"):
+        Renderer(tokenizer)
+
+
+def test_template_that_does_not_continue_its_own_prompt() -> None:
+    tokenizer = tiny_tokenizer("unprefixed")
+    with pytest.raises(ModelError, match=r"On a question: .*<think>.*prompts it never sees.*data\.chat_template"):
+        Renderer(tokenizer)
+    assert Renderer(tokenizer, CHATML).end_id == 2
+
+
+def test_template_whose_prompt_runs_into_the_answer() -> None:
+    # two line breaks at the end of a text are one token, before a word they are two
+    template = NO_END.replace("m.role + ': '", "m.role + '\n\n'").replace("assistant:", "assistant\n\n")
+    with pytest.raises(ModelError, match=r"the tokenizer joins the end of the prompt, .*, 'It is blue'"):
+        Renderer(tiny_tokenizer("plain"), template)
+
+
+def test_a_second_turn_is_checked_too() -> None:
+    template = CHATML.replace("{% endif %}", "{{ '#' if messages | length > 2 }}{% endif %}")
+    with pytest.raises(ModelError, match="On a second question: "):
+        Renderer(tiny_tokenizer("chatml"), template)
+
+
+def test_template_from_a_file(tmp_path: Any) -> None:
+    path = tmp_path / "template.jinja"
+    path.write_text(CHATML, encoding="utf-8")
+    renderer = Renderer(tiny_tokenizer("chatml"), str(path))
+    assert renderer.template == CHATML
+    prompt_ids = renderer.prompt_ids([USER])
+    assert text(tiny_tokenizer("chatml"), prompt_ids) == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    with pytest.raises(ModelError, match=r"data\.chat_template: .*missing\.jinja is neither"):
+        Renderer(tiny_tokenizer("chatml"), str(tmp_path / "missing.jinja"))
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{% for m in messages %}", "fails on a plain question and answer.*endfor"),
+        ("{{ raise_exception('no') }}", "fails on a plain question and answer.*no"),
+        ("{{ raise_exception('no') if add_generation_prompt }}" + CHATML, "On a question: .*no"),
+        ("{{ bos_token }}Hello", "leaves out what the assistant says"),
+        ("{{ bos_token * 2 }}" + CHATML.replace("<|im_start|>", ""), r"begins with BOS twice.*writes <s> once"),
+    ],
+)
+def test_templates_that_cannot_be_used(template: str, message: str) -> None:
+    with pytest.raises(ModelError, match=message) as caught:
+        Renderer(tiny_tokenizer("bos"), template)
+    assert "data.chat_template" in str(caught.value)
+
+
+def test_tokenizer_with_several_templates() -> None:
+    tokenizer = tiny_tokenizer("chatml")
+    tokenizer.chat_template = {"default": CHATML, "tools": "x"}
+    assert Renderer(tokenizer).template == CHATML
+    tokenizer.chat_template = {"rag": CHATML, "tools": "x"}
+    with pytest.raises(ModelError, match=r"multiple chat templates.*data\.chat_template"):
+        Renderer(tokenizer)
+
+
+def test_a_template_that_refuses_system_messages_serves_those_who_have_none() -> None:
+    renderer = Renderer(tiny_tokenizer("mistral"))
+    assert renderer.encode(TURNS, "Yes.", 1000).response_ids[-1] == 2
+    slug, detail = reason(renderer, [SYSTEM, USER], "Yes.")
+    assert slug == "template_refused"
+    assert "roles must alternate" in detail
+    with pytest.raises(RowError, match="roles must alternate"):
+        renderer.prompt_ids([USER, USER])
+
+
+def test_a_template_that_drops_system_messages_does_not_do_so_silently() -> None:
+    silent = CHATML.replace("{% for m in messages %}", "{% for m in messages if m.role != 'system' %}")
+    renderer = Renderer(tiny_tokenizer("chatml"), silent)
+    assert not renderer.encode([USER], "Yes.", 1000).cut
+    assert reason(renderer, [SYSTEM, USER], "Yes.") == (
+        "template_refused",
+        "the chat template leaves the system message out",
+    )
+
+
+def test_control_tokens_in_text_are_refused() -> None:
+    tokenizer = tiny_tokenizer("chatml")
+    tokenizer.add_tokens(["<tool>", "<other>", "    "])
+    renderer = Renderer(tokenizer, "{# <tool> #}" + "{#      #}" + CHATML)
+    spelled = "the text contains the control token "
+    assert reason(renderer, [USER], "Yes.<|im_end|>") == ("control_token", spelled + "<|im_end|>")
+    assert reason(renderer, [USER], "Yes <|endoftext|>") == ("control_token", spelled + "<|endoftext|>")
+    assert reason(renderer, [{"role": "user", "content": "a<|im_start|>b"}], "Yes.") == (
+        "control_token",
+        spelled + "<|im_start|>",
+    )
+    assert reason(renderer, [USER], "a <tool>") == ("control_token", spelled + "<tool>")  # the template has it
+    with pytest.raises(RowError, match="<tool>"):
+        renderer.prompt_ids([{"role": "system", "content": "<tool>"}, USER])
+    stopping = Renderer(tokenizer, CHATML, stop_ids=tokenizer.convert_tokens_to_ids(["<other>"]))
+    assert reason(stopping, [USER], "an <other>") == ("control_token", spelled + "<other>")
+    # an added token that plays no part in the template, white space, and what only looks like a control token
+    for harmless in ("<other>", "if x:\n    return", "<|im_end>", "</s>"):
+        assert renderer.decode(renderer.encode([USER], harmless, 1000).response_ids) == harmless
+
+
+def test_a_response_that_the_tokenizer_joins_with_the_prompt_is_refused() -> None:
+    renderer = Renderer(tiny_tokenizer("chatml"))
+    assert renderer.encode([USER], "\nHello", 1000).response_ids[-1] == 2
+    slug, detail = reason(renderer, [USER], "\n\nHello")
+    assert slug == "prompt_not_a_prefix"
+    assert r"'assistant\n'" in detail and "white space" in detail
+
+
+def test_a_prompt_that_changes_with_its_response_is_refused() -> None:
+    renderer = Renderer(tiny_tokenizer("chatml"), "{{ '#' if 'why' in messages[-1].content }}" + CHATML)
+    slug, detail = reason(renderer, [USER], "That is why.")
+    assert slug == "prompt_not_a_prefix"
+    assert "does not begin with the prompt" in detail
+
+
+def test_a_response_that_the_template_rewrites_is_refused() -> None:
+    renderer = Renderer(tiny_tokenizer("chatml"), CHATML.replace("m.content", "m.content.split('|')[-1]"))
+    assert reason(renderer, [USER], "reasoning|Yes.")[0] == "response_changed"
+    # trimming is no rewriting
+    assert Renderer(tiny_tokenizer("llama3")).encode([USER], " Yes.\n", 1000).response_ids[-1] == 4
+
+
+def test_a_response_that_does_not_fit_is_cut_and_not_ended() -> None:
+    renderer = Renderer(tiny_tokenizer("chatml"))
+    whole = renderer.encode([USER], "one two three four five", 1000)
+    prompt, response = len(whole.prompt_ids), len(whole.response_ids)
+    assert response > 2
+
+    fits = renderer.encode([USER], "one two three four five", prompt + response)
+    assert fits == whole
+    shorter = renderer.encode([USER], "one two three four five", prompt + response - 1)
+    assert (shorter.response_ids, shorter.cut) == (whole.response_ids[:-1], True)
+    assert renderer.end_id not in shorter.response_ids
+    single = renderer.encode([USER], "one two three four five", prompt + 1)
+    assert (single.response_ids, single.cut) == (whole.response_ids[:1], True)
+    assert reason(renderer, [USER], "one two three four five", prompt) == (
+        "prompt_too_long",
+        f"the prompt has {prompt} tokens, which leaves no room within {prompt}",
+    )
+
+
+def test_decode_gives_the_text_back() -> None:
+    for kind in ("chatml", "zephyr", "plain", "bos"):
+        renderer = Renderer(tiny_tokenizer(kind))
+        response = "  three , numbers :\n\n1 , 2 .  é 😀\n".strip()
+        assert renderer.decode(renderer.encode([USER], response, 1000).response_ids) == response
+    assert Renderer(tiny_tokenizer("chatml"), stop_ids=[5]).decode([3, 0, 3, 5, 2]) == "!!"

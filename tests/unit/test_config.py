@@ -1,0 +1,261 @@
+"""The recipe's schema: what is accepted, and what is said about what is not."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import spinlm
+from spinlm.config import Recipe, Section, at_iteration, load_recipe, parse_recipe
+from spinlm.errors import RecipeError
+
+SMALLEST = "model:\n  path: m\ndata:\n  path: d\n"
+
+
+def load(tmp_path: Path, text: str, *overrides: str) -> Recipe:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    return load_recipe(path, overrides)
+
+
+def complaint(tmp_path: Path, text: str, *overrides: str) -> str:
+    with pytest.raises(RecipeError) as error:
+        load(tmp_path, text, *overrides)
+    return str(error.value).replace(f"{tmp_path}/", "")
+
+
+def with_section(**sections: Any) -> str:
+    with pytest.raises(RecipeError) as error:
+        parse_recipe({"model": {"path": "m"}, "data": {"path": "d"}} | sections)
+    return str(error.value)
+
+
+# Values
+
+
+def test_the_smallest_recipe_has_the_papers_defaults(tmp_path: Path) -> None:
+    recipe = load(tmp_path, SMALLEST)
+    assert (recipe.selfplay.iterations, recipe.selfplay.replay) == (4, 1)
+    assert (recipe.train.epochs, recipe.train.batch_size, recipe.train.optimizer) == (2, 64, "rmsprop")
+    assert (recipe.objective.beta, recipe.train.learning_rate) == (0.1, 5e-7)
+    assert recipe.lora is None
+
+
+@pytest.mark.parametrize(
+    ("written", "value"),
+    [("5e-7", 5e-7), ("5E-7", 5e-7), ("1e+2", 100.0), ("2", 2), ("0.5", 0.5), (".5", 0.5), ("1.5e-3", 0.0015)],
+)
+def test_numbers_as_people_write_them(tmp_path: Path, written: str, value: float) -> None:
+    recipe = load(tmp_path, SMALLEST + f"train:\n  learning_rate: {written}\n")
+    assert recipe.train.learning_rate == value
+
+
+def test_values_for_each_iteration(tmp_path: Path) -> None:
+    recipe = load(tmp_path, SMALLEST + "objective: {beta: [0.1, 0.2, 3, 5e-1]}\n")
+    assert [at_iteration(recipe.objective.beta, t) for t in range(4)] == [0.1, 0.2, 3, 0.5]
+    assert [at_iteration(recipe.train.learning_rate, t) for t in range(4)] == [5e-7] * 4
+
+
+def test_a_recipe_cannot_be_changed(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        load(tmp_path, SMALLEST).seed = 1  # type: ignore[misc]
+
+
+def test_fingerprint_is_json_and_leaves_out_what_changes_no_result(tmp_path: Path) -> None:
+    plain, tracked = load(tmp_path, SMALLEST), load(tmp_path, SMALLEST + "tracking: [tensorboard]\n")
+    assert plain.fingerprint() == tracked.fingerprint()
+    assert parse_recipe(plain.fingerprint()) == plain
+
+
+# Overrides
+
+
+def test_overrides(tmp_path: Path) -> None:
+    recipe = load(
+        tmp_path,
+        SMALLEST + "lora: {r: 4}\ntrain: {epochs: 7}\n",
+        "train.epochs=1",
+        "--train.learning_rate=5e-6",
+        "objective.beta=[0.1, 0.2]",
+        "selfplay.iterations=2",
+        "selfplay.select.patience=3",
+        "lora=null",
+        "data.columns={prompt: question, response: answer}",
+        "warmup_sft.epochs=2",
+    )
+    assert (recipe.train.epochs, recipe.train.learning_rate) == (1, 5e-6)
+    assert (recipe.objective.beta, recipe.selfplay.select.patience) == ([0.1, 0.2], 3)
+    assert recipe.lora is None
+    assert recipe.data.columns.response == "answer"
+    assert recipe.warmup_sft is not None and recipe.warmup_sft.epochs == 2
+
+
+@pytest.mark.parametrize("override", ["train.epochs", "=1", "train.epochs=", "train.epochs= "])
+def test_an_override_that_is_none(tmp_path: Path, override: str) -> None:
+    assert "write section.key=value" in complaint(tmp_path, SMALLEST, override)
+
+
+def test_an_override_into_a_value(tmp_path: Path) -> None:
+    assert complaint(tmp_path, SMALLEST + "seed: 1\n", "seed.x=1") == "override 'seed.x=1': seed is not a section"
+    assert complaint(tmp_path, SMALLEST, "model.path.x=1") == "override 'model.path.x=1': path is not a section"
+
+
+def test_a_wrong_override_is_explained_like_a_wrong_recipe(tmp_path: Path) -> None:
+    assert (
+        complaint(tmp_path, SMALLEST, "train.epoch=1") == "recipe.yaml: train.epoch: unknown key; did you mean epochs?"
+    )
+
+
+# Paths
+
+
+def test_paths_beside_the_recipe_are_found(tmp_path: Path) -> None:
+    (tmp_path / "d").write_text("")
+    recipe = load(tmp_path, SMALLEST)
+    assert (recipe.data.path, recipe.model.path) == (str(tmp_path / "d"), "m")
+
+
+def test_home_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert load(tmp_path, SMALLEST, "data.path=~/d.jsonl").data.path == "/home/someone/d.jsonl"
+    assert "data.path: ~no_such_user/d" in complaint(tmp_path, SMALLEST, "data.path=~no_such_user/d")
+
+
+# Complaints
+
+
+def test_every_wrong_thing_has_one_line(tmp_path: Path) -> None:
+    said = complaint(tmp_path, "model: {pth: x}\ntrain: {epochs: 0, batch_size: many}\n")
+    assert said.splitlines() == [
+        "recipe.yaml: model.path: missing",
+        "recipe.yaml: model.pth: unknown key; did you mean path?",
+        "recipe.yaml: data: missing",
+        "recipe.yaml: train.epochs: should be greater than or equal to 1, got 0",
+        'recipe.yaml: train.batch_size: should be a valid integer, got "many"',
+    ]
+
+
+@pytest.mark.parametrize(
+    ("sections", "said"),
+    [
+        ({"trian": {}}, "trian: unknown key; did you mean train?"),
+        ({"selfplay": {"select": {"patiance": 1}}}, "selfplay.select.patiance: unknown key; did you mean patience?"),
+        ({"lora": {"rank_": 1, "r": 2}}, "lora.rank_: unknown key; known: r, alpha, dropout, targets"),
+        ({"train": {"beta": 1}}, "train.beta: unknown key; did you mean objective.beta?"),
+        ({"epochs": 1}, "epochs: unknown key; did you mean train.epochs or warmup_sft.epochs?"),
+        ({"train": {"x]": 1}, "seed": 1}, "train.x]: unknown key; known: epochs, batch_size"),
+    ],
+)
+def test_unknown_keys(sections: dict[str, Any], said: str) -> None:
+    assert with_section(**sections).startswith(f"recipe: {said}")
+
+
+@pytest.mark.parametrize(
+    ("sections", "said"),
+    [
+        ({"train": {"learning_rate": "a"}}, 'train.learning_rate: should be a valid number (or a list), got "a"'),
+        (
+            {"train": {"learning_rate": "5e-7"}},
+            'train.learning_rate: should be a valid number (or a list), got "5e-7"; leave the quotes out',
+        ),
+        ({"train": {"learning_rate": 0}}, "train.learning_rate: should be greater than 0 (or a list), got 0"),
+        ({"train": {"learning_rate": [1, "b"]}}, 'train.learning_rate.1: should be a valid number, got "b"'),
+        (
+            {"train": {"learning_rate": float("nan")}},
+            "train.learning_rate: should be a finite number (or a list), got NaN",
+        ),
+        ({"lora": {"targets": "q"}}, "lora.targets: should be 'all-linear' (or a list), got \"q\""),
+        ({"lora": {"targets": [1]}}, "lora.targets.0: should be a valid string, got 1; put it in quotes"),
+        (
+            {"model": {"path": "m", "revision": 12}},
+            "model.revision: should be a valid string, got 12; put it in quotes",
+        ),
+        ({"lora": 5}, "lora: should be a section with keys, got 5"),
+        ({"train": None}, "train: should be a section with keys, got null"),
+        ({"train": [1]}, "train: should be a section with keys, got [1]"),
+        ({"seed": True}, "seed: should be a valid integer, got true"),
+        ({"seed": 1.0}, "seed: should be a valid integer, got 1.0"),
+        ({"opponent": {"top_p": 1.5}}, "opponent.top_p: should be less than or equal to 1, got 1.5"),
+        ({"objective": {"loss": "l2"}}, "objective.loss: should be 'logistic', 'hinge' or 'exponential', got \"l2\""),
+        ({"tracking": "wandb"}, 'tracking: should be a valid list, got "wandb"'),
+        ({"model": {"path": {3: 4}}}, 'model.path: should be a valid string, got {"3": 4}'),
+        ({"model": {"path": {(1,): 4}}}, "model.path: should be a valid string, got {(1,): 4}"),
+    ],
+)
+def test_wrong_values(sections: dict[str, Any], said: str) -> None:
+    whole = with_section(**sections)
+    assert whole.startswith(f"recipe: {said}")
+    assert len(whole.splitlines()) == 1
+
+
+def test_a_list_of_another_length_than_the_iterations() -> None:
+    said = with_section(objective={"beta": [0.1, 0.2, 0.3]})
+    assert said == (
+        "recipe: objective.beta has 3 values for 4 iterations: give one number, or one for each of selfplay.iterations"
+    )
+
+
+def test_choosing_by_task_score_needs_a_scorer() -> None:
+    assert "evaluate.scorer names no scorer" in with_section(selfplay={"select": {"metric": "task_score"}})
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "a recipe is a mapping of sections"),
+        ("- a\n", "a recipe is a mapping of sections"),
+        ("just words\n", "a recipe is a mapping of sections"),
+        ("model: [\n", "not valid YAML"),
+        ("a: 1\nb: 2\na: 3\n", "the key 'a' stands twice (line 3)"),
+        ("model:\n  path: x\n  path: y\n", "the key 'path' stands twice (line 3)"),
+        ("lora:\n  # r: 4\n", "the key 'lora' has no value (line 1): write null for none, or {} for a section"),
+        ("[a, b]: c\n", "not valid YAML"),
+        ("seed: 2024-13-45\n", "not valid YAML"),
+        ("seed: !!python/object:os.system {}\n", "not valid YAML"),
+    ],
+)
+def test_files_that_are_no_recipe(tmp_path: Path, text: str, said: str) -> None:
+    whole = complaint(tmp_path, text)
+    assert whole.startswith("recipe.yaml: ") and said in whole
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"no such recipe. `spinlm init` writes one"):
+        load_recipe(tmp_path / "absent.yaml")
+    with pytest.raises(RecipeError, match="cannot be read as text"):
+        load_recipe(tmp_path)
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(RecipeError, match="cannot be read as text"):
+        load_recipe(tmp_path / "binary.yaml")
+
+
+# The schema itself
+
+
+def fields(section: type[Section], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, field in section.model_fields.items():
+        yield f"{prefix}{name}", field
+        for choice in (field.annotation, *getattr(field.annotation, "__args__", ())):
+            if isinstance(choice, type) and issubclass(choice, Section):
+                yield from fields(choice, f"{prefix}{name}.")
+
+
+@pytest.mark.parametrize("name", dict(fields(Recipe)))
+def test_no_field_without_help(name: str) -> None:
+    assert dict(fields(Recipe))[name].description
+
+
+def leaves() -> list[str]:
+    names = list(dict(fields(Recipe)))
+    return [name for name in names if not any(other.startswith(f"{name}.") for other in names)]
+
+
+@pytest.mark.parametrize("name", leaves())
+def test_no_dead_knob(name: str) -> None:
+    package = Path(spinlm.__file__).parent
+    # A plan that shows a value is not yet a run that uses it.
+    sources = [path for path in package.rglob("*.py") if path.name not in ("config.py", "plan.py")]
+    read = re.compile(rf"\.{name.rpartition('.')[2]}\b")
+    assert any(read.search(path.read_text()) for path in sources), f"nothing in src/spinlm reads {name}"

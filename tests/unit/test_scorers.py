@@ -1,0 +1,200 @@
+import subprocess
+import sys
+
+import pytest
+
+from spinlm.errors import DataError, RecipeError
+from spinlm.evals.scorers import exact_match, get_scorer, gsm8k, json_fields
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "score"),
+    [
+        ("Paris", "Paris", 1.0),
+        ("  two\n words ", "two words", 1.0),
+        ("paris", "Paris", 0.0),
+        ("twowords", "two words", 0.0),
+        ("", "Paris", 0.0),
+    ],
+)
+def test_exact_match(answer, reference, score):
+    assert exact_match(answer, reference) == score
+
+
+@pytest.mark.parametrize(
+    ("answer", "score"),
+    [
+        ('{"item":"blue mug","quantity":3,"price":4.5}', 1.0),
+        ('{"price": 4.50, "quantity": 3.0, "item": " blue mug "}', 1.0),
+        ('```json\n{"item":"blue mug","quantity":3,"price":4.5}\n```', 1.0),
+        ('```\n{"item":"blue mug","quantity":3,"price":4.5}```\n', 1.0),
+        ('{"item":"Blue mug","quantity":3,"price":4.5}', 2 / 3),
+        ('{"item":"blue mug","quantity":3}', 2 / 3),
+        ('{"item":"blue mug","quantity":3,"price":4.5,"colour":"blue"}', 3 / 4),
+        ('{"item":"blue mug","quantity":"3","cost":4.5}', 1 / 4),
+        ('{"item":"blue mug","quantity":3,"price":4.5,"price":4.5}', 0.0),  # a key twice
+        ('{"item":"blue mug","quantity":3,"price":4.5', 0.0),
+        ('{"item":"blue mug","quantity":3,"price":4.5} Anything else?', 0.0),
+        ('Sure: {"item":"blue mug","quantity":3,"price":4.5}', 0.0),
+        ('{"item":"blue mug","quantity":3,"price":4.5}{"item":"blue mug"}', 0.0),
+        ('[{"item":"blue mug","quantity":3,"price":4.5}]', 0.0),
+        ('{"item":"blue mug","quantity":3,"price":NaN}', 0.0),
+        ("{}", 0.0),
+        ("", 0.0),
+        ("[" * 100_000, 0.0),
+        ('{"quantity":' + "9" * 10_000 + "}", 0.0),
+    ],
+)
+def test_json_fields(answer, score):
+    assert json_fields(answer, '{"item":"blue mug","quantity":3,"price":4.5}') == score
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "score"),
+    [
+        ('{"to":{"name":"Ada","age":3.0}}', '{"to":{"name":"Ada","age":3}}', 1.0),
+        ('{"to":{"name":"Ada","age":4}}', '{"to":{"name":"Ada","age":3}}', 0.0),  # not a half: compared as a whole
+        ('{"tags":["a","b"]}', '{"tags":["a","b"]}', 1.0),
+        ('{"tags":["b","a"]}', '{"tags":["a","b"]}', 0.0),
+        ('{"paid":1}', '{"paid":true}', 0.0),
+        ('{"paid":true}', '{"paid":true}', 1.0),
+        ('{"note":null}', '{"note":null}', 1.0),
+        ("{}", "{}", 1.0),
+    ],
+)
+def test_json_fields_of_other_types(answer, reference, score):
+    assert json_fields(answer, reference) == score
+
+
+def test_json_fields_refuses_a_reference_that_is_no_object():
+    with pytest.raises(DataError, match="needs a JSON object as the real response, not 'forty two'"):
+        json_fields("{}", "forty two")
+
+
+@pytest.mark.parametrize(
+    ("answer", "score"),
+    [
+        ("so 7 * 2 is 14 and some.\n#### 1234", 1.0),
+        ("#### $1,234.", 1.0),
+        ("####1234.00", 1.0),
+        ("#### 1234\n\nQuestion: what is 2 + 2?\n#### 4", 1.0),  # the first marker: what follows is another question
+        ("#### 14, or is it 1234", 0.0),
+        ("The answer is 1,234 dollars.", 1.0),
+        ("It is 1234, and not 14", 0.0),
+        ("#### unknown, but about 1234", 1.0),
+        ("#### -1234", 0.0),
+        ("2468-1234", 1.0),
+        ("no idea", 0.0),
+        ("", 0.0),
+    ],
+)
+def test_gsm8k(answer, score):
+    assert gsm8k(answer, "She sells 1200 + 34.\n#### 1,234") == score
+
+
+def test_gsm8k_of_small_and_negative_numbers():
+    assert gsm8k("#### -5", "#### -5") == 1.0
+    assert gsm8k("it fell by -$5", "#### -5") == 1.0
+    assert gsm8k(".5", "#### 0.50") == 1.0
+
+
+def test_gsm8k_refuses_a_reference_without_a_number():
+    with pytest.raises(DataError, match="there is none in 'none'"):
+        gsm8k("#### 1", "none")
+
+
+def test_known_scorers_by_name():
+    assert get_scorer("exact_match")("a ", "a") == 1.0
+    assert get_scorer("json_fields")('{"a":1}', '{"a":1,"b":2}') == 0.5
+    assert get_scorer("gsm8k")("3", "#### 3") == 1.0
+
+
+def test_unknown_name_shows_the_nearest_and_all_known():
+    with pytest.raises(RecipeError) as error:
+        get_scorer("json_field")
+    assert str(error.value) == (
+        "evaluate.scorer: there is no scorer 'json_field'. Did you mean json_fields? Known: exact_match, json_fields, "
+        "gsm8k, or module:function for one of your own"
+    )
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A current folder whose modules are forgotten afterwards."""
+    monkeypatch.chdir(tmp_path)
+    before, path = set(sys.modules), list(sys.path)
+    yield tmp_path
+    assert sys.path == path
+    for name in set(sys.modules) - before:
+        del sys.modules[name]
+
+
+def test_own_scorer_from_the_current_folder(folder):
+    (folder / "my_scorers.py").write_text(
+        "import my_words\ndef score(answer, reference): return my_words.share(answer)"
+    )
+    (folder / "my_words.py").write_text("def share(answer): return len(answer.split()) / 4")
+    scorer = get_scorer("my_scorers:score")
+    assert scorer("three words here", "") == 0.75
+    assert scorer.__name__ == "score"
+
+
+def test_own_scorer_may_answer_yes_or_no(folder):
+    (folder / "my_scorers.py").write_text("def same(answer, reference): return answer == reference")
+    assert get_scorer("my_scorers:same")("a", "a") == 1.0
+
+
+@pytest.mark.parametrize("value", ["1.01", "-0.1", "float('nan')", "float('inf')", "None", "'1'", "1j"])
+def test_own_scorer_is_checked_on_every_call(folder, value):
+    (folder / "my_scorers.py").write_text(f"def score(answer, reference): return {value} if answer else 1")
+    scorer = get_scorer("my_scorers:score")
+    assert scorer("", "") == 1.0
+    with pytest.raises(
+        RecipeError, match=r"my_scorers:score returned .* for the answer 'text'; a scorer returns a float"
+    ):
+        scorer("text", "")
+
+
+def test_missing_module_says_where_it_was_looked_for(folder):
+    with pytest.raises(RecipeError) as error:
+        get_scorer("no_such_scorers:score")
+    assert str(error.value) == (
+        "evaluate.scorer: no_such_scorers:score: cannot import no_such_scorers (ModuleNotFoundError: No module named "
+        f"'no_such_scorers'). It must be a module in the current folder ({folder}) or an installed one, and import "
+        "without errors"
+    )
+
+
+def test_module_that_fails_to_import_shows_its_own_error(folder):
+    (folder / "my_scorers.py").write_text("def score(answer, reference)")
+    with pytest.raises(RecipeError, match=r"cannot import my_scorers \(SyntaxError: expected ':'"):
+        get_scorer("my_scorers:score")
+
+
+def test_missing_function_shows_the_nearest_or_what_to_define(folder):
+    (folder / "my_scorers.py").write_text("def score(answer, reference): return 1\nlimit = 3")
+    with pytest.raises(RecipeError, match=r"my_scorers\.py\) has no function scores; did you mean score\?"):
+        get_scorer("my_scorers:scores")
+    with pytest.raises(RecipeError, match=r"has no function limit\. Define limit\(answer, reference\) there"):
+        get_scorer("my_scorers:limit")
+
+
+def test_function_of_the_wrong_shape_is_refused_before_it_is_called(folder):
+    (folder / "my_scorers.py").write_text("def score(answer): return 1")
+    with pytest.raises(RecipeError, match=r"called as score\(answer, reference\), but is defined as score\(answer\)"):
+        get_scorer("my_scorers:score")
+
+
+@pytest.mark.parametrize("name", [":score", "my_scorers:"])
+def test_incomplete_name(name):
+    with pytest.raises(RecipeError, match="write module:function, for example my_scorers:score"):
+        get_scorer(name)
+
+
+def test_neither_scorers_nor_demo_load_a_heavy_package():
+    code = (
+        "import sys, spinlm.evals.scorers, spinlm.data.demo\n"
+        "print(sorted({'torch', 'transformers', 'datasets', 'numpy', 'pyarrow', 'pydantic'} & set(sys.modules)))"
+    )
+    printed = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert printed == "[]\n"
