@@ -2,6 +2,7 @@
 
 import errno
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -165,6 +166,9 @@ def init(
 
 def main() -> None:
     """Entry point: errors meant for the user are shown without a traceback, with their exit code."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
     for noisy in ("transformers", "httpx", "accelerate", "datasets", "peft"):
         logging.getLogger(noisy).setLevel(logging.ERROR)

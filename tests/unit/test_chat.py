@@ -155,7 +155,7 @@ def test_an_added_token_that_is_not_special_can_end_a_turn() -> None:
 
 
 def test_a_tokenizer_that_knows_whole_words_only() -> None:
-    words = ["<unk>", "<eos>", "user", "assistant", ":", "Hi", "Yes", "no"]
+    words = ["<unk>", "<eos>", "user", "assistant", ":", "Hi", "Yes", "no", ","]
     model = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     model.pre_tokenizer = Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=model, unk_token="<unk>", eos_token="<eos>")
@@ -163,7 +163,7 @@ def test_a_tokenizer_that_knows_whole_words_only() -> None:
     encoded = renderer.encode([USER], "Yes : no", 1000)
     assert encoded.prompt_ids == [2, 4, 5, 0, 3, 4]
     assert encoded.response_ids == [6, 4, 7, 1]  # the full stop is no end of turn, though <unk> is a special token
-    assert renderer.decode([5, 4, 0, 4, 1]) == "Hi : :"
+    assert renderer.decode([5, 8, 0, 4, 1]) == "Hi , :"
 
 
 def test_a_tokenizer_without_any_special_token() -> None:
@@ -288,7 +288,7 @@ def test_control_tokens_in_text_are_refused() -> None:
     assert reason(renderer, [USER], "a <tool>") == ("control_token", spelled + "<tool>")  # the template has it
     with pytest.raises(RowError, match="<tool>"):
         renderer.prompt_ids([{"role": "system", "content": "<tool>"}, USER])
-    stopping = Renderer(tokenizer, CHATML, stop_ids=tokenizer.convert_tokens_to_ids(["<other>"]))
+    stopping = Renderer(tokenizer, CHATML, stop_ids=[tokenizer.get_vocab()["<other>"]])
     assert reason(stopping, [USER], "an <other>") == ("control_token", spelled + "<other>")
     # an added token that plays no part in the template, white space, and what only looks like a control token
     for harmless in ("<other>", "if x:\n    return", "<|im_end>", "</s>"):

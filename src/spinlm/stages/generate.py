@@ -4,8 +4,8 @@ import logging
 
 from spinlm.config import Recipe
 from spinlm.model.players import Players, seat
+from spinlm.opponents import open_opponent
 from spinlm.opponents.base import Opponent
-from spinlm.opponents.local import LocalOpponent
 from spinlm.progress import Advance, track
 from spinlm.records import Example, Generation, Sampling, to_line
 from spinlm.rundir import RunDir, atomic_file
@@ -24,7 +24,7 @@ def generate(recipe: Recipe, run: RunDir, iteration: int) -> None:
     run.require("train" if iteration else "warmup", iteration - 1)
     players = seat(recipe, run)
     players.become(iteration - 1)
-    opponent: Opponent = LocalOpponent(players.logprobs, recipe.opponent.batch_size)
+    opponent = open_opponent(recipe, players)
     sampling = opponent_sampling(recipe, players)
     size = recipe.opponent.shard_size
     outputs = []

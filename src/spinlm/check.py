@@ -1,0 +1,187 @@
+"""Check: try everything a run depends on once, on a few examples, with the run's own code."""
+
+import math
+import resource
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from spinlm.config import Recipe
+from spinlm.errors import ModelError
+from spinlm.model.fit import Item
+from spinlm.model.logprobs import LogProbs
+from spinlm.model.players import Players, add_adapter, load_model, seat, silence_dropout
+from spinlm.model.trees import lay_out, micro_batches
+from spinlm.records import Example, Generation, read_lines
+from spinlm.rundir import START, RunDir, read_json
+from spinlm.stages.generate import generate
+from spinlm.stages.prepare import prepare
+from spinlm.stages.score import score
+from spinlm.stages.train import PairItems, spin_objective
+from spinlm.stages.warmup import warmup
+
+EXAMPLES = 8
+NOISE = 0.05  # share of the margins' size at which a precision is worth a warning
+
+
+def check(recipe: Recipe) -> Iterator[str]:
+    """Try a recipe on a few examples, without warm-up; yields what was found, a line or a paragraph at a time.
+
+    Raises:
+        SpinError: with the first thing that is wrong.
+    """
+    small = recipe.model_copy(
+        update={
+            "data": recipe.data.model_copy(update={"prompts": EXAMPLES, "heldout": EXAMPLES}),
+            "warmup_sft": None,
+            "tracking": [],
+        }
+    )
+    with tempfile.TemporaryDirectory(prefix="spinlm-check-") as folder:
+        run = RunDir(Path(folder))
+        began = time.monotonic()
+        prepare(small, run)
+        players = seat(small, run)
+        yield from _about_text(players, run)
+        trained = sum(parameter.numel() for _, parameter in players.parameters())
+        total = sum(parameter.numel() for parameter in players.model.parameters())
+        yield (
+            f"model: {total:,} parameters, {trained:,} of them trained, on {players.device} in {players.dtype}; "
+            f"loaded in {time.monotonic() - began:.0f} s"
+        )
+        warmup(small, run)
+        noted = read_json(run.root / "packing.json")
+        yield (
+            f"packing: {noted['packing']}; differences from the model's own log-probabilities: "
+            + ", ".join(f"{name} {gap:.1e}" for name, gap in noted["nats_per_token"].items())
+            + " nats per token"
+        )
+        began = time.monotonic()
+        generate(small, run, 0)
+        generations = list(read_lines(run.generations(0, "train", 0), Generation))
+        tokens = sum(len(generation.token_ids) for generation in generations)
+        yield f"opponent: {tokens} tokens for {len(generations)} prompts in {time.monotonic() - began:.1f} s, for example:"
+        yield from _about_answers(run, generations)
+        score(small, run, 0)
+        facts = run.facts("score", 0)["train"]
+        yield (
+            f"scoring: sampler and scorer differ by {facts['sampler_gap_mean']:.1e} nats per token on average, "
+            f"{facts['sampler_gap_worst']:.1e} at worst; {facts['identical_share']:.0%} of the responses equal the real "
+            f"one, {facts['unfinished_share']:.0%} did not end"
+        )
+        pairs = PairItems([run.pairs(0, "train", 0)], recipe.train.batch_size)
+        items = [pairs[index] for index in range(len(pairs.sizes))]
+        if not items:
+            yield "every response equals the real one: there is nothing to learn from these prompts"
+            return
+        yield _about_first_step(small, players, items, noted["packing"])
+        yield _about_precision(small, players, items, noted["packing"])
+        yield _about_memory(small, players, items, noted["packing"])
+
+
+def _about_text(players: Players, run: RunDir) -> Iterator[str]:
+    example = next(read_lines(run.examples("train"), Example))
+    tokenizer = players.tokenizer
+    yield f"prompt, as the opponent sees it:\n{_indent(tokenizer.decode(example.prompt_ids))}"
+    yield f"real response, as it is trained on:\n{_indent(tokenizer.decode(example.response_ids))}"
+    ends = ", ".join(repr(tokenizer.convert_ids_to_tokens(i)) for i in players.renderer.stop_ids)
+    yield f"end of turn: {tokenizer.convert_ids_to_tokens(players.renderer.end_id)!r}; a response stops at {ends}"
+
+
+def _about_answers(run: RunDir, generations: list[Generation]) -> Iterator[str]:
+    examples = {example.id: example for example in read_lines(run.examples("train"), Example)}
+    for generation in generations[:3]:
+        example = examples[generation.id]
+        yield (
+            f"  prompt     {_line(example.messages[-1]['content'])}\n  real       {_line(example.response)}\n"
+            f"  synthetic  {_line(generation.text)}"
+        )
+
+
+def _about_first_step(recipe: Recipe, players: Players, items: list[Item], packing: str) -> str:
+    players.logprobs.eval()
+    objective = spin_objective(recipe.model_copy(update={"objective": _plain(recipe)}), 0)
+    with torch.no_grad():
+        logprobs = players.logprobs(lay_out([item.tree for item in items], packing).to(players.device))
+    loss = objective(logprobs, items).loss.item() / sum(len(item.pairs) for item in items)
+    gap = abs(loss - math.log(2))
+    if gap > 0.02:
+        raise ModelError(
+            f"the loss before the first step is {loss:.4f}, not ln 2 = 0.6931: main player and opponent differ before "
+            "any training. The model computes differently from one call to the next"
+        )
+    return f"first step: the loss is {loss:.6f} (ln 2 = 0.693147), so main player and opponent agree"
+
+
+def _plain(recipe: Recipe) -> object:
+    return recipe.objective.model_copy(update={"loss": "logistic", "nll_weight": 0.0})
+
+
+def _about_precision(recipe: Recipe, players: Players, items: list[Item], packing: str) -> str:
+    """Margins of a slightly changed player in this precision and in float32."""
+    if players.dtype == torch.float32:
+        return "precision: float32, nothing to lose"
+    if recipe.lora is None:
+        return f"precision: {players.dtype}; its margin error is measured for LoRA only"
+    exact = load_model(recipe.model, players.path, torch.float32)
+    exact = add_adapter(exact, recipe.lora, recipe.seed).to(players.device)
+    silence_dropout(exact)
+    reference = LogProbs(exact).eval()
+    weights = dict(exact.named_parameters())
+    before = _margins(players.logprobs, items, packing), _margins(reference, items, packing)
+    torch.manual_seed(recipe.seed)
+    with torch.no_grad():
+        for name, parameter in players.parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.01)
+                weights[name].copy_(parameter)
+    after = _margins(players.logprobs, items, packing), _margins(reference, items, packing)
+    players.changed()
+    players.become(START)
+    ours, theirs = after[0] - before[0], after[1] - before[1]
+    error, size = (ours - theirs).square().mean().sqrt().item(), theirs.square().mean().sqrt().item()
+    advice = ". Consider model.dtype: float32" if error > NOISE * size else ""
+    return f"precision: {players.dtype} misjudges margins by {error:.3f} rms, where they are {size:.3f} rms{advice}"
+
+
+@torch.no_grad()
+def _margins(logprobs: LogProbs, items: list[Item], packing: str) -> torch.Tensor:
+    """log p(y) − log p(y') of each pair: [B]."""
+    logprobs.eval()
+    device = next(logprobs.parameters()).device
+    found = []
+    for item in items:
+        values = logprobs(lay_out([item.tree], packing).to(device)).double().cpu()
+        found += [values[real] - values[synthetic] for real, synthetic in item.pairs]
+    return torch.stack(found)
+
+
+def _about_memory(recipe: Recipe, players: Players, items: list[Item], packing: str) -> str:
+    """One forward and backward pass over as many of these items as a micro-batch holds."""
+    chosen = micro_batches([item.tree for item in items], recipe.train.tokens_per_micro_batch)[0]
+    part = [items[index] for index in chosen]
+    objective = spin_objective(recipe, 0)
+    players.logprobs.train()
+    began = time.monotonic()
+    layout = lay_out([item.tree for item in part], packing).to(players.device)
+    objective(players.logprobs(layout), part).loss.backward()
+    seconds = time.monotonic() - began
+    players.model.zero_grad()
+    if players.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    tokens = layout.input_ids.numel()
+    return f"training: a micro-batch of {tokens} tokens took {seconds:.1f} s; peak memory so far {peak / 1e9:.1f} GB"
+
+
+def _indent(text: str) -> str:
+    return "\n".join("  " + line for line in text.splitlines())
+
+
+def _line(text: str, width: int = 100) -> str:
+    folded = " ".join(text.split())
+    return folded if len(folded) <= width else folded[: width - 1] + "…"
