@@ -4,8 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny import tiny_tokenizer
-from transformers import AutoModelForCausalLM, CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+from spinlm.config import Recipe, parse_recipe
+from tiny import Kind, tiny_tokenizer
 
 _LLAMA_LIKE = dict(
     hidden_size=32,
@@ -33,8 +35,26 @@ _CONFIGS: dict[str, dict[str, Any]] = {
         window_size=8,
         max_position_embeddings=256,
     ),
+    # Those that follow differ from the ones above in one thing each, which their tests name.
+    "cohere": _LLAMA_LIKE | dict(logit_scale=0.5),
+    "granite": _LLAMA_LIKE | dict(logits_scaling=4.0),
+    "phi": _LLAMA_LIKE,
+    "stablelm": _LLAMA_LIKE,
+    "nemotron": _LLAMA_LIKE,
+    "gptj": dict(n_embd=32, n_layer=2, n_head=4, n_positions=256, rotary_dim=4),
+    "gpt_bigcode": dict(n_embd=32, n_layer=2, n_head=4, n_positions=256),
+    "opt": dict(
+        hidden_size=32,
+        word_embed_proj_dim=32,
+        ffn_dim=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=256,
+    ),
+    "bloom": dict(hidden_size=32, n_layer=2, n_head=4),
+    "falcon": dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4),
 }
-ARCHITECTURES = tuple(_CONFIGS)
+ARCHITECTURES = ("llama", "mistral", "qwen2", "gemma2", "gpt2", "gpt_neox", "gpt_neo")
 
 
 def tiny_model(architecture: str, vocabulary: int = 512, eos: int = 2, spread: float = 0.2, **changes: Any) -> Any:
@@ -51,10 +71,16 @@ def tiny_model(architecture: str, vocabulary: int = 512, eos: int = 2, spread: f
     return AutoModelForCausalLM.from_config(config).eval()
 
 
-def save_tiny_model(folder: Path, architecture: str = "llama", kind: str = "chatml", **changes: Any) -> Path:
+def save_tiny_model(folder: Path, architecture: str = "llama", kind: Kind = "chatml", **changes: Any) -> Path:
     """A folder with a tiny model and tokenizer, as a user would have one."""
     tokenizer = tiny_tokenizer(kind)
     model = tiny_model(architecture, len(tokenizer), eos=tokenizer.eos_token_id, **changes)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def tiny_recipe(folder: Path, **sections: Any) -> Recipe:
+    """A recipe for a saved model; a `model` section adds to the path."""
+    model = {"path": str(folder), **sections.pop("model", {})}
+    return parse_recipe({"model": model, "data": {"path": "unused.jsonl"}, **sections})

@@ -12,8 +12,9 @@ import torch
 from spinlm.config import Recipe
 from spinlm.errors import ModelError
 from spinlm.model.fit import Item
+from spinlm.model.loading import add_adapter, load_model, silence_dropout
 from spinlm.model.logprobs import LogProbs
-from spinlm.model.players import Players, add_adapter, load_model, seat, silence_dropout
+from spinlm.model.players import Players, seat
 from spinlm.model.trees import lay_out, micro_batches
 from spinlm.records import Example, Generation, read_lines
 from spinlm.rundir import START, RunDir, read_json
@@ -63,14 +64,15 @@ def check(recipe: Recipe) -> Iterator[str]:
         generate(small, run, 0)
         generations = list(read_lines(run.generations(0, "train", 0), Generation))
         tokens = sum(len(generation.token_ids) for generation in generations)
-        yield f"opponent: {tokens} tokens for {len(generations)} prompts in {time.monotonic() - began:.1f} s, for example:"
+        seconds = time.monotonic() - began
+        yield f"opponent: {tokens} tokens for {len(generations)} prompts in {seconds:.1f} s, for example:"
         yield from _about_answers(run, generations)
         score(small, run, 0)
         facts = run.facts("score", 0)["train"]
         yield (
             f"scoring: sampler and scorer differ by {facts['sampler_gap_mean']:.1e} nats per token on average, "
-            f"{facts['sampler_gap_worst']:.1e} at worst; {facts['identical_share']:.0%} of the responses equal the real "
-            f"one, {facts['unfinished_share']:.0%} did not end"
+            f"{facts['sampler_gap_worst']:.1e} at worst; {facts['identical_share']:.0%} of the responses equal the "
+            f"real one, {facts['unfinished_share']:.0%} did not end"
         )
         pairs = PairItems([run.pairs(0, "train", 0)], recipe.train.batch_size)
         items = [pairs[index] for index in range(len(pairs.sizes))]

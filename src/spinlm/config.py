@@ -72,14 +72,16 @@ class Columns(Section):
     response: str | None = None
     """Column with the response: text, or a list with one assistant message."""
     system: str | None = None
-    """Column with a system prompt, used beside `prompt`."""
+    """Column with a system prompt for conversations that do not begin with one."""
     id: str | None = None
-    """Column with a unique id; without it the id is a hash of the content."""
+    """Column with a unique id; a row without one gets a hash of its content."""
 
 
 class Data(Section):
     path: str
     """A .jsonl, .json, .parquet or .csv file, or a hub dataset id."""
+    subset: str | None = None
+    """Configuration of a hub dataset that has several, such as `main` of openai/gsm8k."""
     split: str = "train"
     """Split of a hub dataset."""
     revision: str | None = None
@@ -87,12 +89,12 @@ class Data(Section):
     columns: Columns = Columns()
     """Which columns to read; without names, the usual layouts are recognised."""
     turns: Literal["first", "last", "every"] = "first"
-    """Which assistant turns of a conversation become examples."""
+    """Which assistant turns of a list of messages become examples."""
     prompts: Count | None = None
     """How many examples to draw at random for self-play; absent means all that are left after the held-out ones."""
     heldout: Count = 512
     """How many examples to set aside for evaluation. Their prompts are never trained on."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
     """Decides which examples are drawn."""
     on_bad_row: Literal["error", "skip"] = "error"
     """Stop at a row that cannot be used, or leave it out and count it."""

@@ -50,7 +50,8 @@ def export(recipe: Recipe, run: RunDir, iteration: int, to: Path, *, merge: bool
         raise RunError("--merge: this run fine-tunes the whole model, so its players have no adapter. Leave it out")
     from peft import PeftModel
 
-    from spinlm.model.players import compute_dtype, ensure_base, load_model, seat
+    from spinlm.model.loading import compute_dtype, ensure_base, load_model
+    from spinlm.model.players import seat
 
     players = seat(recipe, run)
     base = load_model(recipe.model, ensure_base(recipe.model, run), compute_dtype(recipe.model, players.device))

@@ -159,7 +159,7 @@ def test_the_reader_understands_notes_written_by_hand(skill, note, record):
 
 def test_every_record_can_be_read_from_its_note(rows):
     for row in rows:
-        note = row["prompt"].partition("\n")[2].lower()
+        note = row["prompt"].lower()
         assert READERS[row["skill"]](note) == in_cents(json.loads(row["response"])), row
 
 
@@ -174,7 +174,7 @@ def test_responses_are_one_line_of_compact_json_in_a_fixed_layout(rows):
         record = json.loads(row["response"])
         assert row["response"] == json.dumps(record, separators=(",", ":"))
         assert list(record) in layouts[row["skill"]]
-        assert row["prompt"].count("\n") == 1
+        assert "\n" not in row["prompt"]
 
 
 def test_skills_take_turns(rows):
@@ -183,7 +183,7 @@ def test_skills_take_turns(rows):
 
 
 def test_no_prompt_and_no_record_comes_twice(rows):
-    assert len({row["prompt"].partition("\n")[2].lower() for row in rows}) == len(rows)
+    assert len({row["prompt"].lower() for row in rows}) == len(rows)
     assert len({row["response"] for row in rows}) == len(rows)
 
 
@@ -192,7 +192,7 @@ def test_both_kinds_and_all_instructions_are_used_evenly(rows):
     assert 450 < responses["email"] < 575
     assert 450 < responses["phone"] < 575
     assert 350 < responses["refund"] < 470
-    instructions = Counter(row["prompt"].partition("\n")[0] for row in rows)
+    instructions = Counter(row["system"] for row in rows)
     assert len(instructions) == 16
     assert min(instructions.values()) > 200
 

@@ -111,7 +111,7 @@ class Draw:
 
 
 def records(seed: int) -> Iterator[dict[str, str]]:
-    """Rows without end: `{"skill", "prompt", "response"}`, the skills in turn, no record twice."""
+    """Rows without end: `{"skill", "system", "prompt", "response"}`, the skills in turn, no record twice."""
     draw = Draw(seed)
     seen: set[str] = set()
     while True:
@@ -123,7 +123,7 @@ def records(seed: int) -> Iterator[dict[str, str]]:
             seen.add(response)
             note = draw.pick(OPENINGS) + note + draw.pick(ENDINGS)
             note = draw.pick((note, note, note, note, note, note.lower(), note.upper()))
-            yield {"skill": skill, "prompt": f"{draw.pick(INSTRUCTIONS[skill])}\n{note}", "response": response}
+            yield {"skill": skill, "system": draw.pick(INSTRUCTIONS[skill]), "prompt": note, "response": response}
 
 
 def write_demo(path: Path, rows: int = 1024, seed: int = 0) -> None:

@@ -271,7 +271,7 @@ def _hub_rows(data: Data) -> Any:
     from datasets import load_dataset
 
     try:
-        return load_dataset(data.path, split=data.split, revision=data.revision)
+        return load_dataset(data.path, data.subset, split=data.split, revision=data.revision)
     except Exception as error:  # the hub client, its transport and the readers have no common family
         raise DataError(
             f"{data.path}: no such file here, and the hub did not give a dataset of that name: {error}"

@@ -14,7 +14,8 @@ from typing import Any
 from spinlm import __version__
 from spinlm.config import Recipe
 from spinlm.data.examples import SPLITS, select_examples
-from spinlm.model.players import ensure_base, locate, seat
+from spinlm.model.loading import ensure_base, locate
+from spinlm.model.players import seat
 from spinlm.records import Example, to_line
 from spinlm.rundir import START, RunDir, atomic_file, write_json
 

@@ -16,27 +16,27 @@ def recorder(
     accelerator, _ = players.parallel()
     if recipe.tracking and not accelerator.trackers:
         accelerator.init_trackers("spinlm", config={"recipe": json.dumps(recipe.model_dump(mode="json"))})
-    cleaned = False
+    lines: int | None = None  # in the file, once its old lines are gone
 
     def record(measured: dict[str, Any]) -> None:
-        nonlocal cleaned
-        if not cleaned:
-            _forget(run, stage, iteration, int(measured["step"]))
-            cleaned = True
+        nonlocal lines
+        if lines is None:
+            lines = _forget(run, stage, iteration, int(measured["step"]))
+        lines += 1
         line = {"stage": stage, "iteration": iteration, **measured}
         with run.step_metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         if recipe.tracking:
             numbers = {f"{stage}/{name}": value for name, value in measured.items() if name not in ("step", "steps")}
-            accelerator.log({**numbers, "iteration": iteration}, step=sum(1 for _ in run.step_metrics.open("rb")))
+            accelerator.log({**numbers, "iteration": iteration}, step=lines)
 
     return record
 
 
-def _forget(run: RunDir, stage: str, iteration: int, step: int) -> None:
-    """Remove the lines of this stage from a step on, and a last line that was cut off."""
+def _forget(run: RunDir, stage: str, iteration: int, step: int) -> int:
+    """Remove the lines of this stage from a step on, and a last line that was cut off; returns how many are left."""
     if not run.step_metrics.exists():
-        return
+        return 0
     kept = []
     for text in run.step_metrics.read_text(encoding="utf-8").splitlines():
         try:
@@ -47,3 +47,4 @@ def _forget(run: RunDir, stage: str, iteration: int, step: int) -> None:
             kept.append(text + "\n")
     with atomic_file(run.step_metrics, "w") as file:
         file.writelines(kept)
+    return len(kept)

@@ -1,0 +1,5 @@
+"""`python -m spinlm` is the command line."""
+
+from spinlm.cli import main
+
+main()

@@ -1,0 +1,214 @@
+"""The plan: work, memory, time and disk, counted from the recipe, the data's lengths and the model's shape."""
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+from spinlm.config import Recipe, at_iteration
+from spinlm.plan.devices import DEVICES, Device
+from spinlm.plan.lengths import CHARACTERS_PER_TOKEN, Lengths, Tokens, find_lengths
+from spinlm.plan.lookup import find_shape
+from spinlm.plan.shapes import Shape, UnknownShapeError
+from spinlm.rundir import START, RunDir, differences, read_json
+
+UNKNOWN_PROMPTS = 1000
+LOGITS_BYTES = 3 * (4 << 24)  # a chunk of logits in float32, its gradient and a copy
+OPTIMIZER_BYTES = {"sgd": 0, "adafactor": 0, "rmsprop": 4, "adagrad": 4, "adam": 8, "adamw": 8, "nadam": 8, "radam": 8}
+"""Optimiser state for each trained parameter, in bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What one iteration does. The start (iteration `START`) only evaluates θ_0, after warming it up if asked to."""
+
+    iteration: int
+    prompts: int
+    steps: int
+    replies: tuple[tuple[int, int], ...]  # how many are generated, and tokens in each at most; held-out ones included
+    scored: Tokens  # without gradients, held-out ones before and after training included
+    trained: Tokens  # with gradients, over all epochs
+    responses: int = 0  # synthetic ones to train on
+    pairs: int = 0
+    learning_rate: float | None = None
+    beta: float | None = None
+
+    @property
+    def generated(self) -> int:
+        """Tokens at most."""
+        return sum(replies * tokens for replies, tokens in self.replies)
+
+
+class Hours(NamedTuple):
+    """How long the stages of one iteration take on one device; held-out answers and pairs are in the first two."""
+
+    generate: float
+    score: float
+    train: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is known of a run before it starts; the rest is counted from that."""
+
+    recipe: Recipe
+    lengths: Lengths
+    shape: Shape | None
+    shape_source: str  # or why there is none
+    finished: tuple[str, ...]  # stages of an existing run that will not be done again
+    changed: tuple[str, ...]  # why an existing run will be refused
+
+    @property
+    def set_apart(self) -> int:
+        """Examples that self-play does not train on: held-out ones, and those for the warm-up alone."""
+        return self.recipe.data.heldout + ((self.recipe.warmup_sft and self.recipe.warmup_sft.prompts) or 0)
+
+    @property
+    def prompts(self) -> int:
+        """How many prompts take part in self-play."""
+        asked, examples = self.recipe.data.prompts, self.lengths.examples
+        if examples is None:
+            return asked or UNKNOWN_PROMPTS
+        left = max(0, examples - self.set_apart)
+        return min(asked or left, left)
+
+    @property
+    def trees(self) -> bool:
+        """Whether time is counted with all responses to a prompt in one row."""
+        packing = self.recipe.train.packing
+        return packing == "tree" or (packing == "auto" and (self.shape is None or self.shape.takes_trees))
+
+    @property
+    def devices(self) -> tuple[Device, ...]:
+        return DEVICES[self.recipe.model.dtype]
+
+    @property
+    def optimizers(self) -> list[str]:
+        warmup = self.recipe.warmup_sft
+        return [self.recipe.train.optimizer, *([warmup.optimizer] if warmup else [])]
+
+    @cached_property
+    def work(self) -> tuple[Work, ...]:
+        """The start's, then each iteration's."""
+        return self._start(), *(self._iteration(number) for number in range(self.recipe.selfplay.iterations))
+
+    def _start(self) -> Work:
+        warmup, scored = self.recipe.warmup_sft, self.lengths.tokens((self.recipe.data.heldout, 0))
+        if warmup is None:
+            return Work(START, 0, 0, (self._answers(),), scored, Tokens(0, 0))
+        prompts = warmup.prompts or self.prompts
+        return Work(
+            iteration=START,
+            prompts=prompts,
+            steps=warmup.epochs * math.ceil(prompts / warmup.batch_size),
+            replies=(self._answers(),),
+            scored=scored,
+            trained=self.lengths.tokens((warmup.epochs * prompts, 0)),
+            learning_rate=warmup.learning_rate,
+        )
+
+    def _iteration(self, iteration: int) -> Work:
+        train, opponent, heldout = self.recipe.train, self.recipe.opponent, self.recipe.data.heldout
+        prompts, samples, used = self.prompts, opponent.samples_per_prompt, self._responses(iteration)
+        return Work(
+            iteration=iteration,
+            prompts=prompts,
+            # All pairs of a prompt are in one step; ⌈pairs / batch_size⌉ where their number divides the batch.
+            steps=train.epochs * math.ceil(prompts / max(1, train.batch_size // used)),
+            replies=(((prompts + heldout) * samples, opponent.max_new_tokens), self._answers()),
+            scored=self.lengths.tokens((prompts, used), (2 * heldout, samples)),
+            trained=self.lengths.tokens((train.epochs * prompts, used)),
+            responses=prompts * samples,
+            pairs=prompts * used,
+            learning_rate=at_iteration(train.learning_rate, iteration),
+            beta=at_iteration(self.recipe.objective.beta, iteration),
+        )
+
+    def _answers(self) -> tuple[int, int]:
+        """Held-out answers, and tokens in each."""
+        return self.recipe.data.heldout, self.recipe.evaluate.max_new_tokens or self.recipe.opponent.max_new_tokens
+
+    def _responses(self, iteration: int) -> int:
+        """Synthetic responses in use for each prompt: the newest, and those of up to `replay` iterations before."""
+        return self.recipe.opponent.samples_per_prompt * (min(iteration, self.recipe.selfplay.replay) + 1)
+
+    def memory(self, shape: Shape, device: Device) -> dict[str, int]:
+        """Peak bytes in one process on one device, with nothing divided over processes."""
+        train, opponent = self.recipe.train, self.recipe.opponent
+        trained = shape.trained(self.recipe.lora)
+        weights = 4 * trained  # what is trained stays in float32
+        if self.recipe.lora or device.width == 2:
+            weights += device.width * shape.parameters  # the frozen base, or a copy to compute with
+        # A tree that is longer than the micro-batch is a micro-batch of its own.
+        longest = train.max_length + self._responses(self.recipe.selfplay.iterations - 1) * self.lengths.synthetic
+        token = shape.activation_bytes(device.width, train.max_length, train.gradient_checkpointing)
+        parts = {
+            "weights": weights,
+            "gradients": 4 * trained,
+            "optimiser state": trained * max(map(optimizer_bytes, self.optimizers)),
+            "activations": token * max(train.tokens_per_micro_batch, longest),
+            "logits": LOGITS_BYTES,
+        }
+        context = self.lengths.longest_prompt + opponent.max_new_tokens
+        cache = opponent.batch_size * context * shape.kv_bytes(device.width)
+        totals = {"training": sum(parts.values()), "KV cache": cache, "generating (weights and cache)": weights + cache}
+        return parts | totals
+
+    def hours(self, shape: Shape, device: Device, work: Work) -> Hours:
+        """Time from counted operations: 2 for each parameter and token forward, 4 backward.
+
+        A frozen weight needs no gradient of its own, so with LoRA backward costs 2; gradient checkpointing runs forward
+        once more. Attention itself, a few per cent at these lengths, is left out.
+        """
+        passes = 1 + (1 if self.recipe.lora else 2) + self.recipe.train.gradient_checkpointing
+        second = device.flops / (2 * shape.multiplied)  # tokens
+        generate = sum(
+            device.generation_seconds(shape, self.lengths.prompt, tokens, replies, self.recipe.opponent.batch_size)
+            for replies, tokens in work.replies
+        )
+        scored, trained = (one.tree if self.trees else one.rows for one in (work.scored, work.trained))
+        return Hours(generate / 3600, scored / second / 3600, passes * trained / second / 3600)
+
+    @property
+    def disk(self) -> dict[str, int | None]:
+        """Bytes in the run folder when the run is over, checkpoints while it runs; None where the shape is needed."""
+        recipe, lengths, shape = self.recipe, self.lengths, self.shape
+        text = CHARACTERS_PER_TOKEN + 6  # a token as text, and as a decimal number in JSON
+        heldout = recipe.data.heldout * recipe.opponent.samples_per_prompt * recipe.selfplay.iterations
+        pairs = heldout + sum(one.pairs for one in self.work)
+        sizes: dict[str, int | None] = {
+            "examples": (self.prompts + self.set_apart) * (lengths.prompt + lengths.real) * text,
+            "generations": sum(one.generated for one in self.work) * text,
+            "pairs": pairs * (lengths.prompt + lengths.real + lengths.synthetic) * 4,
+        }
+        if recipe.model.path.endswith(".gguf"):
+            sizes["base"] = 4 * shape.parameters if shape else None
+        player = 4 * shape.trained(recipe.lora) if shape else None  # in float32
+        state = optimizer_bytes(recipe.train.optimizer)
+        # θ_0 and each iteration's player; the newest checkpoint, and the one being written.
+        later = {"players": len(self.work), "checkpoints": 2 + state // 2}
+        return sizes | {name: player and times * player for name, times in later.items()}
+
+
+def optimizer_bytes(name: str) -> int:
+    return OPTIMIZER_BYTES.get(name.lower(), 8)
+
+
+def make_plan(recipe: Recipe, run: RunDir | None = None) -> Plan:
+    """Work out what a recipe will do and need, and what of it a run folder already holds."""
+    shape: Shape | None = None
+    try:
+        shape, source = find_shape(recipe.model)
+    except UnknownShapeError as missing:
+        source = str(missing)
+    changed = differences(read_json(run.recipe), recipe.fingerprint()) if run and run.recipe.exists() else []
+    finished = _finished(recipe, run) if run else ()
+    return Plan(recipe, find_lengths(recipe), shape, source, finished, tuple(changed))
+
+
+def _finished(recipe: Recipe, run: RunDir) -> tuple[str, ...]:
+    stages = [(name, START) for name in ("prepare", "warmup", "evaluate")]
+    for iteration in range(recipe.selfplay.iterations):
+        stages += [(name, iteration) for name in ("generate", "score", "train", "evaluate", "promote")]
+    done = [(name, iteration) for name, iteration in stages if run.marker(name, iteration).exists()]
+    return tuple(name if iteration == START else f"{name} {iteration}" for name, iteration in done)

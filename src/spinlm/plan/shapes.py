@@ -1,0 +1,155 @@
+"""The shape of a model, as its config.json gives it, and what can be counted from it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from spinlm.config import Lora
+
+
+class UnknownShapeError(Exception):
+    """No shape can be had; the message says what is missing and how to get it."""
+
+
+class Linear(NamedTuple):
+    """A linear layer of a block."""
+
+    name: str
+    inputs: int
+    outputs: int
+    bias: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """The sizes of a decoder, from which everything else is counted."""
+
+    family: str  # config.json's model_type
+    vocab: int
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    inner: int  # of the MLP
+    positions: int  # learned ones
+    tied: bool  # the output head is the embedding
+    linears: tuple[Linear, ...]  # of one block
+    norms: int  # parameters of all norms
+
+    @property
+    def parameters(self) -> int:
+        """Embeddings, blocks and norms, and the output head where it is not the embedding."""
+        block = sum((linear.inputs + linear.bias) * linear.outputs for linear in self.linears)
+        tables = (self.vocab * (1 if self.tied else 2) + self.positions) * self.hidden
+        return tables + self.layers * block + self.norms
+
+    @property
+    def multiplied(self) -> int:
+        """Parameters that a token is multiplied with: all but the tables it is looked up in."""
+        return self.parameters - (self.positions + (0 if self.tied else self.vocab)) * self.hidden
+
+    @property
+    def takes_trees(self) -> bool:
+        """Whether its attention can take a mask of our own. GPT-Neo's cannot, and is not fused either."""
+        return self.family != "gpt_neo"
+
+    def trained(self, lora: Lora | None) -> int:
+        """Parameters that are trained: all, or an adapter's r · (inputs + outputs) for each adapted layer."""
+        if lora is None:
+            return self.parameters
+        names = {target.rpartition(".")[2] for target in lora.targets}
+        adapted = [linear for linear in self.linears if lora.targets == "all-linear" or linear.name in names]
+        return self.layers * lora.r * sum(linear.inputs + linear.outputs for linear in adapted)
+
+    def kv_bytes(self, width: int) -> int:
+        """Keys and values of one token in all layers."""
+        return 2 * self.layers * self.kv_heads * self.head_dim * width
+
+    def activation_bytes(self, width: int, row: int, checkpointing: bool) -> int:
+        """What backward needs of one token in a row of some length, to within a factor of about 1.5.
+
+        A block keeps two residual streams and two normalised ones, the norms' float32 copies, queries, keys, values and
+        the attention's output, and the MLP's inner values (gate, up, their activation and product; or before and after
+        the activation). With checkpointing only the residual stream is kept of each block, and one block at a time is
+        computed again. Attention that is not fused also keeps scores and weights in float32 and once more as computed.
+        """
+        inner = (2 if self.family in _GPT_LIKE else 4) * self.inner
+        elements = 4 * self.hidden + 2 * (self.heads + self.kv_heads) * self.head_dim + inner
+        scores = 0 if self.takes_trees else (8 + width) * self.heads * row
+        block = width * elements + 4 * (4 * self.hidden) + scores
+        return self.layers * width * self.hidden + block if checkpointing else self.layers * block
+
+
+_LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3", "gemma2")
+_GPT_LIKE = ("gpt2", "gpt_neo", "gpt_neox")
+
+
+def shape_from_config(config: Mapping[str, Any]) -> Shape:
+    """The shape that a config.json describes.
+
+    Raises:
+        UnknownShapeError: it lacks a size, or is of a family that cannot be counted here.
+    """
+
+    def size(*names: str, default: int | None = None) -> int:
+        value = next((config[name] for name in names if config.get(name) is not None), default)
+        if not isinstance(value, int) or value < 1:
+            raise UnknownShapeError(f"its config has no usable {' or '.join(names)}")
+        return value
+
+    family = str(config.get("model_type"))
+    if family not in (*_LLAMA_LIKE, *_GPT_LIKE):
+        known = ", ".join((*_LLAMA_LIKE, *_GPT_LIKE))
+        raise UnknownShapeError(f"its model_type is {family}; those that can be counted are {known}")
+    gpt = family in _GPT_LIKE
+    hidden, layers = size("hidden_size", "n_embd"), size("num_hidden_layers", "num_layers", "n_layer")
+    heads = size("num_attention_heads", "num_heads", "n_head")
+    kv_heads = heads if gpt else size("num_key_value_heads", default=heads)
+    head_dim = size("head_dim", default=hidden // heads)
+    inner = size("intermediate_size", "n_inner", default=4 * hidden if gpt else None)
+    if gpt:
+        linears = _gpt_linears(family, hidden, inner)
+        norms = (4 * layers + 2) * hidden  # each has a weight and a bias
+    else:
+        linears = _llama_linears(config, hidden, heads * head_dim, kv_heads * head_dim, inner)
+        # Gemma 2 also norms what attention and MLP give, Qwen3 each head's queries and keys.
+        norms = layers * ((4 if family == "gemma2" else 2) * hidden + 2 * head_dim * (family == "qwen3")) + hidden
+    return Shape(
+        family=family,
+        vocab=size("vocab_size"),
+        hidden=hidden,
+        layers=layers,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        inner=inner,
+        positions=size("n_positions", "max_position_embeddings") if family in ("gpt2", "gpt_neo") else 0,
+        tied=bool(config.get("tie_word_embeddings", family in ("gpt2", "gpt_neo", "gemma2"))),
+        linears=linears,
+        norms=norms,
+    )
+
+
+def _llama_linears(config: Mapping[str, Any], hidden: int, queries: int, keys: int, inner: int) -> tuple[Linear, ...]:
+    bias, mlp_bias = bool(config.get("attention_bias")), bool(config.get("mlp_bias"))
+    qkv_bias = bias or config["model_type"] == "qwen2"
+    return (
+        Linear("q_proj", hidden, queries, qkv_bias),
+        Linear("k_proj", hidden, keys, qkv_bias),
+        Linear("v_proj", hidden, keys, qkv_bias),
+        Linear("o_proj", queries, hidden, bias),
+        Linear("gate_proj", hidden, inner, mlp_bias),
+        Linear("up_proj", hidden, inner, mlp_bias),
+        Linear("down_proj", inner, hidden, mlp_bias),
+    )
+
+
+def _gpt_linears(family: str, hidden: int, inner: int) -> tuple[Linear, ...]:
+    fused, out = ("c_attn", "c_proj") if family == "gpt2" else ("query_key_value", "dense")
+    up, down = ("dense_h_to_4h", "dense_4h_to_h") if family == "gpt_neox" else ("c_fc", "c_proj")
+    attention = [Linear(fused, hidden, 3 * hidden, True), Linear(out, hidden, hidden, True)]
+    if family == "gpt_neo":
+        attention = [Linear(name, hidden, hidden, False) for name in ("q_proj", "k_proj", "v_proj")]
+        attention.append(Linear("out_proj", hidden, hidden, True))
+    return (*attention, Linear(up, hidden, inner, True), Linear(down, inner, hidden, True))

@@ -1,0 +1,110 @@
+"""The plan on a terminal."""
+
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+from spinlm.plan.estimate import Plan, Work
+from spinlm.plan.facts import facts, notes
+from spinlm.plan.shapes import Shape
+from spinlm.rundir import START
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
+
+
+def render(plan: Plan) -> "RenderableType":
+    """The plan for a terminal."""
+    from rich.console import Group
+    from rich.text import Text
+
+    parts: list[RenderableType] = [Text(f"{plan.recipe.model.path} on {plan.recipe.data.path}", style="bold")]
+    for title, table in _tables(plan):
+        parts += [Text(f"\n{title}", style="bold"), table]
+    parts += [Text(f"note: {note}", style="yellow") for note in notes(plan)]
+    if plan.changed:
+        parts += [Text("The run folder was made with a different recipe and will be refused:", style="red")]
+        parts += [Text(f"  {line}", style="red") for line in plan.changed]
+    elif plan.finished:
+        parts += [Text(f"done already, will not be repeated: {', '.join(plan.finished)}", style="green")]
+    return Group(*parts)
+
+
+def _tables(plan: Plan) -> Iterator[tuple[str, "Table"]]:
+    yield "Work", _table(("iteration", "prompts", "responses", "pairs", "steps", "learning rate", "beta"), _work(plan))
+    columns = ("iteration", "generated ≤", "scored: tree", "rows", "trained: tree", "rows", "tree saves")
+    title = "Tokens: all responses to a prompt in one row (tree), or one response per row"
+    yield title, _table(columns, map(_tokens, plan.work))
+    if plan.shape:
+        columns = ("iteration", *(name for one in plan.devices for name in (f"{one.name}: generate", "score", "train")))
+        yield "Time on one device, at the speeds assumed below", _table(columns, _hours(plan, plan.shape), "all")
+        columns = ("", *(f"{device.name}, {device.dtype}" for device in plan.devices))
+        title = "Peak memory of one process, nothing divided over devices"
+        yield title, _table(columns, _memory(plan, plan.shape), "training", "generating (weights and cache)")
+    yield "Disk", _table(("", "size"), _disk(plan), "run folder")
+    yield "What this rests on", _table((), facts(plan))
+
+
+def _table(columns: Iterable[str], rows: Iterable[Iterable[str]], *bold: str) -> "Table":
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, show_header=bool(columns))
+    for at, column in enumerate(columns):
+        table.add_column(column, justify="right" if at else "left")
+    for first, *others in rows:
+        table.add_row(first, *others, style="bold" if first in bold else None)
+    return table
+
+
+def _work(plan: Plan) -> Iterator[list[str]]:
+    for one in plan.work:
+        counts = [one.prompts, one.responses, one.pairs, one.steps]
+        rates = ["" if rate is None else f"{rate:g}" for rate in (one.learning_rate, one.beta)]
+        if one.iteration != START:
+            yield [_name(one), *(f"{count:,}" for count in counts), *rates]
+        elif one.steps:
+            yield [_name(one), f"{one.prompts:,}", "", "", f"{one.steps:,}", *rates]
+
+
+def _tokens(one: Work) -> list[str]:
+    rows = one.scored.rows + one.trained.rows
+    saved = f"{1 - (one.scored.tree + one.trained.tree) / rows:.0%}" if one.pairs else ""
+    return [_name(one), *map(_short, (one.generated, *one.scored, *one.trained)), saved]
+
+
+def _hours(plan: Plan, shape: Shape) -> Iterator[list[str]]:
+    table = [[hours for one in plan.devices for hours in plan.hours(shape, one, work)] for work in plan.work]
+    for work, row in zip(plan.work, table, strict=True):
+        yield [_name(work), *map(_duration, row)]
+    yield ["all", *(_duration(sum(column)) for column in zip(*table, strict=True))]
+
+
+def _memory(plan: Plan, shape: Shape) -> Iterator[list[str]]:
+    devices = [plan.memory(shape, device) for device in plan.devices]
+    for part in devices[0]:
+        yield [part, *(_short(memory[part], "B") for memory in devices)]
+
+
+def _disk(plan: Plan) -> Iterator[list[str]]:
+    for part, size in plan.disk.items():
+        yield [part, "unknown" if size is None else _short(size, "B")]
+    least = "at least " if None in plan.disk.values() else ""
+    yield ["run folder", least + _short(sum(size or 0 for size in plan.disk.values()), "B")]
+
+
+def _name(work: Work) -> str:
+    return str(work.iteration) if work.iteration != START else "warm-up" if work.steps else "start"
+
+
+def _short(number: int, unit: str = "") -> str:
+    for scale, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= 0.9995 * scale:
+            return f"{number / scale:.{0 if number >= 99.95 * scale else 1}f} {prefix}{unit}"
+    return f"{number} {unit}".rstrip()
+
+
+def _duration(hours: float) -> str:
+    if hours >= 1:
+        return f"{hours:.1f} h" if hours < 48 else f"{hours / 24:.3g} d"
+    return f"{hours * 60:.0f} min" if hours >= 1 / 60 else f"{hours * 3600:.0f} s"

@@ -1,0 +1,491 @@
+"""The whole loop through the command line, on a tiny model: what a run leaves behind, and that it is what SPIN says."""
+
+import json
+import math
+import re
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from conftest import HELDOUT, PROMPTS, SHARDS, contents, read_jsons, read_pairs, read_rows, steps
+from models import save_tiny_model
+from spinlm.config import load_recipe
+from spinlm.records import Pair
+
+LN2 = math.log(2)
+
+
+def naive_logprob(model, prompt: list[int], response: list[int]) -> float:
+    """log p(response | prompt), as any textbook has it."""
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+    chosen = torch.log_softmax(logits.double(), dim=-1)[torch.arange(len(response)), response]
+    return chosen.sum().item()
+
+
+def load_player(model_folder: Path, player: Path):
+    """A player, as a user of PEFT loads it."""
+    base = AutoModelForCausalLM.from_pretrained(model_folder)
+    return PeftModel.from_pretrained(base, str(player)).eval()
+
+
+@pytest.fixture(scope="module")
+def theta_0(world, reference):
+    return load_player(world.model, reference / "start" / "player")
+
+
+@pytest.fixture(scope="module")
+def theta_1(world, reference):
+    return load_player(world.model, reference / "iteration-0" / "player")
+
+
+@pytest.fixture(scope="module")
+def theta_2(world, reference):
+    return load_player(world.model, reference / "iteration-1" / "player")
+
+
+@pytest.fixture(scope="module")
+def variant(world, session_cli, tmp_path_factory):
+    """Runs the recipe with changes and returns the run folder. One that was run before is not run again."""
+    done: dict[tuple[str, ...], Path] = {}
+
+    def run(*overrides: str) -> Path:
+        if overrides not in done:
+            done[overrides] = tmp_path_factory.mktemp("variant") / "run"
+            session_cli("run", world.recipe, *overrides, "--run-dir", done[overrides], folder=world.folder)
+        return done[overrides]
+
+    return run
+
+
+# The run folder
+
+
+def test_run_folder(reference):
+    found = {path.relative_to(reference).as_posix() for path in reference.rglob("*") if "player/" not in str(path)}
+    player_of = ("start", "iteration-0", "iteration-1")
+    expected = {
+        "recipe.yaml",
+        "recipe.resolved.json",
+        "provenance.json",
+        "lock",
+        "best",
+        "metrics.jsonl",
+        "examples",
+        *(f"examples/{name}" for name in ("train.jsonl", "heldout.jsonl", "dropped.json", "prepare.done")),
+        *(f"{folder}/{name}" for folder in player_of for name in ("player", "answers.jsonl", "metrics.json")),
+        "start/warmup.done",
+        "start/evaluate.done",
+        *(
+            f"iteration-{iteration}/{stage}.done"
+            for iteration in range(2)
+            for stage in ("generate", "score", "train", "evaluate", "promote")
+        ),
+        *(f"iteration-{i}/generations/train-{shard:05d}.jsonl" for i in range(2) for shard in range(SHARDS)),
+        *(f"iteration-{i}/pairs/train-{shard:05d}.arrow" for i in range(2) for shard in range(SHARDS)),
+        *(f"iteration-{i}/{kind}" for i in range(2) for kind in ("generations/heldout-00002.jsonl", "checkpoints")),
+    }
+    assert expected <= found
+    assert not [name for name in found if "tmp" in name]
+
+
+def test_run_folder_says_what_it_was_made_from(world, reference):
+    assert (reference / "recipe.yaml").read_text() == world.recipe.read_text()
+    assert json.loads((reference / "recipe.resolved.json").read_text())["train"]["batch_size"] == 4
+    provenance = json.loads((reference / "provenance.json").read_text())
+    assert {"spinlm", "commit", "device", "packages", "inputs"} <= provenance.keys()
+    assert provenance["packages"]["torch"] == torch.__version__
+
+
+def test_best_is_a_link_to_the_chosen_player(reference):
+    best = json.loads((reference / "iteration-1" / "promote.done").read_text())["best"]
+    assert (reference / "best").readlink() == Path("start" if best < 0 else f"iteration-{best}")
+    assert (reference / "best" / "player" / "adapter_model.safetensors").is_file()
+
+
+def test_second_run_changes_nothing(world, cli, reference, tmp_path):
+    run = shutil.copytree(reference, tmp_path / "run", symlinks=True)
+
+    def stamps():
+        return {path: path.lstat().st_mtime_ns for path in run.rglob("*") if path.name != "lock" and path != run}
+
+    before, digests = stamps(), contents(run)
+    again = cli("run", world.recipe, "--run-dir", run, folder=world.folder)
+    assert stamps() == before
+    assert contents(run) == digests
+    assert "Self-play" in again.out
+
+
+def test_stages_by_hand_give_what_run_gives(world, cli, reference, rewound):
+    run = rewound(iteration=0)
+    for iteration in range(2):
+        for stage in ("generate", "score", "train", "evaluate"):
+            said = cli(stage, run, "--iteration", str(iteration), folder=world.folder)
+            assert said.out == f"{stage} of iteration {iteration}: complete\n"
+    again = cli("train", run, "--iteration", "1", folder=world.folder)
+    assert again.out == "train of iteration 1: already complete\n"
+    assert contents(run).keys() == contents(reference).keys() - {
+        "best",
+        *(f"iteration-{i}/{name}" for i in range(2) for name in ("promote.done", "promotion.json")),
+    }
+    cli("run", world.recipe, "--run-dir", run, folder=world.folder)
+    assert contents(run) == contents(reference)
+
+
+def test_changed_recipe_is_refused_with_the_difference(world, cli, reference, tmp_path):
+    run = shutil.copytree(reference, tmp_path / "run", symlinks=True)
+    before = contents(run)
+    changes = ("train.learning_rate=0.5", "lora.r=2")
+    refused = cli("run", world.recipe, *changes, "--run-dir", run, folder=world.folder, code=2)
+    assert "  lora.r: was 4, is 2\n  train.learning_rate: was 0.002, is 0.5\n" in refused.message
+    assert "--fresh" in refused.message
+    assert contents(run) == before
+
+
+def test_fresh_starts_again(world, cli, reference, tmp_path):
+    run = shutil.copytree(reference, tmp_path / "run", symlinks=True)
+    cli("run", world.recipe, "selfplay.iterations=1", "--fresh", "--run-dir", run, folder=world.folder)
+    assert not (run / "iteration-1").exists()
+    assert json.loads((run / "recipe.resolved.json").read_text())["selfplay"]["iterations"] == 1
+    first, again = contents(reference), contents(run)
+    same = [name for name in again if name.startswith(("start/", "iteration-0/"))]
+    assert len(same) > 50
+    assert [name for name in same if again[name] != first[name]] == []
+
+
+# What the method says
+
+
+def test_pairs_are_counted_as_in_the_paper(reference):
+    real = {row["id"]: row["response_ids"] for row in read_rows(reference / "examples" / "train.jsonl")}
+    assert len(real) == PROMPTS
+    newest = [read_jsons(reference, f"iteration-{i}/generations/train-*.jsonl") for i in range(2)]
+    assert [len(rows) for rows in newest] == [PROMPTS, PROMPTS]
+    identical = [sum(row["token_ids"] == real[row["id"]] for row in rows) for rows in newest]
+    assert identical[0] > 0, "the test means little when no response equals the real one"
+    expected = [PROMPTS - identical[0], 2 * PROMPTS - sum(identical)]
+    assert [len(read_pairs(reference, i, "train")) for i in range(2)] == expected
+    for iteration in range(2):
+        folder = reference / f"iteration-{iteration}"
+        scored, trained = (json.loads((folder / f"{stage}.done").read_text()) for stage in ("score", "train"))
+        assert scored["train"]["pairs"] == trained["pairs"] == expected[iteration]
+        assert scored["train"]["identical_share"] == identical[iteration] / PROMPTS
+    sources = [pair["source_iteration"] for pair in read_pairs(reference, 1, "train")]
+    assert sources.count(0) == PROMPTS - identical[0]
+    assert sources.count(1) == PROMPTS - identical[1]
+
+
+def test_pair_never_holds_two_equal_responses(reference):
+    for iteration in range(2):
+        for split in ("train", "heldout"):
+            assert all(p["real_ids"] != p["synthetic_ids"] for p in read_pairs(reference, iteration, split))
+
+
+def test_responses_are_those_that_were_sampled(reference):
+    """A response that did not end has no end token; one that did has it last, once."""
+    end = AutoTokenizer.from_pretrained(reference / "start" / "player").eos_token_id
+    generated = read_jsons(reference, "iteration-*/generations/*.jsonl")
+    assert {row["finished"] for row in generated} == {True, False}
+    for row in generated:
+        assert row["token_ids"].count(end) == row["finished"]
+        assert row["token_ids"][-1] == end if row["finished"] else len(row["token_ids"]) == 6
+    by_key = {(row["id"], row["iteration"], row["sample"]): row["token_ids"] for row in generated}
+    for pair in read_pairs(reference, 1, "train"):
+        assert by_key[pair["id"], pair["source_iteration"], pair["sample"]] == pair["synthetic_ids"]
+
+
+@pytest.mark.parametrize("iteration", [0, 1])
+def test_opponent_of_an_iteration_is_the_player_before_it(reference, theta_0, theta_1, iteration):
+    """The sampler's log-probabilities are those of θ_t, and not those of the other player."""
+    prompts = {row["id"]: row["prompt_ids"] for row in read_jsons(reference, "examples/*.jsonl")}
+    opponent, other = (theta_0, theta_1)[:: 1 if iteration == 0 else -1]
+    rows = read_jsons(reference, f"iteration-{iteration}/generations/*.jsonl")
+    assert len(rows) == PROMPTS + HELDOUT
+    gaps, other_gaps = (
+        [abs(naive_logprob(model, prompts[row["id"]], row["token_ids"]) - row["logprob"]) for row in rows]
+        for model in (opponent, other)
+    )
+    assert max(gaps) < 1e-4
+    assert min(other_gaps) > 1e-3
+
+
+def test_generations_change_with_the_opponent(reference):
+    first, second = (read_jsons(reference, f"iteration-{i}/generations/train-*.jsonl") for i in range(2))
+    assert [row["id"] for row in first] == [row["id"] for row in second]
+    assert sum(a["token_ids"] != b["token_ids"] for a, b in zip(first, second, strict=True)) > PROMPTS / 4
+
+
+@pytest.mark.parametrize("iteration", [0, 1])
+def test_pairs_are_scored_by_the_opponent(reference, theta_0, theta_1, iteration):
+    """Of every pair in use, replayed ones too: the reference of iteration t is θ_t."""
+    opponent = (theta_0, theta_1)[iteration]
+    pairs = read_pairs(reference, iteration, "train") + read_pairs(reference, iteration, "heldout")
+    for pair in pairs:
+        real = naive_logprob(opponent, pair["prompt_ids"], pair["real_ids"])
+        synthetic = naive_logprob(opponent, pair["prompt_ids"], pair["synthetic_ids"])
+        assert pair["opponent_real"] == pytest.approx(real, abs=1e-4)
+        assert pair["opponent_synthetic"] == pytest.approx(synthetic, abs=1e-4)
+
+
+def test_heldout_prompts_are_never_trained_on(reference):
+    examples = {split: read_rows(reference / "examples" / f"{split}.jsonl") for split in ("train", "heldout")}
+    dropped = json.loads((reference / "examples" / "dropped.json").read_text())["dropped"]
+    assert dropped["prompt_in_heldout"] > 0, "the data must tempt"
+    heldout = {tuple(row["prompt_ids"]) for row in examples["heldout"]}
+    assert len(heldout) >= HELDOUT - 1
+    assert not heldout & {tuple(row["prompt_ids"]) for row in examples["train"]}
+    for iteration in range(2):
+        assert not heldout & {tuple(pair["prompt_ids"]) for pair in read_pairs(reference, iteration, "train")}
+        assert {tuple(pair["prompt_ids"]) for pair in read_pairs(reference, iteration, "heldout")} <= heldout
+
+
+def test_first_loss_is_ln_2_in_every_iteration(variant):
+    run = variant("lora.dropout=0.0", "opponent.samples_per_prompt=2")
+    first = [line for line in steps(run) if line["stage"] == "train" and line["step"] == 1]
+    assert [line["iteration"] for line in first] == [0, 1]
+    for line in first:
+        assert line["loss"] == pytest.approx(LN2, abs=1e-5)
+        assert line["margin"] == pytest.approx(0, abs=1e-4)
+
+
+def test_training_widens_the_margin(variant):
+    run = variant("lora.dropout=0.0", "opponent.samples_per_prompt=2")
+    for iteration in range(2):
+        lines = [line for line in steps(run) if (line["stage"], line["iteration"]) == ("train", iteration)]
+        assert [line["step"] for line in lines] == list(range(1, lines[-1]["steps"] + 1))
+        assert lines[-1]["loss"] < LN2 - 0.01
+        assert lines[-1]["margin"] > 0.1
+
+
+def test_two_samples_for_each_prompt(variant):
+    run = variant("lora.dropout=0.0", "opponent.samples_per_prompt=2")
+    real = {row["id"]: row["response_ids"] for row in read_rows(run / "examples" / "train.jsonl")}
+    counts = []
+    for iteration in range(2):
+        rows = read_jsons(run, f"iteration-{iteration}/generations/train-*.jsonl")
+        assert [(row["id"], row["sample"]) for row in rows] == [(key, sample) for key in real for sample in (0, 1)]
+        counts.append(sum(row["token_ids"] != real[row["id"]] for row in rows))
+    assert any(a["token_ids"] != b["token_ids"] for a, b in zip(rows[::2], rows[1::2], strict=True))
+    assert len(read_pairs(run, 0, "train")) == counts[0]
+    assert len(read_pairs(run, 1, "train")) == sum(counts)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "nll_weight", "expected"),
+    [
+        (("objective.loss=hinge",), 0.0, 1.0),  # max(0, 1 − 0)
+        (("objective.loss=exponential",), 0.0, 1.0),  # e^−0
+        (("objective.nll_weight=0.3",), 0.3, LN2),
+    ],
+)
+def test_objectives(variant, overrides, nll_weight, expected):
+    run = variant("lora.dropout=0.0", "selfplay.iterations=1", "warmup_sft.epochs=1", *overrides)
+    lines = [line for line in steps(run) if line["stage"] == "train"]
+    assert lines[0]["loss"] == pytest.approx(expected + nll_weight * lines[0]["real_nll"], abs=1e-5)
+    assert lines[-1]["loss"] < lines[0]["loss"]
+
+
+# What was measured
+
+
+@pytest.mark.parametrize("name", ["start", "iteration-0", "iteration-1"])
+def test_metrics_are_means_of_the_answers(reference, name):
+    metrics = json.loads((reference / name / "metrics.json").read_text())
+    answers = read_rows(reference / name / "answers.jsonl")
+    examples = {row["id"]: row for row in read_rows(reference / "examples" / "heldout.jsonl")}
+    assert [row["id"] for row in answers] == list(examples)
+
+    def mean(values):
+        return pytest.approx(sum(values) / HELDOUT)
+
+    assert metrics["task_score"] == mean([float(row["text"] == examples[row["id"]]["response"]) for row in answers])
+    assert metrics["heldout_nll"] == mean([row["nll"] for row in answers])
+    assert metrics["heldout_nll_se"] == pytest.approx(np.std([row["nll"] for row in answers], ddof=1) / HELDOUT**0.5)
+    assert metrics["mean_tokens"] == mean([len(row["token_ids"]) for row in answers])
+    assert metrics["unfinished_share"] == mean([not row["finished"] for row in answers])
+    equal = [row["token_ids"] == examples[row["id"]]["response_ids"] for row in answers]
+    assert metrics["identical_share"] == mean(equal)
+    assert ("margin" in metrics) == (name != "start")
+
+
+def test_heldout_nll_and_margin_are_those_of_the_plain_model(reference, theta_2):
+    examples = {row["id"]: row for row in read_rows(reference / "examples" / "heldout.jsonl")}
+    for answer in read_rows(reference / "iteration-1" / "answers.jsonl"):
+        example = examples[answer["id"]]
+        logprob = naive_logprob(theta_2, example["prompt_ids"], example["response_ids"])
+        assert answer["nll"] == pytest.approx(-logprob / len(example["response_ids"]), abs=1e-5)
+    margins = [
+        (naive_logprob(theta_2, pair["prompt_ids"], pair["real_ids"]) - pair["opponent_real"])
+        - (naive_logprob(theta_2, pair["prompt_ids"], pair["synthetic_ids"]) - pair["opponent_synthetic"])
+        for pair in read_pairs(reference, 1, "heldout")
+    ]
+    metrics = json.loads((reference / "iteration-1" / "metrics.json").read_text())
+    assert metrics["margin"] == pytest.approx(sum(margins) / len(margins), abs=1e-4)
+    assert metrics["pair_accuracy"] == sum(margin > 0 for margin in margins) / len(margins)
+
+
+def test_pairs_open_with_datasets(reference):
+    pairs = datasets.Dataset.from_file(str(reference / "iteration-1" / "pairs" / "train-00000.arrow"))
+    assert pairs.column_names == list(Pair.__dataclass_fields__)
+    assert len(pairs) > 0
+
+
+# Other kinds of model
+
+
+def test_full_fine_tuning(world, variant):
+    run = variant("lora=null", "warmup_sft.learning_rate=2e-3", "train.optimizer=rmsprop", "train.learning_rate=2e-4")
+    base = AutoModelForCausalLM.from_pretrained(world.model)
+    first = AutoModelForCausalLM.from_pretrained(run / "iteration-0" / "player").eval()
+    last = AutoModelForCausalLM.from_pretrained(run / "iteration-1" / "player").eval()
+    for before, after in ((base, first), (first, last)):
+        weights = dict(before.named_parameters())
+        assert all((parameter != weights[name]).any() for name, parameter in after.named_parameters())
+    for pair in read_pairs(run, 1, "train"):
+        assert pair["opponent_real"] == pytest.approx(
+            naive_logprob(first, pair["prompt_ids"], pair["real_ids"]), abs=1e-4
+        )
+    losses = [line["loss"] for line in steps(run) if line["stage"] == "train" and line["step"] == 1]
+    assert losses == pytest.approx([LN2, LN2], abs=1e-5)
+
+
+def test_model_whose_attention_takes_no_trees_plays_one_response_per_row(world, cli, tmp_path):
+    """GPT-Neo's local layers."""
+    save_tiny_model(tmp_path / "gpt-neo", "gpt_neo", "plain")
+    changes = (f"model.path={tmp_path / 'gpt-neo'}", "lora.dropout=0.0", "selfplay.iterations=1")
+    said = cli("run", world.recipe, *changes, "--run-dir", "run", folder=tmp_path)
+    run = tmp_path / "run"
+    assert "packing: one response per row" in said.err
+    assert json.loads((run / "start" / "warmup.done").read_text())["packing"] == "pair"
+    theta = load_player(tmp_path / "gpt-neo", run / "start" / "player")
+    for pair in read_pairs(run, 0, "train"):
+        synthetic = naive_logprob(theta, pair["prompt_ids"], pair["synthetic_ids"])
+        assert pair["opponent_synthetic"] == pytest.approx(synthetic, abs=1e-4)
+    first = next(line for line in steps(run) if line["stage"] == "train")
+    assert first["loss"] == pytest.approx(LN2, abs=1e-5)
+
+
+# Taking players out
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(torch.arange(40)[None]).logits
+
+
+def test_export_an_adapter(world, cli, reference, theta_2, tmp_path):
+    said = cli("export", reference, "--iteration", "1", "--to", "adapter", folder=tmp_path)
+    assert said.out == "wrote adapter (iteration-1)\n"
+    exported = load_player(world.model, tmp_path / "adapter")
+    assert torch.equal(logits(exported), logits(theta_2))
+    question = [{"role": "user", "content": "What is 4?"}]
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "adapter")
+    ours = AutoTokenizer.from_pretrained(world.model).apply_chat_template(question, tokenize=False)
+    assert tokenizer.apply_chat_template(question, tokenize=False) == ours
+
+
+def test_export_a_whole_model(cli, reference, theta_1, theta_2, tmp_path):
+    cli("export", reference, "--iteration", "1", "--merge", "--to", "whole", folder=tmp_path)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "whole").eval()
+    assert not (tmp_path / "whole" / "adapter_config.json").exists()
+    assert (logits(merged) - logits(theta_2)).abs().max() < 1e-5 * logits(theta_2).abs().max()
+    assert (logits(merged) - logits(theta_1)).abs().max() > 1e-2
+    assert AutoTokenizer.from_pretrained(tmp_path / "whole").chat_template
+
+
+def test_export_of_the_best_and_of_the_start(cli, reference, tmp_path):
+    best = (reference / "best").readlink().name
+    assert cli("export", reference, "--to", "best", folder=tmp_path).out == f"wrote best ({best})\n"
+    cli("export", reference, "--iteration", "start", "--to", "start", folder=tmp_path)
+    for name, source in (("best", reference / best), ("start", reference / "start")):
+        exported = (tmp_path / name / "adapter_model.safetensors").read_bytes()
+        assert exported == (source / "player" / "adapter_model.safetensors").read_bytes()
+
+
+def test_export_does_not_overwrite(cli, reference, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    for options in ((), ("--merge",)):
+        refused = cli("export", reference, *options, "--to", "mine", folder=tmp_path, code=2)
+        assert refused.message == "mine: already there and not an empty folder. Choose another --to"
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+
+
+def test_export_of_a_player_that_is_not_there(cli, reference, tmp_path):
+    refused = cli("export", reference, "--iteration", "7", "--to", "new", folder=tmp_path, code=2)
+    assert "has no player 7; it has iteration-0, iteration-1, start" in refused.message
+    refused = cli("export", reference, "--iteration", "last", "--to", "new", folder=tmp_path, code=2)
+    assert "'last' names no player: write best, start, or the number of an iteration" in refused.message
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_chat_asks_several_players(cli, reference, tmp_path):
+    said = cli("chat", reference, "--iterations", "start,1", "--prompt", "What is 4?", folder=tmp_path)
+    assert re.fullmatch(r"\n\[start\]\n.+\n\n\[1\]\n.+\n", said.out, re.DOTALL)
+    assert cli("chat", reference, "--prompt", "What is 4?", folder=tmp_path).out.count("[") >= 2
+    refused = cli("chat", reference, "--prompt", "<|im_end|>", folder=tmp_path, code=2)
+    assert refused.message == "this prompt cannot be used: the text contains the control token <|im_end|>"
+
+
+# Before a run
+
+
+def test_check(world, cli, tmp_path):
+    said = cli("check", world.recipe, folder=tmp_path)
+    assert "the loss is 0.693147 (ln 2 = 0.693147)" in said.out
+    assert "packing: tree" in said.out
+    assert list(tmp_path.iterdir()) == []
+
+
+def plainly(*arguments: str | Path, folder: Path, code: int = 0) -> tuple[str, set[str], float]:
+    """Run a command without the server; returns its output, the heavy modules it imported, and its CPU seconds."""
+    program = (
+        "import atexit, sys; from spinlm.cli import main; "
+        "heavy = {'torch', 'transformers', 'peft', 'datasets', 'accelerate'}; "
+        "atexit.register(lambda: print('imported:', *(heavy & set(sys.modules)))); "
+        "main()"
+    )
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    command = [sys.executable, "-c", program, *map(str, arguments)]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    seconds = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
+    assert done.returncode == code, done.stderr
+    output, _, imported = done.stdout.rpartition("imported:")
+    return output + done.stderr, set(imported.split()), seconds
+
+
+@pytest.mark.parametrize("command", ["--help", "plan"])
+def test_light_commands_import_nothing_heavy(world, tmp_path, command):
+    arguments = (command,) if command == "--help" else (command, world.recipe)
+    output, imported, seconds = plainly(*arguments, folder=tmp_path)
+    assert len(output.splitlines()) > 10
+    assert imported == set()
+    assert seconds < 1
+
+
+def test_mistake_in_a_recipe_is_shown_before_anything_heavy_is_imported(world, tmp_path):
+    output, imported, _ = plainly("run", world.recipe, "train.epoch=1", folder=tmp_path, code=2)
+    assert "train.epoch: unknown key; did you mean epochs?" in output
+    assert imported == set()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_init_writes_a_recipe_to_start_from(tmp_path):
+    output, imported, _ = plainly("init", folder=tmp_path)
+    assert "wrote recipe.yaml" in output
+    assert imported == set()
+    recipe = load_recipe(tmp_path / "recipe.yaml")
+    assert recipe.lora is not None
+    (tmp_path / "recipe.yaml").write_text("mine")
+    output, _, _ = plainly("init", folder=tmp_path, code=2)
+    assert output.strip() == "spinlm: recipe.yaml: already there; name another file"
+    assert (tmp_path / "recipe.yaml").read_text() == "mine"

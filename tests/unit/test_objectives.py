@@ -1,0 +1,207 @@
+"""The objectives against hand-worked numbers, DPO's published loss, and the theorems of the SPIN paper."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from models import tiny_model, tiny_recipe
+from spinlm.model.fit import Item
+from spinlm.model.logprobs import LogProbs
+from spinlm.model.objectives import LOSSES, mean_nll, spin
+from spinlm.model.trees import Tree, lay_out, register_tree_attention
+from spinlm.stages.train import pair_indices, spin_objective
+
+SLOPE_AT_0 = {"logistic": 0.5, "hinge": 1.0, "exponential": 1.0}  # −ℓ'(0)
+AT_0 = {"logistic": math.log(2), "hinge": 1.0, "exponential": 1.0}  # ℓ(0)
+
+# r(y) = 1 and −0.5, r(y') = −1 and 1.5: the margins are 2 and −2.
+REAL, SYNTHETIC = torch.tensor([-2.0, -3.0]), torch.tensor([-5.0, -2.0])
+OPPONENT_REAL, OPPONENT_SYNTHETIC = torch.tensor([-3.0, -2.5]), torch.tensor([-4.0, -3.5])
+
+
+@pytest.mark.parametrize(
+    ("loss", "beta", "expected"),
+    [
+        ("logistic", 0.5, [0.313261688, 1.313261688]),  # log(1 + 1/e), log(1 + e)
+        ("logistic", 2.0, [0.018149927, 4.018149927]),  # log(1 + e^−4), log(1 + e^4)
+        ("hinge", 0.5, [0.0, 2.0]),
+        ("hinge", 0.25, [0.5, 1.5]),
+        ("exponential", 0.5, [0.367879441, 2.718281828]),
+        ("exponential", 2.0, [0.018315639, 54.598150033]),
+    ],
+)
+def test_spin_by_hand(loss: str, beta: float, expected: list[float]) -> None:
+    result = spin(REAL, SYNTHETIC, OPPONENT_REAL, OPPONENT_SYNTHETIC, beta=beta, loss=loss)
+
+    torch.testing.assert_close(result.loss, torch.tensor(expected))
+    assert result.margin.tolist() == [2.0, -2.0]  # in nats, whatever beta is
+
+
+def test_logistic_is_the_default() -> None:
+    args = (REAL, SYNTHETIC, OPPONENT_REAL, OPPONENT_SYNTHETIC)
+    assert torch.equal(spin(*args, beta=1.0).loss, spin(*args, beta=1.0, loss="logistic").loss)
+
+
+@pytest.mark.parametrize("beta", [0.1, 5.0])
+def test_loss_is_ln_2_where_player_and_opponent_agree(beta: float) -> None:
+    real, synthetic = torch.tensor([-1.5, -700.0]), torch.tensor([-90.25, -0.125])
+    result = spin(real, synthetic, real, synthetic, beta=beta)
+    assert result.loss.tolist() == [pytest.approx(math.log(2), abs=1e-7)] * 2
+    assert result.margin.tolist() == [0.0, 0.0]
+
+
+def test_logistic_loss_stays_finite_at_large_margins() -> None:
+    zero = torch.zeros(2)
+    real = torch.tensor([-1000.0, 1000.0], requires_grad=True)
+    loss = spin(real, zero, zero, zero, beta=5.0).loss
+    loss.sum().backward()
+    assert loss.tolist() == [5000.0, 0.0]
+    assert real.grad is not None and real.grad.tolist() == [-5.0, 0.0]
+
+
+def test_spin_is_dpo_with_the_real_response_chosen() -> None:
+    """DPO, arXiv 2305.18290, equation 7: −log σ(β log π(y_w)/π_ref(y_w) − β log π(y_l)/π_ref(y_l))."""
+    torch.manual_seed(1)
+    chosen, rejected, reference_chosen, reference_rejected = -100 * torch.rand(4, 1000, dtype=torch.float64)
+
+    ours = spin(chosen, rejected, reference_chosen, reference_rejected, beta=0.1).loss
+
+    for row in range(1000):
+        winner = math.exp(chosen[row]) / math.exp(reference_chosen[row])
+        loser = math.exp(rejected[row]) / math.exp(reference_rejected[row])
+        sigmoid = 1 / (1 + math.exp(-(0.1 * math.log(winner) - 0.1 * math.log(loser))))
+        assert ours[row].item() == pytest.approx(-math.log(sigmoid), rel=1e-9)
+
+
+def test_mean_nll_is_per_token() -> None:
+    assert mean_nll(torch.tensor([-6.0, -1.0]), torch.tensor([3, 4])).tolist() == [2.0, 0.25]
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_gradient_before_the_first_step(loss: str) -> None:
+    """It is −β · (−ℓ'(0)) · ∇[log p(y) − log p(y')], averaged over pairs; with the logistic ℓ that is β/2."""
+    register_tree_attention()
+    model = tiny_model("llama", vocabulary=64)
+    trees = [Tree([5, 9, 7, 11], ([20, 21, 22], [30, 31])), Tree([8, 6], ([40], [41, 42, 43, 44]))]
+    beta = 0.3
+
+    logprobs = LogProbs(model)(lay_out(trees, "tree"))  # y, y' of each tree
+    frozen = logprobs.detach()
+    spin(logprobs[0::2], logprobs[1::2], frozen[0::2], frozen[1::2], beta=beta, loss=loss).loss.mean().backward()
+    ours = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+    model.zero_grad()
+    model.set_attn_implementation("sdpa")
+    gaps = [plain(model, tree.prompt, tree.responses[0]) - plain(model, tree.prompt, tree.responses[1]) for tree in trees]
+    torch.stack(gaps).mean().backward()
+    theirs = {name: -beta * SLOPE_AT_0[loss] * parameter.grad for name, parameter in model.named_parameters()}
+    assert distance(ours, theirs) < 1e-5
+
+
+def plain(model: torch.nn.Module, prompt: list[int], response: list[int]) -> Tensor:
+    """log p(response | prompt), the long way."""
+    logits = model(input_ids=torch.tensor([[*prompt, *response]])).logits[0, len(prompt) - 1 : -1]
+    return torch.log_softmax(logits, dim=-1).gather(1, torch.tensor(response)[:, None]).sum()
+
+
+def distance(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
+    """‖ours − theirs‖ / ‖theirs‖ over all parameters."""
+    apart = sum((ours[name] - theirs[name]).square().sum() for name in theirs)
+    return math.sqrt(apart / sum(gradient.square().sum() for gradient in theirs.values()))
+
+
+# A world with 3 prompts and 5 responses, where every expectation is a finite sum.
+
+torch.manual_seed(2)
+DATA = torch.softmax(torch.randn(3, 5, dtype=torch.float64), dim=1)  # p_data(y|x)
+OPPONENT = torch.softmax(torch.randn(3, 5, dtype=torch.float64), dim=1)  # p_θt(y|x)
+
+
+def expected_loss(theta: Tensor, data: Tensor, opponent: Tensor, beta: float, loss: str) -> Tensor:
+    """E[ℓ] over prompts, y ~ data and y' ~ opponent, for the player softmax(theta)."""
+    player, reference = torch.log_softmax(theta, dim=1), opponent.log()
+    prompts, responses = theta.shape
+    total = torch.zeros((), dtype=theta.dtype)
+    for x in range(prompts):
+        y, z = (index.flatten() for index in torch.meshgrid(*[torch.arange(responses)] * 2, indexing="ij"))
+        losses = spin(player[x, y], player[x, z], reference[x, y], reference[x, z], beta=beta, loss=loss).loss
+        total = total + (data[x, y] * opponent[x, z] * losses).sum() / prompts
+    return total
+
+
+def gradient_at(theta: Tensor, *game: object) -> Tensor:
+    theta = theta.clone().requires_grad_()
+    expected_loss(theta, *game).backward()  # type: ignore[arg-type]
+    assert theta.grad is not None
+    return theta.grad
+
+
+def kl(data: Tensor, theta: Tensor) -> float:
+    return (data * (data.log() - torch.log_softmax(theta, dim=1))).sum().item()
+
+
+@pytest.mark.parametrize("beta", [0.1, 1.0, 5.0])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_data_is_a_fixed_point(loss: str, beta: float) -> None:
+    """Theorem 5.2: an opponent that equals the data leaves nothing to learn."""
+    gradient = gradient_at(DATA.log(), DATA, DATA, beta, loss)
+    assert gradient.abs().max() < 1e-15
+    assert expected_loss(DATA.log(), DATA, DATA, beta, loss).item() == pytest.approx(AT_0[loss], abs=1e-12)
+
+
+@pytest.mark.parametrize("beta", [0.1, 1.0, 5.0])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_another_opponent_can_be_improved_on(loss: str, beta: float) -> None:
+    """At θ = θ_t the gradient is −β·(−ℓ'(0))·(p_data − p_θt), so a step against it goes towards the data."""
+    theta = OPPONENT.log()
+    gradient = gradient_at(theta, DATA, OPPONENT, beta, loss)
+    torch.testing.assert_close(gradient, -beta * SLOPE_AT_0[loss] * (DATA - OPPONENT) / 3, rtol=1e-10, atol=1e-15)
+
+    stepped = theta - 0.1 / beta * gradient
+    assert expected_loss(stepped, DATA, OPPONENT, beta, loss) < expected_loss(theta, DATA, OPPONENT, beta, loss)
+    assert kl(DATA, stepped) < kl(DATA, theta)
+
+
+@pytest.mark.parametrize("beta", [0.1, 1.0, 5.0])
+def test_best_answer_to_an_opponent(beta: float) -> None:
+    """Theorem 5.4, logistic ℓ: the minimiser is p_θt · (p_data / p_θt)^(1/β), normalised."""
+    best = OPPONENT.log() + (DATA / OPPONENT).log() / beta
+    assert gradient_at(best, DATA, OPPONENT, beta, "logistic").abs().max() < 1e-15
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_game_comes_ever_closer_to_the_data(loss: str) -> None:
+    """A small step against each opponent, which then takes the player's place."""
+    theta = OPPONENT.log()
+    distances = [kl(DATA, theta)]
+    for _ in range(100):
+        theta = theta - gradient_at(theta, DATA, torch.softmax(theta, dim=1), 1.0, loss)
+        distances.append(kl(DATA, theta))
+    assert distances == sorted(distances, reverse=True)
+    assert distances[-1] < 0.05 * distances[0]
+
+
+def test_objective_of_a_micro_batch_by_hand(tmp_path) -> None:
+    """Two trees, three pairs: the real response is shared by the pairs of its tree; sums, not means."""
+    items = [
+        Item(Tree([1, 2], ([3, 4], [5], [6, 7, 8])), (-3.0, -4.0, -1.0), ((0, 1), (0, 2))),
+        Item(Tree([1], ([3, 4, 5, 6], [5])), (-2.5, -3.5), ((0, 1),)),
+    ]
+    logprobs = torch.tensor([-2.0, -5.0, -1.5, -3.0, -2.0], requires_grad=True)
+    recipe = tiny_recipe(tmp_path, objective={"beta": [9.0, 0.5], "nll_weight": 0.1}, selfplay={"iterations": 2})
+
+    total = spin_objective(recipe, 1)(logprobs, items)
+    total.loss.backward()
+
+    # Margins 1 + 1, 1 + 0.5 and −0.5 − 1.5; −log p(y)/|y| of the real ones: 2/2 (twice), 3/4.
+    losses = [math.log1p(math.exp(-0.5 * margin)) for margin in (2.0, 1.5, -2.0)]
+    assert total.loss.item() == pytest.approx(sum(losses) + 0.1 * (1 + 1 + 0.75))
+    assert total.extra == {"margin": 1.5, "accuracy": 2.0, "real_nll": 2.75}
+    assert pair_indices(items).tolist() == [[0, 0, 3], [1, 2, 4]]
+    pulls = [0.5 / (1 + math.exp(0.5 * margin)) for margin in (2.0, 1.5, -2.0)]
+    assert logprobs.grad is not None
+    assert logprobs.grad.tolist() == pytest.approx(
+        [-pulls[0] - pulls[1] - 0.1, pulls[0], pulls[1], -pulls[2] - 0.1 / 4, pulls[2]]
+    )

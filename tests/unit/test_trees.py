@@ -1,0 +1,218 @@
+"""Layouts, literally and by their defining property, and the tree attention against a dense mask."""
+
+import math
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from spinlm.model.trees import Layout, Span, Tree, lay_out, micro_batches, tree_attention
+
+TREES = [Tree([10, 11, 12], ([20, 21, 22], [30], [40, 41])), Tree([50], ([60],))]
+
+
+def test_tree_layout_literally() -> None:
+    layout = lay_out(TREES, "tree")
+    #                                  prompt       | 1     | 3 | prompt
+    assert layout.input_ids.tolist() == [[10, 11, 12, 20, 21, 40, 50]]
+    assert layout.position_ids.tolist() == [[0, 1, 2, 3, 4, 3, 0]]
+    assert layout.predict.tolist() == [2, 3, 4, 2, 2, 5, 6]
+    assert layout.targets.tolist() == [20, 21, 22, 30, 40, 41, 60]
+    assert layout.response.tolist() == [0, 0, 0, 1, 2, 2, 3]
+    assert layout.responses == 4
+    assert layout.spans == (Span(0, 3, ((3, 2), (5, 0), (5, 1))), Span(6, 1, ((7, 0),)))
+    assert [len(tree) for tree in TREES] == [6, 1]
+
+
+def test_pair_layout_literally() -> None:
+    layout = lay_out(TREES, "pair")
+    assert layout.input_ids.tolist() == [
+        [10, 11, 12, 20, 21],
+        [10, 11, 12, 0, 0],
+        [10, 11, 12, 40, 0],
+        [50, 0, 0, 0, 0],
+    ]
+    assert layout.position_ids.tolist() == [[0, 1, 2, 3, 4]] * 4
+    assert layout.predict.tolist() == [2, 3, 4, 7, 12, 13, 15]
+    assert layout.targets.tolist() == [20, 21, 22, 30, 40, 41, 60]
+    assert layout.response.tolist() == [0, 0, 0, 1, 2, 2, 3]
+    assert layout.responses == 4
+    assert layout.spans is None
+
+
+tokens = st.lists(st.integers(0, 99), min_size=1, max_size=6)
+trees_of = st.builds(Tree, tokens, st.lists(tokens, min_size=1, max_size=4).map(tuple))
+batches_of = st.lists(trees_of, min_size=1, max_size=5)
+
+
+def visible_in(spans: tuple[Span, ...], length: int) -> list[list[int]]:
+    """For each place in a row of trees, the places it may see: its tree's prompt and its own branch, up to itself."""
+    owner: list[tuple[int, int]] = []  # tree, and branch or −1 for the prompt
+    for number, span in enumerate(spans):
+        assert span.start == len(owner)
+        owner += [(number, -1)] * span.prompt
+        for branch, (start, size) in enumerate(span.branches):
+            assert start == len(owner)
+            owner += [(number, branch)] * size
+    assert len(owner) == length
+    return [
+        [j for j in range(i + 1) if owner[j] in {(tree, -1), (tree, branch)}] for i, (tree, branch) in enumerate(owner)
+    ]
+
+
+def contexts(layout: Layout) -> list[list[tuple[int, int]]]:
+    """What each predicted token is predicted from: (position, token) of every place its predictor sees."""
+    rows, width = layout.input_ids.shape
+    ids, positions = layout.input_ids.flatten().tolist(), layout.position_ids.flatten().tolist()
+    if layout.spans is None:
+        seen = [list(range(place - place % width, place + 1)) for place in range(rows * width)]
+    else:
+        seen = visible_in(layout.spans, width)
+    return [[(positions[j], ids[j]) for j in seen[place]] for place in layout.predict.tolist()]
+
+
+@pytest.mark.parametrize("packing", ["tree", "pair"])
+@given(trees=batches_of)
+@settings(max_examples=100, deadline=None)
+def test_every_response_token_is_predicted_once_from_what_precedes_it(packing: str, trees: list[Tree]) -> None:
+    layout = lay_out(trees, packing)
+    responses = [(tree.prompt, response) for tree in trees for response in tree.responses]
+    expected = [
+        (number, token, list(enumerate([*prompt, *response[:place]])))
+        for number, (prompt, response) in enumerate(responses)
+        for place, token in enumerate(response)
+    ]
+    found = list(zip(layout.response.tolist(), layout.targets.tolist(), contexts(layout), strict=True))
+    assert found == expected
+    assert layout.responses == len(responses)
+    if packing == "tree":
+        assert layout.input_ids.shape == (1, sum(len(tree) for tree in trees))
+
+
+def test_micro_batches_by_hand() -> None:
+    sizes = [4, 9, 2, 4, 3]
+    trees = [Tree([0] * size, ([1],)) for size in sizes]
+    assert micro_batches(trees, 8) == [[1], [0, 3], [4, 2]]  # longest first; the one that does not fit is alone
+    assert micro_batches(trees, 100) == [[1, 0, 3, 4, 2]]
+    assert micro_batches(trees, 1) == [[1], [0], [3], [4], [2]]
+    assert micro_batches([], 8) == []
+
+
+@given(trees=st.lists(trees_of, max_size=12), budget=st.integers(1, 60))
+@settings(max_examples=100, deadline=None)
+def test_micro_batches_cover_all_and_keep_the_budget(trees: list[Tree], budget: int) -> None:
+    batches = micro_batches(trees, budget)
+    assert Counter(index for batch in batches for index in batch) == Counter(range(len(trees)))
+    for batch in batches:
+        assert len(batch) == 1 or sum(len(trees[index]) for index in batch) <= budget
+
+
+# The attention
+
+SHAPES = [
+    TREES,
+    [Tree([1] * 7, ([2] * 9, [3] * 4, [4], [5] * 12))],
+    [Tree([1], ([2],)), Tree([1] * 3, ([2], [3] * 6)), Tree([1] * 11, ([2] * 5, [3] * 5)), Tree([1], ([2] * 8,) * 3)],
+]
+
+
+def random_qkv(length: int, heads: int, key_heads: int, size: int = 8) -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(3)
+    return (
+        3 * torch.randn(1, heads, length, size),
+        torch.randn(1, key_heads, length, size),
+        torch.randn(1, key_heads, length, size),
+    )
+
+
+def dense_attention(
+    layout: Layout,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float | None,
+    softcap: float | None,
+    window: int | None,
+) -> Tensor:
+    """One place and one head at a time, in float64."""
+    assert layout.spans is not None
+    query, key, value = query.double(), key.double(), value.double()
+    positions = layout.position_ids[0].tolist()
+    _, heads, length, size = query.shape
+    out = torch.zeros(1, length, heads, size, dtype=torch.float64)
+    for i, seen in enumerate(visible_in(layout.spans, length)):
+        near = [j for j in seen if window is None or positions[i] - positions[j] < window]
+        for head in range(heads):
+            shared = head // (heads // key.shape[1])
+            scores = key[0, shared, near] @ query[0, head, i] * (1 / math.sqrt(size) if scaling is None else scaling)
+            if softcap is not None:
+                scores = softcap * torch.tanh(scores / softcap)
+            out[0, i, head] = torch.softmax(scores, dim=0) @ value[0, shared, near]
+    return out
+
+
+@pytest.mark.parametrize("trees", SHAPES, ids=["literal", "long", "many"])
+@pytest.mark.parametrize("heads", [(2, 2), (4, 2)], ids=["mha", "gqa"])
+@pytest.mark.parametrize("window", [None, 1, 4, 100])
+@pytest.mark.parametrize("softcap", [None, 1.5])
+@pytest.mark.parametrize("scaling", [None, 0.7])
+def test_tree_attention_is_attention_under_a_dense_mask(
+    trees: list[Tree], heads: tuple[int, int], window: int | None, softcap: float | None, scaling: float | None
+) -> None:
+    layout = lay_out(trees, "tree")
+    qkv = random_qkv(layout.input_ids.shape[1], *heads)
+    ours, weights = tree_attention(
+        torch.nn.Module(),
+        *qkv,
+        None,
+        scaling=scaling,
+        softcap=softcap,
+        sliding_window=window,
+        spans=layout.spans,
+    )
+    theirs = dense_attention(layout, *qkv, scaling, softcap, window)
+    torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-6)
+    assert weights is None
+
+
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("softcap", [None, 1.5])
+@pytest.mark.parametrize("trees", SHAPES, ids=["literal", "long", "many"])
+def test_a_place_reaches_only_those_that_see_it(trees: list[Tree], window: int | None, softcap: float | None) -> None:
+    """Whatever stands in other branches, other trees or later on, the output is the same to the bit."""
+    layout = lay_out(trees, "tree")
+    assert layout.spans is not None
+    length = layout.input_ids.shape[1]
+    positions = layout.position_ids[0].tolist()
+    seen = visible_in(layout.spans, length)
+    query, key, value = random_qkv(length, 4, 2)
+
+    def attend() -> Tensor:
+        return tree_attention(
+            torch.nn.Module(), query, key, value, None, softcap=softcap, sliding_window=window, spans=layout.spans
+        )[0]
+
+    before = attend()
+    for j in range(length):
+        kept = key[:, :, j].clone(), value[:, :, j].clone()
+        key[:, :, j], value[:, :, j] = -kept[0], kept[1] + 1
+        after = attend()
+        key[:, :, j], value[:, :, j] = kept
+        changed = (before != after).any(dim=-1).any(dim=-1)[0].tolist()
+        near = [j in seen[i] and (window is None or positions[i] - positions[j] < window) for i in range(length)]
+        assert changed == near
+
+
+def test_tree_attention_passes_gradients_as_the_dense_mask_does() -> None:
+    layout = lay_out(SHAPES[2], "tree")
+    qkv = [tensor.requires_grad_() for tensor in random_qkv(layout.input_ids.shape[1], 4, 2)]
+    upstream = torch.randn(1, layout.input_ids.shape[1], 4, 8)
+    ours = torch.autograd.grad(
+        tree_attention(torch.nn.Module(), *qkv, None, sliding_window=5, spans=layout.spans)[0], qkv, upstream
+    )
+    theirs = torch.autograd.grad(dense_attention(layout, *qkv, None, None, 5), qkv, upstream.double())
+    for mine, reference in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, reference, rtol=1e-4, atol=1e-5)
