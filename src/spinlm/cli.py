@@ -170,6 +170,7 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # spinlm shows its own progress
     warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries, about each other
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
     for noisy in ("transformers", "httpx", "accelerate", "datasets", "peft"):

@@ -14,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -30,12 +31,11 @@ PATIENCE = 60  # seconds until a process that should have got somewhere counts a
 
 def serve() -> None:
     """Obey one JSON request a line: `start` forks a command and answers its pid, `poll` answers its exit code."""
-    import accelerate  # noqa: F401
+    sys.path.insert(0, str(Path(__file__).parents[1]))
     import datasets  # noqa: F401
-    import peft  # noqa: F401
-    from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
-    from transformers.models.gpt_neo import modeling_gpt_neo  # noqa: F401
-    from transformers.models.llama import modeling_llama  # noqa: F401
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     import spinlm.chat
     import spinlm.check
@@ -44,6 +44,15 @@ def serve() -> None:
     import spinlm.plan
     import spinlm.selfplay
     import spinlm.summary  # noqa: F401
+    from models import save_tiny_model
+
+    with tempfile.TemporaryDirectory() as folder:  # the first model a process loads takes longer than the second
+        save_tiny_model(Path(folder))
+        AutoTokenizer.from_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        model = get_peft_model(model, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
+        model(torch.zeros(1, 2, dtype=torch.long)).logits.sum().backward()
+        model.save_pretrained(folder)
 
     print("ready", flush=True)
     for line in sys.stdin:
@@ -110,18 +119,18 @@ class Process:
 
     def wait(self) -> Result:
         """Wait for the end."""
-        self.wait_until(lambda: self.poll() is not None)
+        self.wait_until(lambda: self.poll() is not None, every=0.02)
         assert self._code is not None
         return Result(self._code, self._out.read_text(), self._err.read_text())
 
-    def wait_until(self, happened: Callable[[], bool]) -> None:
-        """Wait for something that this process is to bring about."""
+    def wait_until(self, happened: Callable[[], bool], every: float = 0.002) -> None:
+        """Wait for something that this process is to bring about, and look for it so often (in seconds)."""
         deadline = time.monotonic() + PATIENCE
         while not happened():
             ended = self.poll()
             assert ended is None or happened(), f"{self.arguments} ended ({ended}) first:\n{self._err.read_text()}"
             assert time.monotonic() < deadline, f"{self.arguments} is stuck:\n{self._err.read_text()}"
-            time.sleep(0.002)
+            time.sleep(every)
 
     def kill(self) -> None:
         """SIGKILL, as the power going out would do it to a process."""

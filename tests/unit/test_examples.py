@@ -582,8 +582,8 @@ def test_a_hub_dataset(select: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         return datasets.Dataset.from_list(rows(4))
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    _, splits = select(path="some/dataset", split="train_sft", revision="abc")
-    assert asked == [("some/dataset", {"split": "train_sft", "revision": "abc"})]
+    _, splits = select(path="some/dataset", subset="main", split="train_sft", revision="abc")
+    assert asked == [("some/dataset", {"name": "main", "split": "train_sft", "revision": "abc"})]
     assert by_source(splits) == [([user(f"What is {n}?")], f"It is {n}.") for n in range(4)]
     assert splits["heldout"][0].source.startswith("some/dataset:")
 

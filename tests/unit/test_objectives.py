@@ -94,7 +94,9 @@ def test_gradient_before_the_first_step(loss: str) -> None:
 
     model.zero_grad()
     model.set_attn_implementation("sdpa")
-    gaps = [plain(model, tree.prompt, tree.responses[0]) - plain(model, tree.prompt, tree.responses[1]) for tree in trees]
+    gaps = [
+        plain(model, tree.prompt, tree.responses[0]) - plain(model, tree.prompt, tree.responses[1]) for tree in trees
+    ]
     torch.stack(gaps).mean().backward()
     theirs = {name: -beta * SLOPE_AT_0[loss] * parameter.grad for name, parameter in model.named_parameters()}
     assert distance(ours, theirs) < 1e-5

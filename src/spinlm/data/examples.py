@@ -4,22 +4,20 @@ Rows are read one at a time in a seeded order and handed on as they are accepted
 hub dataset does not matter; .json and .csv files are held in memory.
 """
 
-import csv
 import difflib
 import hashlib
 import json
 import math
-import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from spinlm.config import Columns, Data
 from spinlm.data.chat import Renderer, RowError
+from spinlm.data.sources import Source, kind_of, open_source
 from spinlm.errors import DataError
 from spinlm.records import Example, Message
 
@@ -55,7 +53,7 @@ def select_examples(
         DataError: the data cannot be read or its layout is not recognised; a row is bad and `data.on_bad_row` is
             `error`; or there are fewer usable examples than asked for.
     """
-    source = _open(data)
+    source = open_source(data)
     layout = _recognise(source, data.columns)
     turns = data.turns if layout.messages else "last"  # a prompt may be a conversation; its response is one turn
     wanted = {"heldout": data.heldout, "warmup": warmup or 0, "train": data.prompts or math.inf}
@@ -122,27 +120,11 @@ def select_examples(
     return Selection(counts, rows, dict(drops.counts), drops.rows, cut, not_sampled=rows - visited)
 
 
-@dataclass(frozen=True)
-class _Source:
-    """Rows that can be read in any order."""
-
-    where: str  # as the recipe names it
-    name: str  # the same on every machine
-    numbers: Sequence[int]  # of the rows, from 1; of lines, in a file of lines
-    read: Callable[[int], Any]  # index to row; raises RowError
-
-    def row(self, index: int) -> dict[str, Any]:
-        row = self.read(index)
-        if not isinstance(row, dict):
-            raise RowError("not_an_object", f"the row is {_kind(row)}, not an object with named values")
-        return row
-
-
 @dataclass
 class _Drops:
     """Counts what is left out, and stops at a bad row where that is asked for."""
 
-    source: _Source
+    source: Source
     strict: bool
     counts: Counter[str] = field(default_factory=Counter)
     rows: list[str] = field(default_factory=list)
@@ -158,124 +140,6 @@ class _Drops:
                 f"{self.source.where}, row {number}: {error}. Correct or remove it, or set data.on_bad_row: skip"
             ) from error
         self.add(number, error.reason, str(error))
-
-
-def _open(data: Data) -> _Source:
-    path = Path(data.path).expanduser()
-    if path.is_dir():
-        raise DataError(f"{data.path}: is a folder; name a file in it ({', '.join(_FILES)})")
-    looks_local = data.path.startswith(("/", "./", "../", "~")) or path.suffix.lower() in _FILES
-    if not looks_local and not path.exists():
-        rows = _hub_rows(data)
-        source = _Source(data.path, data.path, range(1, len(rows) + 1), rows.__getitem__)
-    elif not path.exists():
-        raise DataError(f"{data.path}: no such file")
-    elif path.suffix.lower() not in _FILES:
-        raise DataError(f"{data.path}: not a kind of file that can be read; known: {', '.join(_FILES)}")
-    elif path.stat().st_size == 0:
-        raise DataError(f"{data.path}: is empty")
-    else:
-        try:
-            numbers, read = _FILES[path.suffix.lower()](path)
-        except OSError as error:
-            raise DataError(f"{data.path}: cannot be read: {error}") from error
-        source = _Source(data.path, path.name, numbers, read)
-    if not source.numbers:
-        raise DataError(f"{data.path}: is empty: it has no rows")
-    return source
-
-
-_Rows = tuple[Sequence[int], Callable[[int], Any]]
-
-
-def _jsonl(path: Path) -> _Rows:
-    numbers, offsets = [], []
-    offset = 0
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if line.removeprefix(b"\xef\xbb\xbf").strip():
-                numbers.append(number)
-                offsets.append(offset)
-            offset += len(line)
-
-    def read(index: int) -> Any:
-        with path.open("rb") as file:
-            file.seek(offsets[index])
-            line = file.readline()
-        try:
-            return json.loads(line.decode("utf-8-sig"))
-        except UnicodeDecodeError as error:
-            raise RowError("not_text", f"the line is not UTF-8: {error}") from error
-        except (ValueError, RecursionError) as error:
-            raise RowError("not_json", f"the line is not JSON: {error}") from error
-
-    return numbers, read
-
-
-def _json(path: Path) -> _Rows:
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not JSON: {error}. A file with one object on each line is named .jsonl") from error
-    if isinstance(rows, dict):
-        lists = [rows[key] for key in ("data", "rows") if isinstance(rows.get(key), list)]
-        rows = lists[0] if len(lists) == 1 else None
-    if not isinstance(rows, list):
-        raise DataError(f'{path}: must hold a list of objects, or an object with such a list under "data" or "rows"')
-    return range(1, len(rows) + 1), rows.__getitem__
-
-
-def _csv(path: Path) -> _Rows:
-    csv.field_size_limit(sys.maxsize)  # the default refuses long texts
-    records: list[list[str]] = []
-    numbers = []
-    start = 1  # the line on which the record begins; text in quotes may span several
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file, strict=True)
-        try:
-            for record in reader:
-                if record:
-                    records.append(record)
-                    numbers.append(start)
-                start = reader.line_num + 1
-        except csv.Error as error:
-            raise DataError(f"{path}, line {start}: not CSV: {error}") from error
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path}: not UTF-8: {error}") from error
-    header = records.pop(0) if records else []
-    if len(set(header)) < len(header):
-        raise DataError(f"{path}: two columns have the same name ({', '.join(header)})")
-
-    def read(index: int) -> Any:
-        if len(records[index]) != len(header):
-            raise RowError("wrong_width", f"the row has {len(records[index])} values for {len(header)} columns")
-        return dict(zip(header, records[index], strict=True))
-
-    return numbers[1:], read
-
-
-def _parquet(path: Path) -> _Rows:
-    from datasets import Dataset
-
-    try:
-        rows = Dataset.from_parquet(str(path))
-    except Exception as error:  # pyarrow and datasets have no common family
-        raise DataError(f"{path}: not a Parquet file that can be read: {error.__cause__ or error}") from error
-    return range(1, len(rows) + 1), rows.__getitem__
-
-
-_FILES: dict[str, Callable[[Path], _Rows]] = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}
-
-
-def _hub_rows(data: Data) -> Any:
-    from datasets import load_dataset
-
-    try:
-        return load_dataset(data.path, data.subset, split=data.split, revision=data.revision)
-    except Exception as error:  # the hub client, its transport and the readers have no common family
-        raise DataError(
-            f"{data.path}: no such file here, and the hub did not give a dataset of that name: {error}"
-        ) from error
 
 
 @dataclass(frozen=True)
@@ -306,7 +170,7 @@ class _Layout:
         """The id the data gives the row, if any."""
         value = row.get(self.id) if self.id else None
         if isinstance(value, bool) or not isinstance(value, str | int | None):
-            raise RowError("bad_id", f"the id in {self.id!r} is {_kind(value)}, not text or a whole number")
+            raise RowError("bad_id", f"the id in {self.id!r} is {kind_of(value)}, not text or a whole number")
         return None if value is None else _text(str(value), str(self.id))
 
     def _prompt(self, row: dict[str, Any], column: str) -> list[Message]:
@@ -320,7 +184,7 @@ class _Layout:
         return [{"role": "user", "content": text}]
 
 
-def _recognise(source: _Source, named: Columns) -> _Layout:
+def _recognise(source: Source, named: Columns) -> _Layout:
     columns = _columns(source)
     for key, column in named.model_dump(exclude_none=True).items():
         if column not in columns:
@@ -361,7 +225,7 @@ def _recognise(source: _Source, named: Columns) -> _Layout:
     return _Layout(prompt=prompt, addition=addition, response=response, system=system, id=named.id)
 
 
-def _columns(source: _Source) -> list[str]:
+def _columns(source: Source) -> list[str]:
     """Names in the first readable rows, in order."""
     columns: dict[str, None] = {}
     readable = 0
@@ -388,7 +252,7 @@ def _field(row: dict[str, Any], column: str) -> Any:
 
 def _text(value: Any, name: str) -> str:
     if not isinstance(value, str):
-        raise RowError("not_text", f"{name!r} is {_kind(value)}, not text")
+        raise RowError("not_text", f"{name!r} is {kind_of(value)}, not text")
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -398,7 +262,7 @@ def _text(value: Any, name: str) -> str:
 
 def _messages(value: Any, name: str) -> list[Message]:
     if not isinstance(value, list):
-        raise RowError("not_messages", f"{name!r} is {_kind(value)}, not a list of messages")
+        raise RowError("not_messages", f"{name!r} is {kind_of(value)}, not a list of messages")
     return [_message(item, f"{name}[{index}]") for index, item in enumerate(value)]
 
 
@@ -418,7 +282,7 @@ def _message(value: Any, name: str) -> Message:
 
 def _parts(parts: list[Any], name: str) -> Iterator[str]:
     for part in parts:
-        kind = part.get("type") if isinstance(part, dict) else _kind(part)
+        kind = part.get("type") if isinstance(part, dict) else kind_of(part)
         if kind != "text":
             raise RowError("not_text", f"{name!r} has a part of the type {kind}, not text")
         yield _text(part.get("text"), f"{name}.content")
@@ -456,8 +320,3 @@ def _digest(value: Any) -> bytes:
     return hashlib.sha256(
         json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode()
     ).digest()
-
-
-def _kind(value: Any) -> str:
-    names = {type(None): "null", bool: "true or false", str: "text", list: "a list", dict: "an object"}
-    return names.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)

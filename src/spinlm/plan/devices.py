@@ -38,21 +38,20 @@ class Device(NamedTuple):
         step = max(read / GPU_BANDWIDTH, shape.layers * GPU_LAYER_SECONDS)
         return reading + math.ceil(replies / batch) * tokens * step
 
-    def speeds(self, batch: int) -> list[tuple[str, str, str]]:
+    def speeds(self, batch: int) -> tuple[tuple[str, str, str], ...]:
         """What is assumed: name, value, and on what ground."""
-        if self is CPU:
+        if self is GPU:
+            training = (
+                f"{GPU_UTILISATION:.0%} of {GPU_FLOPS / 1e12:.0f} TFLOP/s",
+                "assumed: one H100 or H200 in bfloat16",
+            )
+            step = f"{GPU_BANDWIDTH / 1e12:.1f} TB/s, at least {1e3 * GPU_LAYER_SECONDS:g} ms a layer"
+            generating = step, f"assumed: one H100, {batch} responses at once"
+        else:
             most = f"{cores()} × {CPU_CORE_FLOPS / 1e9:.0f} GFLOP/s"
-            training = ("CPU, score and train", f"{CPU_UTILISATION:.0%} of {most}")
-            return [
-                (*training, "assumed, on this machine's cores in float32"),
-                ("CPU, generate", f"{CPU_GENERATION_UTILISATION:.0%} of {most}", "assumed"),
-            ]
-        training = ("GPU, score and train", f"{GPU_UTILISATION:.0%} of {GPU_FLOPS / 1e12:.0f} TFLOP/s")
-        step = f"{GPU_BANDWIDTH / 1e12:.1f} TB/s, at least {1e3 * GPU_LAYER_SECONDS:g} ms a layer"
-        return [
-            (*training, "assumed: one H100 or H200 in bfloat16"),
-            ("GPU, generate", step, f"assumed: one H100, {batch} responses at once"),
-        ]
+            training = f"{CPU_UTILISATION:.0%} of {most}", "assumed, on this machine's cores in float32"
+            generating = f"{CPU_GENERATION_UTILISATION:.0%} of {most}", "assumed"
+        return (f"{self.name}, score and train", *training), (f"{self.name}, generate", *generating)
 
 
 GPU = Device("GPU", "bfloat16", 2)

@@ -3,7 +3,6 @@
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
 
 from spinlm.config import Recipe, at_iteration
 from spinlm.plan.devices import DEVICES, Device
@@ -37,14 +36,6 @@ class Work:
     def generated(self) -> int:
         """Tokens at most."""
         return sum(replies * tokens for replies, tokens in self.replies)
-
-
-class Hours(NamedTuple):
-    """How long the stages of one iteration take on one device; held-out answers and pairs are in the first two."""
-
-    generate: float
-    score: float
-    train: float
 
 
 @dataclass(frozen=True)
@@ -109,7 +100,7 @@ class Plan:
 
     def _iteration(self, iteration: int) -> Work:
         train, opponent, heldout = self.recipe.train, self.recipe.opponent, self.recipe.data.heldout
-        prompts, samples, used = self.prompts, opponent.samples_per_prompt, self._responses(iteration)
+        prompts, samples, used = self.prompts, opponent.samples_per_prompt, self._used(iteration)
         return Work(
             iteration=iteration,
             prompts=prompts,
@@ -128,7 +119,7 @@ class Plan:
         """Held-out answers, and tokens in each."""
         return self.recipe.data.heldout, self.recipe.evaluate.max_new_tokens or self.recipe.opponent.max_new_tokens
 
-    def _responses(self, iteration: int) -> int:
+    def _used(self, iteration: int) -> int:
         """Synthetic responses in use for each prompt: the newest, and those of up to `replay` iterations before."""
         return self.recipe.opponent.samples_per_prompt * (min(iteration, self.recipe.selfplay.replay) + 1)
 
@@ -140,7 +131,7 @@ class Plan:
         if self.recipe.lora or device.width == 2:
             weights += device.width * shape.parameters  # the frozen base, or a copy to compute with
         # A tree that is longer than the micro-batch is a micro-batch of its own.
-        longest = train.max_length + self._responses(self.recipe.selfplay.iterations - 1) * self.lengths.synthetic
+        longest = train.max_length + self._used(self.recipe.selfplay.iterations - 1) * self.lengths.synthetic
         token = shape.activation_bytes(device.width, train.max_length, train.gradient_checkpointing)
         parts = {
             "weights": weights,
@@ -154,20 +145,21 @@ class Plan:
         totals = {"training": sum(parts.values()), "KV cache": cache, "generating (weights and cache)": weights + cache}
         return parts | totals
 
-    def hours(self, shape: Shape, device: Device, work: Work) -> Hours:
-        """Time from counted operations: 2 for each parameter and token forward, 4 backward.
+    def hours(self, shape: Shape, device: Device, work: Work) -> tuple[float, float, float]:
+        """To generate, score and train on one device; held-out answers and pairs are in the first two.
 
-        A frozen weight needs no gradient of its own, so with LoRA backward costs 2; gradient checkpointing runs forward
-        once more. Attention itself, a few per cent at these lengths, is left out.
+        A token costs 2 operations for each parameter forward and 4 backward. A frozen weight needs no gradient of its
+        own, so with LoRA backward costs 2; gradient checkpointing runs forward once more. Attention itself, a few per
+        cent at these lengths, is left out.
         """
         passes = 1 + (1 if self.recipe.lora else 2) + self.recipe.train.gradient_checkpointing
-        second = device.flops / (2 * shape.multiplied)  # tokens
+        hour = 3600 * device.flops / (2 * shape.multiplied)  # tokens
         generate = sum(
             device.generation_seconds(shape, self.lengths.prompt, tokens, replies, self.recipe.opponent.batch_size)
             for replies, tokens in work.replies
         )
         scored, trained = (one.tree if self.trees else one.rows for one in (work.scored, work.trained))
-        return Hours(generate / 3600, scored / second / 3600, passes * trained / second / 3600)
+        return generate / 3600, scored / hour, passes * trained / hour
 
     @property
     def disk(self) -> dict[str, int | None]:
@@ -176,18 +168,17 @@ class Plan:
         text = CHARACTERS_PER_TOKEN + 6  # a token as text, and as a decimal number in JSON
         heldout = recipe.data.heldout * recipe.opponent.samples_per_prompt * recipe.selfplay.iterations
         pairs = heldout + sum(one.pairs for one in self.work)
-        sizes: dict[str, int | None] = {
+        trained = shape.trained(recipe.lora) if shape else None
+        whole: dict[str, int | None] = {"base": 4 * shape.parameters if shape else None}
+        return {
             "examples": (self.prompts + self.set_apart) * (lengths.prompt + lengths.real) * text,
             "generations": sum(one.generated for one in self.work) * text,
             "pairs": pairs * (lengths.prompt + lengths.real + lengths.synthetic) * 4,
+            **(whole if recipe.model.path.endswith(".gguf") else {}),
+            "players": trained and 4 * trained * len(self.work),  # θ_0 and each iteration's, in float32
+            # The newest one, and the one being written.
+            "checkpoints": trained and 2 * (4 + optimizer_bytes(recipe.train.optimizer)) * trained,
         }
-        if recipe.model.path.endswith(".gguf"):
-            sizes["base"] = 4 * shape.parameters if shape else None
-        player = 4 * shape.trained(recipe.lora) if shape else None  # in float32
-        state = optimizer_bytes(recipe.train.optimizer)
-        # θ_0 and each iteration's player; the newest checkpoint, and the one being written.
-        later = {"players": len(self.work), "checkpoints": 2 + state // 2}
-        return sizes | {name: player and times * player for name, times in later.items()}
 
 
 def optimizer_bytes(name: str) -> int:

@@ -24,7 +24,7 @@ def find_shape(model: Model) -> tuple[Shape, str]:
         return shape_from_config(_gguf_config(path)), f"read from the header of {path.name}"
     if path is not None:
         return shape_from_config(_json_config(path)), f"read from config.json in {path}"
-    base = _SAME_SHAPE.get(model.path, model.path.removesuffix("-Instruct"))
+    base = model.path.removesuffix("-Instruct")
     if base not in _PUBLISHED:
         raise UnknownShapeError(
             f"{model.path} is not in the local hub cache. `hf download {model.path} config.json` puts its shape there"
@@ -32,28 +32,26 @@ def find_shape(model: Model) -> tuple[Shape, str]:
     return shape_from_config(dict(zip(_KEYS, _PUBLISHED[base], strict=True))), f"published config of {base}"
 
 
-_KEYS = (
-    *("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
-    *("intermediate_size", "max_position_embeddings", "tie_word_embeddings"),
-)
+_MISTRAL_7B = ("mistral", 32000, 4096, 32, 32, 8, 14336, 32768, False)
+_GPT2 = ("gpt2", 50257, 768, 12, 12, 12, 3072, 1024, True)
 _PUBLISHED = {
     "EleutherAI/gpt-neo-2.7B": ("gpt_neo", 50257, 2560, 32, 20, 20, 10240, 2048, True),
+    "HuggingFaceH4/mistral-7b-sft-beta": _MISTRAL_7B,
     "HuggingFaceTB/SmolLM2-135M": ("llama", 49152, 576, 30, 9, 3, 1536, 8192, True),
     "HuggingFaceTB/SmolLM2-360M": ("llama", 49152, 960, 32, 15, 5, 2560, 8192, True),
     "HuggingFaceTB/SmolLM2-1.7B": ("llama", 49152, 2048, 24, 32, 32, 8192, 8192, True),
     "Qwen/Qwen2.5-7B": ("qwen2", 152064, 3584, 28, 28, 4, 18944, 131072, False),
+    "alignment-handbook/zephyr-7b-sft-full": _MISTRAL_7B,
+    "gpt2": _GPT2,
     "meta-llama/Llama-3.1-8B": ("llama", 128256, 4096, 32, 32, 8, 14336, 131072, False),
-    "mistralai/Mistral-7B-v0.1": ("mistral", 32000, 4096, 32, 32, 8, 14336, 32768, False),
-    "openai-community/gpt2": ("gpt2", 50257, 768, 12, 12, 12, 3072, 1024, True),
+    "mistralai/Mistral-7B-v0.1": _MISTRAL_7B,
+    "openai-community/gpt2": _GPT2,
 }
 """Sizes from the config.json of well-known models, so that their plans need no network."""
-
-_SAME_SHAPE = {
-    "HuggingFaceH4/mistral-7b-sft-beta": "mistralai/Mistral-7B-v0.1",
-    "HuggingFaceH4/zephyr-7b-beta": "mistralai/Mistral-7B-v0.1",
-    "alignment-handbook/zephyr-7b-sft-full": "mistralai/Mistral-7B-v0.1",
-    "gpt2": "openai-community/gpt2",
-}
+_KEYS = (
+    *("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    *("intermediate_size", "max_position_embeddings", "tie_word_embeddings"),
+)
 
 
 def _local_path(name: str) -> Path | None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from spinlm.config import Lora
 
@@ -11,13 +11,7 @@ class UnknownShapeError(Exception):
     """No shape can be had; the message says what is missing and how to get it."""
 
 
-class Linear(NamedTuple):
-    """A linear layer of a block."""
-
-    name: str
-    inputs: int
-    outputs: int
-    bias: bool
+Linear = tuple[str, int, int]  # name, inputs and outputs of a linear layer
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,14 +29,13 @@ class Shape:
     positions: int  # learned ones
     tied: bool  # the output head is the embedding
     linears: tuple[Linear, ...]  # of one block
-    norms: int  # parameters of all norms
+    vectors: int  # parameters of norms and biases
 
     @property
     def parameters(self) -> int:
         """Embeddings, blocks and norms, and the output head where it is not the embedding."""
-        block = sum((linear.inputs + linear.bias) * linear.outputs for linear in self.linears)
         tables = (self.vocab * (1 if self.tied else 2) + self.positions) * self.hidden
-        return tables + self.layers * block + self.norms
+        return tables + self.layers * sum(inputs * outputs for _, inputs, outputs in self.linears) + self.vectors
 
     @property
     def multiplied(self) -> int:
@@ -59,8 +52,8 @@ class Shape:
         if lora is None:
             return self.parameters
         names = {target.rpartition(".")[2] for target in lora.targets}
-        adapted = [linear for linear in self.linears if lora.targets == "all-linear" or linear.name in names]
-        return self.layers * lora.r * sum(linear.inputs + linear.outputs for linear in adapted)
+        adapted = [sizes for name, *sizes in self.linears if lora.targets == "all-linear" or name in names]
+        return self.layers * lora.r * sum(map(sum, adapted))
 
     def kv_bytes(self, width: int) -> int:
         """Keys and values of one token in all layers."""
@@ -108,13 +101,12 @@ def shape_from_config(config: Mapping[str, Any]) -> Shape:
     kv_heads = heads if gpt else size("num_key_value_heads", default=heads)
     head_dim = size("head_dim", default=hidden // heads)
     inner = size("intermediate_size", "n_inner", default=4 * hidden if gpt else None)
-    if gpt:
-        linears = _gpt_linears(family, hidden, inner)
-        norms = (4 * layers + 2) * hidden  # each has a weight and a bias
+    queries, keys = heads * head_dim, kv_heads * head_dim
+    if gpt:  # norms have a weight and a bias; of the linear layers only GPT-Neo's queries, keys and values have none
+        vectors = layers * (4 * hidden + (2 if family == "gpt_neo" else 5) * hidden + inner) + 2 * hidden
     else:
-        linears = _llama_linears(config, hidden, heads * head_dim, kv_heads * head_dim, inner)
-        # Gemma 2 also norms what attention and MLP give, Qwen3 each head's queries and keys.
-        norms = layers * ((4 if family == "gemma2" else 2) * hidden + 2 * head_dim * (family == "qwen3")) + hidden
+        more = {"qwen2": queries + 2 * keys, "qwen3": 2 * head_dim, "gemma2": 2 * hidden}  # biases; norms
+        vectors = layers * (2 * hidden + more.get(family, 0)) + hidden
     return Shape(
         family=family,
         vocab=size("vocab_size"),
@@ -126,30 +118,21 @@ def shape_from_config(config: Mapping[str, Any]) -> Shape:
         inner=inner,
         positions=size("n_positions", "max_position_embeddings") if family in ("gpt2", "gpt_neo") else 0,
         tied=bool(config.get("tie_word_embeddings", family in ("gpt2", "gpt_neo", "gemma2"))),
-        linears=linears,
-        norms=norms,
+        linears=_linears(family, hidden, queries, keys, inner),
+        vectors=vectors,
     )
 
 
-def _llama_linears(config: Mapping[str, Any], hidden: int, queries: int, keys: int, inner: int) -> tuple[Linear, ...]:
-    bias, mlp_bias = bool(config.get("attention_bias")), bool(config.get("mlp_bias"))
-    qkv_bias = bias or config["model_type"] == "qwen2"
-    return (
-        Linear("q_proj", hidden, queries, qkv_bias),
-        Linear("k_proj", hidden, keys, qkv_bias),
-        Linear("v_proj", hidden, keys, qkv_bias),
-        Linear("o_proj", queries, hidden, bias),
-        Linear("gate_proj", hidden, inner, mlp_bias),
-        Linear("up_proj", hidden, inner, mlp_bias),
-        Linear("down_proj", inner, hidden, mlp_bias),
-    )
-
-
-def _gpt_linears(family: str, hidden: int, inner: int) -> tuple[Linear, ...]:
-    fused, out = ("c_attn", "c_proj") if family == "gpt2" else ("query_key_value", "dense")
+def _linears(family: str, hidden: int, queries: int, keys: int, inner: int) -> tuple[Linear, ...]:
+    if family in _LLAMA_LIKE:
+        attention = [("q_proj", hidden, queries), ("k_proj", hidden, keys), ("v_proj", hidden, keys)]
+        mlp = [("gate_proj", hidden, inner), ("up_proj", hidden, inner), ("down_proj", inner, hidden)]
+        return *attention, ("o_proj", queries, hidden), *mlp
+    if family == "gpt_neox":
+        attention = [("query_key_value", hidden, 3 * hidden), ("dense", hidden, hidden)]
+    elif family == "gpt_neo":
+        attention = [(name, hidden, hidden) for name in ("q_proj", "k_proj", "v_proj", "out_proj")]
+    else:
+        attention = [("c_attn", hidden, 3 * hidden), ("c_proj", hidden, hidden)]
     up, down = ("dense_h_to_4h", "dense_4h_to_h") if family == "gpt_neox" else ("c_fc", "c_proj")
-    attention = [Linear(fused, hidden, 3 * hidden, True), Linear(out, hidden, hidden, True)]
-    if family == "gpt_neo":
-        attention = [Linear(name, hidden, hidden, False) for name in ("q_proj", "k_proj", "v_proj")]
-        attention.append(Linear("out_proj", hidden, hidden, True))
-    return (*attention, Linear(up, hidden, inner, True), Linear(down, inner, hidden, True))
+    return *attention, (up, hidden, inner), (down, inner, hidden)

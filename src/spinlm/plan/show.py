@@ -3,8 +3,7 @@
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from spinlm.plan.estimate import Plan, Work
-from spinlm.plan.facts import facts, notes
+from spinlm.plan.estimate import OPTIMIZER_BYTES, Plan, Work
 from spinlm.plan.shapes import Shape
 from spinlm.rundir import START
 
@@ -31,21 +30,22 @@ def render(plan: Plan) -> "RenderableType":
 
 
 def _tables(plan: Plan) -> Iterator[tuple[str, "Table"]]:
-    yield "Work", _table(("iteration", "prompts", "responses", "pairs", "steps", "learning rate", "beta"), _work(plan))
-    columns = ("iteration", "generated ≤", "scored: tree", "rows", "trained: tree", "rows", "tree saves")
+    yield "Work", _table(["iteration", "prompts", "responses", "pairs", "steps", "learning rate", "beta"], _work(plan))
+    columns = ["iteration", "generated ≤", "scored: tree", "rows", "trained: tree", "rows", "tree saves"]
     title = "Tokens: all responses to a prompt in one row (tree), or one response per row"
     yield title, _table(columns, map(_tokens, plan.work))
     if plan.shape:
-        columns = ("iteration", *(name for one in plan.devices for name in (f"{one.name}: generate", "score", "train")))
-        yield "Time on one device, at the speeds assumed below", _table(columns, _hours(plan, plan.shape), "all")
-        columns = ("", *(f"{device.name}, {device.dtype}" for device in plan.devices))
+        columns = [name for device in plan.devices for name in (f"{device.name}: generate", "score", "train")]
+        title = "Time on one device, at the speeds assumed below"
+        yield title, _table(["iteration", *columns], _hours(plan, plan.shape), "all")
+        columns = [f"{device.name}, {device.dtype}" for device in plan.devices]
         title = "Peak memory of one process, nothing divided over devices"
-        yield title, _table(columns, _memory(plan, plan.shape), "training", "generating (weights and cache)")
-    yield "Disk", _table(("", "size"), _disk(plan), "run folder")
-    yield "What this rests on", _table((), facts(plan))
+        yield title, _table(["", *columns], _memory(plan, plan.shape), "training", "generating (weights and cache)")
+    yield "Disk", _table(["", "size"], _disk(plan), "run folder")
+    yield "What this rests on", _table([], facts(plan))
 
 
-def _table(columns: Iterable[str], rows: Iterable[Iterable[str]], *bold: str) -> "Table":
+def _table(columns: list[str], rows: Iterable[Iterable[str]], *bold: str) -> "Table":
     from rich import box
     from rich.table import Table
 
@@ -89,8 +89,8 @@ def _memory(plan: Plan, shape: Shape) -> Iterator[list[str]]:
 def _disk(plan: Plan) -> Iterator[list[str]]:
     for part, size in plan.disk.items():
         yield [part, "unknown" if size is None else _short(size, "B")]
-    least = "at least " if None in plan.disk.values() else ""
-    yield ["run folder", least + _short(sum(size or 0 for size in plan.disk.values()), "B")]
+    total = _short(sum(size or 0 for size in plan.disk.values()), "B")
+    yield ["run folder", f"at least {total}" if None in plan.disk.values() else total]
 
 
 def _name(work: Work) -> str:
@@ -108,3 +108,65 @@ def _duration(hours: float) -> str:
     if hours >= 1:
         return f"{hours:.1f} h" if hours < 48 else f"{hours / 24:.3g} d"
     return f"{hours * 60:.0f} min" if hours >= 1 / 60 else f"{hours * 3600:.0f} s"
+
+
+def facts(plan: Plan) -> Iterator[tuple[str, str, str]]:
+    """The numbers the plan rests on: name, value, and where it comes from."""
+    recipe, lengths = plan.recipe, plan.lengths
+    if plan.shape is None:
+        yield "model", "shape unknown", f"unknown: {plan.shape_source}"
+    else:
+        yield "model", _words(plan.shape), plan.shape_source
+    yield "prompts", f"{plan.prompts:,}, and {recipe.data.heldout:,} held out", _prompts_source(plan)
+    yield "prompt + response", f"{lengths.prompt:,} + {lengths.real:,} tokens", lengths.source
+    source = "at most: " if lengths.limits else "assumed: as long as the real ones, at most "
+    yield "synthetic response", f"{lengths.synthetic:,} tokens", f"{source}opponent.max_new_tokens"
+    if plan.shape and recipe.lora:
+        yield "trained", f"{plan.shape.trained(recipe.lora):,} parameters", "the LoRA adapter, from the shape"
+    if recipe.train.packing != "pair":
+        layout = "one row for all responses" if plan.trees else "one response per row"
+        yield "layout", layout, "assumed for time; the run measures whether the model can take trees"
+    for device in plan.devices if plan.shape else ():
+        yield from device.speeds(recipe.opponent.batch_size)
+
+
+def _words(shape: Shape) -> str:
+    keys = f" ({shape.kv_heads} for keys)" if shape.kv_heads != shape.heads else ""
+    sizes = f"{shape.layers} layers of {shape.hidden:,}, {shape.heads} heads{keys}, {shape.vocab:,} tokens"
+    return f"{shape.parameters:,} parameters: {sizes}"
+
+
+def _prompts_source(plan: Plan) -> str:
+    asked, examples, counted = plan.recipe.data.prompts, plan.lengths.examples, plan.lengths.counted
+    if examples is None:
+        return "data.prompts" if asked else "assumed: data.prompts is not set"
+    if plan.prompts == asked:
+        return f"data.prompts, out of {examples:,} ({counted})"
+    return f"{examples:,} less {plan.set_apart:,} set apart ({counted})"
+
+
+def notes(plan: Plan) -> Iterator[str]:
+    """What makes the numbers less than certain, or the run impossible."""
+    recipe, examples, asked = plan.recipe, plan.lengths.examples, plan.recipe.data.prompts or 1
+    if plan.shape is None:
+        yield f"Memory, disk for players and time are missing: {plan.shape_source}."
+    if examples is None and recipe.data.prompts is None:
+        yield (
+            "data.prompts is not set, and only the rows of a local .jsonl file are counted: for every "
+            f"{plan.prompts:,} prompts the run does what is shown here."
+        )
+    if examples is not None and asked > examples - plan.set_apart:
+        yield (
+            f"{recipe.data.path} has {examples:,} examples: too few for {asked:,} prompts beside {plan.set_apart:,} "
+            f"that are set apart, so the run will refuse it. Counted with {plan.prompts:,}."
+        )
+    if plan.lengths.limits:
+        yield (
+            "Lengths are the longest possible: tokens, time and disk are at most as shown, and with shorter prompts "
+            "trees save less. A local .jsonl file as data.path gives estimates instead."
+        )
+    if plan.shape and recipe.train.packing == "auto" and not plan.trees:
+        yield f"{plan.shape.family}'s attention cannot take trees: time is counted with one response per row."
+    for name in dict.fromkeys(plan.optimizers) if plan.shape else ():
+        if name.lower() not in OPTIMIZER_BYTES:
+            yield f"The state of the optimiser {name} is not known; counted as 8 bytes per parameter, like AdamW."

@@ -1,0 +1,157 @@
+"""Where rows come from: files of several kinds, or a hub dataset, each as rows that can be read in any order."""
+
+import csv
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from spinlm.config import Data
+from spinlm.data.chat import RowError
+from spinlm.errors import DataError
+
+
+@dataclass(frozen=True)
+class Source:
+    """Rows that can be read in any order."""
+
+    where: str  # as the recipe names it
+    name: str  # the same on every machine
+    numbers: Sequence[int]  # of the rows, from 1; of lines, in a file of lines
+    read: Callable[[int], Any]  # index to row; raises RowError
+
+    def row(self, index: int) -> dict[str, Any]:
+        row = self.read(index)
+        if not isinstance(row, dict):
+            raise RowError("not_an_object", f"the row is {kind_of(row)}, not an object with named values")
+        return row
+
+
+def open_source(data: Data) -> Source:
+    """Open what `data.path` names.
+
+    Raises:
+        DataError: there is no such file or dataset, or it cannot be read or is empty.
+    """
+    path = Path(data.path).expanduser()
+    if path.is_dir():
+        raise DataError(f"{data.path}: is a folder; name a file in it ({', '.join(_FILES)})")
+    looks_local = data.path.startswith(("/", "./", "../", "~")) or path.suffix.lower() in _FILES
+    if not looks_local and not path.exists():
+        rows = _hub_rows(data)
+        source = Source(data.path, data.path, range(1, len(rows) + 1), rows.__getitem__)
+    elif not path.exists():
+        raise DataError(f"{data.path}: no such file")
+    elif path.suffix.lower() not in _FILES:
+        raise DataError(f"{data.path}: not a kind of file that can be read; known: {', '.join(_FILES)}")
+    elif path.stat().st_size == 0:
+        raise DataError(f"{data.path}: is empty")
+    else:
+        try:
+            numbers, read = _FILES[path.suffix.lower()](path)
+        except OSError as error:
+            raise DataError(f"{data.path}: cannot be read: {error}") from error
+        source = Source(data.path, path.name, numbers, read)
+    if not source.numbers:
+        raise DataError(f"{data.path}: is empty: it has no rows")
+    return source
+
+
+_Rows = tuple[Sequence[int], Callable[[int], Any]]
+
+
+def _jsonl(path: Path) -> _Rows:
+    numbers, offsets = [], []
+    offset = 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.removeprefix(b"\xef\xbb\xbf").strip():
+                numbers.append(number)
+                offsets.append(offset)
+            offset += len(line)
+
+    def read(index: int) -> Any:
+        with path.open("rb") as file:
+            file.seek(offsets[index])
+            line = file.readline()
+        try:
+            return json.loads(line.decode("utf-8-sig"))
+        except UnicodeDecodeError as error:
+            raise RowError("not_text", f"the line is not UTF-8: {error}") from error
+        except (ValueError, RecursionError) as error:
+            raise RowError("not_json", f"the line is not JSON: {error}") from error
+
+    return numbers, read
+
+
+def _json(path: Path) -> _Rows:
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not JSON: {error}. A file with one object on each line is named .jsonl") from error
+    if isinstance(rows, dict):
+        lists = [rows[key] for key in ("data", "rows") if isinstance(rows.get(key), list)]
+        rows = lists[0] if len(lists) == 1 else None
+    if not isinstance(rows, list):
+        raise DataError(f'{path}: must hold a list of objects, or an object with such a list under "data" or "rows"')
+    return range(1, len(rows) + 1), rows.__getitem__
+
+
+def _csv(path: Path) -> _Rows:
+    csv.field_size_limit(sys.maxsize)  # the default refuses long texts
+    records: list[list[str]] = []
+    numbers = []
+    start = 1  # the line on which the record begins; text in quotes may span several
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file, strict=True)
+        try:
+            for record in reader:
+                if record:
+                    records.append(record)
+                    numbers.append(start)
+                start = reader.line_num + 1
+        except csv.Error as error:
+            raise DataError(f"{path}, line {start}: not CSV: {error}") from error
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path}: not UTF-8: {error}") from error
+    header = records.pop(0) if records else []
+    if len(set(header)) < len(header):
+        raise DataError(f"{path}: two columns have the same name ({', '.join(header)})")
+
+    def read(index: int) -> Any:
+        if len(records[index]) != len(header):
+            raise RowError("wrong_width", f"the row has {len(records[index])} values for {len(header)} columns")
+        return dict(zip(header, records[index], strict=True))
+
+    return numbers[1:], read
+
+
+def _parquet(path: Path) -> _Rows:
+    from datasets import Dataset
+
+    try:
+        rows = Dataset.from_parquet(str(path))
+    except Exception as error:  # pyarrow and datasets have no common family
+        raise DataError(f"{path}: not a Parquet file that can be read: {error.__cause__ or error}") from error
+    return range(1, len(rows) + 1), rows.__getitem__
+
+
+_FILES: dict[str, Callable[[Path], _Rows]] = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}
+
+
+def _hub_rows(data: Data) -> Any:
+    from datasets import load_dataset
+
+    try:
+        return load_dataset(data.path, name=data.subset, split=data.split, revision=data.revision)
+    except Exception as error:  # the hub client, its transport and the readers have no common family
+        raise DataError(
+            f"{data.path}: no such file here, and the hub did not give a dataset of that name: {error}"
+        ) from error
+
+
+def kind_of(value: Any) -> str:
+    names = {type(None): "null", bool: "true or false", str: "text", list: "a list", dict: "an object"}
+    return names.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)

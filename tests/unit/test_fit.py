@@ -1,0 +1,489 @@
+"""The optimisation loop: gradients that do not depend on how they were summed, and steps that survive a kill."""
+
+import math
+import os
+import re
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from models import save_tiny_model, tiny_recipe
+from spinlm.errors import RecipeError, RunError, StoppedError, TrainingError
+from spinlm.interrupt import gentle_stop
+from spinlm.model.fit import (
+    Fit,
+    Item,
+    Objective,
+    find_optimizer,
+    fit,
+    learning_rate_at,
+    make_optimizer,
+    plan_steps,
+)
+from spinlm.model.players import Players
+from spinlm.model.trees import Tree
+from spinlm.rundir import START, RunDir, digest
+from spinlm.stages.train import spin_objective
+from spinlm.stages.warmup import sft_objective
+
+HOW = Fit(
+    epochs=1,
+    batch_size=4,
+    learning_rate=1e-2,
+    optimizer="adamw",
+    warmup=0.0,
+    schedule="linear",
+    weight_decay=0.0,
+    max_grad_norm=1e9,
+    tokens_per_micro_batch=40,
+    checkpoint_every=100,
+    seed=7,
+)
+
+
+class InMemory:
+    """Items in a list, weighed as the stages weigh theirs."""
+
+    def __init__(self, items: Sequence[Item], weights: Sequence[int]):
+        self.items = items
+        self.sizes = np.array([max(len(item.pairs), 1) for item in items])
+        self.weights = np.array(weights)
+
+    def __getitem__(self, index: int) -> Item:
+        return self.items[index]
+
+
+def ids(count: int, seed: int) -> list[int]:
+    return torch.randint(3, 300, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def pair_items(count: int) -> InMemory:
+    """Prompts with a real and one or two synthetic responses of uneven lengths, and made-up opponent log-probabilities
+    close to the ones of the model."""
+    items = []
+    for n in range(count):
+        lengths = [1 + (7 * n + 3 * k) % 11 for k in range(2 + n % 2)]
+        tree = Tree(ids(2 + 5 * n % 13, 100 + n), tuple(ids(length, 10 * n + k) for k, length in enumerate(lengths)))
+        opponent = tuple(-6.0 * length - k for k, length in enumerate(lengths))
+        items.append(Item(tree, opponent, tuple((0, k) for k in range(1, len(lengths)))))
+    return InMemory(items, [len(item.pairs) for item in items])
+
+
+def sft_items(count: int) -> InMemory:
+    items = [Item(Tree(ids(2 + 3 * n % 7, 200 + n), (ids(1 + 5 * n % 9, 300 + n),))) for n in range(count)]
+    return InMemory(items, [len(item.tree.responses[0]) for item in items])
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("llama"))
+
+
+NewPlayers = Callable[..., Players]
+
+
+@pytest.fixture
+def new_players(saved: Path, tmp_path: Path) -> NewPlayers:
+    """Makes players as a new process would, with the adapter's weights away from zero."""
+
+    def make(**sections: Any) -> Players:
+        players = Players(tiny_recipe(saved, **sections), RunDir(tmp_path))
+        torch.manual_seed(5)
+        for name, parameter in players.parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.05)
+        return players
+
+    return make
+
+
+def spin_of(players: Players) -> Objective:
+    return spin_objective(players.recipe, 0)
+
+
+def run_fit(
+    players: Players, items: InMemory, objective: Objective, how: Fit, folder: Path, **options: Any
+) -> list[dict[str, float]]:
+    """Fit, and what was measured after each step."""
+    steps: list[dict[str, float]] = []
+    defaults: dict[str, Any] = {"packing": "tree", "what": "test", "on_step": steps.append}
+    fit(players, items, objective, how, checkpoints=folder / "checkpoints", **(defaults | options))
+    return steps
+
+
+@pytest.fixture
+def seen() -> Iterator[list[list[Tensor]]]:
+    """The gradients that each optimiser step was given."""
+    found: list[list[Tensor]] = []
+
+    def note(optimizer: Any, *_: Any) -> None:
+        found.append([parameter.grad.clone() for parameter in optimizer.param_groups[0]["params"]])
+
+    handle = register_optimizer_step_pre_hook(note)
+    yield found
+    handle.remove()
+
+
+def apart(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
+    """‖ours − theirs‖ / ‖theirs‖, over all parameters together."""
+    difference = sum((a - b).double().square().sum().item() for a, b in zip(ours, theirs, strict=True))
+    return math.sqrt(difference / sum(b.double().square().sum().item() for b in theirs))
+
+
+# The gradient of a step
+
+
+def plain_gradient(players: Players, loss: Callable[[Callable[[Sequence[int], Sequence[int]], Tensor]], Tensor]) -> Any:
+    """Of a loss that is given a function from prompt and response to log p, computed from the model's own logits."""
+    players.logprobs.use_attention(tree=False)
+
+    def logprob(prompt: Sequence[int], response: Sequence[int]) -> Tensor:
+        logits = players.model(input_ids=torch.tensor([[*prompt, *response]])).logits[0, len(prompt) - 1 : -1]
+        return torch.log_softmax(logits, dim=-1).gather(1, torch.tensor(response)[:, None]).sum()
+
+    value = loss(logprob)
+    return value.item(), torch.autograd.grad(value, [parameter for _, parameter in players.parameters()])
+
+
+@pytest.mark.parametrize("lora", [None, {"r": 4}], ids=["full", "lora"])
+def test_a_step_has_the_gradient_of_the_mean_over_pairs(
+    new_players: NewPlayers, seen: list[list[Tensor]], tmp_path: Path, lora: Any
+) -> None:
+    """Whatever the micro-batches and the packing: the loss of 9 pairs in 6 trees, worked out pair by pair."""
+    items = pair_items(6)
+    how = replace(HOW, batch_size=100, optimizer="sgd", learning_rate=0.0)
+    recipe: dict[str, Any] = {"lora": lora, "objective": {"beta": 0.05, "nll_weight": 0.3}}
+
+    def naive(logprob: Any) -> Tensor:
+        losses = []
+        for item in items.items:
+            responses = item.tree.responses
+            for _, k in item.pairs:
+                real, synthetic = logprob(item.tree.prompt, responses[0]), logprob(item.tree.prompt, responses[k])
+                margin = (real - item.opponent[0]) - (synthetic - item.opponent[k])
+                losses.append(torch.log1p(torch.exp(-0.05 * margin)) - 0.3 * real / len(responses[0]))
+        return torch.stack(losses).mean()
+
+    players = new_players(**recipe)
+    value, expected = plain_gradient(players, naive)
+    for number, (budget, packing) in enumerate(
+        [(10**6, "tree"), (1, "tree"), (25, "tree"), (10**6, "pair"), (25, "pair")]
+    ):
+        folder = tmp_path / str(number)
+        changed = replace(how, tokens_per_micro_batch=budget)
+        (step,) = run_fit(players, items, spin_of(players), changed, folder, packing=packing)
+        assert step["loss"] == pytest.approx(value, rel=1e-5)
+        assert step["grad_norm"] == pytest.approx(math.sqrt(sum(g.square().sum().item() for g in expected)), rel=1e-4)
+        assert apart(seen[-1], expected) < 1e-5
+
+
+def test_a_warm_up_step_has_the_gradient_of_the_mean_over_tokens(
+    new_players: NewPlayers, seen: list[list[Tensor]], tmp_path: Path
+) -> None:
+    items = sft_items(6)
+    players = new_players(lora={"r": 4})
+
+    def naive(logprob: Any) -> Tensor:
+        values = [logprob(item.tree.prompt, item.tree.responses[0]) for item in items.items]
+        return -torch.stack(values).sum() / sum(len(item.tree.responses[0]) for item in items.items)
+
+    value, expected = plain_gradient(players, naive)
+    for budget in (1, 10**6):
+        how = replace(HOW, batch_size=100, optimizer="sgd", learning_rate=0.0, tokens_per_micro_batch=budget)
+        (step,) = run_fit(players, items, sft_objective, how, tmp_path / str(budget))
+        assert step["loss"] == pytest.approx(value, rel=1e-5)
+        assert apart(seen[-1], expected) < 1e-5
+
+
+def test_steps_do_not_add_up_each_others_gradients(
+    new_players: NewPlayers, seen: list[list[Tensor]], tmp_path: Path
+) -> None:
+    items = pair_items(1)
+    players = new_players(lora={"r": 4})
+    how = replace(HOW, epochs=3, optimizer="sgd", learning_rate=0.0)
+    run_fit(players, items, spin_of(players), how, tmp_path)
+    assert len(seen) == 3
+    for later in seen[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(later, seen[0], strict=True))
+
+
+def test_the_first_loss_is_ln_2(new_players: NewPlayers, tmp_path: Path) -> None:
+    """With the opponent's log-probabilities taken from the same weights, in train mode, dropout or not."""
+    players = new_players(lora={"r": 4}, objective={"beta": 5.0})
+    items = pair_items(5)
+    for number, item in enumerate(items.items):
+        opponent = tuple(players.response_logprobs([item.tree], "tree"))
+        items.items[number] = replace(item, opponent=opponent)  # type: ignore[index]
+    (step,) = run_fit(players, items, spin_of(players), replace(HOW, batch_size=100), tmp_path)
+    assert step["loss"] == pytest.approx(math.log(2), abs=1e-4)
+    assert step["margin"] == pytest.approx(0, abs=1e-4)
+
+
+def test_gradients_are_clipped_to_the_norm(new_players: NewPlayers, seen: list[list[Tensor]], tmp_path: Path) -> None:
+    players = new_players(lora={"r": 4})
+    how = replace(HOW, batch_size=100, optimizer="sgd", learning_rate=0.0)
+    norms = []
+    for number, limit in enumerate((1e9, 1e-3)):
+        (step,) = run_fit(
+            players, pair_items(4), spin_of(players), replace(how, max_grad_norm=limit), tmp_path / str(number)
+        )
+        norms.append(step["grad_norm"])
+    free, clipped = seen
+    assert norms[0] == norms[1] > 1e-2  # what is reported is the norm before
+    assert math.sqrt(sum(g.square().sum().item() for g in clipped)) == pytest.approx(1e-3, rel=1e-3)
+    assert apart([g * (norms[0] / 1e-3) for g in clipped], free) < 1e-3
+
+
+def test_what_is_reported_of_each_step(new_players: NewPlayers, tmp_path: Path) -> None:
+    players = new_players(lora={"r": 4})
+    epochs: list[int] = []
+    how = replace(HOW, epochs=2, batch_size=3)
+    steps = run_fit(players, pair_items(4), spin_of(players), how, tmp_path, on_epoch=epochs.append)
+    assert [(step["step"], step["steps"], step["epoch"]) for step in steps] == [
+        (1, 4, 1),
+        (2, 4, 1),
+        (3, 4, 2),
+        (4, 4, 2),
+    ]
+    assert [step["learning_rate"] for step in steps] == pytest.approx([0.01, 0.0075, 0.005, 0.0025])
+    assert epochs == [1, 2]
+    assert all(step["tokens_per_second"] > 0 and 0 <= step["accuracy"] <= 1 for step in steps)
+
+
+def test_training_goes_down_the_loss(new_players: NewPlayers, tmp_path: Path) -> None:
+    players = new_players(lora={"r": 4})
+    steps = run_fit(players, pair_items(4), spin_of(players), replace(HOW, epochs=8, batch_size=100), tmp_path)
+    assert steps[-1]["loss"] < 0.5 * steps[0]["loss"]
+    assert steps[-1]["margin"] > steps[0]["margin"]
+
+
+# Which items, and how fast
+
+
+@given(
+    sizes=st.lists(st.integers(1, 5), max_size=30),
+    batch_size=st.integers(1, 9),
+    epochs=st.integers(1, 3),
+    seed=st.integers(0, 2**63 - 1),
+)
+@settings(max_examples=100, deadline=None)
+def test_every_epoch_takes_every_item_once(sizes: list[int], batch_size: int, epochs: int, seed: int) -> None:
+    counted = np.array(sizes, dtype=np.int64)
+    steps = plan_steps(counted, batch_size, epochs, seed)
+    assert [epoch for epoch, _ in steps] == sorted(epoch for epoch, _ in steps)
+    for epoch in range(epochs if sizes else 0):
+        taken = [chosen.tolist() for number, chosen in steps if number == epoch]
+        assert sorted(index for chosen in taken for index in chosen) == list(range(len(sizes)))
+        for number, chosen in enumerate(taken):
+            assert counted[chosen].sum() <= batch_size or len(chosen) == 1
+            if number + 1 < len(taken):  # a step is as full as the order allows
+                assert counted[chosen].sum() + counted[taken[number + 1][0]] > batch_size
+    again = plan_steps(counted, batch_size, epochs, seed)
+    assert [(epoch, chosen.tolist()) for epoch, chosen in again] == [
+        (epoch, chosen.tolist()) for epoch, chosen in steps
+    ]
+
+
+def test_epochs_and_seeds_differ_in_order() -> None:
+    sizes = np.ones(50, dtype=np.int64)
+    orders = [plan_steps(sizes, 50, 2, seed)[epoch][1].tolist() for seed in (0, 1) for epoch in (0, 1)]
+    assert len({tuple(order) for order in orders}) == 4
+    assert plan_steps(np.array([], dtype=np.int64), 4, 2, 0) == []
+
+
+@pytest.mark.parametrize(
+    ("schedule", "warmup", "expected"),
+    [
+        ("linear", 0.2, [0.5, 1.0, 1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125]),
+        ("linear", 0.0, [1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1]),
+        ("linear", 1.0, [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]),
+        ("linear", 0.15, [0.5, 1.0, 1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125]),  # 1.5 steps are 2
+        ("constant", 0.2, [0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]),
+        (
+            "cosine",  # after the rise ½(1 − cos(π·left)), left = 1, ⅞, ¾, …, ⅛
+            0.2,
+            [0.5, 1.0, 1.0, 0.9619397663, 0.8535533906, 0.6913417162, 0.5, 0.3086582838, 0.1464466094, 0.0380602337],
+        ),
+    ],
+)
+def test_learning_rate_of_each_of_ten_steps(schedule: str, warmup: float, expected: list[float]) -> None:
+    how = replace(HOW, learning_rate=3e-4, schedule=schedule, warmup=warmup)
+    assert [learning_rate_at(step, 10, how) for step in range(10)] == pytest.approx(
+        [3e-4 * share for share in expected]
+    )
+
+
+def test_find_optimizer() -> None:
+    assert find_optimizer("adamw") is torch.optim.AdamW
+    assert find_optimizer("RMSprop") is torch.optim.RMSprop
+    for unknown in ("adamwx", "optimizer", "lr_scheduler", ""):
+        with pytest.raises(RecipeError, match=r"no '.*' in torch\.optim; known: .*adamw.*rmsprop"):
+            find_optimizer(unknown)
+
+
+def test_an_optimizer_that_takes_other_settings(new_players: NewPlayers) -> None:
+    players = new_players(lora={"r": 4})
+    with pytest.raises(RecipeError, match=r"optimizer lbfgs: .*weight_decay.*choose another"):
+        make_optimizer(replace(HOW, optimizer="lbfgs"), players)
+    optimizer = make_optimizer(replace(HOW, optimizer="rmsprop", weight_decay=0.1), players)
+    assert isinstance(optimizer, torch.optim.RMSprop)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1]
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(players.parameters())
+
+
+# Checkpoints
+
+
+def weights_of(players: Players) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in players.parameters()}
+
+
+def assert_equal_to_the_bit(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
+def interrupted_at(call: int, objective: Objective) -> Objective:
+    """The objective, with Ctrl-C pressed during its nth call."""
+    calls = 0
+
+    def wrapped(logprobs: Tensor, items: Sequence[Item]) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            os.kill(os.getpid(), signal.SIGINT)
+        return objective(logprobs, items)
+
+    return wrapped
+
+
+@pytest.mark.parametrize("lora", [None, {"r": 4, "dropout": 0.3}], ids=["full", "lora"])
+@pytest.mark.parametrize("optimizer", ["adamw", "rmsprop"])
+def test_an_interrupted_training_ends_in_the_same_weights(
+    new_players: NewPlayers, tmp_path: Path, optimizer: str, lora: Any
+) -> None:
+    how = replace(HOW, epochs=2, batch_size=3, optimizer=optimizer, warmup=0.3, max_grad_norm=1.0)
+    items = pair_items(6)
+
+    straight = new_players(lora=lora)
+    before = weights_of(straight)
+    whole = run_fit(straight, items, spin_of(straight), how, tmp_path / "straight")
+    assert len(whole) == 6
+    assert any(not torch.equal(before[name], value) for name, value in weights_of(straight).items())
+
+    # Each of the steps has two micro-batches: the eighth call is in the middle of the fourth step.
+    stopped = new_players(lora=lora)
+    with gentle_stop(), pytest.raises(StoppedError):
+        run_fit(stopped, items, interrupted_at(7, spin_of(stopped)), how, tmp_path / "parts")
+    assert [path.name for path in (tmp_path / "parts" / "checkpoints").iterdir()] == ["step-000003"]
+
+    torch.manual_seed(99)  # a new process is in another random state
+    continued = new_players(lora=lora)
+    rest = run_fit(continued, items, spin_of(continued), how, tmp_path / "parts")
+    assert_equal_to_the_bit(weights_of(continued), weights_of(straight))
+    timeless = [{key: value for key, value in step.items() if key != "tokens_per_second"} for step in whole]
+    assert [{key: value for key, value in step.items() if key != "tokens_per_second"} for step in rest] == timeless[3:]
+
+
+def test_a_killed_training_goes_on_from_its_last_checkpoint(new_players: NewPlayers, tmp_path: Path) -> None:
+    how = replace(HOW, epochs=3, batch_size=3, checkpoint_every=2)
+    items = pair_items(3)
+    lora = {"r": 4, "dropout": 0.3}
+    straight = new_players(lora=lora)
+    run_fit(straight, items, spin_of(straight), how, tmp_path / "straight")
+
+    def die(step: dict[str, float]) -> None:
+        if step["step"] == 5:
+            raise KeyboardInterrupt
+
+    killed = new_players(lora=lora)
+    with pytest.raises(KeyboardInterrupt):
+        run_fit(killed, items, spin_of(killed), how, tmp_path / "parts", on_step=die)
+    continued = new_players(lora=lora)
+    rest = run_fit(continued, items, spin_of(continued), how, tmp_path / "parts")
+    assert [step["step"] for step in rest] == [5, 6]
+    assert_equal_to_the_bit(weights_of(continued), weights_of(straight))
+    assert [path.name for path in (tmp_path / "parts" / "checkpoints").iterdir()] == ["step-000006"]
+
+    done = new_players(lora=lora)  # a complete training is loaded, not done again
+    assert run_fit(done, items, spin_of(done), how, tmp_path / "parts") == []
+    assert_equal_to_the_bit(weights_of(done), weights_of(straight))
+
+
+@pytest.mark.parametrize("file", ["weights.safetensors", "optimizer.safetensors", "state.json"])
+@pytest.mark.parametrize("damage", ["cut", "gone"])
+def test_a_damaged_checkpoint_is_named(new_players: NewPlayers, tmp_path: Path, file: str, damage: str) -> None:
+    players = new_players(lora={"r": 4})
+    run_fit(players, pair_items(1), spin_of(players), HOW, tmp_path)
+    path = tmp_path / "checkpoints" / "step-000001" / file
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]) if damage == "cut" else path.unlink()
+    with pytest.raises(RunError, match=re.escape(str(path.parent))):
+        run_fit(players, pair_items(1), spin_of(players), HOW, tmp_path)
+
+
+# Numbers that are not finite
+
+
+def poison(players: Players) -> None:
+    with torch.no_grad():
+        players.parameters()[0][1].view(-1)[0] = math.nan
+
+
+def test_a_loss_that_is_not_finite_stops_training_and_spares_the_checkpoint(
+    new_players: NewPlayers, tmp_path: Path
+) -> None:
+    players = new_players(lora={"r": 4})
+    how = replace(HOW, epochs=4, batch_size=100, checkpoint_every=2)
+    checkpoint = tmp_path / "checkpoints" / "step-000002"
+    digests = []
+
+    def watch(step: dict[str, float]) -> None:
+        if step["step"] == 3:
+            digests.append(digest([checkpoint]))
+            poison(players)
+
+    with pytest.raises(TrainingError, match=r"test, step 4: the loss is nan") as caught:
+        run_fit(players, pair_items(2), spin_of(players), how, tmp_path, on_step=watch)
+    assert str(checkpoint) in str(caught.value)
+    assert "Lower train.learning_rate" in str(caught.value)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000002"]
+    assert digests == [digest([checkpoint])]
+
+
+def test_a_loss_that_is_not_finite_at_once(new_players: NewPlayers, tmp_path: Path) -> None:
+    players = new_players()
+    poison(players)
+    with pytest.raises(TrainingError, match=r"test, step 1: the loss is nan.*no checkpoint had been made yet"):
+        run_fit(players, pair_items(2), spin_of(players), HOW, tmp_path)
+
+
+def test_a_gradient_that_is_not_finite_leaves_the_weights_alone(new_players: NewPlayers, tmp_path: Path) -> None:
+    """Two responses at equal distance from their opponent, at a β so large that only the gradient overflows."""
+    players = new_players(lora={"r": 4}, objective={"beta": 1e30})
+    tree = Tree(ids(4, 1), (ids(3, 2), ids(5, 3)))
+    items = InMemory([Item(tree, tuple(players.response_logprobs([tree], "tree")), ((0, 1),))], [1])
+    before = weights_of(players)
+    with pytest.raises(TrainingError, match=r"gradient's norm inf"):
+        run_fit(players, items, spin_of(players), HOW, tmp_path)
+    assert_equal_to_the_bit(weights_of(players), before)
+
+
+def test_training_can_be_tried_again_in_the_same_process(new_players: NewPlayers, tmp_path: Path) -> None:
+    players = new_players(lora={"r": 4})
+    players.save(START)
+    poison(players)
+    with pytest.raises(TrainingError):
+        run_fit(players, pair_items(2), spin_of(players), HOW, tmp_path / "first")
+    players.become(START)
+    (step,) = run_fit(players, pair_items(2), spin_of(players), HOW, tmp_path / "second")
+    assert math.isfinite(step["loss"])
