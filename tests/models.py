@@ -9,50 +9,54 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from spinlm.config import Recipe, parse_recipe
 from tiny import Kind, tiny_tokenizer
 
-_LLAMA_LIKE = dict(
-    hidden_size=32,
-    intermediate_size=64,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=256,
-)
+_LLAMA_LIKE = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+}
 # Weights are large, so that a token that sees what it should not changes the result by far more than rounding does.
 _CONFIGS: dict[str, dict[str, Any]] = {
     "llama": _LLAMA_LIKE,
-    "mistral": _LLAMA_LIKE | dict(sliding_window=8),
+    "mistral": _LLAMA_LIKE | {"sliding_window": 8},
     "qwen2": _LLAMA_LIKE,
-    "gemma2": _LLAMA_LIKE | dict(head_dim=8, sliding_window=8),
-    "gpt2": dict(n_embd=32, n_layer=3, n_head=4, n_positions=256),
-    "gpt_neox": dict(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=256
-    ),
-    "gpt_neo": dict(
-        hidden_size=32,
-        num_layers=2,
-        attention_types=[[["global", "local"], 1]],
-        num_heads=4,
-        window_size=8,
-        max_position_embeddings=256,
-    ),
+    "gemma2": _LLAMA_LIKE | {"head_dim": 8, "sliding_window": 8},
+    "gpt2": {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 256},
+    "gpt_neox": {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 256,
+    },
+    "gpt_neo": {
+        "hidden_size": 32,
+        "num_layers": 2,
+        "attention_types": [[["global", "local"], 1]],
+        "num_heads": 4,
+        "window_size": 8,
+        "max_position_embeddings": 256,
+    },
     # Those that follow differ from the ones above in one thing each, which their tests name.
-    "cohere": _LLAMA_LIKE | dict(logit_scale=0.5),
-    "granite": _LLAMA_LIKE | dict(logits_scaling=4.0),
+    "cohere": _LLAMA_LIKE | {"logit_scale": 0.5},
+    "granite": _LLAMA_LIKE | {"logits_scaling": 4.0},
     "phi": _LLAMA_LIKE,
     "stablelm": _LLAMA_LIKE,
     "nemotron": _LLAMA_LIKE,
-    "gptj": dict(n_embd=32, n_layer=2, n_head=4, n_positions=256, rotary_dim=4),
-    "gpt_bigcode": dict(n_embd=32, n_layer=2, n_head=4, n_positions=256),
-    "opt": dict(
-        hidden_size=32,
-        word_embed_proj_dim=32,
-        ffn_dim=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=256,
-    ),
-    "bloom": dict(hidden_size=32, n_layer=2, n_head=4),
-    "falcon": dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4),
+    "gptj": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256, "rotary_dim": 4},
+    "gpt_bigcode": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256},
+    "opt": {
+        "hidden_size": 32,
+        "word_embed_proj_dim": 32,
+        "ffn_dim": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 256,
+    },
+    "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4},
+    "falcon": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4},
 }
 ARCHITECTURES = ("llama", "mistral", "qwen2", "gemma2", "gpt2", "gpt_neox", "gpt_neo")
 

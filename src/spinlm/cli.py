@@ -223,7 +223,7 @@ def _print_result(run: RunDir) -> None:
 
     from spinlm.summary import side_by_side, table, verdict
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 100)
     for prompt, real, answers in side_by_side(run, prompts=3):
         console.print(f"\nprompt      {prompt}", markup=False)
         console.print(f"real        {real}", markup=False)

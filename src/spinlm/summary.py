@@ -11,14 +11,13 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 COLUMNS = (
-    ("task_score", "task score", "{:.3f}"),
-    ("heldout_nll", "held-out NLL", "{:.3f}"),
-    ("pair_accuracy", "pair accuracy", "{:.2f}"),
-    ("margin", "margin", "{:+.2f}"),
-    ("identical_share", "identical", "{:.1%}"),
-    ("unfinished_share", "unfinished", "{:.1%}"),
-    ("repetition", "repetition", "{:.1%}"),
-    ("mean_tokens", "tokens", "{:.1f}"),
+    ("task_score", "task\nscore", "{:.3f}"),
+    ("heldout_nll", "held-out\nNLL", "{:.3f}"),
+    ("pair_accuracy", "pair\naccuracy", "{:.2f}"),
+    ("margin", "\nmargin", "{:+.2f}"),
+    ("identical_share", "\nidentical", "{:.1%}"),
+    ("unfinished_share", "\nunfinished", "{:.1%}"),
+    ("repetition", "\nrepeated", "{:.1%}"),
 )
 
 
@@ -54,10 +53,10 @@ def table(run: RunDir) -> "Table":
 
     players = rows(run)
     columns = [column for column in COLUMNS if any(column[0] in row.metrics for row in players)]
-    grid = Table(box=SIMPLE, pad_edge=False)
-    grid.add_column("player")
+    grid = Table(box=SIMPLE, pad_edge=False, padding=(0, 1))
+    grid.add_column("\nplayer", no_wrap=True)
     for _, title, _ in columns:
-        grid.add_column(title, justify="right")
+        grid.add_column(title, justify="right", no_wrap=True)
     for row in players:
         cells = [form.format(row.metrics[key]) if key in row.metrics else "–" for key, _, form in columns]
         grid.add_row(row.name + (" (best)" if row.best else ""), *cells, style="bold" if row.best else "")
@@ -101,12 +100,13 @@ def _promotions(run: RunDir) -> list[dict[str, Any]]:
 def side_by_side(run: RunDir, prompts: int) -> list[tuple[str, str, list[tuple[str, str]]]]:
     """For some held-out prompts: the prompt, the real response, and the answers of the start and of the best player.
 
-    Prompts where the two differ come first.
+    Where the start is the best, the last player stands beside it. Prompts on which the two differ come first.
     """
-    best = run.best()
-    if best is None:
+    players = rows(run)
+    if not players:
         return []
-    names = {START: "start"} | ({best: f"iteration {best}"} if best != START else {})
+    other = next((row for row in players[1:] if row.best), players[-1])
+    names = {START: "start", other.iteration: other.name}
     answers = {iteration: _texts(run.answers(iteration)) for iteration in names}
     examples = [json.loads(line) for line in run.examples("heldout").read_text(encoding="utf-8").splitlines()]
     same = [len({texts[example["id"]] for texts in answers.values()}) == 1 for example in examples]

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
+from runs import HELDOUT, PROMPTS, SHARDS, contents, read_jsons, read_pairs, read_rows, steps
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from conftest import HELDOUT, PROMPTS, SHARDS, contents, read_jsons, read_pairs, read_rows, steps
 from models import save_tiny_model
 from spinlm.config import load_recipe
 from spinlm.records import Pair
@@ -158,7 +158,7 @@ def test_fresh_starts_again(world, cli, reference, tmp_path):
     assert json.loads((run / "recipe.resolved.json").read_text())["selfplay"]["iterations"] == 1
     first, again = contents(reference), contents(run)
     same = [name for name in again if name.startswith(("start/", "iteration-0/"))]
-    assert len(same) > 50
+    assert len(same) > 40
     assert [name for name in same if again[name] != first[name]] == []
 
 
@@ -393,8 +393,8 @@ def test_export_an_adapter(world, cli, reference, theta_2, tmp_path):
     assert tokenizer.apply_chat_template(question, tokenize=False) == ours
 
 
-def test_export_a_whole_model(cli, reference, theta_1, theta_2, tmp_path):
-    cli("export", reference, "--iteration", "1", "--merge", "--to", "whole", folder=tmp_path)
+def test_export_a_whole_model(world, cli, reference, theta_1, theta_2, tmp_path):
+    cli("export", reference, "--iteration", "1", "--merge", "--to", tmp_path / "whole", folder=world.folder)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "whole").eval()
     assert not (tmp_path / "whole" / "adapter_config.json").exists()
     assert (logits(merged) - logits(theta_2)).abs().max() < 1e-5 * logits(theta_2).abs().max()
@@ -422,18 +422,28 @@ def test_export_does_not_overwrite(cli, reference, tmp_path):
 
 def test_export_of_a_player_that_is_not_there(cli, reference, tmp_path):
     refused = cli("export", reference, "--iteration", "7", "--to", "new", folder=tmp_path, code=2)
-    assert "has no player 7; it has iteration-0, iteration-1, start" in refused.message
+    assert "has no player 7; it has " in refused.message
+    assert all(name in refused.message for name in ("best", "start", "0", "1"))
     refused = cli("export", reference, "--iteration", "last", "--to", "new", folder=tmp_path, code=2)
     assert "'last' names no player: write best, start, or the number of an iteration" in refused.message
     assert list(tmp_path.iterdir()) == []
 
 
-def test_chat_asks_several_players(cli, reference, tmp_path):
-    said = cli("chat", reference, "--iterations", "start,1", "--prompt", "What is 4?", folder=tmp_path)
+def test_chat_asks_several_players(world, cli, reference):
+    said = cli("chat", reference, "--iterations", "start,1", "--prompt", "What is 4?", folder=world.folder)
     assert re.fullmatch(r"\n\[start\]\n.+\n\n\[1\]\n.+\n", said.out, re.DOTALL)
-    assert cli("chat", reference, "--prompt", "What is 4?", folder=tmp_path).out.count("[") >= 2
-    refused = cli("chat", reference, "--prompt", "<|im_end|>", folder=tmp_path, code=2)
+    said = cli("chat", reference, "--prompt", "What is 4?", folder=world.folder)
+    assert re.fullmatch(r"\n\[start\]\n.+\n\n\[best\]\n.+\n", said.out, re.DOTALL)
+    refused = cli("chat", reference, "--prompt", "<|im_end|>", folder=world.folder, code=2)
     assert refused.message == "this prompt cannot be used: the text contains the control token <|im_end|>"
+
+
+def test_run_does_not_depend_on_the_folder_it_was_started_from(world, cli, reference, tmp_path):
+    """The recipe names its model and data relative to itself."""
+    run = shutil.copytree(reference, tmp_path / "run", symlinks=True)
+    cli("chat", run, "--prompt", "What is 4?", folder=tmp_path)
+    cli("export", run, "--merge", "--to", "whole", folder=tmp_path)
+    cli("run", world.recipe, "--run-dir", run, folder=tmp_path)
 
 
 # Before a run

@@ -256,6 +256,6 @@ def leaves() -> list[str]:
 def test_no_dead_knob(name: str) -> None:
     package = Path(spinlm.__file__).parent
     # A plan that shows a value is not yet a run that uses it.
-    sources = [path for path in package.rglob("*.py") if path.name not in ("config.py", "plan.py")]
+    sources = [path for path in package.rglob("*.py") if path.name != "config.py" and "plan" not in path.parts]
     read = re.compile(rf"\.{name.rpartition('.')[2]}\b")
     assert any(read.search(path.read_text()) for path in sources), f"nothing in src/spinlm reads {name}"

@@ -12,7 +12,12 @@ import pytest
 
 import spinlm
 from spinlm.config import Lora, Recipe, load_recipe, parse_recipe
-from spinlm.plan import PUBLISHED, Plan, find_lengths, find_shape, make_plan, render, shape_from_config
+from spinlm.plan import Plan, make_plan, render
+from spinlm.plan.devices import CPU, GPU, Device
+from spinlm.plan.lengths import find_lengths
+from spinlm.plan.lookup import find_shape
+from spinlm.plan.shapes import Shape, shape_from_config
+from spinlm.plan.show import facts, notes
 from spinlm.rundir import START, RunDir, write_json, write_text
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -52,9 +57,17 @@ def text(plan: Plan, width: int = 200) -> str:
     return captured.get()
 
 
+def shape_of(path: str, **model: Any) -> Shape:
+    return find_shape(recipe(model={"path": path} | model).model)[0]
+
+
+def memory(plan: Plan, device: Device) -> dict[str, int]:
+    assert plan.shape
+    return plan.memory(plan.shape, device)
+
+
 def fact(plan: Plan, name: str) -> tuple[str, str]:
-    found = next(fact for fact in plan.facts if fact.name == name)
-    return found.value, found.source
+    return next((value, source) for title, value, source in facts(plan) if title == name)
 
 
 # Counts
@@ -68,7 +81,7 @@ def test_the_papers_pairs_and_steps() -> None:
     assert [one.steps for one in iterations] == [1564, 3126, 3126, 3126]
     assert [one.learning_rate for one in iterations] == [5e-7, 5e-7, 1e-7, 1e-7]
     assert [one.beta for one in iterations] == [0.1, 0.1, 0.1, 5.0]
-    assert (start.steps, start.pairs, start.trained) == (0, 0, 0)
+    assert (start.steps, start.pairs, start.trained) == (0, 0, (0, 0))
 
 
 def test_the_papers_tokens_at_most() -> None:
@@ -76,12 +89,12 @@ def test_the_papers_tokens_at_most() -> None:
     # A full row of 2048 tokens: 1792 of prompt, 256 of real response; and 256 new tokens.
     assert start.generated == 512 * 256
     assert first.generated == second.generated == (50_000 + 512) * 256 + 512 * 256
-    assert first.trained == 2 * 50_000 * (1792 + 256 + 256)
-    assert first.trained_rows == 2 * 50_000 * 2 * 2048
-    assert second.trained == 2 * 50_000 * (1792 + 3 * 256)
-    assert second.trained_rows == 2 * 50_000 * 3 * 2048
-    assert any("longest possible" in note for note in make_plan(paper()).notes)
-    assert second.scored == 50_000 * (1792 + 3 * 256) + 2 * 512 * (1792 + 2 * 256)
+    assert first.trained.tree == 2 * 50_000 * (1792 + 256 + 256)
+    assert first.trained.rows == 2 * 50_000 * 2 * 2048
+    assert second.trained.tree == 2 * 50_000 * (1792 + 3 * 256)
+    assert second.trained.rows == 2 * 50_000 * 3 * 2048
+    assert any("longest possible" in note for note in notes(make_plan(paper())))
+    assert second.scored.tree == 50_000 * (1792 + 3 * 256) + 2 * 512 * (1792 + 2 * 256)
 
 
 def test_samples_and_replay_multiply_pairs() -> None:
@@ -100,9 +113,9 @@ def test_samples_and_replay_multiply_pairs() -> None:
 def test_warm_up_is_planned_before_iteration_0() -> None:
     plan = make_plan(load_recipe(RECIPES / "gpt-neo-2.7b-lora.yaml"))
     assert (plan.work[0].steps, plan.work[0].learning_rate) == (625, 5e-5)
-    assert plan.work[0].trained == 10_000 * 1024
+    assert plan.work[0].trained.tree == 10_000 * 1024
     assert [one.pairs for one in plan.work[1:]] == [10_000] + [20_000] * 4
-    assert plan.packing == "pair"
+    assert not plan.trees
     assert "warm-up" in text(plan)
 
 
@@ -127,7 +140,7 @@ KNOWN = {
 
 @pytest.mark.parametrize(("name", "parameters"), KNOWN.items())
 def test_published_shapes_have_the_published_number_of_parameters(name: str, parameters: int) -> None:
-    assert shape_from_config(PUBLISHED[name][1]).parameters == parameters
+    assert shape_of(name).parameters == parameters
 
 
 @pytest.mark.parametrize(
@@ -137,6 +150,7 @@ def test_published_shapes_have_the_published_number_of_parameters(name: str, par
         (SMALL | {"tie_word_embeddings": True}, 40 + 2 * (16 + 8 + 8 + 16 + 3 * 32 + 8) + 4),
         (SMALL | {"model_type": "qwen2"}, 2 * 40 + 2 * (16 + 8 + 8 + 16 + 3 * 32 + 8 + 4 + 2 + 2) + 4),
         (SMALL | {"model_type": "qwen3", "head_dim": 3}, 2 * 40 + 2 * (24 + 12 + 12 + 24 + 3 * 32 + 8 + 6) + 4),
+        (SMALL | {"model_type": "gemma2"}, 40 + 2 * (16 + 8 + 8 + 16 + 3 * 32 + 8 + 8) + 4),  # tied; four norms
         (
             SMALL | {"model_type": "gpt_neox"},  # untied; attention 4·4² + 4·4, MLP 2·4·8 + 8 + 4, two LayerNorms
             2 * 40 + 2 * (64 + 16 + 64 + 12 + 16) + 8,
@@ -149,7 +163,7 @@ def test_parameters_of_small_shapes_by_hand(config: dict[str, Any], parameters: 
 
 def test_lora_parameters() -> None:
     def count(name: str, **lora: Any) -> int:
-        return shape_from_config(PUBLISHED[name][1]).adapted(Lora(**lora))
+        return shape_of(name).trained(Lora(**lora))
 
     assert count("EleutherAI/gpt-neo-2.7B", r=128) == 188_743_680
     assert count("alignment-handbook/zephyr-7b-sft-full", r=64) == 167_772_160
@@ -184,10 +198,10 @@ def test_shape_of_a_gguf_file_with_and_without_its_own_head(tmp_path: Path) -> N
     path = tmp_path / "model.gguf"
     config = SMALL | {"num_key_value_heads": 2}
     path.write_bytes(gguf(10, ("token_embd.weight", "output_norm.weight", "output.weight")))
-    assert find_shape(recipe(model={"path": str(path)}).model)[0] == shape_from_config(config)
+    assert shape_of(str(path)) == shape_from_config(config)
     path.write_bytes(gguf(10, ("token_embd.weight",)))
     tied = config | {"tie_word_embeddings": True}
-    assert find_shape(recipe(model={"path": str(path)}).model)[0] == shape_from_config(tied)
+    assert shape_of(str(path)) == shape_from_config(tied)
 
 
 def test_a_damaged_gguf_file_leaves_the_counts(tmp_path: Path) -> None:
@@ -196,7 +210,7 @@ def test_a_damaged_gguf_file_leaves_the_counts(tmp_path: Path) -> None:
     for size in range(len(whole)):
         path.write_bytes(whole[:size])
         plan = make_plan(recipe(model={"path": str(path)}))
-        assert plan.parameters is None and "not a readable .gguf file" in plan.notes[0]
+        assert plan.shape is None and "not a readable .gguf file" in plan.shape_source
 
 
 def test_shape_of_a_model_folder(tmp_path: Path) -> None:
@@ -204,7 +218,7 @@ def test_shape_of_a_model_folder(tmp_path: Path) -> None:
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(SMALL))
     plan = make_plan(recipe(model={"path": str(folder)}))
-    assert plan.parameters == 388
+    assert plan.shape and plan.shape.parameters == 388
     assert fact(plan, "model")[1] == f"read from config.json in {folder}"
 
 
@@ -212,9 +226,9 @@ def test_a_config_in_the_hub_cache_goes_before_the_table(empty_hub_cache: Path) 
     folder = empty_hub_cache / "models--gpt2"
     write_text(folder / "refs" / "main", "abc\n")
     write_json(folder / "snapshots" / "abc" / "config.json", SMALL)
-    assert make_plan(recipe()).parameters == 388
-    assert make_plan(recipe(model={"path": "gpt2", "revision": "abc"})).parameters == 388
-    assert make_plan(recipe(model={"path": "gpt2", "revision": "other"})).parameters == 124_439_808
+    assert shape_of("gpt2").parameters == 388
+    assert shape_of("gpt2", revision="abc").parameters == 388
+    assert shape_of("gpt2", revision="other").parameters == 124_439_808
 
 
 @pytest.mark.parametrize(
@@ -228,7 +242,7 @@ def test_a_config_in_the_hub_cache_goes_before_the_table(empty_hub_cache: Path) 
 )
 def test_without_a_shape_the_counts_stay_and_the_remedy_is_said(path: str, says: str) -> None:
     plan = make_plan(recipe(model={"path": path}, data={"path": "some/data", "prompts": 64}))
-    assert (plan.work[1].steps, plan.memory, plan.hours, plan.disk.players) == (2, (), (), None)
+    assert (plan.work[1].steps, plan.shape, plan.disk["players"]) == (2, None, None)
     shown = text(plan)
     assert says in shown and "unknown" in shown and "at least" in shown
 
@@ -237,32 +251,35 @@ def test_without_a_shape_the_counts_stay_and_the_remedy_is_said(path: str, says:
 def test_a_config_that_cannot_be_counted_leaves_the_counts(tmp_path: Path, config: str) -> None:
     (tmp_path / "config.json").write_text(config)
     plan = make_plan(recipe(model={"path": str(tmp_path)}))
-    assert plan.parameters is None and plan.work[1].pairs == 1000
+    assert plan.shape is None and plan.work[1].pairs == 1000
 
 
 # Memory, disk, time
 
 
 def test_memory_of_full_fine_tuning() -> None:
-    (memory,) = make_plan(paper()).memory
-    parameters = 7_241_732_096
-    assert memory.weights == 6 * parameters  # float32, and a bfloat16 copy to compute with
-    assert memory.gradients == 4 * parameters
-    assert memory.optimizer == 4 * parameters  # RMSProp: one running mean
-    assert memory.cache == 64 * 2048 * 131_072  # 2 · 32 layers · 8 heads · 128 · 2 bytes for each token
-    assert memory.training > 100e9
+    plan = make_plan(paper())
+    assert plan.devices == (GPU,)
+    sizes, parameters = memory(plan, GPU), 7_241_732_096
+    assert sizes["weights"] == 6 * parameters  # float32, and a bfloat16 copy to compute with
+    assert sizes["gradients"] == 4 * parameters
+    assert sizes["optimiser state"] == 4 * parameters  # RMSProp: one running mean
+    assert sizes["KV cache"] == 64 * 2048 * 131_072  # 2 · 32 layers · 8 heads · 128 · 2 bytes for each token
+    assert sizes["generating (weights and cache)"] == 6 * parameters + 64 * 2048 * 131_072
+    assert sizes["training"] > 100e9
+    assert sizes["training"] == 14 * parameters + sizes["activations"] + sizes["logits"]
 
 
 def test_memory_of_lora_on_both_devices() -> None:
     plan = make_plan(recipe(lora={"r": 1}, train={"optimizer": "AdamW"}))
     adapter = 147_456
-    assert plan.trainable == adapter
-    gpu, cpu = plan.memory
-    assert [setting.dtype for setting in plan.settings] == ["bfloat16", "float32"]
-    assert gpu.weights == 2 * 124_439_808 + 4 * adapter
-    assert cpu.weights == 4 * 124_439_808 + 4 * adapter
-    assert gpu.optimizer == cpu.optimizer == 8 * adapter
-    assert cpu.cache == 2 * gpu.cache
+    assert fact(plan, "trained")[0] == "147,456 parameters"
+    assert [device.dtype for device in plan.devices] == ["bfloat16", "float32"]
+    gpu, cpu = memory(plan, GPU), memory(plan, CPU)
+    assert gpu["weights"] == 2 * 124_439_808 + 4 * adapter
+    assert cpu["weights"] == 4 * 124_439_808 + 4 * adapter
+    assert gpu["optimiser state"] == cpu["optimiser state"] == 8 * adapter
+    assert cpu["KV cache"] == 2 * gpu["KV cache"]
 
 
 def test_checkpointing_keeps_one_value_of_a_block_and_one_whole_block() -> None:
@@ -274,29 +291,48 @@ def test_checkpointing_keeps_one_value_of_a_block_and_one_whole_block() -> None:
 
 def test_an_unknown_optimiser_is_counted_as_adam_and_said() -> None:
     plan = make_plan(recipe(train={"optimizer": "prodigy"}))
-    assert plan.memory[0].optimizer == 8 * 124_439_808
-    assert any("prodigy" in note for note in plan.notes)
+    assert memory(plan, GPU)["optimiser state"] == 8 * 124_439_808
+    assert any("prodigy" in note for note in notes(plan))
 
 
 def test_disk_of_players() -> None:
-    assert make_plan(paper()).disk.players == 4 * 7_241_732_096 * 5  # θ_0 and four more
+    disk = make_plan(paper()).disk
+    assert disk["players"] == 4 * 7_241_732_096 * 5  # θ_0 and four more
+    assert disk["checkpoints"] == 2 * (4 + 4) * 7_241_732_096  # weights and RMSProp's state, twice
     disk = make_plan(recipe(lora={"r": 1})).disk
-    assert (disk.players, disk.base) == (4 * 147_456 * 5, 0)
+    assert disk["players"] == 4 * 147_456 * 5 and "base" not in disk
 
 
 def test_hours_follow_the_operations_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("spinlm.plan.cores", lambda: 10)
-    model = {"path": "gpt2", "dtype": "float32"}
-    lora = make_plan(recipe(model=model, lora={"r": 1}))
-    full = make_plan(recipe(model=model))
-    again = make_plan(recipe(model=model, train={"gradient_checkpointing": True}))
-    multiplied = 124_439_808 - 1024 * 768
-    second = 10 * 100e9 * 0.6 * 3600
-    trained = full.work[1].trained
-    assert full.hours[0][1].train == pytest.approx(6 * multiplied * trained / second)
-    assert lora.hours[0][1].train == pytest.approx(4 * multiplied * trained / second)
-    assert again.hours[0][1].train == pytest.approx(8 * multiplied * trained / second)
-    assert full.hours[0][1].score == pytest.approx(2 * multiplied * full.work[1].scored / second)
+    monkeypatch.setattr("spinlm.plan.devices.cores", lambda: 10)
+    shape = shape_of("gpt2")
+
+    def hours(**sections: Any) -> tuple[float, float, float]:
+        plan = make_plan(recipe(**sections))
+        return plan.hours(shape, CPU, plan.work[1])
+
+    work = make_plan(recipe()).work[1]
+    forward = 2 * (124_439_808 - 1024 * 768)
+    hour = 10 * 100e9 * 0.6 * 3600
+    generate, score, train = hours()
+    assert train == pytest.approx(3 * forward * work.trained.tree / hour)
+    assert hours(lora={"r": 1})[2] == pytest.approx(2 * forward * work.trained.tree / hour)
+    assert hours(train={"gradient_checkpointing": True})[2] == pytest.approx(4 * forward * work.trained.tree / hour)
+    assert hours(train={"packing": "pair"})[2] == pytest.approx(3 * forward * work.trained.rows / hour)
+    assert score == pytest.approx(forward * work.scored.tree / hour)
+    # Twice as slow when generating: 1000 + 512 responses and 512 answers of 256 tokens, behind prompts of 1792.
+    assert generate == pytest.approx(2024 * (1792 + 2 * 256) * forward / hour)
+
+
+def test_generation_on_a_gpu_is_bound_by_memory_or_by_launches() -> None:
+    mistral, small = shape_of("mistralai/Mistral-7B-v0.1"), shape_of("gpt2")
+    reading = 100 * 10 * 2 * (7_241_732_096 - 32_000 * 4096) / (990e12 * 0.4)
+    step = (2 * (7_241_732_096 - 32_000 * 4096) + 64 * 30 * 131_072) / (3.35e12 * 0.6)  # weights and cache, read once
+    assert step < 32 * 0.75e-3
+    assert GPU.generation_seconds(mistral, 10, 20, 100, 64) == pytest.approx(reading + 2 * 20 * 32 * 0.75e-3)
+    step = (2 * (7_241_732_096 - 32_000 * 4096) + 64 * 8000 * 131_072) / (3.35e12 * 0.6)
+    assert GPU.generation_seconds(mistral, 0, 8000, 64, 64) == pytest.approx(8000 * step)
+    assert GPU.generation_seconds(small, 0, 10, 1, 64) == pytest.approx(10 * 12 * 0.75e-3)
 
 
 # Lengths
@@ -319,16 +355,16 @@ def test_lengths_are_estimated_from_a_local_file(tmp_path: Path) -> None:
         "mean of 20 examples in data.jsonl, at 4 characters per token",
     )
     # Replay is 1: two synthetic responses, each as long as the real one.
-    assert plan.work[2].trained == 2 * 15 * (15 + 3 * 15)
-    assert plan.work[2].trained_rows == 2 * 15 * 3 * 30
+    assert plan.work[2].trained.tree == 2 * 15 * (15 + 3 * 15)
+    assert plan.work[2].trained.rows == 2 * 15 * 3 * 30
 
 
 def test_too_few_rows_are_noted(tmp_path: Path) -> None:
     path = data_file(tmp_path, [{"prompt": "p", "response": "r"}] * 20)
     plan = make_plan(recipe(data={"path": path, "heldout": 5, "prompts": 16}))
-    assert plan.prompts == 15 and "20 examples: too few for 16 prompts beside 5" in plan.notes[0]
+    assert plan.prompts == 15 and "20 examples: too few for 16 prompts beside 5" in next(notes(plan))
     plan = make_plan(recipe(data={"path": path, "heldout": 20}))
-    assert plan.prompts == 0 and "too few for 1 prompts" in plan.notes[0]
+    assert plan.prompts == 0 and "too few for 1 prompts" in next(notes(plan))
     assert "0" in text(plan)
 
 
@@ -350,7 +386,7 @@ def test_named_columns_and_rows_that_are_not_recognised(tmp_path: Path) -> None:
     assert (find_lengths(named).prompt, find_lengths(named).real) == (2, 3)
     unnamed = find_lengths(recipe(data={"path": path}))
     assert (unnamed.prompt, unnamed.real, unnamed.examples) == (1792, 256, 1)
-    for line in ("not json", "[1]", '{"prompt": null}', '{"messages": [1, {"role": "assistant"}]}'):
+    for line in ("not json", "[" * 100_000, "[1]", '{"prompt": null}', '{"messages": [1, {"role": "assistant"}]}'):
         Path(path).write_text(line)
         assert find_lengths(recipe(data={"path": path})).prompt == 1792
 

@@ -10,7 +10,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from spinlm.config import Train
 from spinlm.errors import RecipeError, RunError, StoppedError, TrainingError
 from spinlm.interrupt import stop_if_asked
 from spinlm.model.players import Players
@@ -61,7 +62,7 @@ Objective = Callable[[Tensor, Sequence[Item]], Total]
 
 @dataclass(frozen=True)
 class Fit:
-    """How an objective is minimised. The fields are those of the recipe's `train`, at one iteration."""
+    """How an objective is minimised: the fields of the recipe's `train`, at one iteration, and a seed."""
 
     epochs: int
     batch_size: int
@@ -74,6 +75,12 @@ class Fit:
     tokens_per_micro_batch: int
     checkpoint_every: int
     seed: int
+
+    @classmethod
+    def of(cls, train: Train, **own: Any) -> "Fit":
+        """The recipe's settings, and what is the caller's own: at least `learning_rate` and `seed`."""
+        shared = {field.name: getattr(train, field.name) for field in fields(cls) if hasattr(train, field.name)}
+        return cls(**(shared | own))
 
 
 def fit(

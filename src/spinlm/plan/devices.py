@@ -41,10 +41,8 @@ class Device(NamedTuple):
     def speeds(self, batch: int) -> tuple[tuple[str, str, str], ...]:
         """What is assumed: name, value, and on what ground."""
         if self is GPU:
-            training = (
-                f"{GPU_UTILISATION:.0%} of {GPU_FLOPS / 1e12:.0f} TFLOP/s",
-                "assumed: one H100 or H200 in bfloat16",
-            )
+            most = f"{GPU_FLOPS / 1e12:.0f} TFLOP/s"
+            training = f"{GPU_UTILISATION:.0%} of {most}", "assumed: one H100 or H200 in bfloat16"
             step = f"{GPU_BANDWIDTH / 1e12:.1f} TB/s, at least {1e3 * GPU_LAYER_SECONDS:g} ms a layer"
             generating = step, f"assumed: one H100, {batch} responses at once"
         else:

@@ -193,13 +193,12 @@ def make_plan(recipe: Recipe, run: RunDir | None = None) -> Plan:
     except UnknownShapeError as missing:
         source = str(missing)
     changed = differences(read_json(run.recipe), recipe.fingerprint()) if run and run.recipe.exists() else []
-    finished = _finished(recipe, run) if run else ()
-    return Plan(recipe, find_lengths(recipe), shape, source, finished, tuple(changed))
+    return Plan(recipe, find_lengths(recipe), shape, source, _finished(recipe, run) if run else (), tuple(changed))
 
 
 def _finished(recipe: Recipe, run: RunDir) -> tuple[str, ...]:
-    stages = [(name, START) for name in ("prepare", "warmup", "evaluate")]
+    stages = {name: (name, START) for name in ("prepare", "warmup", "evaluate")}
     for iteration in range(recipe.selfplay.iterations):
-        stages += [(name, iteration) for name in ("generate", "score", "train", "evaluate", "promote")]
-    done = [(name, iteration) for name, iteration in stages if run.marker(name, iteration).exists()]
-    return tuple(name if iteration == START else f"{name} {iteration}" for name, iteration in done)
+        for name in ("generate", "score", "train", "evaluate", "promote"):
+            stages[f"{name} {iteration}"] = (name, iteration)
+    return tuple(title for title, stage in stages.items() if run.marker(*stage).exists())

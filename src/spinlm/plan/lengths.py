@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -91,36 +90,29 @@ def _sizes(line: bytes, data: Data) -> list[tuple[int, int]]:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):
-        return []
+        row = None
     if not isinstance(row, dict):
         return []
     columns = data.columns
     messages = row.get(columns.messages or "messages")
-    if isinstance(messages, list) and not columns.prompt:
-        lengths = [_characters(message) for message in messages]
-        roles = [message.get("role") if isinstance(message, dict) else None for message in messages]
-        replies = [at for at, role in enumerate(roles) if role == "assistant" and "user" in roles[:at]]
-        replies = {"first": replies[:1], "last": replies[-1:], "every": replies}[data.turns]
-        return [(_tokens(sum(lengths[:at])), _tokens(lengths[at])) for at in replies]
-    prompt = _first(row, [columns.prompt] if columns.prompt else _PROMPTS)
-    response = _first(row, [columns.response] if columns.response else _RESPONSES)
-    if prompt is None or response is None:
-        return []
-    system = row.get(columns.system or "system")
-    return [(_tokens(_characters([system, prompt])), _tokens(_characters(response)))]
+    if columns.prompt or not isinstance(messages, list):
+        texts = {"user": _text(row, columns.prompt, _PROMPTS), "assistant": _text(row, columns.response, _RESPONSES)}
+        turns = [{"role": role, "content": text} for role, text in texts.items() if text is not None]
+        messages = [row.get(columns.system or "system"), *turns]
+    tokens = [_characters(message) / CHARACTERS_PER_TOKEN for message in messages]
+    roles = [message.get("role") if isinstance(message, dict) else None for message in messages]
+    replies = [at for at, role in enumerate(roles) if role == "assistant" and "user" in roles[:at]]
+    chosen = {"first": replies[:1], "last": replies[-1:], "every": replies}[data.turns]
+    return [(max(1, math.ceil(sum(tokens[:at]))), max(1, math.ceil(tokens[at]))) for at in chosen]
 
 
-def _first(row: dict[str, Any], names: Sequence[str]) -> Any:
-    return next((row[name] for name in names if row.get(name) is not None), None)
+def _text(row: dict[str, Any], named: str | None, usual: tuple[str, ...]) -> Any:
+    return next((row[name] for name in ([named] if named else usual) if row.get(name) is not None), None)
 
 
 def _characters(value: Any) -> int:
     if isinstance(value, list):
-        return sum(_characters(item) for item in value)
+        return sum(map(_characters, value))
     if isinstance(value, dict):
         return _characters(value.get("content", value.get("text")))
     return len(value) if isinstance(value, str) else 0
-
-
-def _tokens(characters: int) -> int:
-    return max(1, math.ceil(characters / CHARACTERS_PER_TOKEN))

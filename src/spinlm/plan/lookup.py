@@ -86,12 +86,13 @@ def _cached_folder(model: Model) -> Path:
 
 
 def _json_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UnknownShapeError(f"{folder / 'config.json'} cannot be read: {error}") from None
+        raise UnknownShapeError(f"{path} cannot be read: {error}") from None
     if not isinstance(config, dict):
-        raise UnknownShapeError(f"{folder / 'config.json'} holds no model configuration")
+        raise UnknownShapeError(f"{path} holds no model configuration")
     return config
 
 

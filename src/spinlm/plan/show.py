@@ -1,4 +1,4 @@
-"""The plan on a terminal."""
+"""The plan on a terminal: tables, the numbers they rest on, and notes."""
 
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
@@ -93,23 +93,6 @@ def _disk(plan: Plan) -> Iterator[list[str]]:
     yield ["run folder", f"at least {total}" if None in plan.disk.values() else total]
 
 
-def _name(work: Work) -> str:
-    return str(work.iteration) if work.iteration != START else "warm-up" if work.steps else "start"
-
-
-def _short(number: int, unit: str = "") -> str:
-    for scale, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= 0.9995 * scale:
-            return f"{number / scale:.{0 if number >= 99.95 * scale else 1}f} {prefix}{unit}"
-    return f"{number} {unit}".rstrip()
-
-
-def _duration(hours: float) -> str:
-    if hours >= 1:
-        return f"{hours:.1f} h" if hours < 48 else f"{hours / 24:.3g} d"
-    return f"{hours * 60:.0f} min" if hours >= 1 / 60 else f"{hours * 3600:.0f} s"
-
-
 def facts(plan: Plan) -> Iterator[tuple[str, str, str]]:
     """The numbers the plan rests on: name, value, and where it comes from."""
     recipe, lengths = plan.recipe, plan.lengths
@@ -170,3 +153,20 @@ def notes(plan: Plan) -> Iterator[str]:
     for name in dict.fromkeys(plan.optimizers) if plan.shape else ():
         if name.lower() not in OPTIMIZER_BYTES:
             yield f"The state of the optimiser {name} is not known; counted as 8 bytes per parameter, like AdamW."
+
+
+def _name(work: Work) -> str:
+    return str(work.iteration) if work.iteration != START else "warm-up" if work.steps else "start"
+
+
+def _short(number: int, unit: str = "") -> str:
+    for scale, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= 0.9995 * scale:
+            return f"{number / scale:.{0 if number >= 99.95 * scale else 1}f} {prefix}{unit}"
+    return f"{number} {unit}".rstrip()
+
+
+def _duration(hours: float) -> str:
+    if hours >= 1:
+        return f"{hours:.1f} h" if hours < 48 else f"{hours / 24:.3g} d"
+    return f"{hours * 60:.0f} min" if hours >= 1 / 60 else f"{hours * 3600:.0f} s"

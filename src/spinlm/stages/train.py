@@ -101,17 +101,9 @@ def train(recipe: Recipe, run: RunDir, iteration: int) -> None:
     items = PairItems([run.pairs(iteration, "train", shard) for shard in range(files)], settings.batch_size)
     if len(items.sizes) == 0:
         log.warning("iteration %d: every synthetic response equals the real one; nothing is left to learn", iteration)
-    how = Fit(
-        epochs=settings.epochs,
-        batch_size=settings.batch_size,
+    how = Fit.of(
+        settings,
         learning_rate=at_iteration(settings.learning_rate, iteration),
-        optimizer=settings.optimizer,
-        warmup=settings.warmup,
-        schedule=settings.schedule,
-        weight_decay=settings.weight_decay,
-        max_grad_norm=settings.max_grad_norm,
-        tokens_per_micro_batch=settings.tokens_per_micro_batch,
-        checkpoint_every=settings.checkpoint_every,
         seed=derive_seed(recipe.seed, "train", iteration),
     )
     steps = fit(

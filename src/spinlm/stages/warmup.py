@@ -56,17 +56,12 @@ def warmup(recipe: Recipe, run: RunDir) -> None:
             log.info("warm-up: held-out NLL %.4f after %d epochs", curve[-1], epoch)
 
         measure(0)
-        how = Fit(
+        how = Fit.of(
+            recipe.train,
             epochs=sft.epochs,
             batch_size=sft.batch_size,
             learning_rate=sft.learning_rate,
             optimizer=sft.optimizer,
-            warmup=recipe.train.warmup,
-            schedule=recipe.train.schedule,
-            weight_decay=recipe.train.weight_decay,
-            max_grad_norm=recipe.train.max_grad_norm,
-            tokens_per_micro_batch=recipe.train.tokens_per_micro_batch,
-            checkpoint_every=recipe.train.checkpoint_every,
             seed=derive_seed(recipe.seed, "warmup"),
         )
         fit(

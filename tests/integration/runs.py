@@ -1,0 +1,116 @@
+"""A tiny recipe with its data, and how to look into run folders."""
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+RECIPE = """\
+# a tiny recipe
+model: {path: model}
+lora: {r: 4, alpha: 8, dropout: 0.1}
+data: {path: data.jsonl, prompts: 24, heldout: 10}
+warmup_sft: {epochs: 3, learning_rate: 2e-2, batch_size: 4}
+opponent: {max_new_tokens: 6, shard_size: 4, batch_size: 4, temperature: 0.4}
+selfplay: {iterations: 2}
+train:
+  {epochs: 2, batch_size: 4, learning_rate: 2e-3, optimizer: adamw, max_length: 64, tokens_per_micro_batch: 128,
+   checkpoint_every: 5}
+evaluate: {scorer: exact_match}
+"""
+PROMPTS, HELDOUT, ITERATIONS, CHECKPOINT_EVERY, SHARDS = 24, 10, 2, 5, 6
+
+
+def write_rows(path: Path, rows: list[Any]) -> Path:
+    """A JSON-lines file; a row that is text already is written as it is."""
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def rows() -> list[dict[str, str]]:
+    """48 rows, of which twelve repeat the prompt of another with another response."""
+    answers = ("Paris", "Yes", "red", "three")
+    first = [{"prompt": f"What is {n}?", "response": answers[n % 4]} for n in range(36)]
+    return first + [{"prompt": f"What is {n}?", "response": "green"} for n in range(0, 36, 3)]
+
+
+@dataclass(frozen=True)
+class World:
+    """A folder with a model, data and a recipe, as a user would have it."""
+
+    folder: Path
+    recipe: Path
+    model: Path
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def read_jsons(folder: Path, pattern: str) -> list[dict[str, Any]]:
+    """The records of all files that match, in order."""
+    return [row for path in sorted(folder.glob(pattern)) for row in read_rows(path)]
+
+
+def read_pairs(run: Path, iteration: int, split: str) -> list[dict[str, Any]]:
+    import datasets
+
+    files = sorted((run / f"iteration-{iteration}" / "pairs").glob(f"{split}-*.arrow"))
+    return [dict(row) for file in files for row in datasets.Dataset.from_file(str(file))]
+
+
+def steps(run: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl, as far as they are complete."""
+    path = run / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+def contents(run: Path) -> dict[str, str]:
+    """Digest of every file of a run, without what a clock or a process number decides."""
+    found = {}
+    for path in sorted(run.rglob("*")):
+        name = path.relative_to(run).as_posix()
+        if path.is_symlink():
+            found[name] = f"-> {path.readlink()}"
+        elif path.is_file() and name not in ("lock", "provenance.json", "metrics.jsonl"):
+            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    timeless = [{key: value for key, value in line.items() if key != "tokens_per_second"} for line in steps(run)]
+    return found | {"metrics.jsonl": json.dumps(timeless)}
+
+
+def assert_whole(run: Path) -> None:
+    """Every file under its final name is complete."""
+    from safetensors.torch import load_file
+
+    for path in run.rglob("*"):
+        if path.is_dir() or any(part.startswith(".") for part in path.relative_to(run).parts):
+            continue
+        if path.suffix == ".jsonl":
+            text = path.read_text(encoding="utf-8")
+            assert not text or text.endswith("\n"), path
+            read_rows(path)
+        elif path.suffix in (".json", ".done"):
+            json.loads(path.read_text(encoding="utf-8"))
+        elif path.suffix == ".safetensors":
+            load_file(path)
+        elif path.suffix == ".arrow":
+            import datasets
+
+            datasets.Dataset.from_file(str(path))
+
+
+@contextlib.contextmanager
+def fifo(path: Path) -> Iterator[Path]:
+    """A pipe without a reader: whoever opens it to write stops there, until it is killed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    os.mkfifo(path)
+    try:
+        yield path
+    finally:
+        path.unlink(missing_ok=True)

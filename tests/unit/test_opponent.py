@@ -1,0 +1,276 @@
+"""The opponent inside this process: the same tokens as transformers' own generation, and the right distribution."""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from models import ARCHITECTURES, save_tiny_model, tiny_model, tiny_recipe
+from spinlm.model.logprobs import LogProbs
+from spinlm.model.players import Players
+from spinlm.model.trees import Tree, lay_out, register_tree_attention
+from spinlm.opponents import LocalOpponent, open_opponent
+from spinlm.opponents.base import Answer
+from spinlm.opponents.local import sample
+from spinlm.records import Sampling
+from spinlm.rundir import RunDir
+
+V = 97
+GREEDY = Sampling(temperature=0.0, top_p=1.0, max_new_tokens=20, max_length=1000, samples=1, stop_ids=(2,))
+FREE = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=12, max_length=1000, samples=2, stop_ids=(2,))
+
+register_tree_attention()
+
+
+def ids(count: int, seed: int) -> list[int]:
+    return torch.randint(3, V, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+# Out of order, of different lengths, one token short and far beyond the sliding windows of 8; one twice.
+PROMPTS = [ids(11, 1), ids(1, 2), ids(23, 3), ids(5, 4), ids(11, 1), ids(6, 5)]
+
+
+def answer(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    seed: int = 0,
+    batch_size: int = 4,
+    counted: list[int] | None = None,
+) -> list[list[Answer]]:
+    engine = LocalOpponent(LogProbs(model), batch_size)
+    return engine.answer(prompts, sampling, seed, (counted if counted is not None else []).append)
+
+
+def generated(model: Any, prompt: list[int], stop_ids: Sequence[int], limit: int) -> list[int]:
+    """What transformers generates, a prompt at a time."""
+    given = torch.tensor([prompt])
+    out = model.generate(
+        given,
+        attention_mask=torch.ones_like(given),
+        do_sample=False,
+        max_new_tokens=limit,
+        eos_token_id=list(stop_ids),
+        pad_token_id=0,
+    )
+    found: list[int] = out[0, len(prompt) :].tolist()
+    return found
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_greedy_answers_are_those_of_transformers(architecture: str) -> None:
+    model = tiny_model(architecture, vocabulary=V, tie_word_embeddings=False)  # tied, it repeats itself for ever
+    free = [generated(model, prompt, [V + 1], 20) for prompt in PROMPTS]
+    assert len({tuple(tokens) for tokens in free}) == len(PROMPTS) - 1
+    # Stop at tokens that end some answers early, at different places, so that the batch shrinks as it goes.
+    stops = (free[0][3], free[2][9])
+    expected = [generated(model, prompt, stops, 20) for prompt in PROMPTS]
+    assert len({len(tokens) for tokens in expected}) > 2
+
+    answers = [one for (one,) in answer(model, PROMPTS, Sampling(0.0, 1.0, 20, 1000, 1, stops))]
+
+    assert [one.token_ids for one in answers] == expected
+    assert [one.finished for one in answers] == [tokens[-1] in stops for tokens in expected]
+    assert {one.finished for one in answers} >= {True}
+
+
+def test_batches_and_samples_do_not_change_greedy_answers() -> None:
+    model = tiny_model("llama", vocabulary=V)
+    alone = [one.token_ids for (one,) in answer(model, PROMPTS, GREEDY, batch_size=1)]
+    together = answer(model, PROMPTS, Sampling(0.0, 1.0, 20, 1000, 3, (2,)), batch_size=7)
+    assert [[one.token_ids for one in given] for given in together] == [[tokens] * 3 for tokens in alone]
+
+
+def test_the_seed_decides_the_answers() -> None:
+    model = tiny_model("llama", vocabulary=V)
+    torch.manual_seed(1)
+    first = answer(model, PROMPTS, FREE, seed=5)
+    torch.manual_seed(2)
+    assert answer(model, PROMPTS, FREE, seed=5) == first
+    other = answer(model, PROMPTS, FREE, seed=6)
+    assert all(mine != theirs for mine, theirs in zip(first, other, strict=True))
+    assert [len(given) for given in first] == [2] * len(PROMPTS)
+    samples = [tuple(one.token_ids) for given in first for one in given]
+    assert len(set(samples)) == len(samples)  # even those to the same prompt
+
+
+@pytest.mark.parametrize("lora", [None, {"r": 4}], ids=["full", "lora"])
+def test_answers_are_the_current_players(tmp_path: Path, lora: Any) -> None:
+    recipe = tiny_recipe(save_tiny_model(tmp_path / "model"), lora=lora)
+    players = Players(recipe, RunDir(tmp_path / "run"))
+    engine = open_opponent(recipe, players)
+    asked = (PROMPTS, GREEDY, 0, lambda tokens: None)
+    players.save(0)
+    before = engine.answer(*asked)
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for _, parameter in players.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.2)
+    players.changed()
+    players.save(1)
+    after = engine.answer(*asked)
+    assert all(mine != theirs for mine, theirs in zip(before, after, strict=True))
+    players.become(0)
+    assert engine.answer(*asked) == before
+    players.become(1)
+    assert engine.answer(*asked) == after
+
+
+def test_answering_leaves_a_model_that_trains_and_scores() -> None:
+    model = tiny_model("llama", vocabulary=V).train()
+    logprobs = LogProbs(model)
+    layout = lay_out([Tree(ids(5, 1), (ids(4, 2), ids(3, 3)))], "tree")
+    before = logprobs(layout)
+    LocalOpponent(logprobs, 4).answer(PROMPTS, FREE, 0, lambda tokens: None)
+    after = logprobs(layout)
+    assert torch.equal(before, after)
+    after.sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_dropout_is_off_while_answering() -> None:
+    model = tiny_model("gpt2", vocabulary=V, resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5)
+    expected = answer(model.eval(), PROMPTS, GREEDY)
+    assert answer(model.train(), PROMPTS, GREEDY) == expected
+
+
+def test_every_stop_token_ends_a_response_and_the_limit_does_not() -> None:
+    model = tiny_model("llama", vocabulary=V)
+    sampling = Sampling(1.0, 1.0, max_new_tokens=8, max_length=1000, samples=20, stop_ids=tuple(range(60, 70)))
+    answers = [one for given in answer(model, PROMPTS, sampling, batch_size=16) for one in given]
+    ends = Counter()
+    for one in answers:
+        stopped = [token in sampling.stop_ids for token in one.token_ids]
+        assert not any(stopped[:-1])
+        assert one.finished == stopped[-1]
+        assert one.finished or len(one.token_ids) == 8
+        ends[one.token_ids[-1] if one.finished else "limit"] += 1
+    assert len(ends) == 11  # each of the ten stop tokens, and the limit
+
+
+def test_prompt_and_response_stay_within_the_length() -> None:
+    model = tiny_model("llama", vocabulary=V)
+    sampling = Sampling(0.0, 1.0, max_new_tokens=10, max_length=12, samples=1, stop_ids=())
+    prompts = [ids(count, count) for count in (5, 11, 1, 9)]
+    found = [one for (one,) in answer(model, prompts, sampling)]
+    assert [len(one.token_ids) for one in found] == [7, 1, 10, 3]
+    assert not any(one.finished for one in found)
+    long = [one for (one,) in answer(model, prompts, Sampling(0.0, 1.0, 10, 1000, 1, ()))]
+    assert [one.token_ids for one in found] == [
+        other.token_ids[: len(one.token_ids)] for one, other in zip(found, long, strict=True)
+    ]
+
+
+def test_progress_adds_up_to_the_tokens() -> None:
+    model = tiny_model("llama", vocabulary=V)
+    counted: list[int] = []
+    answers = answer(model, PROMPTS, Sampling(1.0, 1.0, 12, 1000, 2, tuple(range(40, 50))), counted=counted)
+    assert sum(counted) == sum(len(one.token_ids) for given in answers for one in given)
+
+
+@pytest.mark.parametrize("sampling", [FREE, Sampling(0.7, 0.9, 12, 1000, 2, (2,)), GREEDY], ids=["1", "0.7", "0"])
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt_neo", "mistral"])
+def test_the_samplers_log_probability_is_the_scorers(architecture: str, sampling: Sampling) -> None:
+    """Whatever the temperature: it is that of the model itself."""
+    model = tiny_model(architecture, vocabulary=V)
+    answers = answer(model, PROMPTS, sampling)
+    trees = [Tree(p, tuple(one.token_ids for one in given)) for p, given in zip(PROMPTS, answers, strict=True)]
+    scored = LogProbs(model)(lay_out(trees, "pair")).tolist()
+    assert [one.logprob for given in answers for one in given] == pytest.approx(scored, abs=1e-4)
+
+
+# The distribution
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def assert_frequencies(counts: Counter[int], expected: Sequence[float]) -> None:
+    """Each within 4.5 standard deviations of a binomial count (less than 1 in 100,000 by chance)."""
+    draws = sum(counts.values())
+    for token, p in enumerate(expected):
+        assert abs(counts[token] / draws - p) <= 4.5 * math.sqrt(p * (1 - p) / draws), (token, counts[token] / draws, p)
+    assert counts.keys() <= set(range(len(expected)))
+
+
+LOGITS = [0.3, -1.0, 2.0, 0.0, -4.0, 1.1]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 2.0])
+def test_frequencies_are_the_softmax(temperature: float) -> None:
+    chosen, logprobs = sample(torch.tensor(LOGITS).expand(20_000, 6), temperature, 1.0, generator())
+    weights = [math.exp(logit / temperature) for logit in LOGITS]
+    assert_frequencies(Counter(chosen.tolist()), [weight / sum(weights) for weight in weights])
+    # The log-probability is the model's own, at temperature 1.
+    total = sum(math.exp(logit) for logit in LOGITS)
+    expected = torch.tensor([logit - math.log(total) for logit in LOGITS])[chosen]
+    torch.testing.assert_close(logprobs, expected)
+
+
+@pytest.mark.parametrize(
+    ("top_p", "nucleus"),
+    [
+        (0.25, [3]),
+        (0.5, [3]),  # just enough
+        (0.51, [3, 1]),
+        (0.75, [3, 1]),
+        (0.8, [3, 1, 0]),
+        (0.875, [3, 1, 0]),
+        (0.9, [3, 1, 0, 4]),
+        (1.0, [3, 1, 0, 4, 2]),
+    ],
+)
+def test_top_p_keeps_the_nucleus(top_p: float, nucleus: list[int]) -> None:
+    """Of ⅛, ¼, 1/32, ½, 3/32: the fewest of the most likely tokens that hold at least top_p."""
+    probs = [1 / 8, 1 / 4, 1 / 32, 1 / 2, 3 / 32]
+    logits = torch.tensor(probs).log() + 3
+    chosen, logprobs = sample(logits.expand(20_000, 5), 1.0, top_p, generator())
+    counts = Counter(chosen.tolist())
+    assert counts.keys() == {*nucleus}
+    kept = sum(probs[token] for token in nucleus)
+    assert_frequencies(counts, [probs[token] / kept if token in nucleus else 0.0 for token in range(5)])
+    torch.testing.assert_close(logprobs, torch.tensor(probs).log()[chosen])  # before top-p
+
+
+def test_top_p_is_of_the_distribution_at_the_temperature() -> None:
+    """At temperature ½ the probabilities ½, ¼, ¼ are ⅔, ⅙, ⅙."""
+    logits = torch.tensor([0.5, 0.25, 0.25]).log()
+    chosen, _ = sample(logits.expand(2000, 3), 0.5, 0.6, generator())
+    assert chosen.unique().tolist() == [0]
+    chosen, _ = sample(logits.expand(2000, 3), 1.0, 0.6, generator())
+    assert len(chosen.unique()) == 2
+
+
+def test_greedy_takes_the_most_likely() -> None:
+    logits = torch.tensor([LOGITS, LOGITS[::-1]])
+    chosen, logprobs = sample(logits, 0.0, 0.5, generator())
+    assert chosen.tolist() == [2, 3]
+    torch.testing.assert_close(logprobs, torch.log_softmax(logits, dim=-1).max(dim=-1).values)
+
+
+def test_rows_are_drawn_each_from_their_own_logits() -> None:
+    logits = torch.full((3, 4), -100.0)
+    logits[0, 3] = logits[1, 0] = logits[2, 2] = 0.0
+    for top_p in (1.0, 0.9):
+        assert sample(logits, 1.0, top_p, generator())[0].tolist() == [3, 0, 2]
+
+
+def test_answers_have_the_models_distribution() -> None:
+    """Two-token answers to a short and a long prompt in one batch, against the model's own probabilities."""
+    model = tiny_model("mistral", vocabulary=5)
+    prompts = [[3, 4], [3, 1, 4, 1, 0, 2, 2, 3, 4, 0, 1]]
+    sampling = Sampling(0.8, 1.0, max_new_tokens=2, max_length=100, samples=2500, stop_ids=())
+    answers = answer(model, prompts, sampling, batch_size=5000)
+    for prompt, given in zip(prompts, answers, strict=True):
+        with torch.no_grad():
+            rows = torch.tensor([[*prompt, token] for token in range(5)])
+            logits = model(input_ids=rows).logits.double() / 0.8
+        first = torch.softmax(logits[0, -2], dim=-1)
+        second = torch.softmax(logits[:, -1], dim=-1)
+        expected = (first[:, None] * second).flatten().tolist()
+        assert_frequencies(Counter(5 * one.token_ids[0] + one.token_ids[1] for one in given), expected)

