@@ -128,6 +128,20 @@ class RunDir:
             )
         return True
 
+    def begin(self, stage: str, iteration: int, unfinished: Path) -> None:
+        """Start a stage, or go on with it; unfinished work that was made from something else is thrown away.
+
+        Raises:
+            RunError: the stage before it is not complete.
+        """
+        note = self.iteration(iteration) / f"{stage}.begun"
+        made_from = {"made_from": self._upstream_digest(stage, iteration)}
+        if note.exists() and read_json(note) == made_from:
+            return
+        if unfinished.is_dir():
+            shutil.rmtree(unfinished)
+        write_json(note, made_from)
+
     def complete(self, stage: str, iteration: int, outputs: Iterable[Path], **facts: Any) -> None:
         """Write a stage's marker, as its last act. `facts` are kept in the marker for people to read.
 

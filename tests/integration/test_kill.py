@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from commands import Cli, Process, asleep, state
-from runs import CHECKPOINT_EVERY, World, assert_whole, fifo, read_rows, steps
+from runs import CHECKPOINT_EVERY, PROMPTS, World, assert_whole, fifo, read_rows, steps
 
 LAST = "iteration-1"
 STOPPED = "stopped as asked; run the same command again to continue"
@@ -32,7 +32,7 @@ def assert_same_result(run: Path, reference: Path) -> None:
         assert {path.name: path.read_bytes() for path in (run / LAST).glob(kind)} == expected
     assert timeless(run) == timeless(reference)
     assert (run / "best").readlink() == (reference / "best").readlink()
-    assert not [path for path in run.rglob("*.tmp")]
+    assert not list(run.rglob("*.tmp"))
 
 
 def timeless(run: Path) -> list[dict[str, float]]:
@@ -44,37 +44,31 @@ def count_steps(run: Path, stage: str, iteration: int) -> int:
     return sum((line["stage"], line["iteration"]) == (stage, iteration) for line in steps(run))
 
 
-def stop_between_checkpoints(process: Process, run: Path, stage: str, iteration: int) -> bool:
-    """Hold a process still when it has trained beyond a checkpoint and is not at the next; False if it was too fast."""
+def between_checkpoints(run: Path, stage: str, iteration: int, after: int = 0) -> bool:
+    """Whether training has got beyond a checkpoint later than step `after`, and is not at the next."""
     folder = run / ("start" if iteration < 0 else f"iteration-{iteration}")
-
-    def checkpoint() -> int:
-        return max((int(path.name.removeprefix("step-")) for path in folder.glob("checkpoints/step-*")), default=0)
-
-    while not (folder / f"{stage}.done").exists():
-        process.wait_until(lambda: count_steps(run, stage, iteration) > checkpoint() > 0 or process.poll() is not None)
-        if process.poll() is not None:
-            return False
-        process.send(signal.SIGSTOP)
-        process.wait_until(lambda: state(process.pid) == "T")
-        if count_steps(run, stage, iteration) % CHECKPOINT_EVERY and checkpoint() and not (folder / "player").exists():
-            return True
-        process.send(signal.SIGCONT)
-        time.sleep(0.002)
-    return False
+    saved = max((int(path.name.removeprefix("step-")) for path in folder.glob("checkpoints/step-*")), default=0)
+    done = count_steps(run, stage, iteration)
+    return saved > after and done > saved and done % CHECKPOINT_EVERY != 0 and not (folder / "player").exists()
 
 
-def in_training(
-    start: Callable[[Path], Process], rewind: Callable[[], Path], stage: str, iteration: int
+def catch(
+    start: Callable[[Path], Process], rewind: Callable[[], Path], moment: Callable[[Path], bool]
 ) -> tuple[Path, Process]:
-    """A run that is held still in the middle of training. A machine may be too busy to catch it: then try again."""
+    """A run that is held still at a moment. A busy machine can miss the moment: then the run is begun again."""
     for _ in range(5):
         run = rewind()
         process = start(run)
-        if stop_between_checkpoints(process, run, stage, iteration):
-            return run, process
-        process.wait()
-    pytest.fail("never caught the process in the middle of training")
+        while process.poll() is None:
+            process.wait_until(lambda: moment(run) or process.poll() is not None)  # noqa: B023
+            process.send(signal.SIGSTOP)
+            while process.poll() is None and state(process.pid) != "T":
+                time.sleep(0.001)
+            if process.poll() is None and moment(run):
+                return run, process
+            process.send(signal.SIGCONT)
+        shutil.rmtree(run)
+    pytest.fail("never caught the process at the right moment")
 
 
 @pytest.mark.parametrize(
@@ -88,7 +82,7 @@ def in_training(
     ],
 )
 def test_killed_while_writing(start, reference, rewound, stage, held, when):
-    run = rewound(iteration=1)
+    run = rewound(1)
     with fifo(run / LAST / held):  # the process waits there for a reader, so it cannot get past this point
         process = start(run)
         process.wait_until(lambda: (run / LAST / when).exists() and asleep(process.pid))
@@ -100,17 +94,12 @@ def test_killed_while_writing(start, reference, rewound, stage, held, when):
     assert_same_result(run, reference)
 
 
-def test_killed_in_training(start, reference, rewound, tmp_path):
-    def rewind() -> Path:
-        shutil.rmtree(tmp_path / "run", ignore_errors=True)
-        return rewound(iteration=1)
-
-    run, process = in_training(start, rewind, "train", 1)
+def test_killed_in_training(start, reference, rewound):
+    run, process = catch(start, lambda: rewound(1), lambda run: between_checkpoints(run, "train", 1))
     process.kill()
     assert not (run / LAST / "train.done").exists()
     done = count_steps(run, "train", 1)
-    epoch = 24 // 2
-    assert done % CHECKPOINT_EVERY and done % epoch, "in the middle of an epoch and between checkpoints"
+    assert done % CHECKPOINT_EVERY
     assert_whole(run)
     # What a process leaves that is killed in the middle of a write.
     with (run / "metrics.jsonl").open("a") as file:
@@ -127,12 +116,10 @@ def test_killed_in_training(start, reference, rewound, tmp_path):
     assert_same_result(run, reference)
 
 
-def test_killed_in_warmup(start, world, reference, tmp_path):
-    def rewind() -> Path:
-        shutil.rmtree(tmp_path / "run", ignore_errors=True)
-        return tmp_path / "run"
-
-    run, process = in_training(start, rewind, "warmup", -1)
+def test_killed_in_warmup(start, reference, tmp_path):
+    """In its second epoch."""
+    epoch = PROMPTS // 4
+    run, process = catch(start, lambda: tmp_path / "run", lambda run: between_checkpoints(run, "warmup", -1, epoch))
     process.kill()
     assert not (run / "start" / "warmup.done").exists()
     assert not (run / "iteration-0").exists()
@@ -140,13 +127,18 @@ def test_killed_in_warmup(start, world, reference, tmp_path):
     assert "resuming after step" in again.err
     assert again.code == 0
     assert_same_result(run, reference)
-    for name in ("player/adapter_model.safetensors", "warmup.done", "answers.jsonl"):
+    for name in ("player/adapter_model.safetensors", "answers.jsonl", "metrics.json"):
         assert (run / "start" / name).read_bytes() == (reference / "start" / name).read_bytes(), name
+    curves = [
+        json.loads((folder / "start" / "warmup.done").read_text())["heldout_nll_by_epoch"]
+        for folder in (run, reference)
+    ]
+    assert curves[0] == curves[1]
 
 
 def test_killed_again_and_again(start, reference, rewound):
     """At no particular moment."""
-    run = rewound(iteration=1)
+    run = rewound(1)
     for attempt in range(20):
         process = start(run)
         deadline = time.monotonic() + 0.3 + 0.1 * attempt
@@ -162,12 +154,8 @@ def test_killed_again_and_again(start, reference, rewound):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted_in_training(start, reference, rewound, tmp_path, number):
-    def rewind() -> Path:
-        shutil.rmtree(tmp_path / "run", ignore_errors=True)
-        return rewound(iteration=1)
-
-    run, process = in_training(start, rewind, "train", 1)
+def test_interrupted_in_training(start, reference, rewound, number):
+    run, process = catch(start, lambda: rewound(1), lambda run: between_checkpoints(run, "train", 1))
     done = count_steps(run, "train", 1)
     process.send(number)
     process.send(signal.SIGCONT)
@@ -186,18 +174,35 @@ def test_interrupted_in_training(start, reference, rewound, tmp_path, number):
 
 
 def test_interrupted_in_generation(start, reference, rewound):
-    run = rewound(iteration=1)
-    with fifo(run / LAST / "generations" / ".train-00001.jsonl.tmp") as pipe:
+    def moment(run: Path) -> bool:
+        return len(list((run / LAST / "generations").glob("*.jsonl"))) in (2, 3, 4)
+
+    run, process = catch(start, lambda: rewound(1), moment)
+    process.send(signal.SIGINT)
+    process.send(signal.SIGCONT)
+    stopped = process.wait()
+    assert stopped.code == 130
+    assert stopped.message == STOPPED
+    assert not (run / LAST / "generate.done").exists()
+    assert_whole(run)
+    kept = {path: path.stat().st_mtime_ns for path in (run / LAST / "generations").glob("*.jsonl")}
+    assert start(run).wait().code == 0
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert_same_result(run, reference)
+
+
+def test_second_interrupt_stops_at_once(start, reference, rewound):
+    run = rewound(1)
+    with fifo(run / LAST / "generations" / ".train-00001.jsonl.tmp"):
         process = start(run)
         process.wait_until(lambda: (run / LAST / "generations" / "train-00000.jsonl").exists() and asleep(process.pid))
-        process.send(signal.SIGTERM)
-        time.sleep(0.1)
-        pipe.unlink()
-        process.send(signal.SIGINT)  # the first of its kind: still no reason to be rude
-        process.wait_until(lambda: process.poll() is not None)
-    stopped = process.wait()
-    assert (stopped.code, stopped.err.count("Traceback")) == (130, 0), stopped.err
-    assert not (run / LAST / "generate.done").exists()
+        process.send(signal.SIGINT)
+        time.sleep(0.2)
+        assert process.poll() is None, "the first one waits for a safe point, and there is none"
+        process.send(signal.SIGINT)
+        stopped = process.wait()
+    assert stopped.code == 130
+    assert "Traceback" not in stopped.err
     assert [path.name for path in (run / LAST / "generations").glob("*.jsonl")] == ["train-00000.jsonl"]
     assert start(run).wait().code == 0
     assert_same_result(run, reference)
@@ -205,7 +210,7 @@ def test_interrupted_in_generation(start, reference, rewound):
 
 def test_a_run_that_was_killed_between_stages_goes_on(start, reference, rewound):
     for stage in ("score", "train", "evaluate", "promote"):
-        run = rewound(iteration=1, stage=stage)
+        run = rewound(1, stage)
         assert start(run).wait().code == 0
         assert_same_result(run, reference)
         shutil.rmtree(run)
@@ -213,7 +218,7 @@ def test_a_run_that_was_killed_between_stages_goes_on(start, reference, rewound)
 
 def test_lock_goes_with_the_process(start, world, cli, reference, rewound):
     """Nobody has to remove anything after a kill; while it runs, a second process is refused."""
-    run = rewound(iteration=1)
+    run = rewound(1)
     with fifo(run / LAST / "generations" / ".train-00000.jsonl.tmp"):
         process = start(run)
         process.wait_until(lambda: (run / LAST / "generations").exists() and asleep(process.pid))

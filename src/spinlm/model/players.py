@@ -4,6 +4,7 @@ With LoRA the base is frozen and shared, and a player is an adapter; without, a 
 """
 
 import logging
+import math
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -133,6 +134,11 @@ class Players:
         wanted = self.recipe.train.packing
         limit = PARITY[self.dtype]
         gaps = {name: parity_gap(self.logprobs, trees, name) for name in ("tree", "pair")}
+        if not all(map(math.isfinite, gaps.values())):
+            raise ModelError(
+                f"{self.path}: its log-probabilities are not finite. Its weights are damaged, or it cannot be computed "
+                f"in {self.dtype}; try model.dtype: float32"
+            )
         if gaps["pair"] > limit:
             raise ModelError(
                 f"{self.path}: log-probabilities differ from the model's own by {gaps['pair']:.3g} nats per token. Its "

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spinlm.errors import ModelError
 from spinlm.interrupt import stop_if_asked
 from spinlm.model.logprobs import LogProbs
 from spinlm.opponents.base import Answer
@@ -117,8 +118,16 @@ def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Ge
 
     Returns:
         Tokens [B], and their log-probabilities [B] under the model at temperature 1, before top-p.
+
+    Raises:
+        ModelError: a row has no finite logits.
     """
-    logprobs = torch.log_softmax(logits, dim=-1)
+    total = logits.logsumexp(dim=-1)
+    if not torch.isfinite(total).all():
+        raise ModelError(
+            "the player's logits are not finite: training has destroyed it. Lower train.learning_rate, and run in "
+            "another --run-dir"
+        )
     if temperature == 0:
         chosen = logits.argmax(dim=-1)
     else:
@@ -128,4 +137,4 @@ def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Ge
             beyond = ordered.cumsum(-1) - ordered >= top_p  # the mass before this token is already enough
             probs = probs.scatter(-1, order, ordered.masked_fill(beyond, 0.0))
         chosen = torch.multinomial(probs, 1, generator=generator).squeeze(1)
-    return chosen, logprobs.gather(-1, chosen[:, None]).squeeze(1)
+    return chosen, logits.gather(-1, chosen[:, None]).squeeze(1) - total

@@ -21,7 +21,7 @@ def generate(recipe: Recipe, run: RunDir, iteration: int) -> None:
     """Write the responses of the opponent of an iteration, a shard of prompts at a time; shards on disk are kept."""
     if run.done("generate", iteration):
         return
-    run.require("train" if iteration else "warmup", iteration - 1)
+    run.begin("generate", iteration, run.generations(iteration, "train", 0).parent)
     players = seat(recipe, run)
     players.become(iteration - 1)
     opponent = open_opponent(recipe, players)

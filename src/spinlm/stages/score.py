@@ -12,7 +12,7 @@ from spinlm.model.players import Players, seat
 from spinlm.model.trees import Tree, micro_batches
 from spinlm.progress import Advance, track
 from spinlm.records import Example, Generation, Pair, read_lines, write_pairs
-from spinlm.rundir import RunDir, atomic_path
+from spinlm.rundir import START, RunDir, atomic_path
 from spinlm.shards import count_shards, shards
 from spinlm.stages.generate import SPLITS
 
@@ -30,7 +30,7 @@ def score(recipe: Recipe, run: RunDir, iteration: int) -> None:
     run.require("generate", iteration)
     players = seat(recipe, run)
     players.become(iteration - 1)
-    packing = run.facts("warmup", -1)["packing"]
+    packing = run.facts("warmup", START)["packing"]
     size = recipe.opponent.shard_size
     tally = _Tally()
     outputs = []

@@ -93,7 +93,7 @@ def train(recipe: Recipe, run: RunDir, iteration: int) -> None:
     """
     if run.done("train", iteration):
         return
-    run.require("score", iteration)
+    run.begin("train", iteration, run.checkpoints(iteration))
     players = seat(recipe, run)
     players.become(iteration - 1)
     settings = recipe.train

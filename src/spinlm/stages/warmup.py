@@ -13,7 +13,7 @@ from spinlm.model.fit import Fit, Item, Total, fit
 from spinlm.model.players import seat
 from spinlm.model.trees import Tree
 from spinlm.records import Example, read_lines
-from spinlm.rundir import START, RunDir
+from spinlm.rundir import START, RunDir, read_json, write_json
 from spinlm.seeds import derive_seed
 from spinlm.stages.steps import recorder
 
@@ -42,20 +42,25 @@ def warmup(recipe: Recipe, run: RunDir) -> None:
     """Make and save θ_0: the model as it came, with a fresh adapter under LoRA, after `warmup_sft` if there is one."""
     if run.done("warmup", START):
         return
-    run.require("prepare", START)
+    run.begin("warmup", START, run.checkpoints(START))
     players = seat(recipe, run)
     heldout = list(read_lines(run.examples("heldout"), Example))
     packing = players.packing(_probe(heldout))
     sft = recipe.warmup_sft
-    curve = []
+    curve: dict[str, float] = {}
     if sft is not None:
         split = "train" if sft.prompts is None else "warmup"
 
-        def measure(epoch: int) -> None:
-            curve.append(mean_nll(players, heldout, packing, recipe.train.tokens_per_micro_batch))
-            log.info("warm-up: held-out NLL %.4f after %d epochs", curve[-1], epoch)
+        noted = run.checkpoints(START) / "heldout_nll.json"  # by epoch; survives a restart as the checkpoints do
+        curve = read_json(noted) if noted.exists() else {}
 
-        measure(0)
+        def measure(epoch: int) -> None:
+            curve[str(epoch)] = mean_nll(players, heldout, packing, recipe.train.tokens_per_micro_batch)
+            write_json(noted, curve)
+            log.info("warm-up: held-out NLL %.4f after %d epochs", curve[str(epoch)], epoch)
+
+        if not curve:
+            measure(0)
         how = Fit.of(
             recipe.train,
             epochs=sft.epochs,

