@@ -217,8 +217,8 @@ def _load_whole(model: Any, folder: Path) -> set[str]:
 def silence_dropout(model: nn.Module) -> None:
     """Turn off every dropout but the adapter's own, so that an untrained main player equals its opponent.
 
-    Code reads its rate from modules, from their attributes, or from the config: all are set to 0, and a whole model that
-    is saved says so in its config.
+    Code reads its rate from modules, from their attributes, or from the config: all are set to 0, and a whole model
+    that is saved says so in its config.
     """
     causal: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     for name, value in causal.config.to_dict().items():
