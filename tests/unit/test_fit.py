@@ -480,6 +480,14 @@ def test_a_gradient_that_is_not_finite_leaves_the_weights_alone(new_players: New
     assert_equal_to_the_bit(weights_of(players), before)
 
 
+def test_a_loss_that_is_not_finite_stops_even_a_finite_gradient(new_players: NewPlayers, tmp_path: Path) -> None:
+    """An opponent that held the synthetic response for impossible: ℓ is infinite, its slope is −1."""
+    players = new_players(lora={"r": 4})
+    items = InMemory([Item(Tree(ids(4, 1), (ids(3, 2), ids(5, 3))), (-10.0, -math.inf), ((0, 1),))], [1])
+    with pytest.raises(TrainingError, match=r"the loss is inf and the gradient's norm [0-9]"):
+        run_fit(players, items, spin_of(players), HOW, tmp_path)
+
+
 def test_training_can_be_tried_again_in_the_same_process(new_players: NewPlayers, tmp_path: Path) -> None:
     players = new_players(lora={"r": 4})
     players.save(START)
