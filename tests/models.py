@@ -42,6 +42,7 @@ _CONFIGS: dict[str, dict[str, Any]] = {
     # Those that follow differ from the ones above in one thing each, which their tests name.
     "cohere": _LLAMA_LIKE | {"logit_scale": 0.5},
     "granite": _LLAMA_LIKE | {"logits_scaling": 4.0},
+    "mixtral": _LLAMA_LIKE | {"num_local_experts": 4, "num_experts_per_tok": 2},
     "phi": _LLAMA_LIKE,
     "stablelm": _LLAMA_LIKE,
     "nemotron": _LLAMA_LIKE,

@@ -47,11 +47,12 @@ def run(
     fresh: Annotated[bool, typer.Option("--fresh", help="Delete what an earlier run left in the folder.")] = False,
 ) -> None:
     """Play a recipe to its end, or on from where it stopped."""
-    from spinlm import selfplay
-
     loaded = load_recipe(recipe, overrides or ())
     folder = _run_folder(recipe, run_dir)
     source = recipe.read_text(encoding="utf-8")
+
+    from spinlm import selfplay
+
     finished = selfplay.run(loaded, folder, source=source, fresh=fresh)
     _print_result(finished)
 
@@ -70,9 +71,11 @@ def plan(recipe: RecipePath, overrides: Overrides = None, run_dir: RunOption = N
 @app.command()
 def check(recipe: RecipePath, overrides: Overrides = None) -> None:
     """Load the model and try everything once: template, end token, ln 2, packing, precision, memory, a few prompts."""
+    loaded = load_recipe(recipe, overrides or ())
+
     from spinlm.check import check as check_recipe
 
-    for line in check_recipe(load_recipe(recipe, overrides or ())):
+    for line in check_recipe(loaded):
         print(line, flush=True)
 
 

@@ -349,11 +349,10 @@ def _resolve_paths(values: dict[str, Any], folder: Path) -> None:
             here = Path(value).expanduser()
         except RuntimeError as error:  # ~name of a user that does not exist
             raise RecipeError(f"{section}.{key}: {value}: {error}") from None
-        beside = folder / here
-        if value.startswith("~"):
-            block[key] = str(here)  # type: ignore[index]  # a dict, or value would be None
-        elif not here.exists() and beside.exists():
-            block[key] = str(beside)  # type: ignore[index]
+        # Absolute, so that the run can be continued, and asked, from any folder.
+        found = next((path for path in (here, folder / here) if path.exists()), None)
+        if found is not None or value.startswith("~"):
+            block[key] = str((found or here).absolute())  # type: ignore[index]  # a dict, or value would be None
 
 
 def _explain(item: Any) -> str:

@@ -29,7 +29,7 @@ def which_player(run: RunDir, name: str) -> int:
     else:
         raise RunError(f"{name!r} names no player: write best, start, or the number of an iteration")
     if not run.player(iteration).is_dir():
-        made = [path.parent.name for path in sorted(run.root.glob("*/player"))]
+        made = [path.parent.name for path in sorted(run.root.glob("*/player")) if not path.parent.is_symlink()]
         raise RunError(f"{run.root}: has no player {name}; it has {', '.join(made) or 'none yet'}")
     return iteration
 

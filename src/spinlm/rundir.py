@@ -8,12 +8,13 @@
     best            link to the folder that holds the best player
     metrics.jsonl   one line for each optimiser step
 
-A file appears under its name only when it is complete. A stage ends by writing its marker, which holds a digest of
-what the stage wrote and the digest of the stage it was made from: the markers of a run form a chain, and a link that
-no longer fits is noticed before anything is built on it.
+A file appears under its name only when it is complete. A stage ends by writing its marker, which holds digests of what
+the stage wrote and of the stage it was made from: the markers of a run form a chain. A file that has changed, or a link
+that no longer fits, is noticed before anything is built on it.
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -29,6 +30,9 @@ START = -1
 """The iteration number of the starting player θ_0."""
 
 Stage = tuple[str, int]  # name and iteration
+
+_UMASK = os.umask(0)
+os.umask(_UMASK)
 
 
 class RunDir:
@@ -118,22 +122,25 @@ class RunDir:
         marker = self.marker(stage, iteration)
         if not marker.exists():
             return False
-        made_from = read_json(marker)["made_from"]
-        now = self._upstream_digest(stage, iteration)
-        if made_from != now:
-            before = _upstream(stage, iteration)
+        if self.facts(stage, iteration)["made_from"] != self._upstream_digest(stage, iteration):
             raise RunError(
-                f"{marker}: this stage was made from another result of {_say(before)} than the run folder holds now. "
-                f"Remove {marker} and what follows it to redo the stage, or start again with --fresh"
+                f"{marker}: this stage was made from another result of {_say(_upstream(stage, iteration))} than the "
+                f"run folder holds now. Remove {marker} and what follows it to redo the stage, or start again with "
+                "--fresh"
             )
         return True
 
-    def begin(self, stage: str, iteration: int, unfinished: Path) -> None:
+    def begin(self, stage: str, iteration: int, unfinished: Path | None = None) -> None:
         """Start a stage, or go on with it; unfinished work that was made from something else is thrown away.
 
         Raises:
-            RunError: the stage before it is not complete.
+            RunError: the stage before it is not complete, or its files have changed since.
         """
+        before = _upstream(stage, iteration)
+        if before is not None:
+            self.require(*before)
+        if unfinished is None:
+            return
         note = self.iteration(iteration) / f"{stage}.begun"
         made_from = {"made_from": self._upstream_digest(stage, iteration)}
         if note.exists() and read_json(note) == made_from:
@@ -148,33 +155,55 @@ class RunDir:
         Raises:
             RunError: the stage before it is not complete.
         """
-        upstream = self._upstream_digest(stage, iteration)
-        marker = {"digest": digest(outputs), "made_from": upstream, **facts}
+        written = {str(path.relative_to(self.root)): file_digest(path) for path in _files(outputs)}
+        marker = {
+            "made_from": self._upstream_digest(stage, iteration),
+            "digest": hashlib.sha256(json.dumps(written, sort_keys=True).encode()).hexdigest(),
+            **facts,
+            "outputs": written,
+        }
         write_json(self.marker(stage, iteration), marker)
 
     def facts(self, stage: str, iteration: int) -> dict[str, Any]:
-        """What a completed stage noted in its marker."""
-        return read_json(self.marker(stage, iteration))
+        """What a completed stage noted in its marker.
+
+        Raises:
+            RunError: the marker is damaged.
+        """
+        path = self.marker(stage, iteration)
+        noted = read_json(path)
+        if not isinstance(noted, dict) or not {"made_from", "digest", "outputs"} <= noted.keys():
+            raise RunError(f"{path}: damaged (not a marker). Delete it and run again to redo the stage")
+        return noted
 
     def require(self, stage: str, iteration: int) -> None:
-        """Raise RunError unless a stage is complete."""
+        """Make sure that a stage is complete and that its files are as it wrote them.
+
+        Raises:
+            RunError: with what is missing or has changed.
+        """
         if not self.done(stage, iteration):
             raise RunError(
                 f"{self.root}: {_say((stage, iteration))} has not been completed; it comes first. "
                 "`spinlm run` does all stages in order"
             )
+        for name, expected in self.facts(stage, iteration)["outputs"].items():
+            path = self.root / name
+            if not path.is_file() or file_digest(path) != expected:
+                what = "has changed since it was written" if path.is_file() else "is missing"
+                marker = self.marker(stage, iteration)
+                raise RunError(f"{path}: {what}. Delete it and {marker}, then run again to make it anew")
 
     def _upstream_digest(self, stage: str, iteration: int) -> str | None:
         before = _upstream(stage, iteration)
         if before is None:
             return None
-        marker = self.marker(*before)
-        if not marker.exists():
+        if not self.marker(*before).exists():
             raise RunError(
                 f"{self.root}: {_say(before)} has not been completed, and {_say((stage, iteration))} needs it. "
                 "`spinlm run` does all stages in order"
             )
-        return read_json(marker)["digest"]
+        return str(self.facts(*before)["digest"])
 
     # Opening
 
@@ -183,9 +212,14 @@ class RunDir:
         """Hold the run folder for this process; the lock goes with the process, however it ends.
 
         Raises:
-            RunError: another process holds it.
+            RunError: another process holds it, or it is no folder, or a folder with something else in it.
         """
-        self.root.mkdir(parents=True, exist_ok=True)
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise RunError(f"{self.root}: not a folder, and cannot be made one. Choose another --run-dir") from None
+        if not self.recipe.exists() and any(entry.name != "lock" for entry in self.root.iterdir()):
+            raise RunError(f"{self.root}: holds files but no spinlm run. Choose another --run-dir")
         with (self.root / "lock").open("a+") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -202,12 +236,12 @@ class RunDir:
             yield
 
     def bind(self, recipe: dict[str, Any], source: str) -> None:
-        """Tie the folder to a recipe, or check that it is still the same one.
+        """Tie the folder to a recipe, or once it holds examples, check that it is still the same one.
 
         Raises:
             RunError: the folder belongs to a different recipe; the message lists what changed.
         """
-        if not self.recipe.exists():
+        if not self.recipe.exists() or not self.marker("prepare", START).exists():
             write_json(self.recipe, recipe)
             write_text(self.root / "recipe.yaml", source)
             return
@@ -220,12 +254,12 @@ class RunDir:
             )
 
     def bind_inputs(self, inputs: dict[str, Any]) -> None:
-        """Tie the folder to fingerprints of the model and data, or check that they have not changed.
+        """Check, once the folder holds examples, that the model and data are those it began with.
 
         Raises:
             RunError: with what changed.
         """
-        if self.provenance.exists():
+        if self.marker("prepare", START).exists():
             changes = differences(read_json(self.provenance)["inputs"], inputs)
             if changes:
                 raise RunError(
@@ -235,14 +269,8 @@ class RunDir:
                 )
 
     def clear(self) -> None:
-        """Delete everything but the lock, if this is a run folder.
-
-        Raises:
-            RunError: the folder holds something, but no run.
-        """
+        """Delete everything but the lock. Called with the lock held, so this is a run folder."""
         entries = [entry for entry in self.root.iterdir() if entry.name != "lock"]
-        if entries and not self.recipe.exists():
-            raise RunError(f"{self.root}: holds files but no spinlm run, so --fresh will not delete it")
         # The recipe goes last: a deletion that is cut short leaves a folder that --fresh still recognises.
         for entry in sorted(entries, key=lambda entry: entry == self.recipe):
             shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
@@ -285,13 +313,25 @@ def atomic_file(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary path for a file or a folder that takes the name `path` when the block ends without an error."""
+    """A temporary path for a file or a folder that takes the name `path` when the block ends without an error.
+
+    Raises:
+        OSError: it cannot be written; a full disk is ENOSPC, whatever library noticed it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{path.name}.tmp"
     if temporary.is_dir():
         shutil.rmtree(temporary)
-    yield temporary
-    _sync(temporary)
+    try:
+        yield temporary
+        _sync(temporary)
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+    except Exception as error:
+        if "No space left on device" in str(error):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+        raise
     if path.is_dir():
         shutil.rmtree(path)
     temporary.replace(path)
@@ -299,10 +339,10 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def _sync(path: Path) -> None:
-    if path.is_dir():
-        for child in path.rglob("*"):
-            _sync_one(child)
-    _sync_one(path)
+    for child in [*path.rglob("*"), path]:
+        if child.is_file():
+            child.chmod(0o666 & ~_UMASK)  # safetensors lets nobody else read what it writes
+        _sync_one(child)
 
 
 def _sync_one(path: Path) -> None:
@@ -336,16 +376,17 @@ def read_json(path: Path) -> Any:
         raise RunError(f"{path}: damaged ({error}). Delete it and run again to make it anew") from error
 
 
-def digest(paths: Iterable[Path]) -> str:
-    """SHA-256 over the names and contents of files, and of all files in folders."""
-    total = hashlib.sha256()
-    for path in sorted(paths):
-        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-            if file.is_file():
-                total.update(file.relative_to(path.parent).as_posix().encode())
-                with file.open("rb") as stream:
-                    total.update(hashlib.file_digest(stream, "sha256").digest())
-    return total.hexdigest()
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's contents."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _files(paths: Iterable[Path]) -> list[Path]:
+    """The files among these paths, and those in the folders among them."""
+    return [
+        file for path in paths for file in ([path] if path.is_file() else sorted(path.rglob("*"))) if file.is_file()
+    ]
 
 
 def differences(old: Any, new: Any, where: str = "") -> list[str]:

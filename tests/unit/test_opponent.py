@@ -163,6 +163,12 @@ def test_prompt_and_response_stay_within_the_length() -> None:
     assert [one.token_ids for one in found] == [
         other.token_ids[: len(one.token_ids)] for one, other in zip(found, long, strict=True)
     ]
+    # The answer with the most room stops first; the others keep their own limits.
+    stop = long[2].token_ids[0]
+    assert stop not in long[0].token_ids[:7] + long[1].token_ids[:1] + long[3].token_ids[:3]
+    stopped = [one for (one,) in answer(model, prompts, Sampling(0.0, 1.0, 10, 12, 1, (stop,)))]
+    assert [len(one.token_ids) for one in stopped] == [7, 1, 1, 3]
+    assert [one.finished for one in stopped] == [False, False, True, False]
 
 
 def test_progress_adds_up_to_the_tokens() -> None:

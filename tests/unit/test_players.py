@@ -65,7 +65,15 @@ def logits_of(model: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("lora", [LORA, None], ids=["lora", "full"])
-@pytest.mark.parametrize("architecture", ["llama", "gpt2"])  # gpt2's head shares its weights with the embedding
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        "llama",
+        "gpt2",  # its head shares its weights with the embedding
+        "gpt_neox",  # transformers saves its head under another name than it has in memory
+        "mixtral",  # and these experts one by one, which in memory are one tensor
+    ],
+)
 def test_a_player_becomes_what_was_saved_to_the_bit(saved: Any, tmp_path: Path, architecture: str, lora: Any) -> None:
     recipe = tiny_recipe(saved(architecture), lora=lora)
     players = Players(recipe, RunDir(tmp_path))

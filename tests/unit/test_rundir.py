@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from spinlm.errors import RunError
-from spinlm.rundir import START, RunDir, atomic_file, atomic_path, differences, digest, read_json, write_json
+from spinlm.rundir import START, RunDir, atomic_file, atomic_path, differences, read_json, write_json
 
 
 @pytest.fixture

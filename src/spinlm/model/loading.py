@@ -12,7 +12,7 @@ from torch import nn
 
 from spinlm.config import Lora, Model
 from spinlm.errors import ModelError
-from spinlm.rundir import RunDir, atomic_path
+from spinlm.rundir import RunDir, atomic_path, read_json, write_json
 
 log = logging.getLogger("spinlm")
 
@@ -38,8 +38,7 @@ def ensure_base(model: Model, run: RunDir) -> str:
     if path is None:
         return model.path
     if path.suffix == ".gguf":
-        if not run.base.exists():
-            _unpack_gguf(path, run.base)
+        _unpack_gguf(path, run.base)
         return str(run.base)
     if not (path / "config.json").exists():
         raise ModelError(f"{path}: no config.json in this folder, so it is not a model. Give the folder that holds it")
@@ -81,6 +80,11 @@ def _listing(folder: Path, pattern: str) -> str:
 
 
 def _unpack_gguf(path: Path, folder: Path) -> None:
+    """Save a .gguf file as an ordinary model, unless that has been done."""
+    source = {"file": path.name, "bytes": path.stat().st_size}
+    noted = folder / "source.json"
+    if noted.exists() and read_json(noted) == source:
+        return
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     log.info("unpacking %s", path.name)
@@ -97,6 +101,7 @@ def _unpack_gguf(path: Path, folder: Path) -> None:
     with atomic_path(folder) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
+        write_json(temporary / noted.name, source)
 
 
 def load_tokenizer(model: Model, path: str) -> Any:

@@ -111,6 +111,8 @@ class Players:
         with atomic_path(self.run.player(iteration)) as folder:
             extra = {"save_embedding_layers": False} if self.recipe.lora is not None else {}
             self.model.save_pretrained(folder, **extra)
+            if self.recipe.lora is not None:
+                _sort_targets(folder / "adapter_config.json")
             self.tokenizer.chat_template = self.renderer.template  # prompted elsewhere as it was here
             self.tokenizer.save_pretrained(folder)
         self._sits = self.run.player(iteration)
@@ -166,6 +168,13 @@ def seat(recipe: Recipe, run: RunDir) -> Players:
         _seated = None  # let go of the old model before loading the next
         _seated = Players(recipe, run)
     return _seated
+
+
+def _sort_targets(path: Path) -> None:
+    """PEFT writes the target modules in the order of a set, so equal players would differ from process to process."""
+    config = read_json(path)
+    if isinstance(config["target_modules"], list):
+        write_json(path, config | {"target_modules": sorted(config["target_modules"])})
 
 
 def check_trackers(names: list[str]) -> None:

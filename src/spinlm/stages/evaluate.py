@@ -24,7 +24,7 @@ def evaluate(recipe: Recipe, run: RunDir, iteration: int) -> None:
     """
     if run.done("evaluate", iteration):
         return
-    run.require("warmup" if iteration == START else "train", iteration)
+    run.begin("evaluate", iteration)
     players = seat(recipe, run)
     players.become(iteration)
     packing, budget = run.facts("warmup", START)["packing"], recipe.train.tokens_per_micro_batch

@@ -14,8 +14,10 @@ from typing import Any
 from spinlm import __version__
 from spinlm.config import Recipe
 from spinlm.data.examples import SPLITS, select_examples
+from spinlm.evals.scorers import get_scorer
+from spinlm.model.fit import find_optimizer
 from spinlm.model.loading import ensure_base, locate
-from spinlm.model.players import seat
+from spinlm.model.players import check_trackers, seat
 from spinlm.records import Example, to_line
 from spinlm.rundir import START, RunDir, atomic_file, write_json
 
@@ -31,6 +33,7 @@ def prepare(recipe: Recipe, run: RunDir) -> None:
         DataError, ModelError: the data or the model cannot be used.
         RunError: the model or data differ from those this run began with.
     """
+    _check_names(recipe)
     inputs = {"data": _data_fingerprint(recipe), "model": _model_fingerprint(recipe)}
     run.bind_inputs(inputs)
     if run.done("prepare", START):
@@ -61,6 +64,21 @@ def prepare(recipe: Recipe, run: RunDir) -> None:
     for reason, count in selection.dropped.items():
         log.info("  left out: %d × %s (see %s)", count, reason.replace("_", " "), run.dropped)
     run.complete("prepare", START, [run.examples(split) for split in SPLITS], counts=counts)
+
+
+def _check_names(recipe: Recipe) -> None:
+    """Look up what the recipe names, so that a misspelt one is told now and not hours later.
+
+    Raises:
+        RecipeError: there is no such optimiser, tracker or scorer.
+        MissingPackageError: a tracker's package is not installed.
+    """
+    find_optimizer(recipe.train.optimizer)
+    if recipe.warmup_sft is not None:
+        find_optimizer(recipe.warmup_sft.optimizer)
+    if recipe.evaluate.scorer is not None:
+        get_scorer(recipe.evaluate.scorer)
+    check_trackers(recipe.tracking)
 
 
 _ORDER = ("train", "heldout", "warmup")

@@ -33,7 +33,7 @@ def promote(recipe: Recipe, run: RunDir, iteration: int) -> bool:
     if run.done("promote", iteration):
         return bool(run.facts("promote", iteration)["go_on"])
     run.require("evaluate", START)
-    run.require("evaluate", iteration)
+    run.begin("promote", iteration)
     # The best before this iteration comes from the markers, not the link, so that a rerun decides the same.
     best = run.facts("promote", iteration - 1)["best"] if iteration > 0 else START
     comparison = compare(recipe, run, iteration, best)

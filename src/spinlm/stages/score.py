@@ -27,7 +27,9 @@ def score(recipe: Recipe, run: RunDir, iteration: int) -> None:
     """
     if run.done("score", iteration):
         return
-    run.require("generate", iteration)
+    run.begin("score", iteration)
+    for source in range(max(0, iteration - recipe.selfplay.replay), iteration):
+        run.require("generate", source)
     players = seat(recipe, run)
     players.become(iteration - 1)
     packing = run.facts("warmup", START)["packing"]
