@@ -31,6 +31,6 @@ def ask(
     for iteration in iterations:
         players.become(iteration)
         engine = LocalOpponent(players.logprobs, batch_size=1)
-        ((answer,),) = engine.answer([prompt], sampling, seed, lambda tokens: None)
+        ((answer,),) = engine.answer([prompt], sampling, seed, lambda ended, tokens: None)
         texts.append(players.renderer.decode(answer.token_ids))
     return texts

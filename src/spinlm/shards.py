@@ -15,7 +15,12 @@ def shards(path: Path, kind: type[Record], size: int) -> Iterator[list[Record]]:
         yield shard
 
 
+def count_records(path: Path) -> int:
+    """How many records a file holds."""
+    with path.open("rb") as file:
+        return sum(1 for _ in file)
+
+
 def count_shards(path: Path, size: int) -> int:
     """How many shards `shards` yields."""
-    with path.open("rb") as file:
-        return math.ceil(sum(1 for _ in file) / size)
+    return math.ceil(count_records(path) / size)

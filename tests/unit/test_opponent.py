@@ -14,7 +14,7 @@ from spinlm.model.logprobs import LogProbs
 from spinlm.model.players import Players
 from spinlm.model.trees import Tree, lay_out, register_tree_attention
 from spinlm.opponents import LocalOpponent, open_opponent
-from spinlm.opponents.base import Answer
+from spinlm.opponents.base import Answer, Progress
 from spinlm.opponents.local import sample
 from spinlm.records import Sampling
 from spinlm.rundir import RunDir
@@ -40,10 +40,10 @@ def answer(
     sampling: Sampling,
     seed: int = 0,
     batch_size: int = 4,
-    counted: list[int] | None = None,
+    progress: Progress = lambda ended, tokens: None,
 ) -> list[list[Answer]]:
     engine = LocalOpponent(LogProbs(model), batch_size)
-    return engine.answer(prompts, sampling, seed, (counted if counted is not None else []).append)
+    return engine.answer(prompts, sampling, seed, progress)
 
 
 def generated(model: Any, prompt: list[int], stop_ids: Sequence[int], limit: int) -> list[int]:
@@ -103,7 +103,7 @@ def test_answers_are_the_current_players(tmp_path: Path, lora: Any) -> None:
     recipe = tiny_recipe(save_tiny_model(tmp_path / "model"), lora=lora)
     players = Players(recipe, RunDir(tmp_path / "run"))
     engine = open_opponent(recipe, players)
-    asked = (PROMPTS, GREEDY, 0, lambda tokens: None)
+    asked = (PROMPTS, GREEDY, 0, lambda ended, tokens: None)
     players.save(0)
     before = engine.answer(*asked)
     torch.manual_seed(3)
@@ -125,7 +125,7 @@ def test_answering_leaves_a_model_that_trains_and_scores() -> None:
     logprobs = LogProbs(model)
     layout = lay_out([Tree(ids(5, 1), (ids(4, 2), ids(3, 3)))], "tree")
     before = logprobs(layout)
-    LocalOpponent(logprobs, 4).answer(PROMPTS, FREE, 0, lambda tokens: None)
+    LocalOpponent(logprobs, 4).answer(PROMPTS, FREE, 0, lambda ended, tokens: None)
     after = logprobs(layout)
     assert torch.equal(before, after)
     after.sum().backward()
@@ -171,11 +171,14 @@ def test_prompt_and_response_stay_within_the_length() -> None:
     assert [one.finished for one in stopped] == [False, False, True, False]
 
 
-def test_progress_adds_up_to_the_tokens() -> None:
+def test_progress_adds_up_to_the_answers_and_their_tokens() -> None:
     model = tiny_model("llama", vocabulary=V)
-    counted: list[int] = []
-    answers = answer(model, PROMPTS, Sampling(1.0, 1.0, 12, 1000, 2, tuple(range(40, 50))), counted=counted)
-    assert sum(counted) == sum(len(one.token_ids) for given in answers for one in given)
+    calls: list[tuple[int, int]] = []
+    sampling = Sampling(1.0, 1.0, 12, 1000, 2, tuple(range(40, 50)))
+    answers = answer(model, PROMPTS, sampling, progress=lambda *counts: calls.append(counts))
+    ended, tokens = zip(*calls, strict=True)
+    assert sum(ended) == 2 * len(PROMPTS)
+    assert sum(tokens) == sum(len(one.token_ids) for given in answers for one in given)
 
 
 @pytest.mark.parametrize("sampling", [FREE, Sampling(0.7, 0.9, 12, 1000, 2, (2,)), GREEDY], ids=["1", "0.7", "0"])

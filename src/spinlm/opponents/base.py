@@ -6,6 +6,8 @@ from typing import Protocol
 
 from spinlm.records import Sampling
 
+Progress = Callable[[int, int], None]
+
 
 @dataclass(frozen=True, slots=True)
 class Answer:
@@ -21,7 +23,7 @@ class Opponent(Protocol):
     """An engine that holds the current opponent."""
 
     def answer(
-        self, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: int, progress: Callable[[int], None]
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: int, progress: Progress
     ) -> list[list[Answer]]:
         """Answer prompts given as token ids.
 
@@ -29,7 +31,8 @@ class Opponent(Protocol):
             prompts: token ids, each exactly what the model is to continue.
             sampling: how.
             seed: the same seed and prompts give the same answers.
-            progress: called with the number of tokens generated since the last call.
+            progress: called now and then with how many answers have ended, and how many tokens been generated, since
+                the last call.
 
         Returns:
             For each prompt, in order, `sampling.samples` answers.

@@ -4,7 +4,7 @@ Prompts are sorted by length and padded on the left. A response that ends leaves
 waits for its longest one at full width.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from spinlm.errors import ModelError
 from spinlm.interrupt import stop_if_asked
 from spinlm.model.logprobs import LogProbs
-from spinlm.opponents.base import Answer
+from spinlm.opponents.base import Answer, Progress
 from spinlm.records import Sampling
 
 
@@ -26,7 +26,7 @@ class LocalOpponent:
 
     @torch.inference_mode()
     def answer(
-        self, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: int, progress: Callable[[int], None]
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: int, progress: Progress
     ) -> list[list[Answer]]:
         """See `Opponent.answer`."""
         self.logprobs.eval()
@@ -50,7 +50,7 @@ def _decode(
     prompts: list[Sequence[int]],
     sampling: Sampling,
     generator: torch.Generator,
-    progress: Callable[[int], None],
+    progress: Progress,
 ) -> list[Answer]:
     """Continue prompts until each has reached a stop token or the limit.
 
@@ -94,8 +94,8 @@ def _decode(
             tokens[row].append(token)
             logprob[row] += value
             finished[row] = end
-        progress(len(running))
         keep = (~ended & (limit[running] > generated)).nonzero().squeeze(1)
+        progress(len(running) - len(keep), len(running))
         if len(keep) == 0:
             break
         mask = torch.cat([mask, mask.new_ones(len(running), 1)], dim=1)

@@ -56,12 +56,12 @@ def _answer(
     nll = nll_by_example(players, examples, packing, recipe.train.tokens_per_micro_batch)
     engine = LocalOpponent(players.logprobs, recipe.opponent.batch_size)
     name = "start" if iteration == START else f"iteration {iteration}"
-    with track(f"{name}: evaluate", 1) as advance:
+    with track(f"{name}: evaluate", len(examples)) as advance:
         given = engine.answer(
             [example.prompt_ids for example in examples],
             sampling,
             derive_seed(recipe.seed, "evaluate", iteration),
-            lambda tokens: advance(0, tokens),
+            advance,
         )
     answers = []
     for example, (answer,), value in zip(examples, given, nll, strict=True):

@@ -10,7 +10,7 @@ from spinlm.progress import Advance, track
 from spinlm.records import Example, Generation, Sampling, to_line
 from spinlm.rundir import RunDir, atomic_file
 from spinlm.seeds import derive_seed
-from spinlm.shards import count_shards, shards
+from spinlm.shards import count_records, shards
 
 log = logging.getLogger("spinlm")
 
@@ -28,19 +28,19 @@ def generate(recipe: Recipe, run: RunDir, iteration: int) -> None:
     sampling = opponent_sampling(recipe, players)
     size = recipe.opponent.shard_size
     outputs = []
-    with track(f"iteration {iteration}: generate", sum(count_shards(run.examples(s), size) for s in SPLITS)) as advance:
+    responses = sum(count_records(run.examples(split)) for split in SPLITS) * sampling.samples
+    with track(f"iteration {iteration}: generate", responses) as advance:
         for split in SPLITS:
             for shard, examples in enumerate(shards(run.examples(split), Example, size)):
                 path = run.generations(iteration, split, shard)
                 outputs.append(path)
                 if path.exists():
-                    advance()
+                    advance(len(examples) * sampling.samples)
                     continue
                 seed = derive_seed(recipe.seed, "generate", iteration, split, shard)
                 rows = _answer(players, opponent, examples, sampling, seed, iteration, advance)
                 with atomic_file(path, "w") as file:
                     file.writelines(to_line(row) for row in rows)
-                advance()
     run.complete("generate", iteration, outputs)
 
 
@@ -66,7 +66,7 @@ def _answer(
     advance: Advance,
 ) -> list[Generation]:
     prompts = [example.prompt_ids for example in examples]
-    answers = opponent.answer(prompts, sampling, seed, lambda tokens: advance(0, tokens))
+    answers = opponent.answer(prompts, sampling, seed, advance)
     return [
         Generation(
             id=example.id,

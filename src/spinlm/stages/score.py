@@ -13,7 +13,7 @@ from spinlm.model.trees import Tree, micro_batches
 from spinlm.progress import Advance, track
 from spinlm.records import Example, Generation, Pair, read_lines, write_pairs
 from spinlm.rundir import START, RunDir, atomic_path
-from spinlm.shards import count_shards, shards
+from spinlm.shards import count_records, shards
 from spinlm.stages.generate import SPLITS
 
 log = logging.getLogger("spinlm")
@@ -36,7 +36,7 @@ def score(recipe: Recipe, run: RunDir, iteration: int) -> None:
     size = recipe.opponent.shard_size
     tally = _Tally()
     outputs = []
-    with track(f"iteration {iteration}: score", sum(count_shards(run.examples(s), size) for s in SPLITS)) as advance:
+    with track(f"iteration {iteration}: score", sum(count_records(run.examples(split)) for split in SPLITS)) as advance:
         for split in SPLITS:
             replay = recipe.selfplay.replay if split == "train" else 0
             sources = range(max(0, iteration - replay), iteration + 1)
@@ -52,7 +52,6 @@ def score(recipe: Recipe, run: RunDir, iteration: int) -> None:
                     write_pairs(temporary, pairs)
                 outputs.append(path)
                 tally.add(split, iteration, examples, generations, pairs)
-                advance()
     facts = tally.facts()
     log.info("iteration %d: %s", iteration, tally.summary())
     run.complete("score", iteration, outputs, **facts)
@@ -96,7 +95,8 @@ def _score_shard(
                 )
                 for generation in synthetic
             ]
-        advance(0, sum(len(trees[index]) for index in chosen))
+        advance(len(chosen), sum(len(trees[index]) for index in chosen))
+    advance(len(examples) - len(trees))  # those whose responses all equal the real one
     return [pair for index in range(len(trees)) for pair in pairs[index]]
 
 
