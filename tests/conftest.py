@@ -4,7 +4,21 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
+
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny models are slower with more
 sys.path.insert(0, str(Path(__file__).parent))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """A test that is skipped says why, whatever the command line asks for. Noise of libraries is left out."""
+    if "s" not in config.option.reportchars:
+        config.option.reportchars += "s"
+    for warning in (
+        "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",  # PEFT asks transformers
+        "ignore:fan_in_fan_out is set to False:UserWarning",  # PEFT, of gpt2
+        "ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning",  # PEFT, of mixtral
+    ):
+        config.addinivalue_line("filterwarnings", warning)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from spinlm.config import Recipe
+from spinlm.data.chat import RowError
 from spinlm.model.players import seat
 from spinlm.opponents.local import LocalOpponent
 from spinlm.records import Message, Sampling
@@ -15,10 +16,14 @@ def ask(
     """The answers of several iterations' players to one conversation, in order.
 
     Raises:
-        RowError: the conversation cannot be rendered.
+        RowError: the conversation cannot be rendered, or is too long.
     """
     players = seat(recipe, run)
     prompt = players.renderer.prompt_ids(messages)
+    if len(prompt) >= recipe.train.max_length:
+        raise RowError(
+            "prompt_too_long", f"it has {len(prompt)} tokens, and train.max_length is {recipe.train.max_length}"
+        )
     sampling = Sampling(
         temperature=temperature,
         top_p=recipe.opponent.top_p,

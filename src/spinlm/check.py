@@ -163,7 +163,7 @@ def _margins(logprobs: LogProbs, items: list[Item], packing: str) -> torch.Tenso
 
 def _about_memory(recipe: Recipe, players: Players, items: list[Item], packing: str) -> str:
     """One forward and backward pass over as many of these items as a micro-batch holds."""
-    chosen = micro_batches([item.tree for item in items], recipe.train.tokens_per_micro_batch)[0]
+    chosen = micro_batches([item.tree for item in items], recipe.train.tokens_per_micro_batch, packing)[0]
     part = [items[index] for index in chosen]
     objective = spin_objective(recipe, 0)
     players.logprobs.train()

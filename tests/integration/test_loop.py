@@ -106,6 +106,14 @@ def test_run_folder_says_what_it_was_made_from(world, reference):
     assert provenance["packages"]["torch"] == torch.__version__
 
 
+def test_adapter_config_is_the_same_from_process_to_process(reference):
+    """PEFT writes the order of a set of names, which is another one in every process."""
+    for folder in ("start", "iteration-0", "iteration-1"):
+        targets = json.loads((reference / folder / "player" / "adapter_config.json").read_text())["target_modules"]
+        assert len(targets) == 7
+        assert targets == sorted(targets)
+
+
 def test_best_is_a_link_to_the_chosen_player(reference):
     best = json.loads((reference / "iteration-1" / "promote.done").read_text())["best"]
     assert (reference / "best").readlink() == Path("start" if best < 0 else f"iteration-{best}")
@@ -422,8 +430,7 @@ def test_export_does_not_overwrite(cli, reference, tmp_path):
 
 def test_export_of_a_player_that_is_not_there(cli, reference, tmp_path):
     refused = cli("export", reference, "--iteration", "7", "--to", "new", folder=tmp_path, code=2)
-    assert "has no player 7; it has " in refused.message
-    assert all(name in refused.message for name in ("best", "start", "0", "1"))
+    assert refused.message == f"{reference}: has no player 7; it has iteration-0, iteration-1, start"
     refused = cli("export", reference, "--iteration", "last", "--to", "new", folder=tmp_path, code=2)
     assert "'last' names no player: write best, start, or the number of an iteration" in refused.message
     assert list(tmp_path.iterdir()) == []

@@ -1,8 +1,11 @@
 """The run folder keeps its files whole, and notices when they no longer fit together."""
 
+import errno
 import fcntl
+import hashlib
 import json
 import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -73,6 +76,35 @@ def test_file_is_replaced_not_rewritten(tmp_path):
     assert (path.read_text(), (tmp_path / "link.txt").read_text()) == ("new", "old")
 
 
+@pytest.mark.parametrize(
+    "raised", [RuntimeError("I/O error: No space left on device (os error 28)"), OSError(28, "Full")]
+)
+def test_full_disk_names_the_file(tmp_path, raised):
+    """Whatever library noticed it."""
+    with pytest.raises(OSError) as caught, atomic_path(tmp_path / "weights"):
+        raise raised
+    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(tmp_path / "weights"))
+
+
+def test_other_errors_stay_as_they_are(tmp_path):
+    for error in (RuntimeError("no such layer"), FileNotFoundError(errno.ENOENT, "gone", "elsewhere")):
+        with pytest.raises(type(error)) as caught, atomic_path(tmp_path / "weights"):
+            raise error
+        assert caught.value is error
+        assert getattr(error, "filename", "elsewhere") == "elsewhere"
+
+
+def test_files_can_be_read_by_whom_the_umask_allows(tmp_path):
+    umask = os.umask(0)
+    os.umask(umask)
+    with atomic_path(tmp_path / "player") as temporary:
+        temporary.mkdir()
+        (temporary / "weights").touch(mode=0o600)  # as safetensors has it
+    write_json(tmp_path / "file.json", 1)
+    for path in (tmp_path / "player" / "weights", tmp_path / "file.json"):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~umask
+
+
 @pytest.mark.parametrize("text", ["", "{", "nonsense", '{"a": '])
 def test_damaged_json(tmp_path, text):
     path = tmp_path / "file.json"
@@ -83,29 +115,7 @@ def test_damaged_json(tmp_path, text):
     assert "Delete it and run again" in str(caught.value)
 
 
-# Digests and markers
-
-
-def test_digest_depends_on_names_and_contents(tmp_path):
-    for name, text in (("a", "1"), ("b", "2")):
-        (tmp_path / name).write_text(text)
-    first = digest([tmp_path / "a", tmp_path / "b"])
-    assert digest([tmp_path / "b", tmp_path / "a"]) == first
-    (tmp_path / "a").write_text("2")
-    (tmp_path / "b").write_text("1")
-    assert digest([tmp_path / "a", tmp_path / "b"]) != first
-
-
-def test_digest_of_a_folder(tmp_path):
-    (tmp_path / "player" / "deep").mkdir(parents=True)
-    (tmp_path / "player" / "deep" / "weights").write_text("1")
-    first = digest([tmp_path / "player"])
-    (tmp_path / "player" / "deep" / "weights").write_text("2")
-    assert digest([tmp_path / "player"]) != first
-    (tmp_path / "player" / "deep" / "weights").write_text("1")
-    assert digest([tmp_path / "player"]) == first
-    (tmp_path / "player" / "deep" / "weights").rename(tmp_path / "player" / "deep" / "other")
-    assert digest([tmp_path / "player"]) != first
+# Markers
 
 
 CHAIN = [
@@ -135,6 +145,141 @@ def test_stage_is_done_when_its_marker_stands(run):
 def test_marker_keeps_facts(run):
     run.complete("prepare", START, [], counts={"train": 3})
     assert run.facts("prepare", START)["counts"] == {"train": 3}
+
+
+def written(run: RunDir) -> dict[str, Path]:
+    """Completes the warm-up with a folder and two files as its outputs; returns all its files."""
+    finish(run, ("prepare", START))
+    files = {name: run.iteration(START) / name for name in ("player/deep/weights", "player/config", "a", "b")}
+    for number, path in enumerate(files.values()):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(bytes([number, 255, 0, 7]))
+    run.complete("warmup", START, [run.player(START), files["a"], files["b"]])
+    return files
+
+
+def test_marker_names_every_file_with_its_digest(run):
+    files = written(run)
+    facts = run.facts("warmup", START)
+    assert facts["outputs"] == {
+        f"start/{name}": hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()
+    }
+    assert facts["made_from"] == run.facts("prepare", START)["digest"]
+
+
+def test_digest_of_a_stage_depends_on_names_and_contents(run):
+    """Not on the order in which its outputs are given."""
+    files = written(run)
+
+    def digest_of(*outputs: Path) -> str:
+        run.complete("warmup", START, outputs)
+        return run.facts("warmup", START)["digest"]
+
+    first = digest_of(run.player(START), files["a"], files["b"])
+    assert digest_of(files["b"], files["a"], run.player(START)) == first
+    assert digest_of(files["b"], run.player(START)) != first
+    one, other = files["a"].read_bytes(), files["b"].read_bytes()
+    files["a"].write_bytes(other)
+    files["b"].write_bytes(one)
+    assert digest_of(run.player(START), files["a"], files["b"]) != first
+    files["a"].write_bytes(one)
+    files["b"].write_bytes(other)
+    assert digest_of(run.player(START), files["a"], files["b"]) == first
+    files["player/config"].rename(files["player/config"].with_name("other"))
+    assert digest_of(run.player(START), files["a"], files["b"]) != first
+
+
+def flip_a_bit(path: Path) -> None:
+    """Of the same length, at the same time: nothing but the content says so."""
+    stamp, data = path.stat(), path.read_bytes()
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+
+
+def add_a_bit(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + b"\0")
+
+
+def put_a_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+CHANGED, MISSING = "has changed since it was written", "is missing"
+
+
+@pytest.mark.parametrize("name", ["player/deep/weights", "player/config", "a", "b"])
+@pytest.mark.parametrize(
+    ("damage", "what"),
+    [
+        (flip_a_bit, CHANGED),
+        (add_a_bit, CHANGED),
+        (lambda path: path.write_bytes(b""), CHANGED),
+        (Path.unlink, MISSING),
+        (put_a_folder, MISSING),
+    ],
+)
+def test_file_that_changed_is_noticed_before_it_is_built_on(run, name, damage, what):
+    files = written(run)
+    run.require("warmup", START)
+    damage(files[name])
+    expected = f"{files[name]}: {what}. Delete it and {run.marker('warmup', START)}, then run again to make it anew"
+    for build_on in (
+        lambda: run.require("warmup", START),
+        lambda: run.begin("generate", 0),
+        lambda: run.begin("evaluate", START),
+    ):
+        with pytest.raises(RunError) as caught:
+            build_on()
+        assert str(caught.value) == expected
+    assert not run.marker("generate", 0).exists()
+
+
+def test_files_of_others_are_no_concern(run):
+    written(run)
+    (run.player(START) / "notes.txt").write_text("mine")
+    run.require("warmup", START)
+
+
+@pytest.mark.parametrize("text", ["", "{", "{}", "[]", "null", '{"made_from": null, "digest": "0"}'])
+def test_marker_that_is_damaged(run, text):
+    written(run)
+    marker = run.marker("warmup", START)
+    marker.write_text(text)
+    for look in (
+        lambda: run.done("warmup", START),
+        lambda: run.require("warmup", START),
+        lambda: run.begin("generate", 0),
+        lambda: run.complete("generate", 0, []),
+    ):
+        with pytest.raises(RunError) as caught:
+            look()
+        assert str(caught.value).startswith(f"{marker}: damaged (")
+        assert "Delete it and run again to" in str(caught.value)
+
+
+def test_unfinished_work_is_kept_as_long_as_it_fits(run):
+    files = written(run)
+    work = run.iteration(0) / "generations"
+    run.begin("generate", 0, work)
+    assert read_json(run.iteration(0) / "generate.begun") == {"made_from": run.facts("warmup", START)["digest"]}
+    work.mkdir()
+    (work / "half.txt").write_text("half")
+    run.begin("generate", 0, work)
+    assert names(work) == ["half.txt"]
+    add_a_bit(files["a"])
+    run.complete("warmup", START, [run.player(START), files["a"], files["b"]])  # redone, with another result
+    run.begin("generate", 0, work)
+    assert not work.exists()
+    assert read_json(run.iteration(0) / "generate.begun") == {"made_from": run.facts("warmup", START)["digest"]}
+
+
+def test_unfinished_work_that_nobody_began_is_thrown_away(run):
+    written(run)
+    work = run.iteration(0) / "generations"
+    work.mkdir(parents=True)
+    run.begin("generate", 0, work)
+    assert not work.exists()
 
 
 @pytest.mark.parametrize(
@@ -184,7 +329,9 @@ def test_bind(run):
     run.bind(recipe, "the text")
     assert json.loads(run.recipe.read_text()) == recipe
     assert (run.root / "recipe.yaml").read_text() == "the text"
+    finish(run, ("prepare", START))
     run.bind(recipe, "the same recipe, with a comment")
+    assert (run.root / "recipe.yaml").read_text() == "the text"
     with pytest.raises(RunError) as caught:
         run.bind({"train": {"epochs": 3, "learning_rate": [1e-3, 5e-7]}, "seed": 1}, "the text")
     assert str(caught.value) == (
@@ -193,10 +340,34 @@ def test_bind(run):
     )
 
 
+def test_recipe_can_be_corrected_until_there_are_examples(run):
+    run.bind({"seed": 0}, "the text")
+    run.bind({"seed": 1}, "the corrected text")
+    assert json.loads(run.recipe.read_text()) == {"seed": 1}
+    assert (run.root / "recipe.yaml").read_text() == "the corrected text"
+    finish(run, ("prepare", START))
+    with pytest.raises(RunError, match="seed: was 1, is 0"):
+        run.bind({"seed": 0}, "the text")
+    assert json.loads(run.recipe.read_text()) == {"seed": 1}
+    assert (run.root / "recipe.yaml").read_text() == "the corrected text"
+
+
+def test_recipe_stays_while_anything_was_made_from_it(run):
+    """prepare.done is deleted, as the message about a file that has changed asks for; the players still stand."""
+    run.bind({"seed": 0}, "the text")
+    finish(run, *CHAIN)
+    run.marker("prepare", START).unlink()
+    with pytest.raises(RunError, match="seed: was 0, is 1"):
+        run.bind({"seed": 1}, "another text")
+
+
 def test_bind_inputs(run):
     inputs = {"data": {"sha256": "a"}, "model": {"model.safetensors": 100}}
     run.bind_inputs(inputs)  # nothing to compare with yet
+    write_json(run.provenance, {"inputs": {"data": {"sha256": "the first try"}}, "python": "3"})
+    run.bind_inputs(inputs)  # nothing has been made of it
     write_json(run.provenance, {"inputs": inputs, "python": "3"})
+    finish(run, ("prepare", START))
     run.bind_inputs(inputs)
     with pytest.raises(RunError) as caught:
         run.bind_inputs({"data": {"sha256": "b"}, "model": {"model.safetensors": 100, "config.json": "x"}})
@@ -285,9 +456,54 @@ def test_clear(run, tmp_path):
     assert (tmp_path / "outside" / "kept.txt").read_text() == "kept"
 
 
-def test_clear_leaves_a_folder_alone_that_is_no_run(run):
-    run.root.mkdir()
-    (run.root / "thesis.txt").write_text("years of work")
-    with run.locked(), pytest.raises(RunError, match="holds files but no spinlm run, so --fresh will not delete it"):
+def test_clear_that_was_cut_short_can_be_done_again(run, monkeypatch):
+    run.bind({"seed": 0}, "text")
+    finish(run, *CHAIN)
+    deleted = []
+
+    def unlink(path: Path, missing_ok: bool = False) -> None:
+        deleted.append(path)
+
+    with monkeypatch.context() as patch, run.locked():
+        patch.setattr(Path, "unlink", unlink)
         run.clear()
-    assert (run.root / "thesis.txt").read_text() == "years of work"
+    assert deleted[-1] == run.recipe  # while it stands, the folder is known for a run
+    with run.locked():
+        run.clear()
+    assert names(run.root) == ["lock"]
+
+
+@pytest.mark.parametrize("name", ["thesis.txt", "recipe.yaml", ".hidden"])
+def test_folder_that_is_no_run_is_left_alone(run, name):
+    run.root.mkdir()
+    (run.root / "lock").write_text("mine")
+    (run.root / name).write_text("years of work")
+    with pytest.raises(RunError) as caught, run.locked():
+        pass
+    assert str(caught.value) == f"{run.root}: holds files but no spinlm run. Choose another --run-dir"
+    assert {path.name: path.read_text() for path in run.root.iterdir()} == {"lock": "mine", name: "years of work"}
+
+
+def test_run_whose_first_write_was_cut_short_can_be_begun_again(run, monkeypatch):
+    """Such as by a full disk, where the same command is to be run again."""
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError), run.locked():
+        patch.setattr(os, "fsync", full)
+        run.bind({"seed": 0}, "text")
+    assert not run.recipe.exists()
+    with run.locked():
+        run.bind({"seed": 0}, "text")
+    assert read_json(run.recipe) == {"seed": 0}
+
+
+@pytest.mark.parametrize("below", ["", "run"])
+def test_run_folder_that_is_a_file(tmp_path, below):
+    (tmp_path / "file").write_text("mine")
+    root = tmp_path / "file" / below
+    with pytest.raises(RunError) as caught, RunDir(root).locked():
+        pass
+    assert str(caught.value) == f"{root}: not a folder, and cannot be made one. Choose another --run-dir"
+    assert (tmp_path / "file").read_text() == "mine"

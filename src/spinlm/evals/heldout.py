@@ -17,7 +17,7 @@ def nll_by_example(players: Players, examples: Sequence[Example], packing: str, 
     """Negative log-likelihood of each real response under the current player, in nats per token."""
     trees = [Tree(example.prompt_ids, (example.response_ids,)) for example in examples]
     nll = [math.nan] * len(trees)
-    for chosen in micro_batches(trees, budget):
+    for chosen in micro_batches(trees, budget, packing):
         values = players.response_logprobs([trees[index] for index in chosen], packing)
         for index, value in zip(chosen, values, strict=True):
             nll[index] = -value / len(examples[index].response_ids)
@@ -47,7 +47,7 @@ def pair_metrics(players: Players, table: Any, packing: str, budget: int) -> dic
         return {}
     trees = [Tree(row["prompt_ids"], (row["real_ids"], row["synthetic_ids"])) for row in rows]
     margins = np.empty(len(rows))
-    for chosen in micro_batches(trees, budget):
+    for chosen in micro_batches(trees, budget, packing):
         values = iter(players.response_logprobs([trees[index] for index in chosen], packing))
         for index in chosen:
             real, synthetic = next(values), next(values)

@@ -114,6 +114,7 @@ def fit(
     """
     steps = plan_steps(items.sizes, how.batch_size, how.epochs, how.seed)
     optimizer = make_optimizer(how, players)
+    optimizer.zero_grad()  # of a fit that failed in this process
     begin = resume(checkpoints, players, optimizer)
     players.changed()
     accelerator, module = players.parallel()
@@ -174,7 +175,7 @@ def _accumulate(
     """Forward and backward over one step's items, a micro-batch at a time; returns means over the step."""
     module.train()
     sums: dict[str, float] = {}
-    for number, chosen in enumerate(micro_batches([item.tree for item in batch], how.tokens_per_micro_batch)):
+    for number, chosen in enumerate(micro_batches([item.tree for item in batch], how.tokens_per_micro_batch, packing)):
         stop_if_asked()
         torch.manual_seed(derive_seed(seed, number))  # the adapter's dropout
         part = [batch[index] for index in chosen]
@@ -308,7 +309,7 @@ def resume(folder: Path, players: Players, optimizer: torch.optim.Optimizer) -> 
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    found = max(folder.glob("step-*"), default=None)
+    found = max(folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")), default=None)
     if found is None:
         return 0
     try:

@@ -203,20 +203,14 @@ def _load_adapter(model: Any, folder: Path) -> set[str]:
 
 
 def _load_whole(model: Any, folder: Path) -> set[str]:
-    """Load a whole model, a file at a time; returns the names that only one side has."""
-    from safetensors.torch import load_file
-
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise FileNotFoundError("there are no weights in it")
-    own = model.state_dict(keep_vars=True)
-    unknown: set[str] = set()
-    loaded: set[int] = set()  # tied weights are saved under one of their names
-    for file in files:
-        weights = load_file(file)
-        unknown |= set(model.load_state_dict(weights, strict=False).unexpected_keys)
-        loaded |= {own[name].data_ptr() for name in weights if name in own}
-    return unknown | {name for name, value in own.items() if value.data_ptr() not in loaded}
+    """Load a whole model; returns the names that only one side has."""
+    dtype = next(model.parameters()).dtype
+    # Through transformers, since for some models the names on disk are not those of the modules.
+    fresh, info = type(model).from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    wrong = {str(name) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in info[kind]}
+    if not wrong:
+        model.load_state_dict(fresh.state_dict())
+    return wrong
 
 
 def silence_dropout(model: nn.Module) -> None:

@@ -78,10 +78,16 @@ class LogProbs(nn.Module):
         return _without_adapter(self.model)
 
     def use_attention(self, tree: bool) -> None:
-        """Switch between the tree attention and the model's plain one."""
+        """Switch between the tree attention and the model's plain one.
+
+        Raises:
+            ModelError: the model keeps its own attention.
+        """
         wanted = TREE_ATTENTION if tree else self.plain_attention
         if self.causal.config._attn_implementation != wanted:
             self.causal.set_attn_implementation(wanted)
+        if tree and self.causal.config._attn_implementation != TREE_ATTENTION:
+            raise ModelError(f"{type(self.causal).__name__}: its attention cannot be exchanged, so no prompt trees")
 
     def forward(self, layout: Layout) -> Tensor:
         """Log-probability of each response, summed over its tokens.
@@ -98,6 +104,7 @@ class LogProbs(nn.Module):
         head = self.causal.get_output_embeddings()
         weight, bias = head.weight, getattr(head, "bias", None)
         dtype = self.autocast or weight.dtype
+        bias = None if bias is None else bias.to(dtype)
         return _target_logprobs(hidden.to(dtype), weight.to(dtype), bias, layout.targets, self.shape)
 
     def hidden(self, layout: Layout) -> Tensor:

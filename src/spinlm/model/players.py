@@ -135,8 +135,13 @@ class Players:
             return str(read_json(noted)["packing"])
         wanted = self.recipe.train.packing
         limit = PARITY[self.dtype]
-        gaps = {name: parity_gap(self.logprobs, trees, name) for name in ("tree", "pair")}
-        if not all(map(math.isfinite, gaps.values())):
+        gaps = {"pair": parity_gap(self.logprobs, trees, "pair")}
+        try:
+            gaps["tree"] = parity_gap(self.logprobs, trees, "tree")
+        except ModelError as error:
+            log.info("%s", error)
+            gaps["tree"] = math.inf
+        if not math.isfinite(gaps["pair"]):
             raise ModelError(
                 f"{self.path}: its log-probabilities are not finite. Its weights are damaged, or it cannot be computed "
                 f"in {self.dtype}; try model.dtype: float32"

@@ -22,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from spinlm.errors import ModelError
+
 TREE_ATTENTION = "spinlm_tree"
 """Name of the tree attention in transformers' `AttentionInterface`."""
 
@@ -120,18 +122,21 @@ def _row_per_response(trees: Sequence[Tree]) -> Layout:
     return Layout(input_ids, position_ids, *flat, responses=len(responses), spans=None)
 
 
-def micro_batches(trees: Sequence[Tree], budget: int) -> list[list[int]]:
+def micro_batches(trees: Sequence[Tree], budget: int, packing: str = "tree") -> list[list[int]]:
     """Split trees into micro-batches of at most `budget` tokens (a longer tree is alone), as lists of indices.
 
-    Trees of similar length come together, so that rows of the pair layout need little padding.
+    Padding of the pair layout counts; trees of similar length come together, so that there is little of it.
     """
+    widths = [len(tree.prompt) + max(map(len, tree.responses)) - 1 for tree in trees]  # of a row in the pair layout
+    lengths = [len(tree) for tree in trees] if packing == "tree" else widths
     batches: list[list[int]] = []
-    room = 0
-    for index in sorted(range(len(trees)), key=lambda index: (-len(trees[index]), index)):
-        cost = len(trees[index])
+    room = width = 0
+    for index in sorted(range(len(trees)), key=lambda index: (-lengths[index], index)):
+        cost = lengths[index] if packing == "tree" else width * len(trees[index].responses)
         if cost > room or not batches:
             batches.append([])
-            room = budget
+            room, width = budget, widths[index]
+            cost = lengths[index] if packing == "tree" else width * len(trees[index].responses)
         batches[-1].append(index)
         room -= cost
     return batches
@@ -166,7 +171,12 @@ def tree_attention(
 
     Returns:
         [1, L, heads, head size], and None for the attention weights.
+
+    Raises:
+        ModelError: the model has not passed the spans on.
     """
+    if not spans:
+        raise ModelError(f"{type(module).__name__}: does not hand the layout of prompt trees down to its attention")
     attend = _Attend(scaling, softcap, sliding_window)
     out = []
     for span in spans:

@@ -76,7 +76,7 @@ def _score_shard(
             used.append((example, synthetic))
             trees.append(Tree(example.prompt_ids, (example.response_ids, *(g.token_ids for g in synthetic))))
     pairs: dict[int, list[Pair]] = {}
-    for chosen in micro_batches(trees, recipe.train.tokens_per_micro_batch):
+    for chosen in micro_batches(trees, recipe.train.tokens_per_micro_batch, packing):
         stop_if_asked()
         logprobs = iter(players.response_logprobs([trees[index] for index in chosen], packing))
         for index in chosen:
