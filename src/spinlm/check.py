@@ -54,7 +54,7 @@ def check(recipe: Recipe) -> Iterator[str]:
             f"loaded in {time.monotonic() - began:.0f} s"
         )
         warmup(small, run)
-        noted = read_json(run.root / "packing.json")
+        noted = read_json(run.packing)
         yield (
             f"packing: {noted['packing']}; differences from the model's own log-probabilities: "
             + ", ".join(f"{name} {gap:.1e}" for name, gap in noted["nats_per_token"].items())
@@ -106,9 +106,11 @@ def _about_answers(run: RunDir, generations: list[Generation]) -> Iterator[str]:
 def _about_first_step(recipe: Recipe, players: Players, items: list[Item], packing: str) -> str:
     players.logprobs.eval()
     objective = spin_objective(recipe.model_copy(update={"objective": _plain(recipe)}), 0)
-    with torch.no_grad():
-        logprobs = players.logprobs(lay_out([item.tree for item in items], packing).to(players.device))
-    loss = objective(logprobs, items).loss.item() / sum(len(item.pairs) for item in items)
+    total = 0.0
+    for item in items:
+        with torch.no_grad():
+            total += objective(players.logprobs(lay_out([item.tree], packing).to(players.device)), [item]).loss.item()
+    loss = total / sum(len(item.pairs) for item in items)
     gap = abs(loss - math.log(2))
     if gap > 0.02:
         raise ModelError(

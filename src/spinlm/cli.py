@@ -13,7 +13,7 @@ import typer
 from spinlm import __version__
 from spinlm.config import Recipe, load_recipe, parse_recipe
 from spinlm.errors import RunError, SpinError
-from spinlm.rundir import RunDir, read_json
+from spinlm.rundir import RunDir, read_json, write_text
 
 app = typer.Typer(
     name="spinlm",
@@ -49,11 +49,10 @@ def run(
     """Play a recipe to its end, or on from where it stopped."""
     loaded = load_recipe(recipe, overrides or ())
     folder = _run_folder(recipe, run_dir)
-    source = recipe.read_text(encoding="utf-8")
 
     from spinlm import selfplay
 
-    finished = selfplay.run(loaded, folder, source=source, fresh=fresh)
+    finished = selfplay.run(loaded, folder, fresh=fresh)
     _print_result(finished)
 
 
@@ -109,7 +108,9 @@ def export(
     to: Annotated[Path, typer.Option(help="Folder to write.", show_default=False)],
     iteration: Annotated[str, typer.Option(help="A number, `start`, or `best`.")] = "best",
     merge: Annotated[bool, typer.Option("--merge", help="Merge the adapter into the base model.")] = False,
-    push_to_hub: Annotated[str | None, typer.Option(help="Upload the result as this repository, too.")] = None,
+    push_to_hub: Annotated[
+        str | None, typer.Option(help="Upload the result, too; a new repository is private.")
+    ] = None,
 ) -> None:
     """Take a player out of a run: an adapter for PEFT, or a whole model for transformers."""
     from spinlm.export import export as export_player
@@ -148,7 +149,10 @@ def chat(
                 recipe, folder, chosen, [{"role": "user", "content": text}], temperature=temperature, seed=recipe.seed
             )
         except RowError as error:
-            raise SpinError(f"this prompt cannot be used: {error}") from error
+            if prompt is not None:
+                raise SpinError(f"this prompt cannot be used: {error}") from error
+            print(f"this prompt cannot be used: {error}")
+            continue
         for name, answer in zip(names, answers, strict=True):
             print(f"\n[{name}]\n{answer}")
         if prompt is not None:
@@ -164,7 +168,7 @@ def init(
 
     if path.exists():
         raise SpinError(f"{path}: already there; name another file")
-    path.write_text(template(), encoding="utf-8")
+    write_text(path, template())
     print(f"wrote {path}. Set model.path and data.path in it, then: spinlm plan {path}")
 
 
@@ -183,6 +187,13 @@ def main() -> None:
     except SpinError as error:
         print(f"spinlm: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError" and "can't allocate memory" not in str(error):
+            raise
+        print(f"spinlm: out of memory ({str(error).splitlines()[0]}).", end=" ", file=sys.stderr)
+        print("Lower train.tokens_per_micro_batch or opponent.batch_size, or set", end=" ", file=sys.stderr)
+        print("train.gradient_checkpointing: true, then run the same command again: it goes on", file=sys.stderr)
+        sys.exit(2)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
             raise

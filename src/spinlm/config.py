@@ -6,6 +6,7 @@ The string under a field is its documentation; `spinlm init` and the docs are ma
 
 import difflib
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -119,12 +120,22 @@ class Opponent(Section):
     """Prompts in one generation file: the unit that an interrupted run does not repeat."""
 
 
+EXECUTION_ONLY = (
+    "opponent.batch_size",
+    "train.tokens_per_micro_batch",
+    "train.gradient_checkpointing",
+    "train.checkpoint_every",
+    "tracking",
+)
+"""Fields that say how a run is carried out, not what it computes: they may change while it is under way."""
+
+
 class Select(Section):
     metric: Literal["task_score", "heldout_nll"] | None = None
     """What decides which player is best; absent means task_score where a scorer is given, else heldout_nll."""
     patience: Count = 2
     """Stop after this many iterations without a better player."""
-    standard_errors: NonNegative = 1.0
+    standard_errors: NonNegative = 2.0
     """How many standard errors of the paired difference a player must be ahead of the best so far to replace it."""
 
 
@@ -178,6 +189,8 @@ class Train(Section):
 
 
 class WarmupSft(Section):
+    """What is not here (schedule, warm-up share, weight decay, …) is as in `train`."""
+
     epochs: Count = 1
     """Passes over the examples."""
     learning_rate: Positive = 2e-5
@@ -242,7 +255,11 @@ class Recipe(Section):
 
     def fingerprint(self) -> dict[str, Any]:
         """The recipe as plain data, without what cannot change a result."""
-        return self.model_dump(mode="json", exclude={"tracking"})
+        values = self.model_dump(mode="json")
+        for name in EXECUTION_ONLY:
+            section, _, key = name.rpartition(".")
+            del (values[section] if section else values)[key]
+        return values
 
 
 def at_iteration(value: PerIteration, iteration: int) -> float:
@@ -253,8 +270,8 @@ def at_iteration(value: PerIteration, iteration: int) -> float:
 def load_recipe(path: Path, overrides: tuple[str, ...] | list[str] = ()) -> Recipe:
     """Read a YAML recipe, apply `section.key=value` overrides, and check it.
 
-    Relative paths in `model.path`, `data.path` and `data.chat_template` that exist beside the recipe are resolved
-    against the recipe's folder.
+    `model.path`, `data.path` and `data.chat_template` that exist beside the recipe, or else in the current folder,
+    become absolute.
 
     Raises:
         RecipeError: the file is missing or no YAML mapping, or a key or value is wrong.
@@ -307,14 +324,8 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _number_resolver() -> None:
-    import re
-
-    exponent = re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$")
-    _Loader.add_implicit_resolver("tag:yaml.org,2002:float", exponent, list("-+0123456789"))
-
-
-_number_resolver()
+_EXPONENT = re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+0123456789"))
 
 
 def _parse_yaml(text: str, where: str) -> Any:
@@ -350,7 +361,7 @@ def _resolve_paths(values: dict[str, Any], folder: Path) -> None:
         except RuntimeError as error:  # ~name of a user that does not exist
             raise RecipeError(f"{section}.{key}: {value}: {error}") from None
         # Absolute, so that the run can be continued, and asked, from any folder.
-        found = next((path for path in (here, folder / here) if path.exists()), None)
+        found = next((path for path in (folder / here, here) if path.exists()), None)
         if found is not None or value.startswith("~"):
             block[key] = str((found or here).absolute())  # type: ignore[index]  # a dict, or value would be None
 

@@ -63,7 +63,9 @@ def export(recipe: Recipe, run: RunDir, iteration: int, to: Path, *, merge: bool
 
 
 def push(folder: Path, repository: str) -> str:
-    """Upload an exported folder to the hub; returns its address. Uses the token of `hf auth login` or HF_TOKEN.
+    """Upload an exported folder to the hub, as a private repository if it is new; returns its address.
+
+    Uses the token of `hf auth login` or HF_TOKEN.
 
     Raises:
         RunError: the hub refused or could not be reached.
@@ -73,8 +75,11 @@ def push(folder: Path, repository: str) -> str:
 
     api = HfApi()
     try:
-        address = api.create_repo(repository, exist_ok=True)
+        address = api.create_repo(repository, private=True, exist_ok=True)
         api.upload_folder(folder_path=folder, repo_id=repository)
     except (HfHubHTTPError, OSError, ValueError) as error:
-        raise RunError(f"{repository}: could not be pushed: {error}. {folder} is complete; try again") from error
+        raise RunError(
+            f"{repository}: could not be pushed: {error}. {folder} is complete: remove it to "
+            "export again, or upload it with `hf upload`"
+        ) from error
     return str(address)

@@ -2,6 +2,7 @@
 
 import contextlib
 import signal
+import threading
 from collections.abc import Iterator
 from types import FrameType
 
@@ -21,6 +22,9 @@ def gentle_stop() -> Iterator[None]:
     """Turn the first SIGINT or SIGTERM into a request; a second SIGINT stops at once."""
     global _asked
     _asked = False
+    if threading.current_thread() is not threading.main_thread():  # only the main one may set handlers
+        yield
+        return
 
     def ask(number: int, frame: FrameType | None) -> None:
         global _asked

@@ -14,8 +14,15 @@ SECONDS_BETWEEN_LINES = 30
 
 
 @contextlib.contextmanager
-def track(what: str, total: int, unit: str = "tokens") -> Iterator[Advance]:
-    """Show how far a stage has come, its rate in units per second, and when it will end."""
+def track(what: str, total: int, already: int = 0, unit: str = "tokens") -> Iterator[Advance]:
+    """Show how far a stage has come, its rate in units per second, and when it will end.
+
+    Args:
+        what: the stage.
+        total: items it has.
+        already: items that were done before, which say nothing about the rate.
+        unit: what the rate counts.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -33,7 +40,7 @@ def track(what: str, total: int, unit: str = "tokens") -> Iterator[Advance]:
         disable=not console.is_terminal,
     )
     with bar:
-        task = bar.add_task(what, total=total, rate="")
+        task = bar.add_task(what, total=total, completed=already, rate="")
 
         def advance(done: int = 1, amount: int = 0, note: str = "") -> None:
             nonlocal items, units, spoken
@@ -44,7 +51,7 @@ def track(what: str, total: int, unit: str = "tokens") -> Iterator[Advance]:
             bar.update(task, advance=done, rate=rate)
             if bar.disable and now - spoken > SECONDS_BETWEEN_LINES:
                 spoken = now
-                left = (total - items) * (now - begun) / max(items, 1)
-                log.info("%s %d/%d, %s, %.0f s left", what, items, total, rate, left)
+                left = (total - already - items) * (now - begun) / max(items, 1)
+                log.info("%s %d/%d, %s, %.0f s left", what, already + items, total, rate, left)
 
         yield advance

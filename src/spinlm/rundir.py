@@ -1,6 +1,6 @@
 """The run folder: every path in it, atomic writes, markers, fingerprints and the lock.
 
-    recipe.yaml  recipe.resolved.json  provenance.json  lock
+    recipe.yaml  recipe.resolved.json  provenance.json  packing.json  lock
     examples/       train.jsonl  heldout.jsonl  warmup.jsonl  dropped.json
     base/           the model in plain format, where it came as a .gguf file
     start/          player/ (θ_0)  answers.jsonl  metrics.json  *.done
@@ -20,9 +20,11 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
+
+import yaml
 
 from spinlm.errors import RunError
 
@@ -100,6 +102,20 @@ class RunDir:
             return None
         name = self.best_link.readlink().name
         return START if name == "start" else int(name.removeprefix("iteration-"))
+
+    @property
+    def packing(self) -> Path:
+        """Which layout the model takes, and how that was found out."""
+        return self.root / "packing.json"
+
+    @property
+    def warmup_curve(self) -> Path:
+        """Held-out NLL by epoch of the warm-up; beside its checkpoints, since it must survive as they do."""
+        return self.checkpoints(START) / "heldout_nll.json"
+
+    def promotion(self, iteration: int) -> Path:
+        """How an iteration's player was judged."""
+        return self.iteration(iteration) / "promotion.json"
 
     def set_best(self, iteration: int) -> None:
         temporary = self.root / ".best.tmp"
@@ -218,7 +234,8 @@ class RunDir:
             self.root.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError):
             raise RunError(f"{self.root}: not a folder, and cannot be made one. Choose another --run-dir") from None
-        if not self.recipe.exists() and any(entry.name != "lock" for entry in self.root.iterdir()):
+        foreign = [entry for entry in self.root.iterdir() if entry.name != "lock" and entry.suffix != ".tmp"]
+        if foreign and not self.recipe.exists():
             raise RunError(f"{self.root}: holds files but no spinlm run. Choose another --run-dir")
         with (self.root / "lock").open("a+") as file:
             try:
@@ -235,31 +252,43 @@ class RunDir:
             file.flush()
             yield
 
-    def bind(self, recipe: dict[str, Any], source: str) -> None:
-        """Tie the folder to a recipe, or once it holds examples, check that it is still the same one.
+    def changes(self, recipe: dict[str, Any], harmless: Collection[str]) -> list[str]:
+        """What differs between a recipe and the one this folder belongs to, but for fields that may change.
+
+        More iterations may be asked for, too: they continue the run.
+        """
+        old = read_json(self.recipe)
+        found = differences(old, recipe)
+        more = recipe["selfplay"]["iterations"] >= old["selfplay"]["iterations"]
+        allowed = {*harmless, "selfplay.iterations"} if more else set(harmless)
+        return [line for line in found if line.partition(":")[0] not in allowed]
+
+    def bind(self, recipe: dict[str, Any], harmless: Collection[str]) -> None:
+        """Tie the folder to a recipe, or once a stage is complete, check that it is still the same one.
+
+        Args:
+            recipe: the whole recipe as plain data.
+            harmless: names of fields (section.key) that may change while a run is under way.
 
         Raises:
             RunError: the folder belongs to a different recipe; the message lists what changed.
         """
-        if not self.recipe.exists() or not self.marker("prepare", START).exists():
-            write_json(self.recipe, recipe)
-            write_text(self.root / "recipe.yaml", source)
-            return
-        changes = differences(read_json(self.recipe), recipe)
-        if changes:
+        if self.recipe.exists() and self._begun() and (changes := self.changes(recipe, harmless)):
             raise RunError(
                 f"{self.root}: was made with a different recipe:\n"
                 + "\n".join(f"  {line}" for line in changes)
                 + "\nChoose another --run-dir, or start again with --fresh (this deletes what is there)"
             )
+        write_json(self.recipe, recipe)
+        write_text(self.root / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
 
     def bind_inputs(self, inputs: dict[str, Any]) -> None:
-        """Check, once the folder holds examples, that the model and data are those it began with.
+        """Check, once a stage is complete, that the model and data are those the folder began with.
 
         Raises:
             RunError: with what changed.
         """
-        if self.marker("prepare", START).exists():
+        if self.provenance.exists() and self._begun():
             changes = differences(read_json(self.provenance)["inputs"], inputs)
             if changes:
                 raise RunError(
@@ -267,6 +296,10 @@ class RunDir:
                     + "\n".join(f"  {line}" for line in changes)
                     + "\nPut the old one back, choose another --run-dir, or start again with --fresh"
                 )
+
+    def _begun(self) -> bool:
+        """Whether any stage is complete."""
+        return any(self.root.glob("*/*.done"))
 
     def clear(self) -> None:
         """Delete everything but the lock. Called with the lock held, so this is a run folder."""

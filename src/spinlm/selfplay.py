@@ -6,8 +6,9 @@ tell the real responses from the opponent's, and becomes θ_{t+1}.
 
 from pathlib import Path
 
-from spinlm.config import Recipe
+from spinlm.config import EXECUTION_ONLY, Recipe
 from spinlm.interrupt import gentle_stop
+from spinlm.model.players import stand_up
 from spinlm.rundir import START, RunDir
 from spinlm.stages.evaluate import evaluate
 from spinlm.stages.generate import generate
@@ -18,24 +19,27 @@ from spinlm.stages.train import train
 from spinlm.stages.warmup import warmup
 
 
-def run(recipe: Recipe, run_dir: Path, *, source: str = "", fresh: bool = False) -> RunDir:
+def run(recipe: Recipe, run_dir: Path, *, fresh: bool = False) -> RunDir:
     """Play a recipe to its end, or on from where it stopped.
 
     Args:
         recipe: what to do.
         run_dir: the run folder; made if it is not there.
-        source: text of the recipe file, kept beside the checked recipe.
         fresh: delete what an earlier run left in the folder.
 
     Raises:
         SpinError: with what went wrong, where, and what to do. What was done so far is kept.
     """
     folder = RunDir(run_dir)
+    stand_up()  # an earlier run in this process has trained the model it loaded
     with folder.locked(), gentle_stop():
         if fresh:
             folder.clear()
-        folder.bind(recipe.fingerprint(), source)
-        play(recipe, folder)
+        folder.bind(recipe.model_dump(mode="json"), EXECUTION_ONLY)
+        try:
+            play(recipe, folder)
+        finally:
+            stand_up()
     return folder
 
 

@@ -105,7 +105,7 @@ def recipe(
             "model": {"path": "m"},
             "data": {"path": "d"},
             "evaluate": {"scorer": scorer},
-            "selfplay": {"iterations": iterations, "select": {"metric": metric, **select}},
+            "selfplay": {"iterations": iterations, "select": {"metric": metric, "standard_errors": 1.0, **select}},
         }
     )
 

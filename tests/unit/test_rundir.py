@@ -9,6 +9,7 @@ import stat
 from pathlib import Path
 
 import pytest
+import yaml
 
 from spinlm.errors import RunError
 from spinlm.rundir import START, RunDir, atomic_file, atomic_path, differences, read_json, write_json
@@ -324,41 +325,57 @@ def test_require(run):
 # Recipe and inputs
 
 
+GAME = {"selfplay": {"iterations": 2}, "seed": 0, "train": {"epochs": 2, "checkpoint_every": 50}}
+
+
 def test_bind(run):
-    recipe = {"train": {"epochs": 2, "learning_rate": [1e-3, 5e-7]}, "seed": 0}
-    run.bind(recipe, "the text")
-    assert json.loads(run.recipe.read_text()) == recipe
-    assert (run.root / "recipe.yaml").read_text() == "the text"
+    run.bind(GAME, ())
+    assert json.loads(run.recipe.read_text()) == yaml.safe_load((run.root / "recipe.yaml").read_text()) == GAME
     finish(run, ("prepare", START))
-    run.bind(recipe, "the same recipe, with a comment")
-    assert (run.root / "recipe.yaml").read_text() == "the text"
+    run.bind(GAME, ())
     with pytest.raises(RunError) as caught:
-        run.bind({"train": {"epochs": 3, "learning_rate": [1e-3, 5e-7]}, "seed": 1}, "the text")
+        run.bind(GAME | {"train": {"epochs": 3, "checkpoint_every": 50}, "seed": 1}, ())
     assert str(caught.value) == (
         f"{run.root}: was made with a different recipe:\n  seed: was 0, is 1\n  train.epochs: was 2, is 3\n"
         "Choose another --run-dir, or start again with --fresh (this deletes what is there)"
     )
 
 
+def test_harmless_fields_may_change_under_way(run):
+    run.bind(GAME, ())
+    finish(run, ("prepare", START))
+    other = GAME | {"train": {"epochs": 2, "checkpoint_every": 7}}
+    with pytest.raises(RunError, match="checkpoint_every: was 50, is 7"):
+        run.bind(other, ())
+    run.bind(other, ["train.checkpoint_every"])
+    assert json.loads(run.recipe.read_text()) == other
+
+
+def test_more_iterations_continue_a_run_and_fewer_do_not(run):
+    run.bind(GAME, ())
+    finish(run, ("prepare", START))
+    run.bind(GAME | {"selfplay": {"iterations": 3}}, ())
+    with pytest.raises(RunError, match=r"selfplay\.iterations: was 3, is 2"):
+        run.bind(GAME, ())
+
+
 def test_recipe_can_be_corrected_until_there_are_examples(run):
-    run.bind({"seed": 0}, "the text")
-    run.bind({"seed": 1}, "the corrected text")
-    assert json.loads(run.recipe.read_text()) == {"seed": 1}
-    assert (run.root / "recipe.yaml").read_text() == "the corrected text"
+    run.bind(GAME, ())
+    run.bind(GAME | {"seed": 1}, ())
+    assert json.loads(run.recipe.read_text())["seed"] == 1
     finish(run, ("prepare", START))
     with pytest.raises(RunError, match="seed: was 1, is 0"):
-        run.bind({"seed": 0}, "the text")
-    assert json.loads(run.recipe.read_text()) == {"seed": 1}
-    assert (run.root / "recipe.yaml").read_text() == "the corrected text"
+        run.bind(GAME, ())
+    assert json.loads(run.recipe.read_text())["seed"] == 1
 
 
 def test_recipe_stays_while_anything_was_made_from_it(run):
     """prepare.done is deleted, as the message about a file that has changed asks for; the players still stand."""
-    run.bind({"seed": 0}, "the text")
+    run.bind({"seed": 0, "selfplay": {"iterations": 2}}, ())
     finish(run, *CHAIN)
     run.marker("prepare", START).unlink()
     with pytest.raises(RunError, match="seed: was 0, is 1"):
-        run.bind({"seed": 1}, "another text")
+        run.bind({"seed": 1, "selfplay": {"iterations": 2}}, ())
 
 
 def test_bind_inputs(run):
@@ -446,7 +463,7 @@ def test_clear(run, tmp_path):
     (tmp_path / "outside").mkdir()
     (tmp_path / "outside" / "kept.txt").write_text("kept")
     with run.locked():
-        run.bind({"seed": 0}, "text")
+        run.bind({"seed": 0, "selfplay": {"iterations": 2}}, ())
         finish(run, *CHAIN)
         run.set_best(0)
         (run.root / "link").symlink_to(tmp_path / "outside")
@@ -457,7 +474,7 @@ def test_clear(run, tmp_path):
 
 
 def test_clear_that_was_cut_short_can_be_done_again(run, monkeypatch):
-    run.bind({"seed": 0}, "text")
+    run.bind({"seed": 0, "selfplay": {"iterations": 2}}, ())
     finish(run, *CHAIN)
     deleted = []
 
@@ -492,11 +509,11 @@ def test_run_whose_first_write_was_cut_short_can_be_begun_again(run, monkeypatch
 
     with monkeypatch.context() as patch, pytest.raises(OSError), run.locked():
         patch.setattr(os, "fsync", full)
-        run.bind({"seed": 0}, "text")
+        run.bind({"seed": 0, "selfplay": {"iterations": 2}}, ())
     assert not run.recipe.exists()
     with run.locked():
-        run.bind({"seed": 0}, "text")
-    assert read_json(run.recipe) == {"seed": 0}
+        run.bind({"seed": 0, "selfplay": {"iterations": 2}}, ())
+    assert read_json(run.recipe) == {"seed": 0, "selfplay": {"iterations": 2}}
 
 
 @pytest.mark.parametrize("below", ["", "run"])

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from spinlm.interrupt import stop_if_asked
 from spinlm.model.players import Players
 from spinlm.model.trees import Tree, micro_batches
 from spinlm.records import Example, HeldOutAnswer
@@ -18,13 +19,14 @@ def nll_by_example(players: Players, examples: Sequence[Example], packing: str, 
     trees = [Tree(example.prompt_ids, (example.response_ids,)) for example in examples]
     nll = [math.nan] * len(trees)
     for chosen in micro_batches(trees, budget, packing):
+        stop_if_asked()
         values = players.response_logprobs([trees[index] for index in chosen], packing)
         for index, value in zip(chosen, values, strict=True):
             nll[index] = -value / len(examples[index].response_ids)
     return nll
 
 
-def mean_nll(players: Players, examples: Sequence[Example], packing: str, budget: int) -> float:
+def mean_heldout_nll(players: Players, examples: Sequence[Example], packing: str, budget: int) -> float:
     """Mean over examples of `nll_by_example`."""
     return float(np.mean(nll_by_example(players, examples, packing, budget)))
 
@@ -48,6 +50,7 @@ def pair_metrics(players: Players, table: Any, packing: str, budget: int) -> dic
     trees = [Tree(row["prompt_ids"], (row["real_ids"], row["synthetic_ids"])) for row in rows]
     margins = np.empty(len(rows))
     for chosen in micro_batches(trees, budget, packing):
+        stop_if_asked()
         values = iter(players.response_logprobs([trees[index] for index in chosen], packing))
         for index in chosen:
             real, synthetic = next(values), next(values)

@@ -119,8 +119,7 @@ def fit(
     players.changed()
     accelerator, module = players.parallel()
     ends = {index for index, (epoch, _) in enumerate(steps) if index + 1 == len(steps) or steps[index + 1][0] > epoch}
-    with track(what, len(steps)) as advance:
-        advance(begin)
+    with track(what, len(steps), already=begin) as advance:
         for step in range(begin, len(steps)):
             epoch, chosen = steps[step]
             began = time.perf_counter()
@@ -132,8 +131,8 @@ def fit(
                     accelerator, module, objective, batch, weight, packing, how, derive_seed(how.seed, step)
                 )
             except StoppedError:
-                optimizer.zero_grad()
-                save_checkpoint(checkpoints, players, optimizer, step)
+                if step > begin:
+                    save_checkpoint(checkpoints, players, optimizer, step)
                 raise
             norm = float(accelerator.clip_grad_norm_([p for _, p in players.parameters()], how.max_grad_norm))
             if not math.isfinite(norm) or not math.isfinite(measured["loss"]):

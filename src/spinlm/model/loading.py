@@ -151,8 +151,8 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0]
 
 
-def add_adapter(model: Any, lora: Lora, seed: int) -> Any:
-    """The model with a fresh LoRA adapter, in float32, whose output is zero.
+def add_adapter(model: Any, lora: Lora, seed: int, revision: str | None = None) -> Any:
+    """The model with a fresh LoRA adapter, in float32, whose output is zero; it notes the revision of its base.
 
     Raises:
         ModelError: no layer has a name in `lora.targets`.
@@ -166,6 +166,7 @@ def add_adapter(model: Any, lora: Lora, seed: int) -> Any:
         target_modules=lora.targets,
         bias="none",
         task_type="CAUSAL_LM",
+        revision=revision,
     )
     torch.manual_seed(seed)
     try:
@@ -204,6 +205,11 @@ def _load_adapter(model: Any, folder: Path) -> set[str]:
 
 def _load_whole(model: Any, folder: Path) -> set[str]:
     """Load a whole model; returns the names that only one side has."""
+    from transformers import AutoConfig
+
+    kind = AutoConfig.from_pretrained(folder).model_type
+    if kind != model.config.model_type:
+        raise ValueError(f"it is a {kind} and not a {model.config.model_type}")
     dtype = next(model.parameters()).dtype
     # Through transformers, since for some models the names on disk are not those of the modules.
     fresh, info = type(model).from_pretrained(folder, dtype=dtype, output_loading_info=True)

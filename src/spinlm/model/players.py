@@ -66,7 +66,7 @@ class Players:
         stored = torch.float32 if full else self.dtype
         model = load_model(self.recipe.model, self.path, stored)
         if self.recipe.lora is not None:
-            model = add_adapter(model, self.recipe.lora, self.recipe.seed)
+            model = add_adapter(model, self.recipe.lora, self.recipe.seed, self.recipe.model.revision)
         silence_dropout(model)
         if self.recipe.train.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -87,12 +87,22 @@ class Players:
 
         check_trackers(self.recipe.tracking)
         # Precision is the module's own affair, the same in scoring as in training, so Accelerate is told to leave it.
-        return Accelerator(mixed_precision="no", log_with=list(self.recipe.tracking) or None, project_dir=self.run.root)
+        return Accelerator(
+            cpu=self.device.type == "cpu",
+            mixed_precision="no",
+            log_with=list(self.recipe.tracking) or None,
+            project_dir=self.run.root,
+        )
 
     def parallel(self) -> tuple[Any, LogProbs]:
         """Accelerate, and the log-probability module as it wraps it."""
         module: LogProbs = self._accelerator.prepare_model(self.logprobs)
         return self._accelerator, module
+
+    def close(self) -> None:
+        """Let trackers write what they still hold."""
+        if "_accelerator" in vars(self):
+            self._accelerator.end_training()
 
     def become(self, iteration: int) -> None:
         """Take the weights of the player that an iteration made."""
@@ -130,33 +140,33 @@ class Players:
         Raises:
             ModelError: our log-probabilities are not the model's, or trees were asked for and the model cannot.
         """
-        noted = self.run.root / "packing.json"
+        noted = self.run.packing
         if noted.exists():
             return str(read_json(noted)["packing"])
         wanted = self.recipe.train.packing
-        limit = PARITY[self.dtype]
-        gaps = {"pair": parity_gap(self.logprobs, trees, "pair")}
-        try:
-            gaps["tree"] = parity_gap(self.logprobs, trees, "tree")
-        except ModelError as error:
-            log.info("%s", error)
-            gaps["tree"] = math.inf
+        gaps = {"pair": parity_gap(self.logprobs, trees, "pair"), "tree": math.inf}
+        if wanted != "pair":
+            try:
+                gaps["tree"] = parity_gap(self.logprobs, trees, "tree")
+            except ModelError as error:
+                log.info("%s", error)
         if not math.isfinite(gaps["pair"]):
             raise ModelError(
                 f"{self.path}: its log-probabilities are not finite. Its weights are damaged, or it cannot be computed "
                 f"in {self.dtype}; try model.dtype: float32"
             )
-        if gaps["pair"] > limit:
+        if gaps["pair"] > PARITY[self.dtype]:
             raise ModelError(
                 f"{self.path}: log-probabilities differ from the model's own by {gaps['pair']:.3g} nats per token. Its "
                 "output head is of a kind that spinlm does not know, so this model cannot be used"
             )
-        if wanted == "tree" and gaps["tree"] > limit:
+        fits = gaps["tree"] <= max(PARITY[torch.float32], 2 * gaps["pair"])  # the pair gap is this precision's noise
+        if wanted == "tree" and not fits:
             raise ModelError(
                 f"{self.path}: its attention cannot take prompt trees (difference {gaps['tree']:.3g} nats per token). "
                 "Set train.packing: auto or pair"
             )
-        packing = "tree" if wanted != "pair" and gaps["tree"] <= limit else "pair"
+        packing = "tree" if fits else "pair"
         reason = f"tree differs by {gaps['tree']:.2g}, pair by {gaps['pair']:.2g} nats per token"
         log.info("packing: %s (%s)", "prompt trees" if packing == "tree" else "one response per row", reason)
         write_json(noted, {"packing": packing, "nats_per_token": gaps})
@@ -170,7 +180,7 @@ def seat(recipe: Recipe, run: RunDir) -> Players:
     """The players of a run, loaded once per process."""
     global _seated
     if _seated is None or _seated.run.root != run.root or _seated.recipe != recipe:
-        _seated = None  # let go of the old model before loading the next
+        stand_up()  # let go of the old model before loading the next
         _seated = Players(recipe, run)
     return _seated
 
@@ -180,6 +190,14 @@ def _sort_targets(path: Path) -> None:
     config = read_json(path)
     if isinstance(config["target_modules"], list):
         write_json(path, config | {"target_modules": sorted(config["target_modules"])})
+
+
+def stand_up() -> None:
+    """Let go of the model, so that the next `seat` loads it as it came."""
+    global _seated
+    if _seated is not None:
+        _seated.close()
+    _seated = None
 
 
 def check_trackers(names: list[str]) -> None:

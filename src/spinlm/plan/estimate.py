@@ -4,12 +4,12 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 
-from spinlm.config import Recipe, at_iteration
+from spinlm.config import EXECUTION_ONLY, Recipe, at_iteration
 from spinlm.plan.devices import DEVICES, Device
 from spinlm.plan.lengths import CHARACTERS_PER_TOKEN, Lengths, Tokens, find_lengths
 from spinlm.plan.lookup import find_shape
 from spinlm.plan.shapes import Shape, UnknownShapeError
-from spinlm.rundir import START, RunDir, differences, read_json
+from spinlm.rundir import START, RunDir
 
 UNKNOWN_PROMPTS = 1000
 LOGITS_BYTES = 3 * (4 << 24)  # a chunk of logits in float32, its gradient and a copy
@@ -192,7 +192,7 @@ def make_plan(recipe: Recipe, run: RunDir | None = None) -> Plan:
         shape, source = find_shape(recipe.model)
     except UnknownShapeError as missing:
         source = str(missing)
-    changed = differences(read_json(run.recipe), recipe.fingerprint()) if run and run.recipe.exists() else []
+    changed = run.changes(recipe.model_dump(mode="json"), EXECUTION_ONLY) if run and run.recipe.exists() else []
     return Plan(recipe, find_lengths(recipe), shape, source, _finished(recipe, run) if run else (), tuple(changed))
 
 

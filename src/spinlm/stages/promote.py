@@ -60,8 +60,8 @@ def promote(recipe: Recipe, run: RunDir, iteration: int) -> bool:
         "lead": comparison.lead,
         "standard_error": comparison.standard_error,
     }
-    write_json(run.iteration(iteration) / "promotion.json", facts)
-    run.complete("promote", iteration, [run.iteration(iteration) / "promotion.json"], **facts)
+    write_json(run.promotion(iteration), facts)
+    run.complete("promote", iteration, [run.promotion(iteration)], **facts)
     return go_on
 
 

@@ -11,23 +11,25 @@ from spinlm.interrupt import stop_if_asked
 from spinlm.model.players import Players, seat
 from spinlm.model.trees import Tree, micro_batches
 from spinlm.progress import Advance, track
-from spinlm.records import Example, Generation, Pair, read_lines, write_pairs
+from spinlm.records import Example, Generation, Pair, read_lines, read_pairs, write_pairs
 from spinlm.rundir import START, RunDir, atomic_path
 from spinlm.shards import count_records, shards
 from spinlm.stages.generate import SPLITS
 
 log = logging.getLogger("spinlm")
 
+GAP = 0.1  # nats per token between sampler and scorer that rounding does not explain
+
 
 def score(recipe: Recipe, run: RunDir, iteration: int) -> None:
-    """Write the pairs of an iteration.
+    """Write the pairs of an iteration, a shard at a time; shards on disk are kept.
 
     Training pairs use the newest synthetic responses and those of `selfplay.replay` iterations before; held-out pairs
     the newest only. A synthetic response equal to the real one carries no gradient: it makes no pair, and is counted.
     """
     if run.done("score", iteration):
         return
-    run.begin("score", iteration)
+    run.begin("score", iteration, run.pairs(iteration, "train", 0).parent)
     for source in range(max(0, iteration - recipe.selfplay.replay), iteration):
         run.require("generate", source)
     players = seat(recipe, run)
@@ -47,13 +49,24 @@ def score(recipe: Recipe, run: RunDir, iteration: int) -> None:
                     for generation in read_lines(run.generations(source, split, shard), Generation)
                 ]
                 path = run.pairs(iteration, split, shard)
-                pairs = _score_shard(recipe, players, examples, generations, packing, advance)
-                with atomic_path(path) as temporary:
-                    write_pairs(temporary, pairs)
+                if path.exists():
+                    pairs = [Pair(**row) for row in read_pairs([path]).to_pylist()]
+                    advance(len(examples))
+                else:
+                    pairs = _score_shard(recipe, players, examples, generations, packing, advance)
+                    with atomic_path(path) as temporary:
+                        write_pairs(temporary, pairs)
                 outputs.append(path)
                 tally.add(split, iteration, examples, generations, pairs)
     facts = tally.facts()
     log.info("iteration %d: %s", iteration, tally.summary())
+    if facts["train"]["sampler_gap_mean"] > GAP:
+        log.warning(
+            "iteration %d: the sampler's log-probabilities differ from ours by %.2f nats per token: another template, "
+            "precision or end token is the usual cause",
+            iteration,
+            facts["train"]["sampler_gap_mean"],
+        )
     run.complete("score", iteration, outputs, **facts)
 
 

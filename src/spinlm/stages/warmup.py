@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from spinlm.config import Recipe
-from spinlm.evals.heldout import mean_nll
+from spinlm.evals.heldout import mean_heldout_nll
 from spinlm.model.fit import Fit, Item, Total, fit
 from spinlm.model.players import seat
 from spinlm.model.trees import Tree
@@ -45,17 +45,17 @@ def warmup(recipe: Recipe, run: RunDir) -> None:
     run.begin("warmup", START, run.checkpoints(START))
     players = seat(recipe, run)
     heldout = list(read_lines(run.examples("heldout"), Example))
-    packing = players.packing(_probe(heldout))
+    packing = players.packing(_probe(heldout, recipe.train.max_length))
     sft = recipe.warmup_sft
     curve: dict[str, float] = {}
     if sft is not None:
         split = "train" if sft.prompts is None else "warmup"
 
-        noted = run.checkpoints(START) / "heldout_nll.json"  # by epoch; survives a restart as the checkpoints do
+        noted = run.warmup_curve
         curve = read_json(noted) if noted.exists() else {}
 
         def measure(epoch: int) -> None:
-            curve[str(epoch)] = mean_nll(players, heldout, packing, recipe.train.tokens_per_micro_batch)
+            curve[str(epoch)] = mean_heldout_nll(players, heldout, packing, recipe.train.tokens_per_micro_batch)
             write_json(noted, curve)
             log.info("warm-up: held-out NLL %.4f after %d epochs", curve[str(epoch)], epoch)
 
@@ -84,11 +84,14 @@ def warmup(recipe: Recipe, run: RunDir) -> None:
     run.complete("warmup", START, [run.player(START)], heldout_nll_by_epoch=curve, packing=packing)
 
 
-def _probe(examples: list[Example]) -> list[Tree]:
+def _probe(examples: list[Example], max_length: int) -> list[Tree]:
     """Trees to try the packing on: the longest prompt and two more, each with its own and another's response."""
     longest = sorted(examples, key=lambda example: -len(example.prompt_ids))[:1]
     chosen = longest + [example for example in examples[:2] if example not in longest]
     return [
-        Tree(example.prompt_ids, (example.response_ids, examples[-1 - index].response_ids))
+        Tree(
+            example.prompt_ids,
+            (example.response_ids, examples[-1 - index].response_ids[: max_length - len(example.prompt_ids)]),
+        )
         for index, example in enumerate(chosen)
     ]
