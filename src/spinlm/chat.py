@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from spinlm.config import Recipe
 from spinlm.data.chat import RowError
 from spinlm.model.players import seat
-from spinlm.opponents.local import LocalOpponent
+from spinlm.opponents import open_opponent
 from spinlm.records import Message, Sampling
 from spinlm.rundir import RunDir
 
@@ -35,7 +35,6 @@ def ask(
     texts = []
     for iteration in iterations:
         players.become(iteration)
-        engine = LocalOpponent(players.logprobs, batch_size=1)
-        ((answer,),) = engine.answer([prompt], sampling, seed, lambda ended, tokens: None)
+        ((answer,),) = open_opponent(recipe, players).answer([prompt], sampling, seed, lambda ended, tokens: None)
         texts.append(players.renderer.decode(answer.token_ids))
     return texts

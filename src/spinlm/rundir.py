@@ -273,6 +273,8 @@ class RunDir:
         Raises:
             RunError: the folder belongs to a different recipe; the message lists what changed.
         """
+        if self.recipe.exists() and read_json(self.recipe) == recipe:
+            return
         if self.recipe.exists() and self._begun() and (changes := self.changes(recipe, harmless)):
             raise RunError(
                 f"{self.root}: was made with a different recipe:\n"

@@ -1,7 +1,9 @@
 """What is measured on held-out prompts, none of which was ever trained on."""
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,49 +16,51 @@ from spinlm.records import Example, HeldOutAnswer
 NGRAM = 4
 
 
-def nll_by_example(players: Players, examples: Sequence[Example], packing: str, budget: int) -> list[float]:
-    """Negative log-likelihood of each real response under the current player, in nats per token."""
-    trees = [Tree(example.prompt_ids, (example.response_ids,)) for example in examples]
-    nll = [math.nan] * len(trees)
-    for chosen in micro_batches(trees, budget, packing):
-        stop_if_asked()
-        values = players.response_logprobs([trees[index] for index in chosen], packing)
-        for index, value in zip(chosen, values, strict=True):
-            nll[index] = -value / len(examples[index].response_ids)
-    return nll
+@dataclass(frozen=True)
+class RealAnswers:
+    """What a player makes of the real held-out responses."""
+
+    nll: list[float]  # of each example, nats per token
+    margins: list[float]  # r(y) − r(y') of each pair with the opponent's responses, in nats
+
+    def pair_metrics(self) -> dict[str, float]:
+        """Share of pairs with a positive margin, and the mean margin; empty where there are no pairs."""
+        if not self.margins:
+            return {}
+        margins = np.array(self.margins)
+        return {"pair_accuracy": float((margins > 0).mean()), "margin": float(margins.mean())}
 
 
-def mean_heldout_nll(players: Players, examples: Sequence[Example], packing: str, budget: int) -> float:
-    """Mean over examples of `nll_by_example`."""
-    return float(np.mean(nll_by_example(players, examples, packing, budget)))
-
-
-def pair_metrics(players: Players, table: Any, packing: str, budget: int) -> dict[str, float]:
-    """How well the current player tells real from synthetic responses, against the opponent that wrote them.
+def judge_real(
+    players: Players, examples: Sequence[Example], packing: str, budget: int, pairs: Any = None
+) -> RealAnswers:
+    """How likely the current player finds the real responses, and how well it tells them from its opponent's.
 
     Args:
-        players: in the weights of the main player.
-        table: pairs as `read_pairs` gives them, with the opponent's log-probabilities.
+        players: in the weights of the player to judge.
+        examples: the held-out ones.
         packing: `tree` or `pair`.
         budget: tokens in one forward pass.
-
-    Returns:
-        pair_accuracy: share of pairs with a positive margin.
-        margin: mean of r(y) − r(y'), in nats. Both are missing where there are no pairs.
+        pairs: table as `read_pairs` gives it, of these examples; absent means no margins.
     """
-    rows = table.to_pylist()
-    if not rows:
-        return {}
-    trees = [Tree(row["prompt_ids"], (row["real_ids"], row["synthetic_ids"])) for row in rows]
-    margins = np.empty(len(rows))
+    by_id: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in pairs.to_pylist() if pairs is not None else []:
+        by_id[row["id"]].append(row)
+    trees = [
+        Tree(example.prompt_ids, (example.response_ids, *(row["synthetic_ids"] for row in by_id[example.id])))
+        for example in examples
+    ]
+    nll = [math.nan] * len(trees)
+    margins = []
     for chosen in micro_batches(trees, budget, packing):
         stop_if_asked()
         values = iter(players.response_logprobs([trees[index] for index in chosen], packing))
         for index in chosen:
-            real, synthetic = next(values), next(values)
-            row = rows[index]
-            margins[index] = (real - row["opponent_real"]) - (synthetic - row["opponent_synthetic"])
-    return {"pair_accuracy": float((margins > 0).mean()), "margin": float(margins.mean())}
+            example, real = examples[index], next(values)
+            nll[index] = -real / len(example.response_ids)
+            for row in by_id[example.id]:
+                margins.append((real - row["opponent_real"]) - (next(values) - row["opponent_synthetic"]))
+    return RealAnswers(nll, margins)
 
 
 def repetition(token_ids: Sequence[int]) -> float:

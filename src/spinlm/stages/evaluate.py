@@ -3,10 +3,10 @@
 import logging
 
 from spinlm.config import Recipe
-from spinlm.evals.heldout import nll_by_example, pair_metrics, repetition, summarise
+from spinlm.evals.heldout import judge_real, repetition, summarise
 from spinlm.evals.scorers import get_scorer
 from spinlm.model.players import Players, seat
-from spinlm.opponents.local import LocalOpponent
+from spinlm.opponents import open_opponent
 from spinlm.progress import track
 from spinlm.records import Example, HeldOutAnswer, Sampling, read_lines, read_pairs, to_line
 from spinlm.rundir import START, RunDir, atomic_file, write_json
@@ -27,14 +27,15 @@ def evaluate(recipe: Recipe, run: RunDir, iteration: int) -> None:
     run.begin("evaluate", iteration)
     players = seat(recipe, run)
     players.become(iteration)
-    packing, budget = run.facts("warmup", START)["packing"], recipe.train.tokens_per_micro_batch
     examples = list(read_lines(run.examples("heldout"), Example))
-    answers = _answer(recipe, players, examples, packing, iteration)
-    metrics = summarise(answers)
+    pairs = None
     if iteration != START:
         files = count_shards(run.examples("heldout"), recipe.opponent.shard_size)
         pairs = read_pairs(run.pairs(iteration, "heldout", shard) for shard in range(files))
-        metrics |= pair_metrics(players, pairs, packing, budget)
+    packing = run.facts("warmup", START)["packing"]
+    real = judge_real(players, examples, packing, recipe.train.tokens_per_micro_batch, pairs)
+    answers = _answer(recipe, players, examples, real.nll, iteration)
+    metrics = summarise(answers) | real.pair_metrics()
     with atomic_file(run.answers(iteration), "w") as file:
         file.writelines(to_line(answer) for answer in answers)
     write_json(run.iteration_metrics(iteration), metrics)
@@ -42,7 +43,7 @@ def evaluate(recipe: Recipe, run: RunDir, iteration: int) -> None:
 
 
 def _answer(
-    recipe: Recipe, players: Players, examples: list[Example], packing: str, iteration: int
+    recipe: Recipe, players: Players, examples: list[Example], nll: list[float], iteration: int
 ) -> list[HeldOutAnswer]:
     sampling = Sampling(
         temperature=recipe.evaluate.temperature,
@@ -53,8 +54,7 @@ def _answer(
         stop_ids=players.renderer.stop_ids,
     )
     scorer = get_scorer(recipe.evaluate.scorer) if recipe.evaluate.scorer else None
-    nll = nll_by_example(players, examples, packing, recipe.train.tokens_per_micro_batch)
-    engine = LocalOpponent(players.logprobs, recipe.opponent.batch_size)
+    engine = open_opponent(recipe, players)
     name = "start" if iteration == START else f"iteration {iteration}"
     with track(f"{name}: evaluate", len(examples)) as advance:
         given = engine.answer(

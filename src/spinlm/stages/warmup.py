@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from spinlm.config import Recipe
-from spinlm.evals.heldout import mean_heldout_nll
+from spinlm.evals.heldout import judge_real
 from spinlm.model.fit import Fit, Item, Total, fit
 from spinlm.model.players import seat
 from spinlm.model.trees import Tree
@@ -55,7 +55,8 @@ def warmup(recipe: Recipe, run: RunDir) -> None:
         curve = read_json(noted) if noted.exists() else {}
 
         def measure(epoch: int) -> None:
-            curve[str(epoch)] = mean_heldout_nll(players, heldout, packing, recipe.train.tokens_per_micro_batch)
+            real = judge_real(players, heldout, packing, recipe.train.tokens_per_micro_batch)
+            curve[str(epoch)] = float(np.mean(real.nll))
             write_json(noted, curve)
             log.info("warm-up: held-out NLL %.4f after %d epochs", curve[str(epoch)], epoch)
 
