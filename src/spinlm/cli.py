@@ -3,6 +3,7 @@
 import errno
 import logging
 import os
+import shutil
 import sys
 import warnings
 from pathlib import Path
@@ -137,8 +138,10 @@ def chat(
     from spinlm.export import which_player
 
     folder, recipe = _open_run(run)
-    names = [name.strip() for name in iterations.split(",")]
-    chosen = [which_player(folder, name) for name in names]
+    names = {which_player(folder, name.strip()): name.strip() for name in iterations.split(",")}
+    chosen = list(names)
+    if len(names) < iterations.count(",") + 1:
+        print("(two of these names mean the same player; it answers once)")
     while True:
         try:
             text = prompt if prompt is not None else input("you> ")
@@ -153,7 +156,7 @@ def chat(
                 raise SpinError(f"this prompt cannot be used: {error}") from error
             print(f"this prompt cannot be used: {error}")
             continue
-        for name, answer in zip(names, answers, strict=True):
+        for name, answer in zip(names.values(), answers, strict=True):
             print(f"\n[{name}]\n{answer}")
         if prompt is not None:
             return
@@ -245,10 +248,11 @@ def _print_result(run: RunDir) -> None:
             console.print(f"{name:<11} {answer}", markup=False)
     console.print(table(run))
     console.print(verdict(run), markup=False)
+    spinlm = "spinlm" if shutil.which("spinlm") else sys.argv[0]
     console.print(
         f"\nThe run is in {run.root}; the best player is {run.best_link}/player. Next:\n"
-        f"  spinlm chat {run.root}\n"
-        f"  spinlm export {run.root} --merge --to my-model\n"
-        f"  spinlm init",
+        f"  {spinlm} chat {run.root}    # the same prompt to the start and to the best player\n"
+        f"  {spinlm} export {run.root} --merge --to my-model    # take the best player away\n"
+        f"  {spinlm} init    # a recipe for your own model and data",
         markup=False,
     )

@@ -275,7 +275,7 @@ class RunDir:
         """
         if self.recipe.exists() and read_json(self.recipe) == recipe:
             return
-        if self.recipe.exists() and self._begun() and (changes := self.changes(recipe, harmless)):
+        if self.recipe.exists() and self.begun() and (changes := self.changes(recipe, harmless)):
             raise RunError(
                 f"{self.root}: was made with a different recipe:\n"
                 + "\n".join(f"  {line}" for line in changes)
@@ -290,7 +290,7 @@ class RunDir:
         Raises:
             RunError: with what changed.
         """
-        if self.provenance.exists() and self._begun():
+        if self.provenance.exists() and self.begun():
             changes = differences(read_json(self.provenance)["inputs"], inputs)
             if changes:
                 raise RunError(
@@ -299,7 +299,7 @@ class RunDir:
                     + "\nPut the old one back, choose another --run-dir, or start again with --fresh"
                 )
 
-    def _begun(self) -> bool:
+    def begun(self) -> bool:
         """Whether any stage is complete."""
         return any(self.root.glob("*/*.done"))
 

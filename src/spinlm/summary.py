@@ -21,6 +21,14 @@ COLUMNS = (
 )
 
 
+METRIC_NAMES = {"task_score": "task score", "heldout_nll": "held-out NLL"}
+
+LIKELIHOOD_ONLY = (
+    " That is the likelihood of the real answers, not the quality of the player's own: look at them, or name a scorer in "
+    "evaluate.scorer."
+)
+
+
 @dataclass(frozen=True)
 class Row:
     """One player: which, what was measured, and whether it is the best so far."""
@@ -69,7 +77,7 @@ def verdict(run: RunDir) -> str:
     if not last:
         return "No iteration has been judged yet."
     best = last[-1]["best"]
-    metric = last[-1]["metric"].replace("_", " ")
+    metric = METRIC_NAMES[last[-1]["metric"]]
     errors = read_json(run.recipe)["selfplay"]["select"]["standard_errors"]
     noise = f"{errors:g} standard error{'' if errors == 1 else 's'} of the paired difference"
     if best == START:
@@ -78,13 +86,14 @@ def verdict(run: RunDir) -> str:
             f"Self-play did not help: none of {tried} iteration{'s' if tried > 1 else ''} beat the starting player's "
             f"{metric} by more than {noise}. The starting player stays the best."
         )
+    caveat = "" if last[-1]["metric"] == "task_score" else LIKELIHOOD_ONLY
     won = next(item for item in last if item["iteration"] == best)
     start, new = (read_json(run.iteration_metrics(i))[last[-1]["metric"]] for i in (START, best))
     against = "the start" if won["against"] == START else f"iteration {won['against']}"
     return (
         f"Self-play helped: {metric} {start:.3f} at the start, {new:.3f} after iteration {best}, the best player. It "
         f"is ahead of {against} by {won['lead']:.3f} ± {won['standard_error']:.3f} (standard error of the paired "
-        "difference on the held-out prompts of this one run; another seed may differ)."
+        "difference on the held-out prompts of this one run; another seed may differ)." + caveat
     )
 
 

@@ -39,7 +39,7 @@ def ensure_base(model: Model, run: RunDir) -> str:
         return model.path
     if path.suffix == ".gguf":
         _unpack_gguf(path, run.base)
-        return str(run.base)
+        return str(run.base.absolute())  # a player's adapter notes it as its base
     if not (path / "config.json").exists():
         raise ModelError(f"{path}: no config.json in this folder, so it is not a model. Give the folder that holds it")
     if not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")):

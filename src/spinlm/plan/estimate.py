@@ -192,7 +192,11 @@ def make_plan(recipe: Recipe, run: RunDir | None = None) -> Plan:
         shape, source = find_shape(recipe.model)
     except UnknownShapeError as missing:
         source = str(missing)
-    changed = run.changes(recipe.model_dump(mode="json"), EXECUTION_ONLY) if run and run.recipe.exists() else []
+    changed = (
+        run.changes(recipe.model_dump(mode="json"), EXECUTION_ONLY)
+        if run and run.recipe.exists() and run.begun()
+        else []
+    )
     return Plan(recipe, find_lengths(recipe), shape, source, _finished(recipe, run) if run else (), tuple(changed))
 
 
