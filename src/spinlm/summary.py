@@ -24,8 +24,8 @@ COLUMNS = (
 METRIC_NAMES = {"task_score": "task score", "heldout_nll": "held-out NLL"}
 
 LIKELIHOOD_ONLY = (
-    " That is the likelihood of the real answers, not the quality of the player's own: look at them, or name a scorer in "
-    "evaluate.scorer."
+    " That is the likelihood of the real answers, not the quality of the player's own: look at them, or name a scorer "
+    "in evaluate.scorer."
 )
 
 
