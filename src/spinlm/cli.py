@@ -138,7 +138,9 @@ def chat(
     from spinlm.export import which_player
 
     folder, recipe = _open_run(run)
-    names = {which_player(folder, name.strip()): name.strip() for name in iterations.split(",")}
+    names: dict[int, str] = {}
+    for name in iterations.split(","):
+        names.setdefault(which_player(folder, name.strip()), name.strip())
     chosen = list(names)
     if len(names) < iterations.count(",") + 1:
         print("(two of these names mean the same player; it answers once)")
