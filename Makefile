@@ -23,7 +23,7 @@ $(VENV)/model: $(VENV)/installed
 quickstart: $(VENV)/model
 	$(BIN)/spinlm run recipes/quickstart.yaml
 
-test: $(VENV)/installed
+test: $(VENV)/model
 	$(BIN)/pytest
 
 check: $(VENV)/installed

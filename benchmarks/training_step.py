@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from spinlm.config import parse_recipe
 from spinlm.model.fit import Item
 from spinlm.model.players import Players
 from spinlm.model.trees import Tree, lay_out, micro_batches
+from spinlm.recipe import parse_recipe
 from spinlm.rundir import RunDir
 from spinlm.stages.train import spin_objective
 

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from spinlm.config import Recipe, parse_recipe
+from spinlm.config import Recipe
+from spinlm.recipe import parse_recipe
 from tiny import Kind, tiny_tokenizer
 
 _LLAMA_LIKE = {

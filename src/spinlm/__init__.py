@@ -2,8 +2,9 @@
 
 from typing import TYPE_CHECKING, Any
 
-from spinlm.config import Recipe, load_recipe
+from spinlm.config import Recipe
 from spinlm.errors import SpinError
+from spinlm.recipe import load_recipe
 
 if TYPE_CHECKING:
     from spinlm.selfplay import run

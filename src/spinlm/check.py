@@ -11,13 +11,14 @@ import torch
 
 from spinlm.config import Recipe
 from spinlm.errors import ModelError
+from spinlm.files import read_json
 from spinlm.model.fit import Item
 from spinlm.model.loading import add_adapter, load_model, silence_dropout
 from spinlm.model.logprobs import LogProbs
 from spinlm.model.players import Players, seat
 from spinlm.model.trees import lay_out, micro_batches
 from spinlm.records import Example, Generation, read_lines
-from spinlm.rundir import START, RunDir, read_json
+from spinlm.rundir import START, RunDir
 from spinlm.stages.generate import generate
 from spinlm.stages.prepare import prepare
 from spinlm.stages.score import score

@@ -12,9 +12,11 @@ from typing import Annotated
 import typer
 
 from spinlm import __version__
-from spinlm.config import Recipe, load_recipe, parse_recipe
+from spinlm.config import Recipe
 from spinlm.errors import RunError, SpinError
-from spinlm.rundir import RunDir, read_json, write_text
+from spinlm.files import read_json, write_text
+from spinlm.recipe import load_recipe, parse_recipe
+from spinlm.rundir import RunDir
 
 app = typer.Typer(
     name="spinlm",

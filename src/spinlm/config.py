@@ -4,35 +4,28 @@ Numbers may be written `5e-7`. A per-iteration value is one number, or a list wi
 The string under a field is its documentation; `spinlm init` and the docs are made from it.
 """
 
-import difflib
-import json
-import re
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
-
-from spinlm.errors import RecipeError
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 
-_ONE, _LIST = "<one>", "<list>"
+ONE, LIST = "<one>", "<list>"  # what pydantic's errors call the two alternatives
 
 
 def _one_or_list(value: Any) -> str:
-    return _LIST if isinstance(value, list) else _ONE
+    return LIST if isinstance(value, list) else ONE
 
 
 # Choosing the alternative by the kind of value, not by trial, gives one error for a wrong value instead of two.
 PerIteration = Annotated[
-    Annotated[Positive, Tag(_ONE)] | Annotated[list[Positive], Tag(_LIST)], Discriminator(_one_or_list)
+    Annotated[Positive, Tag(ONE)] | Annotated[list[Positive], Tag(LIST)], Discriminator(_one_or_list)
 ]
 LayerNames = Annotated[
-    Annotated[Literal["all-linear"], Tag(_ONE)] | Annotated[list[str], Tag(_LIST)], Discriminator(_one_or_list)
+    Annotated[Literal["all-linear"], Tag(ONE)] | Annotated[list[str], Tag(LIST)], Discriminator(_one_or_list)
 ]
 
 
@@ -265,160 +258,3 @@ class Recipe(Section):
 def at_iteration(value: PerIteration, iteration: int) -> float:
     """The value of a per-iteration field at one iteration."""
     return value[iteration] if isinstance(value, list) else value
-
-
-def load_recipe(path: Path, overrides: tuple[str, ...] | list[str] = ()) -> Recipe:
-    """Read a YAML recipe, apply `section.key=value` overrides, and check it.
-
-    `model.path`, `data.path` and `data.chat_template` that exist beside the recipe, or else in the current folder,
-    become absolute.
-
-    Raises:
-        RecipeError: the file is missing or no YAML mapping, or a key or value is wrong.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise RecipeError(f"{path}: no such recipe. `spinlm init` writes one to start from") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: cannot be read as text: {error}") from None
-    values = _parse_yaml(text, str(path))
-    if not isinstance(values, dict):
-        raise RecipeError(f"{path}: a recipe is a mapping of sections (model:, data:, …)")
-    for override in overrides:
-        _apply_override(values, override)
-    _resolve_paths(values, path.resolve().parent)
-    return parse_recipe(values, str(path))
-
-
-def parse_recipe(values: dict[str, Any], where: str = "recipe") -> Recipe:
-    """Check plain data against the recipe's schema.
-
-    Raises:
-        RecipeError: with one line for each thing that is wrong.
-    """
-    try:
-        return Recipe.model_validate(values)
-    except ValidationError as error:
-        lines = list(dict.fromkeys(_explain(item) for item in error.errors(include_url=False)))
-        raise RecipeError("\n".join(f"{where}: {line}" for line in lines)) from None
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML where `5e-7` is a number, as in YAML 1.2 and everywhere else, and a repeated or empty key is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, value_node in node.value:
-            if not isinstance(key_node, yaml.ScalarNode):
-                continue
-            key, line = key_node.value, key_node.start_mark.line + 1
-            if key in seen:
-                raise yaml.YAMLError(f"the key {key!r} stands twice (line {line})")
-            if isinstance(value_node, yaml.ScalarNode) and value_node.value == "" and value_node.style is None:
-                raise yaml.YAMLError(
-                    f"the key {key!r} has no value (line {line}): write null for none, or {{}} for a section with its "
-                    "defaults"
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-_EXPONENT = re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$")
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+0123456789"))
-
-
-def _parse_yaml(text: str, where: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none
-        raise RecipeError(f"{where}: not valid YAML: {error}") from None
-
-
-def _apply_override(values: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key.strip() or not text.strip():
-        raise RecipeError(f"override {override!r}: write section.key=value, for example train.epochs=1 or lora=null")
-    *sections, last = key.strip().lstrip("-").split(".")
-    target = values
-    for section in sections:
-        if target.get(section) is None:
-            target[section] = {}
-        target = target[section]
-        if not isinstance(target, dict):
-            raise RecipeError(f"override {override!r}: {section} is not a section")
-    target[last] = _parse_yaml(text, f"override {override!r}")
-
-
-def _resolve_paths(values: dict[str, Any], folder: Path) -> None:
-    for section, key in (("model", "path"), ("data", "path"), ("data", "chat_template")):
-        block = values.get(section)
-        value = block.get(key) if isinstance(block, dict) else None
-        if not isinstance(value, str) or "\n" in value or "{" in value:
-            continue
-        try:
-            here = Path(value).expanduser()
-        except RuntimeError as error:  # ~name of a user that does not exist
-            raise RecipeError(f"{section}.{key}: {value}: {error}") from None
-        # Absolute, so that the run can be continued, and asked, from any folder.
-        found = next((path for path in (folder / here, here) if path.exists()), None)
-        if found is not None or value.startswith("~"):
-            block[key] = str((found or here).absolute())  # type: ignore[index]  # a dict, or value would be None
-
-
-def _explain(item: Any) -> str:
-    location = [part for part in item["loc"] if part not in (_ONE, _LIST)]
-    dotted = ".".join(str(part) for part in location)
-    match item["type"]:
-        case "extra_forbidden":
-            return f"{dotted}: unknown key{_suggest([str(part) for part in location])}"
-        case "missing":
-            return f"{dotted}: missing"
-        case "value_error":
-            return str(item["ctx"]["error"])
-        case "model_type" | "model_attributes_type":
-            return f"{dotted}: should be a section with keys, got {_show(item['input'])}"
-    message = item["msg"][0].lower() + item["msg"][1:] + (" (or a list)" if _ONE in item["loc"] else "")
-    hint = ""
-    if item["type"] == "string_type" and isinstance(item["input"], int | float):
-        hint = "; put it in quotes to make it text"
-    if item["type"] == "float_type" and isinstance(item["input"], str) and _is_number(item["input"]):
-        hint = "; leave the quotes out"
-    return f"{dotted}: {message.replace('input should', 'should')}, got {_show(item['input'])}{hint}"
-
-
-def _suggest(location: list[str]) -> str:
-    """What may have been meant by an unknown key: one with a similar name here, or the same name in another section."""
-    *sections, key = location
-    known = list(_section(sections).model_fields)
-    elsewhere = [name for name in Recipe.model_fields if key in getattr(_section([name]), "model_fields", {})]
-    if 0 < len(elsewhere) <= 2:
-        return f"; did you mean {' or '.join(f'{name}.{key}' for name in elsewhere)}?"
-    if near := difflib.get_close_matches(key, known, n=1, cutoff=0.5):
-        return f"; did you mean {near[0]}?"
-    return f"; known: {', '.join(known)}"
-
-
-def _section(names: list[str]) -> Any:
-    """The class of a section of the recipe; None for a field that is none."""
-    model: Any = Recipe
-    for name in names:
-        annotation = model.model_fields[name].annotation
-        choices = [annotation, *getattr(annotation, "__args__", ())]
-        model = next((one for one in choices if isinstance(one, type) and issubclass(one, Section)), None)
-    return model
-
-
-def _show(value: Any) -> str:
-    try:
-        return json.dumps(value, default=str, ensure_ascii=False)[:80]
-    except (TypeError, ValueError):  # keys that JSON has not, or a value that holds itself
-        return repr(value)[:80]
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True

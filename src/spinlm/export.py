@@ -6,7 +6,8 @@ from pathlib import Path
 
 from spinlm.config import Recipe
 from spinlm.errors import RunError
-from spinlm.rundir import START, RunDir, atomic_path
+from spinlm.files import atomic_path
+from spinlm.rundir import START, RunDir
 
 log = logging.getLogger("spinlm")
 

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
-from spinlm.rundir import START, RunDir, read_json
+from spinlm.files import read_json
+from spinlm.rundir import START, RunDir
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -6,6 +6,7 @@ runs what `python -m spinlm` runs, with its own arguments, standard streams, sig
 
 import atexit
 import gc
+import importlib
 import json
 import os
 import runpy
@@ -18,6 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+PRELOADED = (
+    *("datasets", "peft", "transformers.models.auto.modeling_auto", "transformers.models.auto.tokenization_auto"),
+    *("transformers.models.llama.modeling_llama", "transformers.models.gpt_neo.modeling_gpt_neo"),
+    *(f"spinlm.{name}" for name in ("chat", "check", "cli", "export", "plan", "selfplay", "summary")),
+)
 PATIENCE = 60  # seconds until a process that should have got somewhere counts as stuck
 
 Ask = Callable[[dict[str, Any]], Any]
@@ -120,20 +126,8 @@ def state(pid: int) -> str:
 
 def serve() -> None:
     """Obey one JSON request a line: `start` forks a command and answers its pid, `poll` answers its exit code."""
-    import datasets  # noqa: F401
-    import peft  # noqa: F401
-    from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
-    from transformers.models.gpt_neo import modeling_gpt_neo  # noqa: F401
-    from transformers.models.llama import modeling_llama  # noqa: F401
-
-    import spinlm.chat
-    import spinlm.check
-    import spinlm.cli
-    import spinlm.export
-    import spinlm.plan
-    import spinlm.selfplay
-    import spinlm.summary  # noqa: F401
-
+    for name in PRELOADED:
+        importlib.import_module(name)
     gc.collect()
     gc.freeze()  # children need not look at all this again
     print("ready", flush=True)

@@ -18,7 +18,7 @@ from runs import HELDOUT, PROMPTS, SHARDS, contents, read_jsons, read_pairs, rea
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from models import save_tiny_model
-from spinlm.config import load_recipe
+from spinlm.recipe import load_recipe
 from spinlm.records import Pair
 
 LN2 = math.log(2)

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 import spinlm
-from spinlm.config import Recipe, Section, at_iteration, load_recipe, parse_recipe
+from spinlm.config import Recipe, Section, at_iteration
 from spinlm.errors import RecipeError
+from spinlm.recipe import load_recipe, parse_recipe
 
 SMALLEST = "model:\n  path: m\ndata:\n  path: d\n"
 

@@ -9,8 +9,9 @@ import pytest
 
 from spinlm.config import Recipe
 from spinlm.evals.heldout import repetition, standard_error, summarise
+from spinlm.files import write_json
 from spinlm.records import HeldOutAnswer, to_line
-from spinlm.rundir import START, RunDir, write_json
+from spinlm.rundir import START, RunDir
 from spinlm.stages.promote import compare, promote
 from spinlm.summary import rows, side_by_side, verdict
 

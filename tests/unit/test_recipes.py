@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from spinlm.config import load_recipe
+from spinlm.recipe import load_recipe
 from spinlm.template import template
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))

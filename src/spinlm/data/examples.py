@@ -11,7 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from spinlm.data.sources import Source, kind_of, open_source
 from spinlm.errors import DataError
 from spinlm.records import Example, Message
 
+Turns = Literal["first", "last", "every"]
 SPLITS = ("heldout", "warmup", "train")  # in the order they are filled
 
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
@@ -54,70 +55,117 @@ def select_examples(
             `error`; or there are fewer usable examples than asked for.
     """
     source = open_source(data)
-    layout = _recognise(source, data.columns)
-    turns = data.turns if layout.messages else "last"  # a prompt may be a conversation; its response is one turn
-    wanted = {"heldout": data.heldout, "warmup": warmup or 0, "train": data.prompts or math.inf}
-    counts = dict.fromkeys(SPLITS, 0)
-    drops = _Drops(source, strict=data.on_bad_row == "error")
-    contents: set[bytes] = set()
-    heldout_prompts: set[bytes] = set()
-    ids: set[str] = set()
-    cut = visited = 0
-
+    draw = _Draw(data, warmup, source, renderer, max_length, write)
     for index in np.random.default_rng(data.seed).permutation(len(source.numbers)).tolist():
-        split = next((split for split in SPLITS if counts[split] < wanted[split]), None)
-        if split is None:
+        if draw.split is None:
             break
-        visited += 1
-        number = source.numbers[index]
-        try:
-            row = source.row(index)
-            conversation = layout.conversation(row)
-            row_id = layout.row_id(row)
-            targets = _targets(conversation, turns)
-        except RowError as error:
-            drops.bad_row(number, error)
-            continue
-        for position, target in enumerate(targets):
-            if counts[split] >= wanted[split]:
-                break
-            messages, response = conversation[:target], conversation[target]["content"]
-            prompt_digest, digest = _digest(messages), _digest([messages, response])
-            if digest in contents:
-                drops.add(number, "duplicate", "the same prompt and response as an earlier row")
-                continue
-            if split != "heldout" and prompt_digest in heldout_prompts:
-                drops.add(number, "prompt_in_heldout", "its prompt is one of the held-out ones")
-                continue
-            try:
-                _check_not_empty(messages, response)
-                encoded = renderer.encode(messages, response, max_length)
-            except RowError as error:
-                drops.bad_row(number, error)
-                continue
-            example_id = row_id or digest.hex()[:16]
-            if len(targets) > 1:
-                example_id += f"-{position}"
-            if example_id in ids:
-                example_id += f"-{digest.hex()[:16]}"
-            ids.add(example_id)
-            contents.add(digest)
-            if split == "heldout":
-                heldout_prompts.add(prompt_digest)
-            counts[split] += 1
-            cut += encoded.cut
-            source_row = f"{source.name}:{number}"
-            write(split, Example(example_id, messages, response, encoded.prompt_ids, encoded.response_ids, source_row))
+        draw.row(index)
+    return draw.selection()
 
-    rows = len(source.numbers)
-    if any(counts[split] < (1 if math.isinf(wanted[split]) else wanted[split]) for split in SPLITS):
-        got = ", ".join(f"{counts[s]} of {'at least 1' if math.isinf(n) else n} {s}" for s, n in wanted.items() if n)
-        why = ", ".join(f"{reason} {count}" for reason, count in drops.counts.items()) or "none"
-        raise DataError(
-            f"{source.where}: not enough usable examples: {got}. Its {rows} rows gave {sum(counts.values())}; dropped: "
-            f"{why}. Add rows, or lower data.heldout, data.prompts or warmup_sft.prompts"
+
+class _Draw:
+    """Fills one split after the other, a row at a time."""
+
+    def __init__(
+        self,
+        data: Data,
+        warmup: int | None,
+        source: Source,
+        renderer: Renderer,
+        max_length: int,
+        write: Callable[[str, Example], None],
+    ):
+        self.source, self.renderer, self.max_length, self.write = source, renderer, max_length, write
+        self.layout = _recognise(source, data.columns)
+        # A prompt column may hold a conversation; its response is one turn.
+        self.turns: Turns = data.turns if self.layout.messages else "last"
+        self.wanted = {"heldout": data.heldout, "warmup": warmup or 0, "train": data.prompts or math.inf}
+        self.counts = dict.fromkeys(SPLITS, 0)
+        self.drops = _Drops(source, strict=data.on_bad_row == "error")
+        self.contents: set[bytes] = set()
+        self.heldout_prompts: set[bytes] = set()
+        self.ids: set[str] = set()
+        self.visited = self.cut = 0
+
+    @property
+    def split(self) -> str | None:
+        """The split that is being filled; None when all are full."""
+        return next((split for split in SPLITS if self.counts[split] < self.wanted[split]), None)
+
+    def row(self, index: int) -> None:
+        """Make examples of a row, all for the split that is being filled."""
+        split = self.split
+        assert split is not None
+        self.visited += 1
+        number = self.source.numbers[index]
+        try:
+            row = self.source.row(index)
+            conversation = self.layout.conversation(row)
+            row_id = self.layout.row_id(row)
+            targets = _targets(conversation, self.turns)
+        except RowError as error:
+            self.drops.bad_row(number, error)
+            return
+        for position, target in enumerate(targets):
+            if self.counts[split] >= self.wanted[split]:
+                return
+            suffix = f"-{position}" if len(targets) > 1 else ""
+            self._example(split, number, row_id, suffix, conversation[:target], conversation[target]["content"])
+
+    def _example(
+        self, split: str, number: int, row_id: str | None, suffix: str, messages: list[Message], response: str
+    ) -> None:
+        """Take one prompt and response, or count why not."""
+        prompt_digest, digest = _digest(messages), _digest([messages, response])
+        if digest in self.contents:
+            self.drops.add(number, "duplicate", "the same prompt and response as an earlier row")
+            return
+        if split != "heldout" and prompt_digest in self.heldout_prompts:
+            self.drops.add(number, "prompt_in_heldout", "its prompt is one of the held-out ones")
+            return
+        try:
+            _check_not_empty(messages, response)
+            encoded = self.renderer.encode(messages, response, self.max_length)
+        except RowError as error:
+            self.drops.bad_row(number, error)
+            return
+        example_id = (row_id or digest.hex()[:16]) + suffix
+        if example_id in self.ids:
+            example_id += f"-{digest.hex()[:16]}"
+        self.ids.add(example_id)
+        self.contents.add(digest)
+        if split == "heldout":
+            self.heldout_prompts.add(prompt_digest)
+        self.counts[split] += 1
+        self.cut += encoded.cut
+        source_row = f"{self.source.name}:{number}"
+        self.write(split, Example(example_id, messages, response, encoded.prompt_ids, encoded.response_ids, source_row))
+
+    def selection(self) -> Selection:
+        """What came of it.
+
+        Raises:
+            DataError: there were fewer usable examples than asked for.
+        """
+        rows = len(self.source.numbers)
+        at_least = {split: 1 if math.isinf(number) else number for split, number in self.wanted.items()}
+        if any(self.counts[split] < number for split, number in at_least.items()):
+            self._not_enough(rows)
+        drops = self.drops
+        return Selection(self.counts, rows, dict(drops.counts), drops.rows, self.cut, rows - self.visited)
+
+    def _not_enough(self, rows: int) -> NoReturn:
+        got = ", ".join(
+            f"{self.counts[split]} of {'at least 1' if math.isinf(number) else number} {split}"
+            for split, number in self.wanted.items()
+            if number
         )
-    return Selection(counts, rows, dict(drops.counts), drops.rows, cut, not_sampled=rows - visited)
+        why = ", ".join(f"{reason} {count}" for reason, count in self.drops.counts.items()) or "none"
+        raise DataError(
+            f"{self.source.where}: not enough usable examples: {got}. Its {rows} rows gave "
+            f"{sum(self.counts.values())}; dropped: {why}. Add rows, or lower data.heldout, data.prompts or "
+            "warmup_sft.prompts"
+        )
 
 
 @dataclass
@@ -297,7 +345,7 @@ def _response(value: Any, name: str) -> Message:
     return messages[0]
 
 
-def _targets(conversation: list[Message], turns: Literal["first", "last", "every"]) -> list[int]:
+def _targets(conversation: list[Message], turns: Turns) -> list[int]:
     """Positions of the assistant messages to learn from: those that come after a message of the user."""
     roles = [message["role"] for message in conversation]
     if "assistant" not in roles:

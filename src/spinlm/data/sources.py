@@ -38,8 +38,7 @@ def open_source(data: Data) -> Source:
     path = Path(data.path).expanduser()
     if path.is_dir():
         raise DataError(f"{data.path}: is a folder; name a file in it ({', '.join(_FILES)})")
-    looks_local = data.path.startswith(("/", "./", "../", "~")) or path.suffix.lower() in _FILES
-    if not looks_local and not path.exists():
+    if not names_a_file(data.path) and not path.exists():
         rows = _hub_rows(data)
         source = Source(data.path, data.path, range(1, len(rows) + 1), rows.__getitem__)
     elif not path.exists():
@@ -57,6 +56,11 @@ def open_source(data: Data) -> Source:
     if not source.numbers:
         raise DataError(f"{data.path}: is empty: it has no rows")
     return source
+
+
+def names_a_file(path: str) -> bool:
+    """Whether a data path means a local file, there or not, and no dataset of the hub."""
+    return path.startswith(("/", "./", "../", "~")) or Path(path).suffix.lower() in _FILES
 
 
 _Rows = tuple[Sequence[int], Callable[[int], Any]]

@@ -5,9 +5,7 @@ A checkpoint holds all that the next step depends on, so a run that is killed an
 weights to the bit.
 """
 
-import logging
 import math
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
@@ -19,15 +17,13 @@ import torch
 from torch import Tensor
 
 from spinlm.config import Train
-from spinlm.errors import RecipeError, RunError, StoppedError, TrainingError
+from spinlm.errors import RecipeError, StoppedError, TrainingError
 from spinlm.interrupt import stop_if_asked
+from spinlm.model.checkpoints import newest, resume, save_checkpoint
 from spinlm.model.players import Players
 from spinlm.model.trees import Tree, lay_out, micro_batches
 from spinlm.progress import track
-from spinlm.rundir import atomic_path, read_json, write_json
 from spinlm.seeds import derive_seed
-
-log = logging.getLogger("spinlm")
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,18 +114,16 @@ def fit(
     begin = resume(checkpoints, players, optimizer)
     players.changed()
     accelerator, module = players.parallel()
-    ends = {index for index, (epoch, _) in enumerate(steps) if index + 1 == len(steps) or steps[index + 1][0] > epoch}
+    module.train()
     with track(what, len(steps), already=begin) as advance:
         for step in range(begin, len(steps)):
             epoch, chosen = steps[step]
             began = time.perf_counter()
-            set_learning_rate(optimizer, learning_rate_at(step, len(steps), how))
+            rate = set_learning_rate(optimizer, learning_rate_at(step, len(steps), how))
             batch = [items[index] for index in chosen]
-            weight = float(items.weights[chosen].sum())
+            backward = _Backward(accelerator, module, objective, weight=float(items.weights[chosen].sum()))
             try:
-                measured = _accumulate(
-                    accelerator, module, objective, batch, weight, packing, how, derive_seed(how.seed, step)
-                )
+                measured = backward(batch, packing, how.tokens_per_micro_batch, derive_seed(how.seed, step))
             except StoppedError:
                 if step > begin:
                     save_checkpoint(checkpoints, players, optimizer, step)
@@ -140,57 +134,48 @@ def fit(
             optimizer.step()
             optimizer.zero_grad()
             tokens = sum(len(item.tree) for item in batch)
-            seconds = time.perf_counter() - began
-            rate = optimizer.param_groups[0]["lr"]
-            on_step(
-                {
-                    "step": step + 1,
-                    "steps": len(steps),
-                    "epoch": epoch + 1,
-                    **measured,
-                    "learning_rate": rate,
-                    "grad_norm": norm,
-                    "tokens_per_second": tokens / seconds,
-                }
-            )
+            speed = {"tokens_per_second": tokens / (time.perf_counter() - began)}
+            place = {"step": step + 1, "steps": len(steps), "epoch": epoch + 1}
+            on_step({**place, **measured, "learning_rate": rate, "grad_norm": norm, **speed})
             advance(1, tokens, f"loss {measured['loss']:.4f}")
-            if step in ends:
+            last = step + 1 == len(steps)
+            if last or steps[step + 1][0] > epoch:
                 on_epoch(epoch + 1)
-            if (step + 1) % how.checkpoint_every == 0 or step + 1 == len(steps):
+                module.train()  # whatever was measured there
+            if last or (step + 1) % how.checkpoint_every == 0:
                 save_checkpoint(checkpoints, players, optimizer, step + 1)
     return len(steps)
 
 
-def _accumulate(
-    accelerator: Any,
-    module: torch.nn.Module,
-    objective: Objective,
-    batch: list[Item],
-    weight: float,
-    packing: str,
-    how: Fit,
-    seed: int,
-) -> dict[str, float]:
-    """Forward and backward over one step's items, a micro-batch at a time; returns means over the step."""
-    module.train()
-    sums: dict[str, float] = {}
-    for number, chosen in enumerate(micro_batches([item.tree for item in batch], how.tokens_per_micro_batch, packing)):
-        stop_if_asked()
-        torch.manual_seed(derive_seed(seed, number))  # the adapter's dropout
-        part = [batch[index] for index in chosen]
-        logprobs = module(lay_out([item.tree for item in part], packing).to(accelerator.device))
-        total = objective(logprobs, part)
-        accelerator.backward(total.loss / weight)
-        for name, value in {"loss": total.loss.item(), **total.extra}.items():
-            sums[name] = sums.get(name, 0.0) + value / weight
-    return sums
+@dataclass(frozen=True)
+class _Backward:
+    """Forward and backward over one step's items, a micro-batch at a time."""
+
+    accelerator: Any
+    module: torch.nn.Module
+    objective: Objective
+    weight: float  # of the items together: sums are divided by it
+
+    def __call__(self, batch: list[Item], packing: str, tokens: int, seed: int) -> dict[str, float]:
+        """Add to the gradients of the parameters; returns means over the step."""
+        sums: dict[str, float] = {}
+        for number, chosen in enumerate(micro_batches([item.tree for item in batch], tokens, packing)):
+            stop_if_asked()
+            torch.manual_seed(derive_seed(seed, number))  # the adapter's dropout
+            part = [batch[index] for index in chosen]
+            logprobs = self.module(lay_out([item.tree for item in part], packing).to(self.accelerator.device))
+            total = self.objective(logprobs, part)
+            self.accelerator.backward(total.loss / self.weight)
+            for name, value in {"loss": total.loss.item(), **total.extra}.items():
+                sums[name] = sums.get(name, 0.0) + value / self.weight
+        return sums
 
 
 def _not_finite(what: str, step: int, loss: float, norm: float, checkpoints: Path) -> str:
-    kept = max((path.name for path in checkpoints.glob("step-*")), default=None)
+    kept = newest(checkpoints)
     return (
         f"{what}, step {step + 1}: the loss is {loss} and the gradient's norm {norm}. Stopped before this step; "
-        + (f"the last good checkpoint is {checkpoints / kept}" if kept else "no checkpoint had been made yet")
+        + (f"the last good checkpoint is {kept}" if kept else "no checkpoint had been made yet")
         + ". Lower train.learning_rate, or compute in model.dtype: float32, and run in another --run-dir"
     )
 
@@ -236,9 +221,11 @@ def learning_rate_at(step: int, steps: int, how: Fit) -> float:
             return how.learning_rate
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> float:
+    """Set it for every parameter, and return it."""
     for group in optimizer.param_groups:
         group["lr"] = rate
+    return rate
 
 
 def find_optimizer(name: str) -> type[torch.optim.Optimizer]:
@@ -270,62 +257,3 @@ def make_optimizer(how: Fit, players: Players) -> torch.optim.Optimizer:
     except (TypeError, ValueError) as error:
         raise RecipeError(f"optimizer {how.optimizer}: {error}; choose another, such as adamw or rmsprop") from error
     return optimizer
-
-
-# Checkpoints: weights.safetensors, optimizer.safetensors, state.json
-
-
-def save_checkpoint(folder: Path, players: Players, optimizer: torch.optim.Optimizer, step: int) -> None:
-    """Save the state after so many complete steps, then remove older ones."""
-    from safetensors.torch import save_file
-
-    target = folder / f"step-{step:06d}"
-    tensors, scalars = {}, {}
-    for index, state in optimizer.state_dict()["state"].items():
-        for key, value in state.items():
-            name = f"{index}.{key}"
-            if isinstance(value, Tensor):
-                tensors[name] = value.detach().contiguous()
-            else:
-                scalars[name] = value
-    with atomic_path(target) as temporary:
-        temporary.mkdir()
-        weights = {name: parameter.detach().contiguous() for name, parameter in players.parameters()}
-        save_file(weights, temporary / "weights.safetensors")
-        save_file(tensors, temporary / "optimizer.safetensors")
-        write_json(temporary / "state.json", {"step": step, "optimizer": scalars})
-    for old in folder.glob("step-*"):
-        if old != target:
-            shutil.rmtree(old)
-
-
-def resume(folder: Path, players: Players, optimizer: torch.optim.Optimizer) -> int:
-    """Load the newest checkpoint of a folder, if there is one; returns the number of complete steps.
-
-    Raises:
-        RunError: it is damaged.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    found = max(folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")), default=None)
-    if found is None:
-        return 0
-    try:
-        weights = load_file(found / "weights.safetensors")
-        tensors: dict[str, Any] = dict(load_file(found / "optimizer.safetensors"))
-        noted = read_json(found / "state.json")
-        with torch.no_grad():
-            for name, parameter in players.parameters():
-                parameter.copy_(weights[name])
-    except (OSError, KeyError, RuntimeError, SafetensorError) as error:
-        raise RunError(
-            f"{found}: damaged checkpoint ({error}). Delete it and run again: training starts over"
-        ) from error
-    state: dict[int, dict[str, Any]] = {}
-    for name, value in {**tensors, **noted["optimizer"]}.items():
-        index, _, key = name.partition(".")
-        state.setdefault(int(index), {})[key] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    log.info("resuming after step %d", noted["step"])
-    return int(noted["step"])

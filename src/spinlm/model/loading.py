@@ -12,7 +12,8 @@ from torch import nn
 
 from spinlm.config import Lora, Model
 from spinlm.errors import ModelError
-from spinlm.rundir import RunDir, atomic_path, read_json, write_json
+from spinlm.files import atomic_path, read_json, write_json
+from spinlm.rundir import RunDir
 
 log = logging.getLogger("spinlm")
 
@@ -219,13 +220,13 @@ def _load_whole(model: Any, folder: Path) -> set[str]:
     return wrong
 
 
-def silence_dropout(model: nn.Module) -> None:
+def silence_dropout(model: Any) -> None:
     """Turn off every dropout but the adapter's own, so that an untrained main player equals its opponent.
 
     Code reads its rate from modules, from their attributes, or from the config: all are set to 0, and a whole model
     that is saved says so in its config.
     """
-    causal: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
     for name, value in causal.config.to_dict().items():
         if isinstance(value, float) and _is_dropout(name):
             setattr(causal.config, name, 0.0)

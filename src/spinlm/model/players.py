@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from spinlm import __version__
 from spinlm.config import Recipe
 from spinlm.data.chat import Renderer
 from spinlm.errors import MissingPackageError, ModelError, RecipeError
+from spinlm.files import atomic_path, read_json, write_json
 from spinlm.model.loading import (
     add_adapter,
     compute_dtype,
@@ -28,7 +30,7 @@ from spinlm.model.loading import (
 )
 from spinlm.model.logprobs import LogProbs, parity_gap
 from spinlm.model.trees import Tree, lay_out, register_tree_attention
-from spinlm.rundir import RunDir, atomic_path, read_json, write_json
+from spinlm.rundir import START, RunDir
 
 log = logging.getLogger("spinlm")
 
@@ -123,6 +125,7 @@ class Players:
             self.model.save_pretrained(folder, **extra)
             if self.recipe.lora is not None:
                 _sort_targets(folder / "adapter_config.json")
+            (folder / "README.md").write_text(_card(self.recipe, iteration), encoding="utf-8")
             self.tokenizer.chat_template = self.renderer.template  # prompted elsewhere as it was here
             self.tokenizer.save_pretrained(folder)
         self._sits = self.run.player(iteration)
@@ -171,6 +174,33 @@ class Players:
         log.info("packing: %s (%s)", "prompt trees" if packing == "tree" else "one response per row", reason)
         write_json(noted, {"packing": packing, "nats_per_token": gaps})
         return packing
+
+
+def _card(recipe: Recipe, iteration: int) -> str:
+    """The model card of a player, in place of PEFT's empty one. A local path is shown by its name alone."""
+
+    def public(path: str) -> str:
+        return Path(path).name if Path(path).exists() else path
+
+    model, library = recipe.model, "transformers" if recipe.lora is None else "peft"
+    base = [f"base_model: {model.path}"] if model.path.count("/") == 1 and not Path(model.path).exists() else []
+    what = "The starting player" if iteration == START else f"The player that iteration {iteration} made"
+    lines = [
+        *(
+            "---",
+            *base,
+            f"library_name: {library}",
+            "pipeline_tag: text-generation",
+            "tags: [spin, self-play]",
+            "---\n",
+        ),
+        f"{what} in self-play fine-tuning (SPIN, arXiv 2401.01335) with spinlm {__version__}.\n",
+        f"- weights: {'the whole model' if recipe.lora is None else 'a LoRA adapter'}",
+        f"- began from: {public(model.path)}{f' at {model.revision}' if model.revision else ''}",
+        f"- data: {public(recipe.data.path)}",
+        f"- loss: {recipe.objective.loss}, beta {recipe.objective.beta}, nll_weight {recipe.objective.nll_weight}",
+    ]
+    return "\n".join(lines) + "\n"
 
 
 _seated: Players | None = None

@@ -1,8 +1,10 @@
 """The plan on a terminal: tables, the numbers they rest on, and notes."""
 
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from spinlm.data.sources import names_a_file
 from spinlm.plan.estimate import OPTIMIZER_BYTES, Plan, Work
 from spinlm.plan.shapes import Shape
 from spinlm.rundir import START
@@ -131,6 +133,8 @@ def _prompts_source(plan: Plan) -> str:
 def notes(plan: Plan) -> Iterator[str]:
     """What makes the numbers less than certain, or the run impossible."""
     recipe, examples, asked = plan.recipe, plan.lengths.examples, plan.recipe.data.prompts or 1
+    if names_a_file(recipe.data.path) and not Path(recipe.data.path).expanduser().is_file():
+        yield f"{recipe.data.path}: no such file, so the run will refuse it. Set data.path."
     if plan.shape is None:
         yield f"Memory, disk for players and time are missing: {plan.shape_source}."
     if examples is None and recipe.data.prompts is None:

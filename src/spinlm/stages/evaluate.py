@@ -5,11 +5,12 @@ import logging
 from spinlm.config import Recipe
 from spinlm.evals.heldout import judge_real, repetition, summarise
 from spinlm.evals.scorers import get_scorer
+from spinlm.files import atomic_file, write_json
 from spinlm.model.players import Players, seat
 from spinlm.opponents import open_opponent
 from spinlm.progress import track
 from spinlm.records import Example, HeldOutAnswer, Sampling, read_lines, read_pairs, to_line
-from spinlm.rundir import START, RunDir, atomic_file, write_json
+from spinlm.rundir import START, RunDir
 from spinlm.seeds import derive_seed
 from spinlm.shards import count_shards
 

@@ -3,12 +3,13 @@
 import logging
 
 from spinlm.config import Recipe
+from spinlm.files import atomic_file
 from spinlm.model.players import Players, seat
 from spinlm.opponents import open_opponent
 from spinlm.opponents.base import Opponent
 from spinlm.progress import Advance, track
 from spinlm.records import Example, Generation, Sampling, to_line
-from spinlm.rundir import RunDir, atomic_file
+from spinlm.rundir import RunDir
 from spinlm.seeds import derive_seed
 from spinlm.shards import count_records, shards
 

@@ -15,11 +15,12 @@ from spinlm import __version__
 from spinlm.config import Recipe
 from spinlm.data.examples import SPLITS, select_examples
 from spinlm.evals.scorers import get_scorer
+from spinlm.files import atomic_file, write_json
 from spinlm.model.fit import find_optimizer
 from spinlm.model.loading import ensure_base, locate
 from spinlm.model.players import check_trackers, seat
 from spinlm.records import Example, to_line
-from spinlm.rundir import START, RunDir, atomic_file, write_json
+from spinlm.rundir import START, RunDir
 
 log = logging.getLogger("spinlm")
 

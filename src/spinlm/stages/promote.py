@@ -7,8 +7,9 @@ import numpy as np
 
 from spinlm.config import Recipe
 from spinlm.evals.heldout import standard_error
+from spinlm.files import write_json
 from spinlm.records import HeldOutAnswer, read_lines
-from spinlm.rundir import START, RunDir, write_json
+from spinlm.rundir import START, RunDir
 
 log = logging.getLogger("spinlm")
 
@@ -50,7 +51,7 @@ def promote(recipe: Recipe, run: RunDir, iteration: int) -> bool:
         "the start" if comparison.against == START else f"iteration {comparison.against}",
         "the best so far" if comparison.better else "not better beyond the noise",
     )
-    if not go_on:
+    if not go_on and iteration + 1 < recipe.selfplay.iterations:
         log.info("no better player for %d iterations: stopping", iteration - best)
     facts = {
         "best": best,

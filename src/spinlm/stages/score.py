@@ -7,12 +7,13 @@ import logging
 from collections import defaultdict
 
 from spinlm.config import Recipe
+from spinlm.files import atomic_path
 from spinlm.interrupt import stop_if_asked
 from spinlm.model.players import Players, seat
 from spinlm.model.trees import Tree, micro_batches
 from spinlm.progress import Advance, track
 from spinlm.records import Example, Generation, Pair, read_lines, read_pairs, write_pairs
-from spinlm.rundir import START, RunDir, atomic_path
+from spinlm.rundir import START, RunDir
 from spinlm.shards import count_records, shards
 from spinlm.stages.generate import SPLITS
 

@@ -5,8 +5,9 @@ from collections.abc import Callable
 from typing import Any
 
 from spinlm.config import Recipe
+from spinlm.files import atomic_file
 from spinlm.model.players import Players
-from spinlm.rundir import RunDir, atomic_file
+from spinlm.rundir import RunDir
 
 
 def recorder(

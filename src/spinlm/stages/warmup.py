@@ -9,11 +9,12 @@ from torch import Tensor
 
 from spinlm.config import Recipe
 from spinlm.evals.heldout import judge_real
+from spinlm.files import read_json, write_json
 from spinlm.model.fit import Fit, Item, Total, fit
 from spinlm.model.players import seat
 from spinlm.model.trees import Tree
 from spinlm.records import Example, read_lines
-from spinlm.rundir import START, RunDir, read_json, write_json
+from spinlm.rundir import START, RunDir
 from spinlm.seeds import derive_seed
 from spinlm.stages.steps import recorder
 

@@ -1,0 +1,95 @@
+"""Files that are whole or not there: written under a temporary name, brought to disk, then renamed."""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from spinlm.errors import RunError
+
+_UMASK = os.umask(0)
+os.umask(_UMASK)
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
+    """Open a temporary file that takes `path`'s name, complete and on disk, when the block ends without an error."""
+    with atomic_path(path) as temporary:
+        with temporary.open(mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A temporary path for a file or a folder that takes the name `path` when the block ends without an error.
+
+    Raises:
+        OSError: it cannot be written; a full disk is ENOSPC, whatever library noticed it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f".{path.name}.tmp"
+    if temporary.is_dir():
+        shutil.rmtree(temporary)
+    try:
+        yield temporary
+        _sync(temporary)
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+    except Exception as error:  # each library tells of a full disk in its own class; anything else goes on as it came
+        if "No space left on device" in str(error):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+        raise
+    if path.is_dir():
+        shutil.rmtree(path)
+    temporary.replace(path)
+    _sync_one(path.parent)
+
+
+def _sync(path: Path) -> None:
+    for child in [*path.rglob("*"), path]:
+        if child.is_file():
+            child.chmod(0o666 & ~_UMASK)  # safetensors lets nobody else read what it writes
+        _sync_one(child)
+
+
+def _sync_one(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as indented JSON, atomically."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write text, atomically."""
+    with atomic_file(path, "w") as file:
+        file.write(text)
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON this program wrote.
+
+    Raises:
+        RunError: the file is damaged.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RunError(f"{path}: damaged ({error}). Delete it and run again to make it anew") from error
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's contents."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

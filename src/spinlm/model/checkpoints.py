@@ -1,0 +1,76 @@
+"""Checkpoints of training: all that the next step depends on.
+
+step-NNNNNN/  weights.safetensors  optimizer.safetensors  state.json
+"""
+
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from spinlm.errors import RunError
+from spinlm.files import atomic_path, read_json, write_json
+from spinlm.model.players import Players
+
+log = logging.getLogger("spinlm")
+
+
+def save_checkpoint(folder: Path, players: Players, optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Save the state after so many complete steps, then remove older ones."""
+    target = folder / f"step-{step:06d}"
+    tensors, scalars = {}, {}
+    for index, state in optimizer.state_dict()["state"].items():
+        for key, value in state.items():
+            name = f"{index}.{key}"
+            if isinstance(value, Tensor):
+                tensors[name] = value.detach().contiguous()
+            else:
+                scalars[name] = value
+    with atomic_path(target) as temporary:
+        temporary.mkdir()
+        weights = {name: parameter.detach().contiguous() for name, parameter in players.parameters()}
+        save_file(weights, temporary / "weights.safetensors")
+        save_file(tensors, temporary / "optimizer.safetensors")
+        write_json(temporary / "state.json", {"step": step, "optimizer": scalars})
+    for old in folder.glob("step-*"):
+        if old != target:
+            shutil.rmtree(old)
+
+
+def resume(folder: Path, players: Players, optimizer: torch.optim.Optimizer) -> int:
+    """Load the newest checkpoint of a folder, if there is one; returns the number of complete steps.
+
+    Raises:
+        RunError: it is damaged.
+    """
+    found = newest(folder)
+    if found is None:
+        return 0
+    try:
+        weights = load_file(found / "weights.safetensors")
+        tensors: dict[str, Any] = dict(load_file(found / "optimizer.safetensors"))
+        noted = read_json(found / "state.json")
+        with torch.no_grad():
+            for name, parameter in players.parameters():
+                parameter.copy_(weights[name])
+    except (OSError, KeyError, RuntimeError, SafetensorError) as error:
+        raise RunError(
+            f"{found}: damaged checkpoint ({error}). Delete it and run again: training starts over"
+        ) from error
+    state: dict[int, dict[str, Any]] = {}
+    for name, value in {**tensors, **noted["optimizer"]}.items():
+        index, _, key = name.partition(".")
+        state.setdefault(int(index), {})[key] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    log.info("resuming after step %d", noted["step"])
+    return int(noted["step"])
+
+
+def newest(folder: Path) -> Path | None:
+    """The newest checkpoint of a folder."""
+    return max(folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")), default=None)
