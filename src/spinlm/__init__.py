@@ -2,11 +2,11 @@
 
 from typing import TYPE_CHECKING, Any
 
-from spinlm.config import Recipe
 from spinlm.errors import SpinError
-from spinlm.recipe import load_recipe
 
 if TYPE_CHECKING:
+    from spinlm.config import Recipe
+    from spinlm.recipe import load_recipe
     from spinlm.selfplay import run
 
 __all__ = ["Recipe", "SpinError", "__version__", "load_recipe", "run"]
@@ -15,7 +15,16 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    if name == "run":  # brings torch, so only when it is asked for
+    """Names that bring pydantic or torch are imported when they are asked for."""
+    if name == "Recipe":
+        from spinlm.config import Recipe
+
+        return Recipe
+    if name == "load_recipe":
+        from spinlm.recipe import load_recipe
+
+        return load_recipe
+    if name == "run":
         from spinlm.selfplay import run
 
         return run

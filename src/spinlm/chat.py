@@ -7,7 +7,7 @@ from spinlm.data.chat import RowError
 from spinlm.model.players import seat
 from spinlm.opponents import open_opponent
 from spinlm.records import Message, Sampling
-from spinlm.rundir import RunDir
+from spinlm.rundir import START, RunDir
 
 
 def ask(
@@ -35,6 +35,7 @@ def ask(
     texts = []
     for iteration in iterations:
         players.become(iteration)
-        ((answer,),) = open_opponent(recipe, players).answer([prompt], sampling, seed, lambda ended, tokens: None)
+        opponent = open_opponent(recipe, players, run.facts("warmup", START)["packing"])
+        ((answer,),) = opponent.answer([prompt], sampling, seed, lambda ended, tokens: None)
         texts.append(players.renderer.decode(answer.token_ids))
     return texts

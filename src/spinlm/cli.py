@@ -7,21 +7,23 @@ import shutil
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from spinlm import __version__
-from spinlm.config import Recipe
 from spinlm.errors import RunError, SpinError
 from spinlm.files import read_json, write_text
-from spinlm.recipe import load_recipe, parse_recipe
 from spinlm.rundir import RunDir
+
+if TYPE_CHECKING:
+    from spinlm.config import Recipe
 
 app = typer.Typer(
     name="spinlm",
     help="Improve a fine-tuned language model by self-play (SPIN, arXiv 2401.01335), from the data it was tuned on.",
     no_args_is_help=True,
+    rich_markup_mode=None,  # plain help comes in half the time
     add_completion=False,
     pretty_exceptions_enable=False,
 )
@@ -50,7 +52,7 @@ def run(
     fresh: Annotated[bool, typer.Option("--fresh", help="Delete what an earlier run left in the folder.")] = False,
 ) -> None:
     """Play a recipe to its end, or on from where it stopped."""
-    loaded = load_recipe(recipe, overrides or ())
+    loaded = _load(recipe, overrides)
     folder = _run_folder(recipe, run_dir)
 
     from spinlm import selfplay
@@ -61,19 +63,19 @@ def run(
 
 @app.command()
 def plan(recipe: RecipePath, overrides: Overrides = None, run_dir: RunOption = None) -> None:
-    """Show what a recipe will take: pairs, steps, tokens, memory, disk, time. Loads no weights, needs no network."""
+    """Show what a recipe will take. Pairs, steps, tokens, memory, disk, time: without weights, without network."""
     from rich.console import Console
 
     from spinlm.plan import make_plan, render
 
-    loaded = load_recipe(recipe, overrides or ())
+    loaded = _load(recipe, overrides)
     Console().print(render(make_plan(loaded, RunDir(_run_folder(recipe, run_dir)))))
 
 
 @app.command()
 def check(recipe: RecipePath, overrides: Overrides = None) -> None:
-    """Load the model and try everything once: template, end token, ln 2, packing, precision, memory, a few prompts."""
-    loaded = load_recipe(recipe, overrides or ())
+    """Try everything a run needs once. Template, end token, ln 2, packing, precision, memory, a few prompts."""
+    loaded = _load(recipe, overrides)
 
     from spinlm.check import check as check_recipe
 
@@ -115,7 +117,7 @@ def export(
         str | None, typer.Option(help="Upload the result, too; a new repository is private.")
     ] = None,
 ) -> None:
-    """Take a player out of a run: an adapter for PEFT, or a whole model for transformers."""
+    """Take a player out of a run. An adapter for PEFT, or a whole model for transformers."""
     from spinlm.export import export as export_player
     from spinlm.export import push, which_player
 
@@ -217,10 +219,18 @@ def _run_folder(recipe: Path, run_dir: Path | None) -> Path:
     return run_dir or Path("runs") / recipe.stem
 
 
-def _open_run(path: Path) -> tuple[RunDir, Recipe]:
+def _load(recipe: Path, overrides: list[str] | None) -> "Recipe":
+    from spinlm.recipe import load_recipe
+
+    return load_recipe(recipe, overrides or ())
+
+
+def _open_run(path: Path) -> tuple[RunDir, "Recipe"]:
     run = RunDir(path)
     if not run.recipe.exists():
         raise RunError(f"{path}: not a run folder (it has no {run.recipe.name}). `spinlm run RECIPE` makes one")
+    from spinlm.recipe import parse_recipe
+
     return run, parse_recipe(read_json(run.recipe), str(run.recipe))
 
 

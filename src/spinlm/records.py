@@ -94,15 +94,24 @@ def read_lines(path: Path, kind: type[Record]) -> Iterator[Record]:
     Raises:
         RunError: a line is not such a record (the file was cut off or edited).
     """
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
-            try:
-                yield kind(**json.loads(line))
-            except (ValueError, TypeError) as error:
-                raise RunError(
-                    f"{path}, line {number}: not a valid {kind.__name__} ({error}). The file was damaged after it was "
-                    "written; delete it and the markers (*.done) of its iteration, then run again"
-                ) from error
+            yield read_line(line, kind, path, number)
+
+
+def read_line(line: bytes, kind: type[Record], path: Path, number: int) -> Record:
+    """The record on a line of a file.
+
+    Raises:
+        RunError: it is not such a record (the file was cut off or edited).
+    """
+    try:
+        return kind(**json.loads(line))
+    except (ValueError, TypeError) as error:
+        raise RunError(
+            f"{path}, line {number}: not a valid {kind.__name__} ({error}). The file was damaged after it was "
+            "written; delete it and the markers (*.done) of its iteration, then run again"
+        ) from error
 
 
 def _pair_schema() -> Any:

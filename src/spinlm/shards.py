@@ -1,11 +1,13 @@
-"""Reading record files a shard of examples at a time, so that a data set is never in memory at once."""
+"""Reading record files a shard or a record at a time, so that a data set is never in memory at once."""
 
 import itertools
 import math
+from array import array
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Generic
 
-from spinlm.records import Record, read_lines
+from spinlm.records import Record, read_line, read_lines
 
 
 def shards(path: Path, kind: type[Record], size: int) -> Iterator[list[Record]]:
@@ -24,3 +26,27 @@ def count_records(path: Path) -> int:
 def count_shards(path: Path, size: int) -> int:
     """How many shards `shards` yields."""
     return math.ceil(count_records(path) / size)
+
+
+class RecordFile(Generic[Record]):
+    """The records of a file by their number, each read when it is asked for."""
+
+    def __init__(self, path: Path, kind: type[Record]):
+        self.path = path
+        self.kind: type[Record] = kind
+        self._starts = array("q")  # in bytes
+        start = 0
+        with path.open("rb") as file:
+            for line in file:
+                self._starts.append(start)
+                start += len(line)
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __getitem__(self, index: int) -> Record:
+        """Raises RunError where the line is not such a record."""
+        with self.path.open("rb") as file:
+            file.seek(self._starts[index])
+            line = file.readline()
+        return read_line(line, self.kind, self.path, index + 1)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from models import ARCHITECTURES, save_tiny_model, tiny_model, tiny_recipe
+from spinlm.model.decoding import RaggedRows
 from spinlm.model.logprobs import LogProbs
 from spinlm.model.players import Players
 from spinlm.model.trees import Tree, lay_out, register_tree_attention
@@ -41,8 +42,9 @@ def answer(
     seed: int = 0,
     batch_size: int = 4,
     progress: Progress = lambda ended, tokens: None,
+    packing: str = "tree",
 ) -> list[list[Answer]]:
-    engine = LocalOpponent(LogProbs(model), batch_size)
+    engine = LocalOpponent(LogProbs(model), batch_size, packing)
     return engine.answer(prompts, sampling, seed, progress)
 
 
@@ -61,8 +63,16 @@ def generated(model: Any, prompt: list[int], stop_ids: Sequence[int], limit: int
     return found
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_greedy_answers_are_those_of_transformers(architecture: str) -> None:
+@pytest.mark.parametrize(
+    ("architecture", "packing"),
+    [
+        (name, packing)
+        for name in ARCHITECTURES
+        for packing in ("tree", "pair")
+        if (name, packing) != ("gpt_neo", "tree")
+    ],
+)
+def test_greedy_answers_are_those_of_transformers(architecture: str, packing: str) -> None:
     model = tiny_model(architecture, vocabulary=V, tie_word_embeddings=False)  # tied, it repeats itself for ever
     free = [generated(model, prompt, [V + 1], 20) for prompt in PROMPTS]
     assert len({tuple(tokens) for tokens in free}) == len(PROMPTS) - 1
@@ -71,7 +81,7 @@ def test_greedy_answers_are_those_of_transformers(architecture: str) -> None:
     expected = [generated(model, prompt, stops, 20) for prompt in PROMPTS]
     assert len({len(tokens) for tokens in expected}) > 2
 
-    answers = [one for (one,) in answer(model, PROMPTS, Sampling(0.0, 1.0, 20, 1000, 1, stops))]
+    answers = [one for (one,) in answer(model, PROMPTS, Sampling(0.0, 1.0, 20, 1000, 1, stops), packing=packing)]
 
     assert [one.token_ids for one in answers] == expected
     assert [one.finished for one in answers] == [tokens[-1] in stops for tokens in expected]
@@ -81,8 +91,52 @@ def test_greedy_answers_are_those_of_transformers(architecture: str) -> None:
 def test_batches_and_samples_do_not_change_greedy_answers() -> None:
     model = tiny_model("llama", vocabulary=V)
     alone = [one.token_ids for (one,) in answer(model, PROMPTS, GREEDY, batch_size=1)]
-    together = answer(model, PROMPTS, Sampling(0.0, 1.0, 20, 1000, 3, (2,)), batch_size=7)
-    assert [[one.token_ids for one in given] for given in together] == [[tokens] * 3 for tokens in alone]
+    for packing in ("tree", "pair"):
+        together = answer(model, PROMPTS, Sampling(0.0, 1.0, 20, 1000, 3, (2,)), batch_size=7, packing=packing)
+        assert [[one.token_ids for one in given] for given in together] == [[tokens] * 3 for tokens in alone]
+
+
+def test_an_answer_depends_on_nothing_but_the_seed_and_its_prompts_place() -> None:
+    """Not on how many run at once, on who comes and goes beside it, or on the way the model is computed."""
+    model = tiny_model("llama", vocabulary=V)
+    sampling = Sampling(1.0, 1.0, 12, 1000, 2, tuple(range(40, 50)))
+    expected = [[one.token_ids for one in given] for given in answer(model, PROMPTS, sampling, batch_size=1)]
+    assert len({len(tokens) for given in expected for tokens in given}) > 3
+    for batch_size, packing in ((2, "tree"), (5, "tree"), (100, "tree"), (5, "pair")):
+        found = answer(model, PROMPTS, sampling, batch_size=batch_size, packing=packing)
+        assert [[one.token_ids for one in given] for given in found] == expected
+
+
+def test_a_row_that_is_free_is_taken_by_the_next_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So the model is asked fewer times than it would be if each batch waited for its longest response."""
+    model = tiny_model("llama", vocabulary=V)
+    sampling = Sampling(1.0, 1.0, 40, 1000, 8, tuple(range(30, 34)))
+    steps: list[int] = []
+    step = RaggedRows.step
+
+    def counted(rows: RaggedRows, tokens: torch.Tensor) -> torch.Tensor:
+        steps.append(len(tokens))
+        return step(rows, tokens)
+
+    monkeypatch.setattr(RaggedRows, "step", counted)
+    lengths = [len(one.token_ids) for given in answer(model, PROMPTS, sampling, batch_size=8) for one in given]
+    assert sum(steps) == sum(lengths) - len(lengths)  # every token but the first of each: nothing is computed in vain
+    waiting = sum(max(lengths[start : start + 8]) for start in range(0, len(lengths), 8))
+    assert len(steps) < 0.75 * waiting
+
+
+def test_a_prompt_with_several_samples_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama", vocabulary=V)
+    fed: list[int] = []
+    model.base_model.register_forward_pre_hook(
+        lambda _, args, kw: fed.append(kw["input_ids"].numel()), with_kwargs=True
+    )
+    answer(model, PROMPTS, Sampling(1.0, 1.0, 1, 1000, 5, ()), batch_size=100)
+    assert fed == [sum(map(len, PROMPTS))]
+    monkeypatch.setattr("spinlm.model.decoding.PREFILL_TOKENS", 23)
+    fed.clear()
+    answer(model, PROMPTS, Sampling(1.0, 1.0, 1, 1000, 5, ()), batch_size=100)
+    assert fed == [23, 22, 12]  # of 23, 11, 11, 6, 5, 1
 
 
 def test_the_seed_decides_the_answers() -> None:
@@ -102,7 +156,7 @@ def test_the_seed_decides_the_answers() -> None:
 def test_answers_are_the_current_players(tmp_path: Path, lora: Any) -> None:
     recipe = tiny_recipe(save_tiny_model(tmp_path / "model"), lora=lora)
     players = Players(recipe, RunDir(tmp_path / "run"))
-    engine = open_opponent(recipe, players)
+    engine = open_opponent(recipe, players, "tree")
     asked = (PROMPTS, GREEDY, 0, lambda ended, tokens: None)
     players.save(0)
     before = engine.answer(*asked)
@@ -125,7 +179,8 @@ def test_answering_leaves_a_model_that_trains_and_scores() -> None:
     logprobs = LogProbs(model)
     layout = lay_out([Tree(ids(5, 1), (ids(4, 2), ids(3, 3)))], "tree")
     before = logprobs(layout)
-    LocalOpponent(logprobs, 4).answer(PROMPTS, FREE, 0, lambda ended, tokens: None)
+    for packing in ("tree", "pair"):
+        LocalOpponent(logprobs, 4, packing).answer(PROMPTS, FREE, 0, lambda ended, tokens: None)
     after = logprobs(layout)
     assert torch.equal(before, after)
     after.sum().backward()
@@ -186,7 +241,8 @@ def test_progress_adds_up_to_the_answers_and_their_tokens() -> None:
 def test_the_samplers_log_probability_is_the_scorers(architecture: str, sampling: Sampling) -> None:
     """Whatever the temperature: it is that of the model itself."""
     model = tiny_model(architecture, vocabulary=V)
-    answers = answer(model, PROMPTS, sampling)
+    packing = "pair" if architecture == "gpt_neo" else "tree"
+    answers = answer(model, PROMPTS, sampling, packing=packing)
     trees = [Tree(p, tuple(one.token_ids for one in given)) for p, given in zip(PROMPTS, answers, strict=True)]
     scored = LogProbs(model)(lay_out(trees, "pair")).tolist()
     assert [one.logprob for given in answers for one in given] == pytest.approx(scored, abs=1e-4)
@@ -195,8 +251,8 @@ def test_the_samplers_log_probability_is_the_scorers(architecture: str, sampling
 # The distribution
 
 
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+def draws(count: int) -> torch.Tensor:
+    return torch.rand(count, generator=torch.Generator().manual_seed(0))
 
 
 def assert_frequencies(counts: Counter[int], expected: Sequence[float]) -> None:
@@ -212,7 +268,7 @@ LOGITS = [0.3, -1.0, 2.0, 0.0, -4.0, 1.1]
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 2.0])
 def test_frequencies_are_the_softmax(temperature: float) -> None:
-    chosen, logprobs = sample(torch.tensor(LOGITS).expand(20_000, 6), temperature, 1.0, generator())
+    chosen, logprobs = sample(torch.tensor(LOGITS).expand(20_000, 6), temperature, 1.0, draws(20_000))
     weights = [math.exp(logit / temperature) for logit in LOGITS]
     assert_frequencies(Counter(chosen.tolist()), [weight / sum(weights) for weight in weights])
     # The log-probability is the model's own, at temperature 1.
@@ -238,7 +294,7 @@ def test_top_p_keeps_the_nucleus(top_p: float, nucleus: list[int]) -> None:
     """Of ⅛, ¼, 1/32, ½, 3/32: the fewest of the most likely tokens that hold at least top_p."""
     probs = [1 / 8, 1 / 4, 1 / 32, 1 / 2, 3 / 32]
     logits = torch.tensor(probs).log() + 3
-    chosen, logprobs = sample(logits.expand(20_000, 5), 1.0, top_p, generator())
+    chosen, logprobs = sample(logits.expand(20_000, 5), 1.0, top_p, draws(20_000))
     counts = Counter(chosen.tolist())
     assert counts.keys() == {*nucleus}
     kept = sum(probs[token] for token in nucleus)
@@ -249,24 +305,30 @@ def test_top_p_keeps_the_nucleus(top_p: float, nucleus: list[int]) -> None:
 def test_top_p_is_of_the_distribution_at_the_temperature() -> None:
     """At temperature ½ the probabilities ½, ¼, ¼ are ⅔, ⅙, ⅙."""
     logits = torch.tensor([0.5, 0.25, 0.25]).log()
-    chosen, _ = sample(logits.expand(2000, 3), 0.5, 0.6, generator())
+    chosen, _ = sample(logits.expand(2000, 3), 0.5, 0.6, draws(2000))
     assert chosen.unique().tolist() == [0]
-    chosen, _ = sample(logits.expand(2000, 3), 1.0, 0.6, generator())
+    chosen, _ = sample(logits.expand(2000, 3), 1.0, 0.6, draws(2000))
     assert len(chosen.unique()) == 2
 
 
 def test_greedy_takes_the_most_likely() -> None:
     logits = torch.tensor([LOGITS, LOGITS[::-1]])
-    chosen, logprobs = sample(logits, 0.0, 0.5, generator())
+    chosen, logprobs = sample(logits, 0.0, 0.5, draws(2))
     assert chosen.tolist() == [2, 3]
     torch.testing.assert_close(logprobs, torch.log_softmax(logits, dim=-1).max(dim=-1).values)
+
+
+def test_a_token_of_probability_zero_is_never_drawn() -> None:
+    logits = torch.tensor([-math.inf, 0.0, -math.inf, 0.0, -math.inf]).expand(4, 5)
+    extremes = torch.tensor([0.0, 0.5, 0.499999, 1 - 2**-24])
+    assert sample(logits, 1.0, 1.0, extremes)[0].tolist() == [1, 3, 1, 3]
 
 
 def test_rows_are_drawn_each_from_their_own_logits() -> None:
     logits = torch.full((3, 4), -100.0)
     logits[0, 3] = logits[1, 0] = logits[2, 2] = 0.0
     for top_p in (1.0, 0.9):
-        assert sample(logits, 1.0, top_p, generator())[0].tolist() == [3, 0, 2]
+        assert sample(logits, 1.0, top_p, draws(3))[0].tolist() == [3, 0, 2]
 
 
 def test_answers_have_the_models_distribution() -> None:

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from spinlm.errors import ModelError
+from spinlm.model.kernels import linear
 from spinlm.model.trees import TREE_ATTENTION, Layout, Tree, lay_out
 
-CHUNK_ELEMENTS = 1 << 24  # of a chunk of logits: 64 MB in float32
+CHUNK_ELEMENTS = 1 << 23  # of a chunk of logits: 32 MB in float32, which glibc still reuses without new pages
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +32,7 @@ class HeadShape:
 
     def logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """[M, D] → [M, V] in float32."""
-        logits = torch.nn.functional.linear(hidden, weight, bias).float()
+        logits = linear(hidden, weight, bias).float()
         if self.scale != 1.0:
             logits *= self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
@@ -101,11 +102,19 @@ class LogProbs(nn.Module):
     def tokens(self, layout: Layout) -> Tensor:
         """Log-probability of each predicted token: [M] in float32."""
         hidden = self.hidden(layout)  # [M, D]
+        weight, bias = self._head()
+        return _target_logprobs(hidden.to(weight.dtype), weight, bias, layout.targets, self.shape)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits of a few final hidden states, for sampling: [M, D] → [M, V] in float32."""
+        weight, bias = self._head()
+        return self.shape.logits(hidden.to(weight.dtype), weight, bias)
+
+    def _head(self) -> tuple[Tensor, Tensor | None]:
+        """Weight [V, D] and bias [V] of the output head, in the precision to compute in."""
         head = self.causal.get_output_embeddings()
-        weight, bias = head.weight, getattr(head, "bias", None)
-        dtype = self.autocast or weight.dtype
-        bias = None if bias is None else bias.to(dtype)
-        return _target_logprobs(hidden.to(dtype), weight.to(dtype), bias, layout.targets, self.shape)
+        dtype, bias = self.autocast or head.weight.dtype, getattr(head, "bias", None)
+        return head.weight.to(dtype), None if bias is None else bias.to(dtype)
 
     def hidden(self, layout: Layout) -> Tensor:
         """Final hidden states at the positions that predict a response token: [M, D]."""
@@ -164,10 +173,10 @@ class _TargetLogProbs(torch.autograd.Function):
         unit = torch.empty_like(hidden) if form_gradient else None
         for rows in _chunks(len(hidden), len(weight)):
             logits = shape.logits(hidden[rows], weight, bias)
-            total = logits.logsumexp(dim=1, keepdim=True)
-            logprobs[rows] = (logits.gather(1, targets[rows, None]) - total).squeeze(1)
+            scores = _Softmax(logits, targets[rows], shape, keep=form_gradient)
+            logprobs[rows] = scores.logprob
             if unit is not None:
-                unit[rows] = _logit_gradient(logits, total, targets[rows], shape).to(weight.dtype) @ weight
+                unit[rows] = linear(scores.gradient().to(weight.dtype), weight.t())
         ctx.shape = shape
         ctx.formed = form_gradient
         ctx.save_for_backward(*((unit,) if unit is not None else (hidden, weight, bias, targets)))
@@ -186,8 +195,7 @@ class _TargetLogProbs(torch.autograd.Function):
         grad_bias = torch.zeros_like(bias) if need_bias else None
         for rows in _chunks(len(hidden), len(weight)):
             logits = ctx.shape.logits(hidden[rows], weight, bias)
-            total = logits.logsumexp(dim=1, keepdim=True)
-            grad = _logit_gradient(logits, total, targets[rows], ctx.shape) * upstream[rows, None]
+            grad = _Softmax(logits, targets[rows], ctx.shape, keep=True).gradient() * upstream[rows, None]
             grad = grad.to(weight.dtype)
             if grad_hidden is not None:
                 grad_hidden[rows] = grad @ weight
@@ -198,12 +206,26 @@ class _TargetLogProbs(torch.autograd.Function):
         return grad_hidden, grad_weight, grad_bias, None, None
 
 
-def _logit_gradient(logits: Tensor, total: Tensor, targets: Tensor, shape: HeadShape) -> Tensor:
-    """∂ log p(y) / ∂ (linear output) for each row: one-hot(y) − p, through the head's shape. Overwrites `logits`."""
-    final = logits if shape.softcap is None else logits.clone()
-    grad = logits.sub_(total).exp_().neg_()
-    grad[torch.arange(len(grad), device=grad.device), targets] += 1
-    return shape.backward_(grad, final)
+class _Softmax:
+    """log p(y) of each row of logits, and its gradient at the linear layer's output. Overwrites the logits.
+
+    In place, since a second tensor of this size costs more in page faults than the arithmetic.
+    """
+
+    def __init__(self, logits: Tensor, targets: Tensor, shape: HeadShape, *, keep: bool):
+        self.at, self.shape = (torch.arange(len(logits), device=logits.device), targets), shape
+        self.capped = logits.clone() if keep and shape.softcap is not None else logits
+        highest = logits.amax(dim=1, keepdim=True)
+        of_target = logits[self.at] - highest.squeeze(1)
+        self.exponentials = logits.sub_(highest).exp_()  # [M, V]
+        self.total = self.exponentials.sum(dim=1)
+        self.logprob = of_target - self.total.log()  # [M]
+
+    def gradient(self) -> Tensor:
+        """one-hot(y) − p, through the head's shape: [M, V]."""
+        grad = self.exponentials.div_(-self.total[:, None])
+        grad[self.at] += 1
+        return self.shape.backward_(grad, self.capped)
 
 
 def _chunks(rows: int, vocabulary: int) -> list[slice]:

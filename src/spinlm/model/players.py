@@ -18,6 +18,7 @@ from spinlm.config import Recipe
 from spinlm.data.chat import Renderer
 from spinlm.errors import MissingPackageError, ModelError, RecipeError
 from spinlm.files import atomic_path, read_json, write_json
+from spinlm.model.fused import fuse_adapters
 from spinlm.model.loading import (
     add_adapter,
     compute_dtype,
@@ -69,6 +70,7 @@ class Players:
         model = load_model(self.recipe.model, self.path, stored)
         if self.recipe.lora is not None:
             model = add_adapter(model, self.recipe.lora, self.recipe.seed, self.recipe.model.revision)
+            fuse_adapters(model)
         silence_dropout(model)
         if self.recipe.train.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -153,9 +153,12 @@ def tree_attention(
     softcap: float | None = None,
     sliding_window: int | None = None,
     spans: tuple[Span, ...] = (),
+    ends: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Attention over one row of trees that never computes a block between branches or between trees.
+
+    Or, with `ends`, of one new token in each of many rows that have been computed before; K is their longest.
 
     Args:
         module: the attention layer that calls.
@@ -168,16 +171,20 @@ def tree_attention(
         softcap: scores become softcap · tanh(score / softcap), as in Gemma 2.
         sliding_window: a token sees this many positions, itself included.
         spans: where the trees lie.
+        ends: [rows] the position of each row's new token. Then query is [rows, heads, 1, head size], and key and value
+            are [rows, key heads, K, head size].
 
     Returns:
-        [1, L, heads, head size], and None for the attention weights.
+        [1, L, heads, head size] or [rows, 1, heads, head size], and None for the attention weights.
 
     Raises:
         ModelError: the model has not passed the spans on.
     """
+    attend = _Attend(scaling, softcap, sliding_window)
+    if ends is not None:
+        return attend.last(query, key, value, ends).transpose(1, 2), None
     if not spans:
         raise ModelError(f"{type(module).__name__}: does not hand the layout of prompt trees down to its attention")
-    attend = _Attend(scaling, softcap, sliding_window)
     out = []
     for span in spans:
         first = span.branches[0][1] if span.branches else 0
@@ -219,9 +226,25 @@ class _Attend:
             )
         groups = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+        return self._explicit(query, key, value, self._mask(q, k, query.device))
+
+    def last(self, query: Tensor, key: Tensor, value: Tensor, ends: Tensor) -> Tensor:
+        """The query of one token in each row, at its position `ends`: [B, H, 1, D], [B, G, K, D] → [B, H, 1, D].
+
+        Heads that share a key go together as the rows of one product, so that keys are read once, where they are.
+        """
+        rows, heads, _, size = query.shape
+        behind = ends[:, None] - torch.arange(key.shape[2], device=query.device)  # [B, K]
+        mask = behind >= 0 if self.window is None else (behind >= 0) & (behind < self.window)
+        grouped = query.view(rows, key.shape[1], heads // key.shape[1], size)
+        return self._explicit(grouped, key, value, mask[:, None, None]).reshape(rows, heads, 1, -1)
+
+    def _explicit(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+        """By its formula: [B, G, Q, D], [B, G, K, D], [B, G, K, D] → [B, G, Q, D]."""
         scores = query @ key.transpose(2, 3) * (self.scaling or query.shape[-1] ** -0.5)
-        scores = self.softcap * torch.tanh(scores / self.softcap)
-        scores = scores.masked_fill(~self._mask(q, k, query.device), float("-inf"))
+        if self.softcap is not None:
+            scores = self.softcap * torch.tanh(scores / self.softcap)
+        scores = scores.masked_fill(~mask, float("-inf"))
         return torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype) @ value
 
     def _mask(self, q: int, k: int, device: torch.device) -> Tensor:

@@ -1,28 +1,53 @@
 """The opponent inside this process: batched sampling with the model that also trains.
 
-Prompts are sorted by length and padded on the left. A response that ends leaves the batch at once, so a batch never
-waits for its longest one at full width.
+A response that ends leaves the batch at once, and with models that take prompt trees the next prompt takes its place,
+so a batch never waits for its longest response.
 """
 
+from collections import deque
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from spinlm.errors import ModelError
 from spinlm.interrupt import stop_if_asked
+from spinlm.model.decoding import PaddedRows, RaggedRows, Rows
+from spinlm.model.fused import packed_adapters
 from spinlm.model.logprobs import LogProbs
 from spinlm.opponents.base import Answer, Progress
 from spinlm.records import Sampling
+
+REFILL = 4  # new prompts come in when one in so many rows is free
+
+
+@dataclass(slots=True)
+class _Reply:
+    """A response in progress."""
+
+    prompt: int  # which
+    limit: int  # of its tokens
+    draws: Tensor  # [limit] the random number behind each token
+    tokens: list[int] = field(default_factory=list)
+    logprob: float = 0.0
+    finished: bool = False
 
 
 class LocalOpponent:
     """The transformers engine."""
 
-    def __init__(self, logprobs: LogProbs, batch_size: int):
+    def __init__(self, logprobs: LogProbs, batch_size: int, packing: str):
+        """
+        Args:
+            logprobs: the model, holding the current opponent.
+            batch_size: responses that run at once.
+            packing: `tree` for a model whose attention takes prompt trees, else `pair`.
+        """
         self.logprobs = logprobs
         self.batch_size = batch_size
+        self.packing = packing
 
     @torch.inference_mode()
     def answer(
@@ -30,91 +55,78 @@ class LocalOpponent:
     ) -> list[list[Answer]]:
         """See `Opponent.answer`."""
         self.logprobs.eval()
-        self.logprobs.use_attention(tree=False)
         device = next(self.logprobs.parameters()).device
-        generator = torch.Generator(device).manual_seed(seed)
+        replies = [
+            _begin(index, len(prompt), number, sampling, seed)
+            for index, prompt in enumerate(prompts)
+            for number in range(sampling.samples)
+        ]
+        # The longest first: rows for them have room for all that come later.
+        waiting = deque(sorted(replies, key=lambda reply: -len(prompts[reply.prompt])))
+        kind = self.logprobs.autocast
+        autocast = torch.autocast(device.type, dtype=kind, enabled=kind is not None)
+        with autocast, packed_adapters(self.logprobs.causal, self.batch_size):
+            self._decode(self._rows(prompts, replies), prompts, waiting, sampling, progress)
+        self.logprobs.use_attention(tree=False)  # the model as others expect it
         answers: list[list[Answer]] = [[] for _ in prompts]
-        jobs = [index for index in range(len(prompts)) for _ in range(sampling.samples)]
-        jobs.sort(key=lambda index: (len(prompts[index]), index))
-        for start in range(0, len(jobs), self.batch_size):
-            batch = jobs[start : start + self.batch_size]
-            with torch.autocast(device.type, dtype=self.logprobs.autocast, enabled=self.logprobs.autocast is not None):
-                replies = _decode(self.logprobs.causal, [prompts[i] for i in batch], sampling, generator, progress)
-            for index, reply in zip(batch, replies, strict=True):
-                answers[index].append(reply)
+        for reply in replies:
+            answers[reply.prompt].append(Answer(reply.tokens, reply.finished, reply.logprob))
         return answers
 
+    def _rows(self, prompts: Sequence[Sequence[int]], replies: list[_Reply]) -> Rows:
+        if self.packing != "tree":
+            return PaddedRows(self.logprobs)
+        room = max((len(prompts[reply.prompt]) + reply.limit for reply in replies), default=0)
+        return RaggedRows(self.logprobs, min(self.batch_size, len(replies)), room)
 
-def _decode(
-    model: Any,
-    prompts: list[Sequence[int]],
-    sampling: Sampling,
-    generator: torch.Generator,
-    progress: Progress,
-) -> list[Answer]:
-    """Continue prompts until each has reached a stop token or the limit.
-
-    Shapes: B responses still running, P longest prompt, V vocabulary.
-    """
-    from transformers import DynamicCache
-
-    device = generator.device
-    width = max(len(prompt) for prompt in prompts)
-    ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)  # [B, P]
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)  # [B, P + generated]
-    position = (mask.cumsum(1) - 1).clamp(min=0)
-    stop = torch.tensor(sampling.stop_ids, device=device)
-    tokens: list[list[int]] = [[] for _ in prompts]
-    logprob = [0.0] * len(prompts)
-    finished = [False] * len(prompts)
-    limit = torch.tensor(
-        [min(sampling.max_new_tokens, sampling.max_length - len(prompt)) for prompt in prompts], device=device
-    )
-    running = list(range(len(prompts)))  # which response each row of the batch is
-    cache = DynamicCache(config=model.config)
-    for generated in range(1, sampling.max_new_tokens + 1):
-        stop_if_asked()
-        logits = (
-            model(
-                input_ids=ids,
-                attention_mask=mask,
-                position_ids=position,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-            .logits[:, -1]
-            .float()
-        )  # [B, V]
-        chosen, chosen_logprob = sample(logits, sampling.temperature, sampling.top_p, generator)
-        ended = torch.isin(chosen, stop)
-        for row, token, value, end in zip(
-            running, chosen.tolist(), chosen_logprob.tolist(), ended.tolist(), strict=True
-        ):
-            tokens[row].append(token)
-            logprob[row] += value
-            finished[row] = end
-        keep = (~ended & (limit[running] > generated)).nonzero().squeeze(1)
-        progress(len(running) - len(keep), len(running))
-        if len(keep) == 0:
-            break
-        mask = torch.cat([mask, mask.new_ones(len(running), 1)], dim=1)
-        if len(keep) < len(running):
-            running = [running[row] for row in keep.tolist()]
-            chosen, mask, position = chosen[keep], mask[keep], position[keep]
-            cache.batch_select_indices(keep)
-        ids, position = chosen[:, None], position[:, -1:] + 1
-    return [Answer(*reply) for reply in zip(tokens, finished, logprob, strict=True)]
+    def _decode(
+        self,
+        rows: Rows,
+        prompts: Sequence[Sequence[int]],
+        waiting: deque[_Reply],
+        sampling: Sampling,
+        progress: Progress,
+    ) -> None:
+        """Bring every waiting reply to its end."""
+        running: list[_Reply] = []
+        logits: list[Tensor] = []
+        while waiting or running:
+            stop_if_asked()
+            free = self.batch_size - len(running)
+            if waiting and (not running or (rows.refills and free >= min(self.batch_size / REFILL, len(waiting)))):
+                new = [waiting.popleft() for _ in range(min(free, len(waiting)))]
+                logits.append(rows.admit([prompts[reply.prompt] for reply in new]))
+                running += new
+            draws = torch.stack([reply.draws[len(reply.tokens)] for reply in running])
+            chosen, logprob = sample(torch.cat(logits), sampling.temperature, sampling.top_p, draws)
+            kept = []
+            for row, (reply, token, value) in enumerate(zip(running, chosen.tolist(), logprob.tolist(), strict=True)):
+                reply.tokens.append(token)
+                reply.logprob += value
+                reply.finished = token in sampling.stop_ids
+                if not reply.finished and len(reply.tokens) < reply.limit:
+                    kept.append(row)
+            progress(len(running) - len(kept), len(running))
+            order = rows.keep(kept)
+            running = [running[row] for row in order]
+            logits = [rows.step(chosen[order])] if running else []
 
 
-def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def _begin(index: int, length: int, sample: int, sampling: Sampling, seed: int) -> _Reply:
+    """A reply whose random numbers depend on nothing but the seed, the prompt's place and the sample's number."""
+    limit = min(sampling.max_new_tokens, sampling.max_length - length)
+    draws = np.random.default_rng([seed, index, sample]).random(limit, dtype=np.float32)
+    return _Reply(index, limit, torch.from_numpy(draws))
+
+
+def sample(logits: Tensor, temperature: float, top_p: float, draws: Tensor) -> tuple[Tensor, Tensor]:
     """Draw a token from each row of logits.
 
     Args:
         logits: [B, V] in float32.
         temperature: divides the logits; 0 takes the most likely token.
         top_p: sample from the smallest set of tokens that holds this share of the probability.
-        generator: source of randomness.
+        draws: [B] in float32, uniform in [0, 1): the token is where the cumulative distribution passes it.
 
     Returns:
         Tokens [B], and their log-probabilities [B] under the model at temperature 1, before top-p.
@@ -136,5 +148,7 @@ def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Ge
             ordered, order = probs.sort(dim=-1, descending=True)
             beyond = ordered.cumsum(-1) - ordered >= top_p  # the mass before this token is already enough
             probs = probs.scatter(-1, order, ordered.masked_fill(beyond, 0.0))
-        chosen = torch.multinomial(probs, 1, generator=generator).squeeze(1)
+        below = probs.cumsum(-1, dtype=torch.float64)  # [B, V]
+        place = draws.to(below)[:, None] * below[:, -1:]
+        chosen = torch.searchsorted(below, place, right=True).squeeze(1)  # never a token of probability 0
     return chosen, logits.gather(-1, chosen[:, None]).squeeze(1) - total

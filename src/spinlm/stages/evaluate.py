@@ -35,7 +35,7 @@ def evaluate(recipe: Recipe, run: RunDir, iteration: int) -> None:
         pairs = read_pairs(run.pairs(iteration, "heldout", shard) for shard in range(files))
     packing = run.facts("warmup", START)["packing"]
     real = judge_real(players, examples, packing, recipe.train.tokens_per_micro_batch, pairs)
-    answers = _answer(recipe, players, examples, real.nll, iteration)
+    answers = _answer(recipe, players, examples, real.nll, iteration, packing)
     metrics = summarise(answers) | real.pair_metrics()
     with atomic_file(run.answers(iteration), "w") as file:
         file.writelines(to_line(answer) for answer in answers)
@@ -44,7 +44,7 @@ def evaluate(recipe: Recipe, run: RunDir, iteration: int) -> None:
 
 
 def _answer(
-    recipe: Recipe, players: Players, examples: list[Example], nll: list[float], iteration: int
+    recipe: Recipe, players: Players, examples: list[Example], nll: list[float], iteration: int, packing: str
 ) -> list[HeldOutAnswer]:
     sampling = Sampling(
         temperature=recipe.evaluate.temperature,
@@ -55,7 +55,7 @@ def _answer(
         stop_ids=players.renderer.stop_ids,
     )
     scorer = get_scorer(recipe.evaluate.scorer) if recipe.evaluate.scorer else None
-    engine = open_opponent(recipe, players)
+    engine = open_opponent(recipe, players, packing)
     name = "start" if iteration == START else f"iteration {iteration}"
     with track(f"{name}: evaluate", len(examples)) as advance:
         given = engine.answer(

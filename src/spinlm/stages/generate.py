@@ -9,7 +9,7 @@ from spinlm.opponents import open_opponent
 from spinlm.opponents.base import Opponent
 from spinlm.progress import Advance, track
 from spinlm.records import Example, Generation, Sampling, to_line
-from spinlm.rundir import RunDir
+from spinlm.rundir import START, RunDir
 from spinlm.seeds import derive_seed
 from spinlm.shards import count_records, shards
 
@@ -25,7 +25,7 @@ def generate(recipe: Recipe, run: RunDir, iteration: int) -> None:
     run.begin("generate", iteration, run.generations(iteration, "train", 0).parent)
     players = seat(recipe, run)
     players.become(iteration - 1)
-    opponent = open_opponent(recipe, players)
+    opponent = open_opponent(recipe, players, run.facts("warmup", START)["packing"])
     sampling = opponent_sampling(recipe, players)
     size = recipe.opponent.shard_size
     outputs = []

@@ -16,21 +16,22 @@ from spinlm.model.trees import Tree
 from spinlm.records import Example, read_lines
 from spinlm.rundir import START, RunDir
 from spinlm.seeds import derive_seed
+from spinlm.shards import RecordFile
 from spinlm.stages.steps import recorder
 
 log = logging.getLogger("spinlm")
 
 
 class SftItems:
-    """Examples as trees with one response, weighed by its tokens."""
+    """Examples on disk as trees with one response, weighed by its tokens."""
 
     def __init__(self, path: Path):
-        self._examples = list(read_lines(path, Example))
-        self.sizes = np.ones(len(self._examples), dtype=np.int64)
-        self.weights = np.array([len(example.response_ids) for example in self._examples])
+        self._records = RecordFile(path, Example)
+        self.weights = np.array([len(example.response_ids) for example in read_lines(path, Example)])
+        self.sizes = np.ones(len(self.weights), dtype=np.int64)
 
     def __getitem__(self, index: int) -> Item:
-        example = self._examples[index]
+        example = self._records[index]
         return Item(Tree(example.prompt_ids, (example.response_ids,)))
 
 

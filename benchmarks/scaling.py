@@ -1,0 +1,113 @@
+"""Time and resident memory of every stage as the data grows, on a model so small that everything else shows.
+
+    python benchmarks/scaling.py [--rows 5000,10000,50000]
+
+Cost must grow with the rows and memory must not: rows are read from disk as they are needed. Each stage is a process of
+its own; memory is its peak above what it held when torch and the model were loaded.
+"""
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+STAGES = ("prepare", "generate", "score", "train")
+WORDS = ("red", "stone", "river", "seven", "lamp", "green", "orange", "table", "north", "wind", "paper", "under")
+
+
+def recipe(folder: Path, rows: int) -> dict[str, Any]:
+    """One iteration over all rows; long enough texts that 50k of them would show in memory."""
+    return {
+        "model": {"path": str(folder / "model")},
+        "lora": {"r": 2},
+        "data": {"path": str(folder / f"{rows}.jsonl"), "prompts": rows - 64, "heldout": 64},
+        "opponent": {"max_new_tokens": 8, "batch_size": 256},
+        "selfplay": {"iterations": 1},
+        "train": {"epochs": 1, "batch_size": 64, "learning_rate": 1e-4, "tokens_per_micro_batch": 16384},
+    }
+
+
+def write_rows(path: Path, rows: int) -> None:
+    pick = random.Random(0)
+    with path.open("w") as file:
+        for number in range(rows):
+            prompt, response = (" ".join(pick.choices(WORDS, k=20)) for _ in range(2))
+            file.write(json.dumps({"prompt": f"{number} {prompt}", "response": response}) + "\n")
+
+
+def stage(name: str, folder: Path, rows: int) -> None:
+    """Run one stage; print its seconds, and peak memory before and after."""
+    import importlib
+
+    import torch
+
+    from spinlm.model.players import seat
+    from spinlm.recipe import parse_recipe
+    from spinlm.rundir import RunDir
+
+    torch.set_num_threads(1)
+    parsed, run = parse_recipe(recipe(folder, rows)), RunDir(folder / f"run-{rows}")
+    if name == "prepare":
+        run.bind(parsed.model_dump(mode="json"), ())
+    _ = seat(parsed, run).model
+    before = _peak()
+    began = time.perf_counter()
+    work = getattr(importlib.import_module(f"spinlm.stages.{name}"), name)
+    if name == "prepare":
+        from spinlm.stages.warmup import warmup
+
+        work(parsed, run)
+        warmup(parsed, run)
+    else:
+        work(parsed, run, 0)
+    print(json.dumps({"seconds": time.perf_counter() - began, "before": before, "peak": _peak()}))
+
+
+def _peak() -> float:
+    """Peak resident memory of this process in MB."""
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1e3
+
+
+def measure(sizes: list[int]) -> str:
+    """A Markdown table: for each stage and size, seconds and MB above the loaded model."""
+    sys.path.insert(0, str(HERE.parent / "tests"))
+    from models import save_tiny_model
+
+    lines = [
+        "| stage | " + " | ".join(f"{size:,} rows" for size in sizes) + " |",
+        "|---|" + "---|" * len(sizes),
+    ]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        save_tiny_model(folder / "model", max_position_embeddings=2048)
+        found: dict[tuple[str, int], dict[str, float]] = {}
+        for size in sizes:
+            write_rows(folder / f"{size}.jsonl", size)
+            for one in STAGES:
+                command = [sys.executable, __file__, "--stage", one, str(folder), str(size)]
+                done = subprocess.run(command, check=True, capture_output=True, text=True)
+                found[one, size] = json.loads(done.stdout.strip().splitlines()[-1])
+        for one in STAGES:
+            cells = [found[one, size] for size in sizes]
+            shown = [f"{cell['seconds']:.0f} s, +{cell['peak'] - cell['before']:.0f} MB" for cell in cells]
+            lines.append(f"| {one} | {' | '.join(shown)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--stage"]:
+        stage(sys.argv[2], Path(sys.argv[3]), int(sys.argv[4]))
+        return
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", default="5000,10000,50000")
+    print(measure([int(size) for size in parser.parse_args().rows.split(",")]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""Fused LoRA layers and the products behind them compute what PEFT and plain PyTorch compute."""
+
+from typing import Any
+
+import pytest
+import torch
+from peft.tuners.lora import Linear
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from models import tiny_model
+from spinlm.config import Lora
+from spinlm.model.fused import fuse_adapters, packed_adapters
+from spinlm.model.kernels import linear, pack
+from spinlm.model.loading import add_adapter
+
+
+class Small(nn.Module):
+    """Two layers to adapt, as Llama and GPT-2 have them."""
+
+    def __init__(self, kind: str):
+        super().__init__()
+        torch.manual_seed(0)
+        self.one = Conv1D(5, 7) if kind == "conv" else nn.Linear(7, 5, bias=kind == "bias")
+        self.two = Conv1D(3, 5) if kind == "conv" else nn.Linear(5, 3, bias=kind == "bias")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two(torch.tanh(self.one(x)))
+
+
+def adapted(kind: str, dropout: float = 0.0, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, list[Linear]]:
+    from peft import LoraConfig, inject_adapter_in_model
+
+    config = LoraConfig(r=2, lora_alpha=3, lora_dropout=dropout, target_modules=["one", "two"])
+    config.fan_in_fan_out = kind == "conv"
+    model: nn.Module = inject_adapter_in_model(config, Small(kind).to(dtype))
+    layers = [layer for layer in model.modules() if isinstance(layer, Linear)]
+    for layer in layers:
+        nn.init.normal_(layer.lora_B["default"].weight)
+        layer.lora_A["default"].float(), layer.lora_B["default"].float()
+    return model, layers
+
+
+def result(model: nn.Module, x: Tensor) -> list[Tensor]:
+    """Output, and gradients of the input and of the adapters."""
+    x = x.clone().requires_grad_()
+    torch.manual_seed(1)
+    out = model(x)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [out, *torch.autograd.grad(out.float().square().sum(), [x, *trained])]
+
+
+@pytest.mark.parametrize("kind", ["plain", "bias", "conv"])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_a_fused_layer_computes_what_pefts_does(kind: str, dropout: float) -> None:
+    model, layers = adapted(kind, dropout)
+    x = torch.randn(2, 4, 7)
+    for training in (True, False):
+        model.train(training)
+        for layer in layers:
+            vars(layer).pop("forward", None)
+        expected = result(model, x)
+        assert fuse_adapters(model) == 2
+        for ours, theirs in zip(result(model, x), expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_a_fused_layer_in_bfloat16_is_as_exact_as_bfloat16() -> None:
+    model, layers = adapted("plain", dtype=torch.bfloat16)
+    exact, _ = adapted("plain")
+    exact.load_state_dict({name: value.float() for name, value in model.state_dict().items()})
+    x = torch.randn(2, 4, 7)
+    fuse_adapters(model)
+    found = result(model, x.bfloat16())
+    assert found[0].dtype == torch.bfloat16
+    assert {parameter.dtype for layer in layers for parameter in (*layer.lora_A.parameters(),)} == {torch.float32}
+    for ours, theirs in zip(found, result(exact, x), strict=True):
+        assert (ours.float() - theirs).norm() < 0.02 * theirs.norm()
+
+
+def test_a_layer_that_is_not_plain_stays_as_it_is() -> None:
+    model, layers = adapted("bias")
+    layers[0].base_layer.weight.requires_grad_()
+    assert fuse_adapters(model) == 1
+    assert "forward" not in vars(layers[0])
+
+
+def test_every_layer_of_a_model_is_fused() -> None:
+    for architecture, layers in (("llama", 3 * 7), ("gpt2", 3 * 4)):
+        model = add_adapter(tiny_model(architecture), Lora(r=2), 0)
+        assert fuse_adapters(model) == layers
+
+
+@pytest.mark.parametrize("kind", ["plain", "bias", "conv"])
+def test_packed_layers_compute_the_same_and_are_gone_after(kind: str) -> None:
+    model, layers = adapted(kind)
+    fuse_adapters(model)
+    x = torch.randn(2, 4, 7)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with torch.no_grad():
+        expected = model(x)
+        with packed_adapters(model, 8):
+            torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-6)
+            layers[0].lora_B["default"].weight.zero_()  # not seen by the packed weight
+            torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-6)
+        assert (model(x) - expected).abs().max() > 0.01
+    del before["one.lora_B.default.weight"]
+    for name, value in before.items():
+        assert torch.equal(model.state_dict()[name], value)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 64])
+@pytest.mark.parametrize("bias", [True, False])
+def test_products(rows: int, bias: bool) -> None:
+    x, weight, offset = torch.randn(rows, 33), torch.randn(65, 33), torch.randn(65) if bias else None
+    expected = nn.functional.linear(x.double(), weight.double(), None if offset is None else offset.double()).float()
+    packed: Any = pack(weight, rows)
+    for found in (
+        linear(x, weight, offset),
+        linear(x, packed, offset),
+        linear(x, weight.t().contiguous().t(), offset),
+    ):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
+    assert linear(x.bfloat16(), weight.bfloat16()).dtype == torch.bfloat16
+    assert pack(weight.bfloat16(), rows) is None
