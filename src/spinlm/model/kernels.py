@@ -8,6 +8,11 @@ decoding step (`benchmarks/products.py` measures it). Nothing here can be differ
 import torch
 from torch import Tensor
 from torch.nn.functional import linear as plain_linear
+from torch.nn.functional import pad as pad_rows
+
+BLOCK = 64
+"""Rows are padded to a multiple of this. oneDNN makes, and keeps, code for every number of rows it meets: without padding
+each micro-batch would cost a millisecond and hundreds of kilobytes for every layer."""
 
 _ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 
@@ -16,8 +21,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x · weightᵀ + bias: [M, I], [O, I], [O]? → [M, O]. The weight may be one that `pack` returned."""
     if not _packs(x):
         return plain_linear(x, weight, bias)
+    rows = len(x)
+    if rows > BLOCK and rows % BLOCK:
+        x = pad_rows(x, (0, 0, 0, -rows % BLOCK))
     result: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return result
+    return result[:rows]
 
 
 def pack(weight: Tensor, rows: int) -> Tensor | None:

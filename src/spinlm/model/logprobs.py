@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from spinlm.errors import ModelError
-from spinlm.model.kernels import linear
+from spinlm.model.kernels import BLOCK, linear
 from spinlm.model.trees import TREE_ATTENTION, Layout, Tree, lay_out
 
 CHUNK_ELEMENTS = 1 << 23  # of a chunk of logits: 32 MB in float32, which glibc still reuses without new pages
@@ -230,4 +230,5 @@ class _Softmax:
 
 def _chunks(rows: int, vocabulary: int) -> list[slice]:
     size = max(16, CHUNK_ELEMENTS // vocabulary)
+    size -= size % BLOCK if size > BLOCK else 0
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]

@@ -1,0 +1,64 @@
+"""The share of a run's time that the model and the optimiser take, and what is left for everything else.
+
+    python benchmarks/overhead.py [section.key=value ...]
+
+Plays the quickstart (smaller, with the overrides given) in this process, and times the calls that compute: forward
+passes, backward passes, optimiser steps, decoding steps and sampling.
+"""
+
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+SMALL = ("data.prompts=24", "data.heldout=24", "warmup_sft.prompts=48", "warmup_sft.epochs=1", "selfplay.iterations=1")
+RECIPE = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
+
+
+def main() -> None:
+    began = time.perf_counter()
+    import torch
+    from accelerate import Accelerator
+
+    from spinlm.model import loading, players
+    from spinlm.model.decoding import RaggedRows
+    from spinlm.model.logprobs import LogProbs
+    from spinlm.opponents import local
+    from spinlm.recipe import load_recipe
+    from spinlm.selfplay import run
+
+    imported = time.perf_counter() - began
+    spent: dict[str, float] = {}
+
+    def timed(owner: Any, name: str, kind: str) -> None:
+        inner = getattr(owner, name)
+
+        def outer(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            result = inner(*args, **kwargs)
+            spent[kind] = spent.get(kind, 0.0) + time.perf_counter() - start
+            return result
+
+        setattr(owner, name, outer)
+
+    timed(LogProbs, "forward", "forward")
+    timed(Accelerator, "backward", "backward")
+    timed(torch.optim.AdamW, "step", "optimiser")
+    timed(RaggedRows, "admit", "decoding")
+    timed(RaggedRows, "step", "decoding")
+    timed(local, "sample", "sampling")
+    timed(loading, "_unpack_gguf", "unpacking the .gguf file, once in a run's life")
+    timed(players, "load_model", "loading the model")
+    with tempfile.TemporaryDirectory() as folder:
+        run(load_recipe(RECIPE, sys.argv[1:] or SMALL), Path(folder) / "run")
+    total = time.perf_counter() - began
+    spent["importing"] = imported
+    spent["everything else"] = total - sum(spent.values())
+    print("| | seconds | share |\n|---|---|---|")
+    for name, seconds in sorted(spent.items(), key=lambda item: -item[1]):
+        print(f"| {name} | {seconds:.1f} | {seconds / total:.1%} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""Run every benchmark and write docs/performance.md; `make bench` does this.
+
+    python benchmarks/report.py [--data GSM8K.jsonl] [--rounds 2]
+
+The tables are measured here and now. What is said about them is in benchmarks/reading.md and goes below them.
+"""
+
+import argparse
+import datetime
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from training import CONTENDERS, Shape, compare, table
+
+HERE = Path(__file__).parent
+TARGET = HERE.parent / "docs" / "performance.md"
+SHORT = ("spinlm", "trl-best-1")
+PACKAGES = ("spinlm", "torch", "transformers", "peft", "accelerate", "trl")
+SHAPES: tuple[tuple[str, dict[str, object], tuple[str, ...]], ...] = (
+    ("128 + 128, one synthetic response (iteration 0), float32", {}, CONTENDERS),
+    ("128 + 128, two synthetic responses to a prompt (later iterations), float32", {"opponents": 2}, CONTENDERS),
+    ("128 + 128, one synthetic response, bfloat16", {"dtype": "bfloat16"}, CONTENDERS),
+    ("128 + 128, two synthetic responses, bfloat16", {"dtype": "bfloat16", "opponents": 2}, CONTENDERS),
+    ("512 + 64, one synthetic response, float32", {"prompt": 512, "response": 64}, SHORT),
+    ("32 + 256, one synthetic response, float32", {"prompt": 32, "response": 256}, SHORT),
+)
+
+
+SCALING = (
+    "A model of three tiny layers, one thread, so that everything but the model shows: seconds of each stage, and its "
+    "peak memory above the loaded model."
+)
+
+
+def flops(shape: Shape) -> tuple[float, float]:
+    """Floating-point operations of a step and of the scoring pass, counted from SmolLM2-135M's shape.
+
+    Two for every weight and token, forward; with frozen weights backward has one product of the same size (towards
+    the input), and for the adapter two. Attention counts what a causal tree needs.
+    """
+    layers, hidden, kv, inner, vocabulary, rank = 30, 576, 192, 1536, 49152, shape.rank
+    trees = shape.pairs // shape.opponents
+    branches = [shape.response] * (1 + shape.opponents)
+    tokens = trees * (shape.prompt + sum(length - 1 for length in branches))
+    linear = 2 * hidden * hidden + 2 * hidden * kv + 3 * hidden * inner
+    adapter = rank * (2 * (2 * hidden) + 2 * (hidden + kv) + 3 * (hidden + inner))
+    seen = shape.prompt**2 / 2 + sum(length * (shape.prompt + length / 2) for length in branches)
+    attention = 4 * hidden * seen * trees * layers
+    forward = 2 * tokens * layers * (linear + adapter) + attention
+    backward = 2 * tokens * layers * (linear + 2 * adapter) + 2 * attention
+    head = 2 * trees * sum(branches) * hidden * vocabulary
+    return forward + backward + 2 * head, forward + head
+
+
+def peak(threads: int, dtype: str) -> float:
+    """The best rate of a large matrix product here and now, in GFLOP/s, by either library."""
+    import torch
+
+    from spinlm.model.kernels import linear
+
+    torch.set_num_threads(threads)
+    size = 2048
+    a, b = (torch.randn(size, size, dtype=getattr(torch, dtype)) for _ in range(2))
+    ways: tuple[Callable[[], object], ...] = (lambda: a @ b, lambda: linear(a, b))
+    best = 0.0
+    for way in ways:
+        for _ in range(6):
+            began = time.perf_counter()
+            way()
+            best = max(best, 2 * size**3 / (time.perf_counter() - began) / 1e9)
+    return best
+
+
+def training(rounds: int, threads: int, data: str) -> list[str]:
+    shapes = list(SHAPES)
+    if data:
+        shapes.append(("lengths of GSM8K, one synthetic response, float32", {"data": data, "pairs": 8}, SHORT))
+    lines = [
+        "SmolLM2-135M, LoRA of rank 16 on all linear layers, four pairs in a step (eight of GSM8K's lengths). `trl` is "
+        "DPOTrainer as it comes; `trl-best` has the reference computed once and checkpointing off, `trl-best-1` the "
+        "same with one pair in a pass. Rates count two epochs and every reference pass. bfloat16 is autocast over "
+        "float32 weights for TRL, and bfloat16 weights for spinlm. Loss and gradients of all agree before anything is "
+        "timed.",
+    ]
+    for title, changes, contenders in shapes:
+        shape = Shape(threads=threads, **changes)  # type: ignore[arg-type]
+        results = compare(shape, rounds if contenders is CONTENDERS else 1, contenders)
+        lines += ["", f"**{title}**", "", table(results, shape)]
+        if not shape.data:
+            step, score = flops(shape)
+            rate = peak(threads, shape.dtype)
+            ours = results["spinlm"]
+            lines += [
+                "",
+                f"The step has {step / 1e9:.0f} GFLOP and scoring {score / 1e9:.0f}: spinlm does "
+                f"{step / ours.step / 1e9:.0f} and {score / ours.score / 1e9:.0f} GFLOP/s, "
+                f"{step / ours.step / 1e9 / rate:.0%} and {score / ours.score / 1e9 / rate:.0%} of the {rate:.0f} that "
+                "a large matrix product reached in the same minute.",
+            ]
+        print("\n".join(lines[-6:]), flush=True)
+    return lines
+
+
+def run_script(name: str, *arguments: str) -> str:
+    """The Markdown that another benchmark prints, in a process of its own."""
+    done = subprocess.run([sys.executable, HERE / name, *arguments], check=True, stdout=subprocess.PIPE, text=True)
+    print(done.stdout, flush=True)
+    return done.stdout.strip()
+
+
+def machine() -> str:
+    names = {
+        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
+    }
+    return f"{', '.join(names)}, {os.cpu_count()} virtual cores, no GPU used"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--rows", default="5000,10000,50000")
+    parser.add_argument("--parts", default="training,generation,scaling,products")
+    args = parser.parse_args()
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
+    data = ("--data", args.data) if args.data else ()
+    command = " ".join(["python benchmarks/report.py", *(Path(one).name for one in sys.argv[1:])])
+    parts = [
+        "# Performance",
+        "",
+        f"Measured by `{command}` on {datetime.date.today()}: {machine()}, {args.threads} threads, Python "
+        f"{platform.python_version()}, {versions}. Contenders take turns; times are medians of {args.rounds} (of the "
+        "512 + 64 and 32 + 256 shapes and of generation: single measurements). Such machines are noisy: read the "
+        "ratios.",
+    ]
+    for part in args.parts.split(","):
+        match part:
+            case "training":
+                parts += ["", "## Training and scoring", "", *training(args.rounds, args.threads, args.data)]
+            case "generation":
+                options = ("--threads", str(args.threads), "--rounds", "1", "--new", "320")
+                parts += ["", "## Generation", "", run_script("generation.py", *data, *options)]
+            case "scaling":
+                parts += ["", "## As the data grows", "", SCALING, "", run_script("scaling.py", "--rows", args.rows)]
+            case "products":
+                parts += ["", "## Products", "", run_script("products.py")]
+            case _:
+                raise SystemExit(f"no part {part!r}")
+    parts += ["", (HERE / "reading.md").read_text(encoding="utf-8").strip()]
+    TARGET.write_text("\n".join(parts) + "\n", encoding="utf-8")
+    print(f"wrote {TARGET}")
+
+
+if __name__ == "__main__":
+    main()
