@@ -11,8 +11,8 @@ from torch.nn.functional import linear as plain_linear
 from torch.nn.functional import pad as pad_rows
 
 BLOCK = 64
-"""Rows are padded to a multiple of this. oneDNN makes, and keeps, code for every number of rows it meets: without padding
-each micro-batch would cost a millisecond and hundreds of kilobytes for every layer."""
+"""Rows are padded to a multiple of this. oneDNN makes, and keeps, code for every number of rows it meets: without
+padding each micro-batch would cost a millisecond and hundreds of kilobytes for every layer."""
 
 _ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 
