@@ -2,8 +2,8 @@
 
     python benchmarks/overhead.py [section.key=value ...]
 
-Plays the quickstart (smaller, with the overrides given) in this process, and times the calls that compute: forward
-passes, backward passes, optimiser steps, decoding steps and sampling.
+Plays the quickstart in this process, with the overrides given or else a smaller one, and times the calls that compute:
+forward passes, backward passes, optimiser steps, decoding steps and sampling.
 """
 
 import sys

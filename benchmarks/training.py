@@ -364,9 +364,10 @@ class _Trl:
         self.trainer.add_callback(Gate())
 
         def train() -> None:
-            torch.set_num_threads(torch.get_num_threads())
+            torch.set_num_threads(threads)  # OpenMP counts for each thread that asks
             self.trainer.train()
 
+        threads = torch.get_num_threads()
         threading.Thread(target=train, daemon=True).start()
         self.arrived.acquire()
 

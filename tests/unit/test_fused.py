@@ -85,6 +85,21 @@ def test_a_layer_that_is_not_plain_stays_as_it_is() -> None:
     assert "forward" not in vars(layers[0])
 
 
+def test_an_adapter_that_is_switched_off_or_merged_is_left_out() -> None:
+    model, layers = adapted("plain")
+    fuse_adapters(model)
+    x = torch.randn(2, 4, 7)
+    with torch.no_grad():
+        expected = model(x)
+        for layer in layers:
+            layer.merge()
+        torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-6)
+        for layer in layers:
+            layer.unmerge()
+            layer.enable_adapters(False)
+        torch.testing.assert_close(model(x), Small("plain")(x), rtol=1e-5, atol=1e-6)
+
+
 def test_every_layer_of_a_model_is_fused() -> None:
     for architecture, layers in (("llama", 3 * 7), ("gpt2", 3 * 4)):
         model = add_adapter(tiny_model(architecture), Lora(r=2), 0)

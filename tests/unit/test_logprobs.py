@@ -13,9 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from models import save_tiny_model, tiny_model, tiny_recipe
 from spinlm.errors import ModelError
 from spinlm.model import logprobs as logprobs_module
+from spinlm.model.attention import register_tree_attention
 from spinlm.model.logprobs import HeadShape, LogProbs, parity_gap
 from spinlm.model.players import Players
-from spinlm.model.trees import Tree, lay_out, register_tree_attention
+from spinlm.model.trees import Tree, lay_out
 from spinlm.rundir import RunDir
 
 PACKINGS = ("tree", "pair")

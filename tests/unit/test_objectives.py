@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from models import tiny_model, tiny_recipe
+from spinlm.model.attention import register_tree_attention
 from spinlm.model.fit import Item
 from spinlm.model.logprobs import LogProbs
 from spinlm.model.objectives import LOSSES, mean_nll, spin
-from spinlm.model.trees import Tree, lay_out, register_tree_attention
+from spinlm.model.trees import Tree, lay_out
 from spinlm.stages.train import pair_indices, spin_objective
 
 SLOPE_AT_0 = {"logistic": 0.5, "hinge": 1.0, "exponential": 1.0}  # −ℓ'(0)

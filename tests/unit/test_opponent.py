@@ -10,10 +10,14 @@ import pytest
 import torch
 
 from models import ARCHITECTURES, save_tiny_model, tiny_model, tiny_recipe
+from spinlm.config import Lora
+from spinlm.model.attention import register_tree_attention
 from spinlm.model.decoding import RaggedRows
+from spinlm.model.fused import fuse_adapters
+from spinlm.model.loading import add_adapter
 from spinlm.model.logprobs import LogProbs
 from spinlm.model.players import Players
-from spinlm.model.trees import Tree, lay_out, register_tree_attention
+from spinlm.model.trees import Tree, lay_out
 from spinlm.opponents import LocalOpponent, open_opponent
 from spinlm.opponents.base import Answer, Progress
 from spinlm.opponents.local import sample
@@ -246,6 +250,36 @@ def test_the_samplers_log_probability_is_the_scorers(architecture: str, sampling
     trees = [Tree(p, tuple(one.token_ids for one in given)) for p, given in zip(PROMPTS, answers, strict=True)]
     scored = LogProbs(model)(lay_out(trees, "pair")).tolist()
     assert [one.logprob for given in answers for one in given] == pytest.approx(scored, abs=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma2", "gpt2"])
+def test_in_bfloat16_sampler_and_scorer_differ_by_its_rounding(architecture: str) -> None:
+    """Sharp attention, where a score that is rounded on the way shows."""
+    model = tiny_model(architecture, vocabulary=V, spread=0.4).to(torch.bfloat16)
+    gaps = {}
+    for packing in ("tree", "pair"):
+        answers = answer(model, PROMPTS, FREE, packing=packing)
+        trees = [Tree(p, tuple(one.token_ids for one in given)) for p, given in zip(PROMPTS, answers, strict=True)]
+        scored = iter(LogProbs(model)(lay_out(trees, "pair")).tolist())
+        found = [abs(one.logprob - next(scored)) / len(one.token_ids) for given in answers for one in given]
+        gaps[packing] = sum(found) / len(found)
+    assert gaps["tree"] < max(2 * gaps["pair"], 0.01)
+
+
+@pytest.mark.parametrize("packing", ["tree", "pair"])
+def test_answers_of_an_adapted_player_are_those_of_peft(packing: str) -> None:
+    """Whose scale, alpha / r, is not 1."""
+    model = add_adapter(tiny_model("llama", vocabulary=V, tie_word_embeddings=False), Lora(r=3, alpha=7.5), 0)
+    plain = [generated(model.get_base_model(), prompt, [V + 1], 20) for prompt in PROMPTS]
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    expected = [generated(model.get_base_model(), prompt, [V + 1], 20) for prompt in PROMPTS]
+    assert all(mine != theirs for mine, theirs in zip(plain, expected, strict=True))
+    fuse_adapters(model)
+    found = answer(model, PROMPTS, Sampling(0.0, 1.0, 20, 1000, 1, ()), packing=packing)
+    assert [one.token_ids for (one,) in found] == expected
 
 
 # The distribution

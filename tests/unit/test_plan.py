@@ -265,7 +265,7 @@ def test_memory_of_full_fine_tuning() -> None:
     assert sizes["gradients"] == 4 * parameters
     assert sizes["optimiser state"] == 4 * parameters  # RMSProp: one running mean
     assert sizes["KV cache"] == 64 * 2048 * 131_072  # 2 · 32 layers · 8 heads · 128 · 2 bytes for each token
-    assert sizes["generating (weights and cache)"] == 6 * parameters + 64 * 2048 * 131_072
+    assert sizes["generating"] == 6 * parameters + 64 * 2048 * 131_072
     assert sizes["training"] > 100e9
     assert sizes["training"] == 14 * parameters + sizes["activations"] + sizes["logits"]
 
@@ -280,6 +280,10 @@ def test_memory_of_lora_on_both_devices() -> None:
     assert cpu["weights"] == 4 * 124_439_808 + 4 * adapter
     assert gpu["optimiser state"] == cpu["optimiser state"] == 8 * adapter
     assert cpu["KV cache"] == 2 * gpu["KV cache"]
+    assert (gpu["merged weights while generating"], cpu["merged weights while generating"]) == (0, 4 * 124_439_808)
+    for sizes in (gpu, cpu):
+        parts = ("weights", "KV cache", "merged weights while generating")
+        assert sizes["generating"] == sum(sizes[part] for part in parts)
 
 
 def test_checkpointing_keeps_one_value_of_a_block_and_one_whole_block() -> None:

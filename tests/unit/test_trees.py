@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from spinlm.model.trees import Layout, Span, Tree, lay_out, micro_batches, tree_attention
+from spinlm.model.attention import tree_attention
+from spinlm.model.trees import Layout, Span, Tree, lay_out, micro_batches
 
 TREES = [Tree([10, 11, 12], ([20, 21, 22], [30], [40, 41])), Tree([50], ([60],))]
 

@@ -46,17 +46,18 @@ class RaggedCache(Cache):
     def __init__(self, rows: int, room: int):
         super().__init__(layers=[])
         self.rows, self.room = rows, room
-        self.buffers: list[tuple[Tensor, Tensor]] = []
+        self.buffers: dict[int, tuple[Tensor, Tensor]] = {}  # by layer
         self.lengths: list[int] = []  # of the running responses, their prompts included
+        self._running = self._ends = torch.empty(0, dtype=torch.long)  # rows, and where their next token goes
         self.prompts: list[tuple[Span, list[int]]] | None = None  # being admitted, and the rows each goes to
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
         """Store what a layer has computed; returns what its attention is to see."""
-        if layer_idx == len(self.buffers):
+        if layer_idx not in self.buffers:
             # Zeros, not whatever was there: a masked place still takes part in 0 · value.
             shape = (self.rows, key_states.shape[1], self.room)
             keys = key_states.new_zeros(*shape, key_states.shape[3])
-            self.buffers.append((keys, value_states.new_zeros(*shape, value_states.shape[3])))
+            self.buffers[layer_idx] = keys, value_states.new_zeros(*shape, value_states.shape[3])
         buffers = self.buffers[layer_idx]
         for buffer, states in zip(buffers, (key_states, value_states), strict=True):
             if self.prompts is None:
@@ -79,7 +80,7 @@ class RaggedCache(Cache):
     def move(self, source: list[int], target: list[int]) -> None:
         """Copy rows over others."""
         longest = max(self.lengths)
-        for buffers in self.buffers:
+        for buffers in self.buffers.values():
             for buffer in buffers:
                 buffer[target, :, :longest] = buffer[source, :, :longest]
 

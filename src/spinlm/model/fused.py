@@ -34,7 +34,11 @@ def fuse_adapters(model: nn.Module) -> int:
     for layer in model.modules():
         if not isinstance(layer, Linear) or type(layer.base_layer) not in (nn.Linear, Conv1D):
             continue
-        if layer.lora_variant or layer.lora_bias.get("default") or any(p.requires_grad for p in _own(layer)):
+        if (
+            layer.lora_variant
+            or layer.lora_bias.get("default")
+            or any(p.requires_grad for p in layer.base_layer.parameters())
+        ):
             continue
         layer.forward = MethodType(_forward, layer)  # type: ignore[method-assign]  # of this instance alone
         fused += 1
@@ -72,21 +76,17 @@ def _merged(layer: Any) -> Tensor:
     return torch.addmm(weight, up, down, alpha=float(layer.scaling["default"]))
 
 
-def _own(layer: Any) -> list[nn.Parameter]:
-    return list(layer.base_layer.parameters())
-
-
 def _forward(layer: Any, x: Tensor) -> Tensor:
     """What a fused layer computes: [..., I] → [..., O]."""
+    if layer.disable_adapters or layer.merged:
+        plain: Tensor = type(layer).forward(layer, x)
+        return plain
     base, scale = layer.base_layer, float(layer.scaling["default"])
     down, up, dropout = layer.lora_A["default"].weight, layer.lora_B["default"].weight, layer.lora_dropout["default"]
     if PACKED in vars(layer):
         return linear(x.flatten(0, -2), vars(layer)[PACKED], base.bias).view(*x.shape[:-1], -1)
     weight = base.weight.T if layer.fan_in_fan_out else base.weight  # [O, I]
     dropped = dropout(x) if layer.training and not isinstance(dropout, nn.Identity) else None
-    if torch.is_autocast_enabled(x.device.type):
-        kind = torch.get_autocast_dtype(x.device.type)
-        x, weight = x.to(kind), weight.to(kind)
     result: Tensor = _AdaptedLinear.apply(x, dropped, weight, base.bias, down, up, scale)
     return result
 

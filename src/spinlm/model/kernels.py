@@ -1,4 +1,4 @@
-"""Matrix products with frozen weights, by the fastest library at hand.
+"""Matrix products with frozen weights.
 
 For float32 on a CPU that is oneDNN: PyTorch's own choice, MKL, took 1.0 to 1.6 times as long at the shapes of a 135M
 model on an AMD processor with AVX-512, and with a weight packed beforehand up to twice as long for the few rows of a
@@ -11,10 +11,10 @@ from torch.nn.functional import linear as plain_linear
 from torch.nn.functional import pad as pad_rows
 
 BLOCK = 64
-"""Rows are padded to a multiple of this. oneDNN makes, and keeps, code for every number of rows it meets: without
-padding each micro-batch would cost a millisecond and hundreds of kilobytes for every layer."""
+"""More rows than this are padded to a multiple of it. oneDNN makes, and keeps, code for every number of rows it meets:
+without padding each micro-batch would cost a millisecond and hundreds of kilobytes for every layer."""
 
-_ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -37,4 +37,4 @@ def pack(weight: Tensor, rows: int) -> Tensor | None:
 
 
 def _packs(tensor: Tensor) -> bool:
-    return _ONEDNN is not None and tensor.device.type == "cpu" and tensor.dtype == torch.float32
+    return _ONEDNN and tensor.device.type == "cpu" and tensor.dtype == torch.float32

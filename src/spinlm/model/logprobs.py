@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from spinlm.errors import ModelError
+from spinlm.model.attention import TREE_ATTENTION
 from spinlm.model.kernels import BLOCK, linear
-from spinlm.model.trees import TREE_ATTENTION, Layout, Tree, lay_out
+from spinlm.model.trees import Layout, Tree, lay_out
 
 CHUNK_ELEMENTS = 1 << 23  # of a chunk of logits: 32 MB in float32, which glibc still reuses without new pages
 

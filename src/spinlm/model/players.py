@@ -18,6 +18,7 @@ from spinlm.config import Recipe
 from spinlm.data.chat import Renderer
 from spinlm.errors import MissingPackageError, ModelError, RecipeError
 from spinlm.files import atomic_path, read_json, write_json
+from spinlm.model.attention import register_tree_attention
 from spinlm.model.fused import fuse_adapters
 from spinlm.model.loading import (
     add_adapter,
@@ -30,7 +31,7 @@ from spinlm.model.loading import (
     stop_ids,
 )
 from spinlm.model.logprobs import LogProbs, parity_gap
-from spinlm.model.trees import Tree, lay_out, register_tree_attention
+from spinlm.model.trees import Tree, lay_out
 from spinlm.rundir import START, RunDir
 
 log = logging.getLogger("spinlm")

@@ -61,13 +61,15 @@ class LocalOpponent:
             for index, prompt in enumerate(prompts)
             for number in range(sampling.samples)
         ]
-        # The longest first: rows for them have room for all that come later.
+        # By length, so that padded rows have little padding; samples of one prompt stay together.
         waiting = deque(sorted(replies, key=lambda reply: -len(prompts[reply.prompt])))
         kind = self.logprobs.autocast
         autocast = torch.autocast(device.type, dtype=kind, enabled=kind is not None)
-        with autocast, packed_adapters(self.logprobs.causal, self.batch_size):
-            self._decode(self._rows(prompts, replies), prompts, waiting, sampling, progress)
-        self.logprobs.use_attention(tree=False)  # the model as others expect it
+        try:
+            with autocast, packed_adapters(self.logprobs.causal, min(self.batch_size, len(replies))):
+                self._decode(self._rows(prompts, replies), prompts, waiting, sampling, progress)
+        finally:
+            self.logprobs.use_attention(tree=False)  # the model as others expect it
         answers: list[list[Answer]] = [[] for _ in prompts]
         for reply in replies:
             answers[reply.prompt].append(Answer(reply.tokens, reply.finished, reply.logprob))
@@ -115,6 +117,7 @@ class LocalOpponent:
 def _begin(index: int, length: int, sample: int, sampling: Sampling, seed: int) -> _Reply:
     """A reply whose random numbers depend on nothing but the seed, the prompt's place and the sample's number."""
     limit = min(sampling.max_new_tokens, sampling.max_length - length)
+    assert limit > 0, "a prompt that leaves no room is no example"
     draws = np.random.default_rng([seed, index, sample]).random(limit, dtype=np.float32)
     return _Reply(index, limit, torch.from_numpy(draws))
 

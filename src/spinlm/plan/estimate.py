@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from spinlm.config import EXECUTION_ONLY, Recipe, at_iteration
-from spinlm.plan.devices import DEVICES, Device
+from spinlm.plan.devices import CPU, DEVICES, Device
 from spinlm.plan.lengths import CHARACTERS_PER_TOKEN, Lengths, Tokens, find_lengths
 from spinlm.plan.lookup import find_shape
 from spinlm.plan.shapes import Shape, UnknownShapeError
@@ -142,8 +142,13 @@ class Plan:
         }
         context = self.lengths.longest_prompt + opponent.max_new_tokens
         cache = opponent.batch_size * context * shape.kv_bytes(device.width)
-        totals = {"training": sum(parts.values()), "KV cache": cache, "generating (weights and cache)": weights + cache}
-        return parts | totals
+        merged = device.width * shape.parameters if self.recipe.lora and device is CPU else 0  # at most
+        return parts | {
+            "training": sum(parts.values()),
+            "KV cache": cache,
+            "merged weights while generating": merged,
+            "generating": weights + cache + merged,
+        }
 
     def hours(self, shape: Shape, device: Device, work: Work) -> tuple[float, float, float]:
         """To generate, score and train on one device; held-out answers and pairs are in the first two.

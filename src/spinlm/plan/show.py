@@ -42,7 +42,7 @@ def _tables(plan: Plan) -> Iterator[tuple[str, "Table"]]:
         yield title, _table(["iteration", *columns], _hours(plan, plan.shape), "all")
         columns = [f"{device.name}, {device.dtype}" for device in plan.devices]
         title = "Peak memory of one process, nothing divided over devices"
-        yield title, _table(["", *columns], _memory(plan, plan.shape), "training", "generating (weights and cache)")
+        yield title, _table(["", *columns], _memory(plan, plan.shape), "training", "generating")
     yield "Disk", _table(["", "size"], _disk(plan), "run folder")
     yield "What this rests on", _table([], facts(plan))
 
