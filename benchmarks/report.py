@@ -77,9 +77,9 @@ def peak(threads: int, dtype: str) -> float:
     return best
 
 
-def training(rounds: int, threads: int, data: str) -> list[str]:
-    shapes = list(SHAPES)
-    if data:
+def training(rounds: int, threads: int, data: str, count: int) -> list[str]:
+    shapes = list(SHAPES[:count])
+    if data and count > len(SHAPES):
         shapes.append(("lengths of GSM8K, one synthetic response, float32", {"data": data, "pairs": 8}, SHORT))
     lines = [
         "SmolLM2-135M, LoRA of rank 16 on all linear layers, four pairs in a step (eight of GSM8K's lengths). `trl` is "
@@ -127,6 +127,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--rows", default="5000,10000,50000")
+    parser.add_argument("--shapes", type=int, default=99, help="only the first so many shapes of training")
     parser.add_argument("--parts", default="training,generation,scaling,products")
     args = parser.parse_args()
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
@@ -143,7 +144,12 @@ def main() -> None:
     for part in args.parts.split(","):
         match part:
             case "training":
-                parts += ["", "## Training and scoring", "", *training(args.rounds, args.threads, args.data)]
+                parts += [
+                    "",
+                    "## Training and scoring",
+                    "",
+                    *training(args.rounds, args.threads, args.data, args.shapes),
+                ]
             case "generation":
                 options = ("--threads", str(args.threads), "--rounds", "1", "--new", "320")
                 parts += ["", "## Generation", "", run_script("generation.py", *data, *options)]
