@@ -1,6 +1,6 @@
 """Time and resident memory of every stage as the data grows, on a model so small that everything else shows.
 
-    python benchmarks/scaling.py [--rows 5000,10000,50000]
+    python benchmarks/scaling.py [--rows 25000,50000]
 
 Cost may grow with the rows and memory may not, but for a hash of each: rows are read from disk as they are needed.
 Each stage is a process of
@@ -107,7 +107,7 @@ def main() -> None:
         stage(sys.argv[2], Path(sys.argv[3]), int(sys.argv[4]))
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", default="5000,10000,50000")
+    parser.add_argument("--rows", default="25000,50000")
     print(measure([int(size) for size in parser.parse_args().rows.split(",")]))
 
 

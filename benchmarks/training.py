@@ -8,7 +8,7 @@ only their number matters for speed; `--data FILE.jsonl` takes the lengths of a 
 
 Contenders: `spinlm`; `trl` is DPOTrainer as it comes (checkpointing, the reference computed in every step);
 `trl-best` has the reference computed once and no checkpointing, the whole batch in one pass; `trl-best-1` is the same a
-pair at a time.
+pair at a time; `spinlm-checkpointed` is ours with checkpointing.
 """
 
 import argparse
@@ -146,7 +146,8 @@ def work(name: str, shape: Shape, folder: Path) -> None:
     import torch
 
     torch.set_num_threads(shape.threads)
-    contender = _Ours(shape) if name == "spinlm" else _Trl(name, shape, folder)
+    ours = name.startswith("spinlm")
+    contender = _Ours(shape, name == "spinlm-checkpointed") if ours else _Trl(name, shape, folder)
     Path("/proc/self/clear_refs").write_text("5")  # the peak from here on, without what loading took
     for line in sys.stdin:
         began = time.perf_counter()
@@ -186,7 +187,7 @@ def _gradients(model: Any) -> dict[str, Any]:
 
 
 class _Ours:
-    def __init__(self, shape: Shape):
+    def __init__(self, shape: Shape, checkpointed: bool = False):
         from spinlm.model.fit import Fit, make_optimizer
         from spinlm.model.players import Players
         from spinlm.model.trees import Tree
@@ -199,10 +200,14 @@ class _Ours:
                 "model": {"path": MODEL, "dtype": shape.dtype},
                 "lora": {"r": shape.rank, "alpha": 2 * shape.rank},
                 "data": {"path": "-"},
-                "train": {"tokens_per_micro_batch": max(512, shape.prompt + (1 + shape.opponents) * shape.response)},
+                "train": {
+                    "tokens_per_micro_batch": max(512, shape.prompt + (1 + shape.opponents) * shape.response),
+                    "gradient_checkpointing": checkpointed,
+                },
             }
         )
         self.players = Players(recipe, RunDir(Path(self.folder.name)))
+        self.players.make_room("tree")
         _, self.module = self.players.parallel()
         self.trees = [Tree(prompt, (real, *others)) for prompt, real, others in shape.groups()]
         self.budget, self.pairs, self.recipe = recipe.train.tokens_per_micro_batch, shape.pairs, recipe

@@ -107,7 +107,7 @@ class Opponent(Section):
     """Longest synthetic response. One that reaches it has no end-of-turn token and is not given one."""
     samples_per_prompt: Count = 1
     """Synthetic responses to every prompt in every iteration."""
-    batch_size: Count = 32
+    batch_size: Count = 64
     """Responses generated at once."""
     shard_size: Count = 256
     """Prompts in one generation file: the unit that an interrupted run does not repeat."""
@@ -121,6 +121,10 @@ EXECUTION_ONLY = (
     "tracking",
 )
 """Fields that say how a run is carried out, not what it computes: they may change while it is under way."""
+
+
+MEMORY_MARGIN = 1.25
+"""So many times the memory of activations must be free for keeping them: some more pass by, or leave gaps behind."""
 
 
 class Select(Section):
@@ -175,8 +179,9 @@ class Train(Section):
     """Tokens in one forward and backward pass. Lower it when memory runs out: the result stays the same."""
     packing: Literal["auto", "tree", "pair"] = "auto"
     """All responses to a prompt in one row (tree), or one response per row (pair); `auto` tries tree and measures."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, more time."""
+    gradient_checkpointing: Literal[True, False, "auto"] = "auto"
+    """Compute activations again in the backward pass: less memory, more time. `auto` does it where keeping those of the
+    largest micro-batch would take more memory than is free."""
     checkpoint_every: Count = 50
     """Optimiser steps between checkpoints."""
 

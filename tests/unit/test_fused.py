@@ -10,9 +10,10 @@ from transformers.pytorch_utils import Conv1D
 
 from models import tiny_model
 from spinlm.config import Lora
-from spinlm.model.fused import fuse_adapters, packed_adapters
+from spinlm.model.fused import fuse, packed_adapters
 from spinlm.model.kernels import linear, pack
-from spinlm.model.loading import add_adapter
+from spinlm.model.loading import add_adapter, silence_dropout
+from spinlm.model.memory import switch_checkpointing
 
 
 class Small(nn.Module):
@@ -60,7 +61,7 @@ def test_a_fused_layer_computes_what_pefts_does(kind: str, dropout: float) -> No
         for layer in layers:
             vars(layer).pop("forward", None)
         expected = result(model, x)
-        assert fuse_adapters(model) == 2
+        assert fuse(model) == 2
         for ours, theirs in zip(result(model, x), expected, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
@@ -70,7 +71,7 @@ def test_a_fused_layer_in_bfloat16_is_as_exact_as_bfloat16() -> None:
     exact, _ = adapted("plain")
     exact.load_state_dict({name: value.float() for name, value in model.state_dict().items()})
     x = torch.randn(2, 4, 7)
-    fuse_adapters(model)
+    fuse(model)
     found = result(model, x.bfloat16())
     assert found[0].dtype == torch.bfloat16
     assert {parameter.dtype for layer in layers for parameter in (*layer.lora_A.parameters(),)} == {torch.float32}
@@ -81,13 +82,13 @@ def test_a_fused_layer_in_bfloat16_is_as_exact_as_bfloat16() -> None:
 def test_a_layer_that_is_not_plain_stays_as_it_is() -> None:
     model, layers = adapted("bias")
     layers[0].base_layer.weight.requires_grad_()
-    assert fuse_adapters(model) == 1
+    assert fuse(model) == 1
     assert "forward" not in vars(layers[0])
 
 
 def test_an_adapter_that_is_switched_off_or_merged_is_left_out() -> None:
     model, layers = adapted("plain")
-    fuse_adapters(model)
+    fuse(model)
     x = torch.randn(2, 4, 7)
     with torch.no_grad():
         expected = model(x)
@@ -100,16 +101,85 @@ def test_an_adapter_that_is_switched_off_or_merged_is_left_out() -> None:
         torch.testing.assert_close(model(x), Small("plain")(x), rtol=1e-5, atol=1e-6)
 
 
-def test_every_layer_of_a_model_is_fused() -> None:
-    for architecture, layers in (("llama", 3 * 7), ("gpt2", 3 * 4)):
-        model = add_adapter(tiny_model(architecture), Lora(r=2), 0)
-        assert fuse_adapters(model) == layers
+@pytest.mark.parametrize(
+    ("architecture", "layers"),
+    [
+        ("llama", 3 * (7 + 1 + 2) + 1),  # LoRA layers, MLP and norms of each block, the last norm
+        ("qwen2", 3 * (7 + 1 + 2) + 1),
+        ("gemma2", 3 * (7 + 1)),  # its norms multiply with 1 + w
+        ("gpt2", 3 * 4),
+    ],
+)
+def test_every_layer_of_a_model_is_fused(architecture: str, layers: int) -> None:
+    """And the whole computes what it did, forward and backward, with gradient checkpointing and without."""
+    model = add_adapter(tiny_model(architecture), Lora(r=2), 0).train()
+    silence_dropout(model)
+    torch.manual_seed(5)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)
+        elif "norm" in name and name.endswith("weight") and architecture != "gpt2":
+            nn.init.uniform_(parameter, 0.5, 1.5)
+    ids = torch.randint(3, 90, (2, 9))
+
+    def gradients() -> list[Tensor]:
+        logits = model(input_ids=ids).logits
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        return [logits, *torch.autograd.grad(logits.float().square().mean(), trained)]
+
+    expected = gradients()
+    assert fuse(model) == layers
+    found = [gradients()]
+    switch_checkpointing(model.get_base_model(), on=True)
+    found.append(gradients())
+    for ours in found:
+        for mine, theirs in zip(ours, expected, strict=True):
+            assert (mine - theirs).norm() <= 1e-5 * theirs.norm()
+
+
+class ScaleShift(nn.Module):
+    """Called an RMS norm, with the attributes of one, and something else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.variance_epsilon = nn.Parameter(torch.full((4,), 2.0), requires_grad=False), 1e-6
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight
+
+
+def test_what_only_looks_like_a_norm_stays_as_it_is() -> None:
+    layer = type("OddRMSNorm", (ScaleShift,), {})()
+    assert fuse(nn.Sequential(layer)) == 0
+    assert torch.equal(layer(torch.ones(1, 4)), torch.full((1, 4), 2.0))
+
+
+def test_a_gated_mlp_keeps_neither_its_activation_nor_their_product() -> None:
+    model = add_adapter(tiny_model("llama"), Lora(r=2), 0).train()
+    mlp = model.get_base_model().model.layers[0].mlp
+    x = torch.randn(1, 8, 32, requires_grad=True)
+
+    def kept() -> int:
+        found: dict[int, int] = {}
+
+        def note(tensor: Tensor) -> Tensor:
+            found[tensor.untyped_storage().data_ptr()] = tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            out = mlp(x)
+        del out
+        return sum(count == 8 * 64 for count in found.values())
+
+    assert kept() == 4  # gate, up, activation, product
+    fuse(model)
+    assert kept() == 2
 
 
 @pytest.mark.parametrize("kind", ["plain", "bias", "conv"])
 def test_packed_layers_compute_the_same_and_are_gone_after(kind: str) -> None:
     model, layers = adapted(kind)
-    fuse_adapters(model)
+    fuse(model)
     x = torch.randn(2, 4, 7)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with torch.no_grad():

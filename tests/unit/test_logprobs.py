@@ -1,6 +1,7 @@
 """Log-probabilities and their gradients, packed in every way, against the model's own full logits."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from models import save_tiny_model, tiny_model, tiny_recipe
 from spinlm.errors import ModelError
 from spinlm.model import logprobs as logprobs_module
+from spinlm.model import trees as trees_module
 from spinlm.model.attention import register_tree_attention
+from spinlm.model.fused import fuse
 from spinlm.model.logprobs import HeadShape, LogProbs, parity_gap
+from spinlm.model.memory import switch_checkpointing
 from spinlm.model.players import Players
 from spinlm.model.trees import Tree, lay_out
 from spinlm.rundir import RunDir
@@ -73,11 +77,12 @@ def assert_same_gradients(ours: dict[str, Tensor], theirs: dict[str, Tensor], to
     assert max(wrong.values()) <= tolerance, {name: error for name, error in wrong.items() if error > tolerance}
 
 
-def assert_parity(model: Any, packing: str) -> None:
-    """Log-probabilities and all gradients equal the plain ones to 1e-5, relatively."""
+def assert_parity(model: Any, packing: str, change: Callable[[Any], object] = lambda model: None) -> None:
+    """Log-probabilities and all gradients equal the plain ones to 1e-5, relatively, whatever is changed in between."""
     plain = plain_logprobs(model)
     theirs = gradients(model, plain)
 
+    change(model)
     packed = LogProbs(model)(lay_out(TREES, packing))
     ours = gradients(model, packed)
 
@@ -141,11 +146,23 @@ def test_adapters_have_the_plain_gradients(architecture: str, packing: str) -> N
     assert_parity(model, packing)
 
 
+@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2", "gemma2", "gpt2", "gpt_neox"])
+def test_fused_layers_have_the_plain_gradients(
+    monkeypatch: pytest.MonkeyPatch, architecture: str, packing: str
+) -> None:
+    """In a row that is padded to a whole block, too."""
+    monkeypatch.setattr(trees_module, "BLOCK", 16)
+    padding = lay_out(TREES, "tree").input_ids.shape[1] - sum(map(len, TREES))
+    assert padding > 0
+    assert_parity(with_adapter(architecture), packing, fuse)
+
+
 def test_gradient_checkpointing_changes_nothing() -> None:
     model = with_adapter("llama").train()
     logprobs = LogProbs(model)
     kept = gradients(model, logprobs(lay_out(TREES, "tree")))
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    switch_checkpointing(logprobs.causal, on=True)
     recomputed = gradients(model, logprobs(lay_out(TREES, "tree")))
     assert_same_gradients(recomputed, kept, 1e-6)
 

@@ -13,7 +13,7 @@ from models import ARCHITECTURES, save_tiny_model, tiny_model, tiny_recipe
 from spinlm.config import Lora
 from spinlm.model.attention import register_tree_attention
 from spinlm.model.decoding import RaggedRows
-from spinlm.model.fused import fuse_adapters
+from spinlm.model.fused import fuse
 from spinlm.model.loading import add_adapter
 from spinlm.model.logprobs import LogProbs
 from spinlm.model.players import Players
@@ -277,7 +277,7 @@ def test_answers_of_an_adapted_player_are_those_of_peft(packing: str) -> None:
             torch.nn.init.normal_(parameter, std=0.2)
     expected = [generated(model.get_base_model(), prompt, [V + 1], 20) for prompt in PROMPTS]
     assert all(mine != theirs for mine, theirs in zip(plain, expected, strict=True))
-    fuse_adapters(model)
+    fuse(model)
     found = answer(model, PROMPTS, Sampling(0.0, 1.0, 20, 1000, 1, ()), packing=packing)
     assert [one.token_ids for (one,) in found] == expected
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import spinlm
-from spinlm.config import Lora, Recipe
+from spinlm.config import Lora, Recipe, Train
 from spinlm.files import write_json, write_text
 from spinlm.plan import Plan, make_plan, render
 from spinlm.plan.devices import CPU, GPU, Device
@@ -288,9 +288,37 @@ def test_memory_of_lora_on_both_devices() -> None:
 
 def test_checkpointing_keeps_one_value_of_a_block_and_one_whole_block() -> None:
     shape = shape_from_config(SMALL)
-    block = 2 * (4 * 4 + 2 * 4 + 2 * 2 + 4 * 8) + 4 * 4 * 4
-    assert shape.activation_bytes(2, 100, checkpointing=False) == 2 * block
-    assert shape.activation_bytes(2, 100, checkpointing=True) == 2 * 2 * 4 + block
+    block = 2 * (4 * 4 + 3 * 4 + 2 * 2 + 4 * 8) + 4 * 4 * 4
+    assert shape.activation_bytes(2, 100, adapter=False, checkpointing=False) == 2 * block
+    assert shape.activation_bytes(2, 100, adapter=False, checkpointing=True) == 2 * 2 * 4 + block
+
+
+def test_an_adapter_alone_keeps_less_of_the_mlp_and_in_float32_nothing_more_for_norms() -> None:
+    shape = shape_from_config(SMALL)
+    elements = 4 * 4 + 3 * 4 + 2 * 2 + 2 * 8
+    assert shape.activation_bytes(2, 100, adapter=True, checkpointing=False) == 2 * (2 * elements + 4 * 4 * 4)
+    assert shape.activation_bytes(4, 100, adapter=True, checkpointing=False) == 2 * 4 * elements
+
+
+def test_checkpointing_by_need_is_on_where_activations_do_not_fit() -> None:
+    def checkpoints(**train: Any) -> bool:
+        plan = make_plan(paper().model_copy(update={"lora": Lora(), "train": Train(**train)}))
+        assert plan.shape is not None
+        said = fact(plan, "gradient checkpointing")[0]
+        assert said.startswith("GPU on" if plan.checkpoints(plan.shape, GPU) else "GPU off")
+        return plan.checkpoints(plan.shape, GPU)
+
+    assert not checkpoints(tokens_per_micro_batch=4096)
+    assert checkpoints(tokens_per_micro_batch=16384)
+    assert checkpoints(tokens_per_micro_batch=512, gradient_checkpointing=True)
+    assert not checkpoints(tokens_per_micro_batch=16384, gradient_checkpointing=False)
+    few, many = (
+        memory(
+            make_plan(paper().model_copy(update={"lora": Lora(), "train": Train(tokens_per_micro_batch=budget)})), GPU
+        )
+        for budget in (4096, 16384)
+    )
+    assert many["activations"] < few["activations"]
 
 
 def test_an_unknown_optimiser_is_counted_as_adam_and_said() -> None:

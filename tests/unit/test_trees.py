@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -9,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from spinlm.model.attention import tree_attention
+from spinlm.model import attention
+from spinlm.model.attention import BlockMasks, flex_works, tree_attention
+from spinlm.model.kernels import BLOCK
 from spinlm.model.trees import Layout, Span, Tree, lay_out, micro_batches
 
 TREES = [Tree([10, 11, 12], ([20, 21, 22], [30], [40, 41])), Tree([50], ([60],))]
@@ -50,7 +53,10 @@ batches_of = st.lists(trees_of, min_size=1, max_size=5)
 
 
 def visible_in(spans: tuple[Span, ...], length: int) -> list[list[int]]:
-    """For each place in a row of trees, the places it may see: its tree's prompt and its own branch, up to itself."""
+    """For each place in a row of trees, the places it may see: its tree's prompt and its own branch, up to itself.
+
+    Padding at the row's end is a tree of its own.
+    """
     owner: list[tuple[int, int]] = []  # tree, and branch or −1 for the prompt
     for number, span in enumerate(spans):
         assert span.start == len(owner)
@@ -58,7 +64,8 @@ def visible_in(spans: tuple[Span, ...], length: int) -> list[list[int]]:
         for branch, (start, size) in enumerate(span.branches):
             assert start == len(owner)
             owner += [(number, branch)] * size
-    assert len(owner) == length
+    assert length - len(owner) in range(BLOCK)
+    owner += [(len(spans), -1)] * (length - len(owner))
     return [
         [j for j in range(i + 1) if owner[j] in {(tree, -1), (tree, branch)}] for i, (tree, branch) in enumerate(owner)
     ]
@@ -90,7 +97,8 @@ def test_every_response_token_is_predicted_once_from_what_precedes_it(packing: s
     assert found == expected
     assert layout.responses == len(responses)
     if packing == "tree":
-        assert layout.input_ids.shape == (1, sum(len(tree) for tree in trees))
+        tokens = sum(len(tree) for tree in trees)
+        assert layout.input_ids.shape == (1, tokens if tokens <= BLOCK else math.ceil(tokens / BLOCK) * BLOCK)
 
 
 def test_micro_batches_by_hand() -> None:
@@ -116,6 +124,7 @@ def test_micro_batches_cover_all_and_keep_the_budget(trees: list[Tree], budget: 
 SHAPES = [
     TREES,
     [Tree([1] * 7, ([2] * 9, [3] * 4, [4], [5] * 12))],
+    [Tree([1] * 40, ([2] * 9, [3] * 30)), Tree([1] * 5, ([2] * 4,))],  # with padding
     [Tree([1], ([2],)), Tree([1] * 3, ([2], [3] * 6)), Tree([1] * 11, ([2] * 5, [3] * 5)), Tree([1], ([2] * 8,) * 3)],
 ]
 
@@ -155,13 +164,30 @@ def dense_attention(
     return out
 
 
-@pytest.mark.parametrize("trees", SHAPES, ids=["literal", "long", "many"])
+@pytest.fixture(params=["pieces", "blocks"])
+def masks_of(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[[Layout], BlockMasks | None]:
+    """Nothing, or the block masks of a layout, under FlexAttention as it computes without a compiler."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    monkeypatch.setattr(attention, "_flex_attention", lambda: flex_attention)
+    if request.param == "pieces":
+        return lambda layout: None
+    return lambda layout: BlockMasks(layout.spans or (), layout.position_ids)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("trees", SHAPES, ids=["literal", "long", "padded", "many"])
 @pytest.mark.parametrize("heads", [(2, 2), (4, 2)], ids=["mha", "gqa"])
 @pytest.mark.parametrize("window", [None, 1, 4, 100])
 @pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize("scaling", [None, 0.7])
 def test_tree_attention_is_attention_under_a_dense_mask(
-    trees: list[Tree], heads: tuple[int, int], window: int | None, softcap: float | None, scaling: float | None
+    masks_of: Callable[[Layout], BlockMasks | None],
+    trees: list[Tree],
+    heads: tuple[int, int],
+    window: int | None,
+    softcap: float | None,
+    scaling: float | None,
 ) -> None:
     layout = lay_out(trees, "tree")
     qkv = random_qkv(layout.input_ids.shape[1], *heads)
@@ -173,15 +199,18 @@ def test_tree_attention_is_attention_under_a_dense_mask(
         softcap=softcap,
         sliding_window=window,
         spans=layout.spans,
+        masks=masks_of(layout),
     )
+    real = sum(map(len, trees))
     theirs = dense_attention(layout, *qkv, scaling, softcap, window)
-    torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-6)
+    assert torch.isfinite(ours).all()
+    torch.testing.assert_close(ours[:, :real].double(), theirs[:, :real], rtol=1e-5, atol=1e-6)
     assert weights is None
 
 
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("softcap", [None, 1.5])
-@pytest.mark.parametrize("trees", SHAPES, ids=["literal", "long", "many"])
+@pytest.mark.parametrize("trees", SHAPES, ids=["literal", "long", "padded", "many"])
 def test_a_place_reaches_only_those_that_see_it(trees: list[Tree], window: int | None, softcap: float | None) -> None:
     """Whatever stands in other branches, other trees or later on, the output is the same to the bit."""
     layout = lay_out(trees, "tree")
@@ -204,11 +233,11 @@ def test_a_place_reaches_only_those_that_see_it(trees: list[Tree], window: int |
         key[:, :, j], value[:, :, j] = kept
         changed = (before != after).any(dim=-1).any(dim=-1)[0].tolist()
         near = [j in seen[i] and (window is None or positions[i] - positions[j] < window) for i in range(length)]
-        assert changed == near
+        assert changed[: sum(map(len, trees))] == near[: sum(map(len, trees))]
 
 
 def test_tree_attention_passes_gradients_as_the_dense_mask_does() -> None:
-    layout = lay_out(SHAPES[2], "tree")
+    layout = lay_out(SHAPES[3], "tree")
     qkv = [tensor.requires_grad_() for tensor in random_qkv(layout.input_ids.shape[1], 4, 2)]
     upstream = torch.randn(1, layout.input_ids.shape[1], 4, 8)
     ours = torch.autograd.grad(
@@ -217,3 +246,13 @@ def test_tree_attention_passes_gradients_as_the_dense_mask_does() -> None:
     theirs = torch.autograd.grad(dense_attention(layout, *qkv, None, None, 5), qkv, upstream.double())
     for mine, reference in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine, reference, rtol=1e-4, atol=1e-5)
+
+
+def test_block_masks_are_made_once_for_each_window() -> None:
+    layout = lay_out(SHAPES[1], "tree")
+    masks = BlockMasks(layout.spans or (), layout.position_ids)
+    assert masks.of(None) is masks.of(None) and masks.of(4) is masks.of(4) and masks.of(4) is not masks.of(None)
+
+
+def test_flex_attention_is_for_gpus() -> None:
+    assert not flex_works(torch.device("cpu"), torch.float32)

@@ -1,9 +1,13 @@
 """Attention over prompt trees and over responses that grow, for any model of transformers.
 
-Registered through transformers' `AttentionInterface`. The layout comes down as a keyword, and no mask is built for a
-block that nobody looks at.
+Registered through transformers' `AttentionInterface`. The layout comes down as a keyword, and no block that nobody
+looks at is computed: on a CPU a row is cut into pieces that are plainly causal, on a GPU FlexAttention computes all of
+it at once under a block mask.
 """
 
+import functools
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +17,8 @@ from torch import Tensor
 
 from spinlm.errors import ModelError
 from spinlm.model.trees import Span
+
+log = logging.getLogger("spinlm")
 
 TREE_ATTENTION = "spinlm_tree"
 """Name of the tree attention in transformers' `AttentionInterface`."""
@@ -29,12 +35,13 @@ def tree_attention(
     softcap: float | None = None,
     sliding_window: int | None = None,
     spans: tuple[Span, ...] = (),
-    ends: Tensor | None = None,
+    masks: "BlockMasks | None" = None,
+    behind: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Attention over one row of trees that never computes a block between branches or between trees.
 
-    Or, with `ends`, of one new token in each of many rows that have been computed before; K is their longest.
+    Or, with `behind`, of one new token in each of many rows that have been computed before; K is their longest.
 
     Args:
         module: the attention layer that calls.
@@ -47,8 +54,9 @@ def tree_attention(
         softcap: scores become softcap · tanh(score / softcap), as in Gemma 2.
         sliding_window: a token sees this many positions, itself included.
         spans: where the trees lie.
-        ends: [rows] the position of each row's new token. Then query is [rows, heads, 1, head size], and key and value
-            are [rows, key heads, K, head size].
+        masks: of the same row, to compute it by FlexAttention.
+        behind: [rows, K] how far each key's position is behind that of its row's new token; negative where there is no
+            key. Then query is [rows, heads, 1, head size], and key and value are [rows, key heads, K, head size].
 
     Returns:
         [1, L, heads, head size] or [rows, 1, heads, head size], and None for the attention weights.
@@ -57,25 +65,120 @@ def tree_attention(
         ModelError: the model has not passed the spans on.
     """
     attend = _Attend(scaling, softcap, sliding_window)
-    if ends is not None:
-        return attend.last(query, key, value, ends).transpose(1, 2), None
+    if behind is not None:
+        return attend.last(query, key, value, behind).transpose(1, 2), None
     if not spans:
         raise ModelError(f"{type(module).__name__}: does not hand the layout of prompt trees down to its attention")
+    if masks is not None:
+        return attend.blocks(query, key, value, masks).transpose(1, 2), None
+    pieces = _pieces(spans, query.shape[2])
+    queries, keys, values = (states.split([length for length, *_ in pieces], dim=2) for states in (query, key, value))
     out = []
+    for number, (_length, trunk, prompt) in enumerate(pieces):
+        if trunk is None:
+            out.append(torch.zeros_like(queries[number]))
+        elif trunk == number:
+            out.append(attend(queries[number], keys[number], values[number]))
+        else:
+            before = (of[trunk][:, :, :prompt] for of in (keys, values))
+            seen = [torch.cat([one, of[number]], dim=2) for one, of in zip(before, (keys, values), strict=True)]
+            out.append(attend(queries[number], seen[0], seen[1]))
+    return torch.cat([one.transpose(1, 2) for one in out], dim=1), None
+
+
+def _pieces(spans: Sequence[Span], total: int) -> list[tuple[int, int | None, int]]:
+    """A row cut up: for each piece its length, the piece that begins with its prompt, and the prompt's length.
+
+    A prompt and its first branch are adjacent and plainly causal: they are one piece, whose prompt is its own. What is
+    left of the row is padding, without a prompt.
+    """
+    pieces: list[tuple[int, int | None, int]] = []
     for span in spans:
-        first = span.branches[0][1] if span.branches else 0
-        # Prompt and first branch are adjacent and plainly causal.
-        trunk = slice(span.start, span.start + span.prompt + first)
-        out.append(attend(query[:, :, trunk], key[:, :, trunk], value[:, :, trunk]))
-        prompt = slice(span.start, span.start + span.prompt)
-        for start, length in span.branches[1:]:
-            if length == 0:
-                continue
-            branch = slice(start, start + length)
-            keys = torch.cat([key[:, :, prompt], key[:, :, branch]], dim=2)
-            values = torch.cat([value[:, :, prompt], value[:, :, branch]], dim=2)
-            out.append(attend(query[:, :, branch], keys, values))
-    return torch.cat(out, dim=2).transpose(1, 2), None
+        first, *others = [length for _, length in span.branches] or [0]
+        trunk = len(pieces)
+        pieces.append((span.prompt + first, trunk, span.prompt))
+        pieces += [(length, trunk, span.prompt) for length in others if length]
+    padding = total - sum(length for length, *_ in pieces)
+    return [*pieces, (padding, None, 0)] if padding else pieces
+
+
+class BlockMasks:
+    """Who sees whom in a row of trees, as FlexAttention takes it: a block mask for each sliding window in the model."""
+
+    def __init__(self, spans: Sequence[Span], position_ids: Tensor):
+        """
+        Args:
+            spans: where the trees lie.
+            position_ids: [1, L], on the device to compute on.
+        """
+        self.position = position_ids[0]
+        tree = torch.full((len(self.position),), len(spans))  # what is left of the row is padding, a tree of its own
+        branch = torch.zeros_like(tree)  # 0 is the prompt
+        for number, span in enumerate(spans):
+            tree[span.start : span.start + len(span)] = number
+            for place, (start, length) in enumerate(span.branches):
+                branch[start : start + length] = place + 1
+        self.tree, self.branch = tree.to(self.position.device), branch.to(self.position.device)
+        self._made: dict[int | None, Any] = {}
+
+    def allows(self, window: int | None) -> Callable[..., Tensor]:
+        """FlexAttention's `mask_mod`: whether the query at one place of the row sees the key at another."""
+        tree, branch, position = self.tree, self.branch, self.position
+
+        def allowed(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            seen = (query >= key) & (tree[query] == tree[key])
+            seen &= (branch[key] == 0) | (branch[key] == branch[query])
+            return seen if window is None else seen & (position[query] - position[key] < window)
+
+        return allowed
+
+    def of(self, window: int | None) -> Any:
+        """The block mask under a sliding window; made once."""
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        if window not in self._made:
+            size, device = len(self.position), self.position.device.type
+            self._made[window] = create_block_mask(self.allows(window), None, None, size, size, device=device)
+        return self._made[window]
+
+
+@functools.cache
+def _flex_attention() -> Callable[..., Tensor]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    compiled: Callable[..., Tensor] = torch.compile(flex_attention)
+    return compiled
+
+
+@functools.cache
+def flex_works(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether FlexAttention compiles on a device, and gives there what attention piece by piece gives.
+
+    Tried once in a process, on two small trees, forward and backward. Says so in the log where it does not: a GPU that
+    is too old, or a compiler that is missing.
+    """
+    if device.type != "cuda":
+        return False
+    spans = (Span(0, 40, ((40, 30), (70, 20))), Span(90, 20, ((110, 10),)))
+    row = torch.tensor([[*range(70), *range(40, 60), *range(30)]], device=device)
+    generator = torch.Generator().manual_seed(0)
+    states = [torch.randn(1, heads, 120, 64, generator=generator).to(device, dtype) for heads in (4, 2, 2)]
+    found = []
+    try:
+        for masks in (None, BlockMasks(spans, row)):
+            query, key, value = inputs = [one.clone().requires_grad_() for one in states]
+            with torch.enable_grad():
+                out, _ = tree_attention(torch.nn.Identity(), query, key, value, None, spans=spans, masks=masks)
+                found.append([out.detach(), *torch.autograd.grad(out.float().square().sum(), inputs)])
+    except Exception as error:  # whatever a compiler may raise
+        reason = str(error).strip().splitlines()[:1]
+        log.info("FlexAttention is not used: %s %s", type(error).__name__, *reason)
+        return False
+    tolerance = 1e-4 if dtype == torch.float32 else 0.05
+    close = all(torch.allclose(ours, theirs, tolerance, tolerance) for ours, theirs in zip(*found, strict=True))
+    if not close:
+        log.warning("FlexAttention gives other results on this device than plain attention, and is not used")
+    return close
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,13 +207,12 @@ class _Attend:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
         return self._explicit(query, key, value, self._mask(q, k, query.device))
 
-    def last(self, query: Tensor, key: Tensor, value: Tensor, ends: Tensor) -> Tensor:
-        """The query of one token in each row, at its position `ends`: [B, H, 1, D], [B, G, K, D] → [B, H, 1, D].
+    def last(self, query: Tensor, key: Tensor, value: Tensor, behind: Tensor) -> Tensor:
+        """The query of one token in each row: [B, H, 1, D], [B, G, K, D], `behind` [B, K] → [B, H, 1, D].
 
         Heads that share a key go together as the rows of one product, so that keys are read once, where they are.
         """
         rows, heads, _, size = query.shape
-        behind = ends[:, None] - torch.arange(key.shape[2], device=query.device)  # [B, K]
         mask = behind >= 0 if self.window is None else (behind >= 0) & (behind < self.window)
         if query.dtype != torch.float32 and self.softcap is None:  # the kernels of scoring, which round once
             allowed = mask[:, None, None]
@@ -119,6 +221,23 @@ class _Attend:
             )
         grouped = query.view(rows, key.shape[1], heads // key.shape[1], size)
         return self._explicit(grouped, key, value, mask[:, None, None]).reshape(rows, heads, 1, -1)
+
+    def blocks(self, query: Tensor, key: Tensor, value: Tensor, masks: BlockMasks) -> Tensor:
+        """A whole row by FlexAttention (arXiv 2412.05496): [1, H, L, D], [1, G, L, D] → [1, H, L, D]."""
+        softcap, grouped = self.softcap, query.shape[1] != key.shape[1]
+
+        def cap(score: Tensor, *_: Tensor) -> Tensor:
+            return softcap * torch.tanh(score / softcap)  # type: ignore[operator]  # used where it is not None
+
+        return _flex_attention()(
+            query,
+            key,
+            value,
+            score_mod=None if softcap is None else cap,
+            block_mask=masks.of(self.window),
+            scale=self.scaling,
+            enable_gqa=grouped,
+        )
 
     def _explicit(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
         """By its formula: [B, G, Q, D], [B, G, K, D], [B, G, K, D] → [B, G, Q, D]."""

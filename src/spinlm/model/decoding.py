@@ -118,7 +118,8 @@ class RaggedRows:
             assert layout.spans is not None
             self.cache.prompts = list(zip(layout.spans, rows, strict=True))
             self.cache.lengths += [len(prompt) for prompt in group]
-            hidden = self._forward(layout.input_ids, layout.position_ids, spans=layout.spans)[0]
+            inputs = self.logprobs.attention_inputs(layout)
+            hidden = self._forward(layout.input_ids, layout.position_ids, **inputs)[0]
             last = [span.start + span.prompt - 1 for span, rows in self.cache.prompts for _ in rows]
             logits.append(self.logprobs.logits(hidden[last]))
             self.cache.prompts = None
@@ -127,7 +128,8 @@ class RaggedRows:
     def step(self, tokens: Tensor) -> Tensor:
         """See `Rows`."""
         ends = self.cache.grow(self.device)
-        return self.logprobs.logits(self._forward(tokens[:, None], ends[:, None], ends=ends)[:, 0])
+        behind = ends[:, None] - torch.arange(max(self.cache.lengths), device=self.device)
+        return self.logprobs.logits(self._forward(tokens[:, None], ends[:, None], behind=behind)[:, 0])
 
     def keep(self, rows: list[int]) -> list[int]:
         """See `Rows`. The last responses move to the places that have become free."""

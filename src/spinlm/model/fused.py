@@ -1,14 +1,15 @@
-"""A linear layer with its LoRA update as one operation: y = x·Wᵀ + b + (α/r) (x·Aᵀ)·Bᵀ (LoRA, arXiv 2106.09685).
+"""Layers that compute as one operation what would be many: LoRA layers, gated MLPs and RMS norms.
 
-PEFT's own layer adds the update in three more passes over an output-sized tensor, and autograd keeps a copy for each.
-Here both products are added in place, forward and backward, and only x and x·Aᵀ are kept. The layers' parameters,
-names and files stay PEFT's.
+A linear layer with its LoRA update is y = x·Wᵀ + b + (α/r) (x·Aᵀ)·Bᵀ (LoRA, arXiv 2106.09685). PEFT's own layer adds
+the update in three more passes over an output-sized tensor, and autograd keeps a copy for each. Here both products are
+added in place, forward and backward, and only x and x·Aᵀ are kept. A gated MLP's inner act(g) ⊙ u is not kept but
+formed again from g and u. The layers' parameters, names and files stay as they are.
 
-Shapes: L tokens, I inputs, O outputs, R rank.
+Shapes: L tokens, D hidden size, I inputs, O outputs, R rank.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import MethodType
 from typing import Any
 
@@ -16,43 +17,35 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from spinlm.model.kernels import linear, pack
+from spinlm.model.kernels import linear, pack, tall
 
 PACKED = "spinlm_packed"
 """Attribute of a layer that holds base and adapter as one packed weight, while there is decoding."""
 
 
-def fuse_adapters(model: nn.Module) -> int:
-    """Let the LoRA layers of a model compute as one operation; returns how many do.
+def fuse(model: nn.Module) -> int:
+    """Let layers compute as one operation each, where they can; returns how many do.
 
-    A layer stays as PEFT has it where its base is no plain linear layer, is trained itself, or is quantised.
+    A LoRA layer stays as PEFT has it where its base is no plain linear layer, is trained itself, or is quantised. A
+    gated MLP needs LoRA layers of that kind, and a norm a frozen float32 weight; both stay as they are where ours gives
+    something else for random inputs, since only the names of their parts say what they are.
     """
-    from peft.tuners.lora import Linear
-    from transformers.pytorch_utils import Conv1D
-
-    fused = 0
-    for layer in model.modules():
-        if not isinstance(layer, Linear) or type(layer.base_layer) not in (nn.Linear, Conv1D):
-            continue
-        if (
-            layer.lora_variant
-            or layer.lora_bias.get("default")
-            or any(p.requires_grad for p in layer.base_layer.parameters())
-        ):
-            continue
-        layer.forward = MethodType(_forward, layer)  # type: ignore[method-assign]  # of this instance alone
-        fused += 1
-    return fused
+    adapters = [layer for layer in model.modules() if _is_plain_adapter(layer)]
+    for layer in adapters:
+        _replace(layer, _adapted)
+    others = [layer for layer in model.modules() if _is_norm(layer) or _is_gated(layer)]
+    fused = [layer for layer in others if _try(layer, _normed if _is_norm(layer) else _gated)]
+    return len(adapters) + len(fused)
 
 
 @contextlib.contextmanager
 def packed_adapters(model: nn.Module, rows: int) -> Iterator[None]:
-    """Within the block, fused layers compute with base and adapter merged into one weight, packed for so many rows.
+    """Within the block, fused LoRA layers have base and adapter merged into one weight, packed for so many rows.
 
     That costs the memory of the merged weights, and is done in float32 on a CPU only: elsewhere nothing is gained, or
     too much would be lost to rounding. The base itself is not touched.
     """
-    layers: list[Any] = [layer for layer in model.modules() if _is_fused(layer)]
+    layers: list[Any] = [layer for layer in model.modules() if _computes(layer, _adapted)]
     try:
         for layer in layers:
             weight = _merged(layer) if layer.base_layer.weight.dtype == torch.float32 else None
@@ -65,8 +58,40 @@ def packed_adapters(model: nn.Module, rows: int) -> Iterator[None]:
             vars(layer).pop(PACKED, None)
 
 
-def _is_fused(layer: nn.Module) -> bool:
-    return getattr(vars(layer).get("forward"), "__func__", None) is _forward
+def _replace(layer: Any, forward: Callable[..., Tensor]) -> None:
+    layer.forward = MethodType(forward, layer)  # of this instance alone
+
+
+def _computes(layer: Any, forward: Callable[..., Tensor]) -> bool:
+    return getattr(vars(layer).get("forward"), "__func__", None) is forward
+
+
+@torch.no_grad()
+def _try(layer: Any, forward: Callable[..., Tensor]) -> bool:
+    """Replace a layer's computation if ours gives the same."""
+    weight = layer.gate_proj.base_layer.weight if forward is _gated else layer.weight
+    width = layer.gate_proj.in_features if forward is _gated else len(weight)
+    x = torch.randn(3, width, generator=torch.Generator().manual_seed(0)).to(weight)
+    if torch.allclose(forward(layer, x), layer(x), rtol=1e-4 if weight.dtype == torch.float32 else 1e-2, atol=1e-6):
+        _replace(layer, forward)
+        return True
+    return False
+
+
+# LoRA layers
+
+
+def _is_plain_adapter(layer: Any) -> bool:
+    from peft.tuners.lora import Linear
+    from transformers.pytorch_utils import Conv1D
+
+    return (
+        isinstance(layer, Linear)
+        and type(layer.base_layer) in (nn.Linear, Conv1D)
+        and not layer.lora_variant
+        and not layer.lora_bias.get("default")
+        and not any(parameter.requires_grad for parameter in layer.base_layer.parameters())
+    )
 
 
 def _merged(layer: Any) -> Tensor:
@@ -76,19 +101,25 @@ def _merged(layer: Any) -> Tensor:
     return torch.addmm(weight, up, down, alpha=float(layer.scaling["default"]))
 
 
-def _forward(layer: Any, x: Tensor) -> Tensor:
-    """What a fused layer computes: [..., I] → [..., O]."""
+def _adapted(layer: Any, x: Tensor) -> Tensor:
+    """What a fused LoRA layer computes: [..., I] → [..., O]."""
     if layer.disable_adapters or layer.merged:
         plain: Tensor = type(layer).forward(layer, x)
         return plain
-    base, scale = layer.base_layer, float(layer.scaling["default"])
-    down, up, dropout = layer.lora_A["default"].weight, layer.lora_B["default"].weight, layer.lora_dropout["default"]
+    base, dropout = layer.base_layer, layer.lora_dropout["default"]
     if PACKED in vars(layer):
         return linear(x.flatten(0, -2), vars(layer)[PACKED], base.bias).view(*x.shape[:-1], -1)
-    weight = base.weight.T if layer.fan_in_fan_out else base.weight  # [O, I]
     dropped = dropout(x) if layer.training and not isinstance(dropout, nn.Identity) else None
-    result: Tensor = _AdaptedLinear.apply(x, dropped, weight, base.bias, down, up, scale)
+    result: Tensor = _AdaptedLinear.apply(x, dropped, *_weights(layer))
     return result
+
+
+def _weights(layer: Any) -> tuple[Tensor, Tensor | None, Tensor, Tensor, float]:
+    """W [O, I], b [O]?, A [R, I], B [O, R] and α/r."""
+    base = layer.base_layer
+    weight = base.weight.T if layer.fan_in_fan_out else base.weight
+    scale = float(layer.scaling["default"])
+    return weight, base.bias, layer.lora_A["default"].weight, layer.lora_B["default"].weight, scale
 
 
 class _AdaptedLinear(torch.autograd.Function):
@@ -109,9 +140,7 @@ class _AdaptedLinear(torch.autograd.Function):
         scale: float,
     ) -> Tensor:
         seen = (x if dropped is None else dropped.to(x.dtype)).flatten(0, -2)  # [L, I]
-        low = seen @ down.to(x.dtype).T  # [L, R]
-        y = linear(x.flatten(0, -2), weight, None if bias is None else bias.to(x.dtype))  # [L, O]
-        y.addmm_(low, up.to(x.dtype).T, alpha=scale)
+        y, low = _product(x.flatten(0, -2), seen, weight, bias, down, up, scale)
         ctx.scale, ctx.apart = scale, dropped is not None
         ctx.save_for_backward(seen, low, weight, down, up)
         return y.view(*x.shape[:-1], -1)
@@ -120,18 +149,140 @@ class _AdaptedLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         seen, low, weight, down, up = ctx.saved_tensors
-        shape, kind = upstream.shape[:-1], upstream.dtype
-        grad = upstream.flatten(0, -2)  # [L, O]
-        grad_low = (grad @ up.to(kind)).mul_(ctx.scale)  # [L, R]
-        # Of a thin product, the wide side last is the faster order.
-        grad_up = (low.T @ grad).to(up.dtype).mul_(ctx.scale).T if ctx.needs_input_grad[5] else None
-        grad_down = (grad_low.T @ seen).to(down.dtype) if ctx.needs_input_grad[4] else None
+        shape, grad = upstream.shape[:-1], upstream.flatten(0, -2)  # [L, O]
+        grad_low, grad_down, grad_up = _adapter_gradients(grad, seen, low, down, up, ctx.scale)
         grad_x = grad_dropped = None
         if ctx.needs_input_grad[0]:
             grad_x = linear(grad, weight.T)  # [L, I]
             if not ctx.apart:
-                grad_x.addmm_(grad_low, down.to(kind))
+                grad_x.addmm_(grad_low, down.to(grad.dtype))
             grad_x = grad_x.view(*shape, -1)
         if ctx.apart and ctx.needs_input_grad[1]:
-            grad_dropped = (grad_low @ down.to(kind)).view(*shape, -1)
+            grad_dropped = (grad_low @ down.to(grad.dtype)).view(*shape, -1)
         return grad_x, grad_dropped, None, None, grad_down, grad_up, None
+
+
+def _product(
+    x: Tensor, seen: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """y [L, O] and x·Aᵀ [L, R], where the adapter sees `seen` [L, I]."""
+    low = linear(seen, down.to(x.dtype))
+    y = linear(x, weight, None if bias is None else bias.to(x.dtype))
+    return y.addmm_(low, up.to(x.dtype).T, alpha=scale), low
+
+
+def _adapter_gradients(
+    grad: Tensor, seen: Tensor, low: Tensor, down: Tensor, up: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of x·Aᵀ [L, R], A and B, from that of y [L, O]."""
+    grad_low = linear(grad, up.to(grad.dtype).T).mul_(scale)
+    return grad_low, tall(grad_low, seen).to(down.dtype), tall(low, grad).to(up.dtype).mul_(scale).T
+
+
+# Gated MLPs
+
+
+def _is_gated(layer: Any) -> bool:
+    parts = [getattr(layer, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
+    return all(part is not None and _computes(part, _adapted) for part in parts) and hasattr(layer, "act_fn")
+
+
+def _gated(layer: Any, x: Tensor) -> Tensor:
+    """down(act(gate(x)) ⊙ up(x)): [..., D] → [..., D]."""
+    gate, up, down = layer.gate_proj(x), layer.up_proj(x), layer.down_proj
+    dropout = layer.training and not isinstance(down.lora_dropout["default"], nn.Identity)
+    if not torch.is_grad_enabled():
+        result: Tensor = down(layer.act_fn(gate).mul_(up))
+    elif dropout or down.disable_adapters or down.merged:
+        result = down(layer.act_fn(gate) * up)
+    else:
+        result = _GatedLinear.apply(gate, up, layer.act_fn, *_weights(down))
+    return result
+
+
+class _GatedLinear(torch.autograd.Function):
+    """As `_AdaptedLinear`, of x = act(gate) ⊙ up: ([..., I], [..., I], act, …) → [..., O]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        gate: Tensor,
+        up_states: Tensor,
+        act: Callable[[Tensor], Tensor],
+        weight: Tensor,
+        bias: Tensor | None,
+        down: Tensor,
+        up: Tensor,
+        scale: float,
+    ) -> Tensor:
+        x = (act(gate) * up_states).flatten(0, -2)
+        y, low = _product(x, x, weight, bias, down, up, scale)
+        ctx.act, ctx.scale = act, scale
+        ctx.save_for_backward(gate, up_states, low, weight, down, up)
+        return y.view(*gate.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        gate, up_states, low, weight, down, up = ctx.saved_tensors
+        grad = upstream.flatten(0, -2)
+        with torch.enable_grad():
+            leaf = gate.detach().requires_grad_()
+            activated = ctx.act(leaf)
+        seen = activated.detach() * up_states
+        grad_low, grad_down, grad_up = _adapter_gradients(grad, seen.flatten(0, -2), low, down, up, ctx.scale)
+        grad_x = linear(grad, weight.T).addmm_(grad_low, down.to(grad.dtype)).view_as(seen)
+        torch.mul(activated.detach(), grad_x, out=seen)  # from here on the gradient of `up_states`
+        (grad_gate,) = torch.autograd.grad(activated, leaf, grad_x.mul_(up_states))
+        return grad_gate, seen, None, None, None, grad_down, grad_up, None
+
+
+# Norms
+
+
+def _is_norm(layer: Any) -> bool:
+    weight = getattr(layer, "weight", None)
+    return (
+        type(layer).__name__.endswith("RMSNorm")
+        and hasattr(layer, "variance_epsilon")
+        and isinstance(weight, Tensor)
+        and weight.dtype == torch.float32
+        and not weight.requires_grad
+    )
+
+
+def _normed(layer: Any, x: Tensor) -> Tensor:
+    """x / √(mean x² + ε) ⊙ w (RMSNorm, arXiv 1910.07467): [..., D] → [..., D]."""
+    if x.dtype != torch.float32:
+        plain: Tensor = type(layer).forward(layer, x)
+        return plain
+    if not torch.is_grad_enabled():
+        return _rms_norm(x, layer.weight, layer.variance_epsilon)[0]
+    result: Tensor = _RmsNorm.apply(x, layer.weight, layer.variance_epsilon)
+    return result
+
+
+def _rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """The result [..., D], and what x was multiplied by [..., 1]."""
+    norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    inverse = norm.square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()
+    return (x * inverse).mul_(weight), inverse
+
+
+class _RmsNorm(torch.autograd.Function):
+    """([..., D], [D], ε) → [..., D] in float32, with a frozen weight. Keeps x and one number for each token."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        result, inverse = _rms_norm(x, weight, epsilon)
+        ctx.save_for_backward(x, weight, inverse)
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, inverse = ctx.saved_tensors
+        grad = upstream * weight
+        # d/dx of x·r(x) with r = (mean x² + ε)^(-1/2): r·g − x · r³ · mean(g ⊙ x)
+        along = torch.linalg.vecdot(grad, x).unsqueeze(-1).mul_(inverse.pow(3)).div_(-x.shape[-1])
+        return grad.mul_(inverse).addcmul_(x, along), None, None

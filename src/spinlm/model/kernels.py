@@ -1,8 +1,8 @@
-"""Matrix products with frozen weights.
+"""Matrix products that autograd does not see.
 
 For float32 on a CPU that is oneDNN: PyTorch's own choice, MKL, took 1.0 to 1.6 times as long at the shapes of a 135M
 model on an AMD processor with AVX-512, and with a weight packed beforehand up to twice as long for the few rows of a
-decoding step (`benchmarks/products.py` measures it). Nothing here can be differentiated.
+decoding step (`benchmarks/products.py` measures it).
 """
 
 import torch
@@ -26,6 +26,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         x = pad_rows(x, (0, 0, 0, -rows % BLOCK))
     result: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return result[:rows]
+
+
+def tall(left: Tensor, right: Tensor) -> Tensor:
+    """leftᵀ · right, over many rows: [M, R], [M, I] → [R, I]. With a small R this is the faster order of the two."""
+    whole_blocks = len(left) % BLOCK == 0  # else there would be code for every M again
+    return linear(left.T, right.T) if whole_blocks else left.T @ right
 
 
 def pack(weight: Tensor, rows: int) -> Tensor | None:

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from spinlm.errors import ModelError
-from spinlm.model.attention import TREE_ATTENTION
+from spinlm.model.attention import TREE_ATTENTION, BlockMasks, flex_works
 from spinlm.model.kernels import BLOCK, linear
 from spinlm.model.trees import Layout, Tree, lay_out
 
 CHUNK_ELEMENTS = 1 << 23  # of a chunk of logits: 32 MB in float32, which glibc still reuses without new pages
+GPU_CHUNKS = 8  # as large on a GPU, for fewer and larger products
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,13 +121,24 @@ class LogProbs(nn.Module):
     def hidden(self, layout: Layout) -> Tensor:
         """Final hidden states at the positions that predict a response token: [M, D]."""
         self.use_attention(layout.spans is not None)
-        extra = {} if layout.spans is None else {"spans": layout.spans}
         device = layout.input_ids.device.type
         with torch.autocast(device, dtype=self.autocast, enabled=self.autocast is not None):
             states = self.causal.base_model(
-                input_ids=layout.input_ids, position_ids=layout.position_ids, use_cache=False, **extra
+                input_ids=layout.input_ids,
+                position_ids=layout.position_ids,
+                use_cache=False,
+                **self.attention_inputs(layout),
             ).last_hidden_state  # [N, L, D]
         return states.flatten(0, 1)[layout.predict]
+
+    def attention_inputs(self, layout: Layout) -> dict[str, Any]:
+        """What `tree_attention` is to be told of a layout, as keywords that the model hands down."""
+        if layout.spans is None:
+            return {}
+        masks = None
+        if flex_works(layout.input_ids.device, self.autocast or self.causal.get_output_embeddings().weight.dtype):
+            masks = BlockMasks(layout.spans, layout.position_ids)
+        return {"spans": layout.spans, "masks": masks}
 
 
 def _without_adapter(model: Any) -> Any:
@@ -172,7 +184,7 @@ class _TargetLogProbs(torch.autograd.Function):
         form_gradient = ctx.needs_input_grad[0] and not trained_head
         logprobs = hidden.new_empty(len(hidden), dtype=torch.float32)
         unit = torch.empty_like(hidden) if form_gradient else None
-        for rows in _chunks(len(hidden), len(weight)):
+        for rows in _chunks(hidden, len(weight)):
             logits = shape.logits(hidden[rows], weight, bias)
             scores = _Softmax(logits, targets[rows], shape, keep=form_gradient)
             logprobs[rows] = scores.logprob
@@ -194,7 +206,7 @@ class _TargetLogProbs(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight = torch.zeros_like(weight) if need_weight else None
         grad_bias = torch.zeros_like(bias) if need_bias else None
-        for rows in _chunks(len(hidden), len(weight)):
+        for rows in _chunks(hidden, len(weight)):
             logits = ctx.shape.logits(hidden[rows], weight, bias)
             grad = _Softmax(logits, targets[rows], ctx.shape, keep=True).gradient() * upstream[rows, None]
             grad = grad.to(weight.dtype)
@@ -229,7 +241,8 @@ class _Softmax:
         return self.shape.backward_(grad, self.capped)
 
 
-def _chunks(rows: int, vocabulary: int) -> list[slice]:
-    size = max(16, CHUNK_ELEMENTS // vocabulary)
+def _chunks(hidden: Tensor, vocabulary: int) -> list[slice]:
+    rows = len(hidden)
+    size = max(16, CHUNK_ELEMENTS * (GPU_CHUNKS if hidden.is_cuda else 1) // vocabulary)
     size -= size % BLOCK if size > BLOCK else 0
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]

@@ -19,7 +19,7 @@ from spinlm.data.chat import Renderer
 from spinlm.errors import MissingPackageError, ModelError, RecipeError
 from spinlm.files import atomic_path, read_json, write_json
 from spinlm.model.attention import register_tree_attention
-from spinlm.model.fused import fuse_adapters
+from spinlm.model.fused import fuse
 from spinlm.model.loading import (
     add_adapter,
     compute_dtype,
@@ -31,6 +31,7 @@ from spinlm.model.loading import (
     stop_ids,
 )
 from spinlm.model.logprobs import LogProbs, parity_gap
+from spinlm.model.memory import checkpoint_if_needed
 from spinlm.model.trees import Tree, lay_out
 from spinlm.rundir import START, RunDir
 
@@ -71,10 +72,8 @@ class Players:
         model = load_model(self.recipe.model, self.path, stored)
         if self.recipe.lora is not None:
             model = add_adapter(model, self.recipe.lora, self.recipe.seed, self.recipe.model.revision)
-            fuse_adapters(model)
+            fuse(model)
         silence_dropout(model)
-        if self.recipe.train.gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.to(self.device)
         return LogProbs(model, autocast=self.dtype if full and self.dtype != stored else None)
 
@@ -103,6 +102,10 @@ class Players:
         """Accelerate, and the log-probability module as it wraps it."""
         module: LogProbs = self._accelerator.prepare_model(self.logprobs)
         return self._accelerator, module
+
+    def make_room(self, packing: str) -> None:
+        """Turn gradient checkpointing on where the recipe wants it, or where memory would not suffice without."""
+        checkpoint_if_needed(self.logprobs, self.recipe, packing)
 
     def close(self) -> None:
         """Let trackers write what they still hold."""

@@ -20,6 +20,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from spinlm.model.kernels import BLOCK
+
 
 @dataclass(frozen=True, slots=True)
 class Tree:
@@ -40,6 +42,9 @@ class Span:
     start: int
     prompt: int
     branches: tuple[tuple[int, int], ...]
+
+    def __len__(self) -> int:
+        return self.prompt + sum(length for _, length in self.branches)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +97,9 @@ def _one_row(trees: Sequence[Tree]) -> Layout:
             branches.append((here, fed))
             number += 1
         spans.append(Span(start, prompt, tuple(branches)))
+    padding = -len(ids) % BLOCK if len(ids) > BLOCK else 0  # once, instead of in every product
+    ids += [0] * padding
+    positions += [0] * padding
     row = torch.tensor([ids]), torch.tensor([positions])
     flat = torch.tensor(predict), torch.tensor(targets), torch.tensor(response_of)
     return Layout(*row, *flat, responses=number, spans=tuple(spans))

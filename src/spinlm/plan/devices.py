@@ -9,6 +9,7 @@ from spinlm.plan.shapes import Shape
 GPU_FLOPS = 990e12  # dense bfloat16 of an H100 or H200
 GPU_UTILISATION = 0.40
 GPU_BANDWIDTH = 3.35e12 * 0.60  # bytes/s: weights and KV cache are read once for each generated token
+GPU_MEMORY = 80e9
 GPU_LAYER_SECONDS = 0.75e-3  # a layer costs at least its kernel launches, however small the model
 CPU_CORE_FLOPS = 100e9  # float32
 CPU_UTILISATION = 0.60
@@ -26,6 +27,11 @@ class Device(NamedTuple):
     def flops(self) -> float:
         """Operations a second in scoring and training."""
         return GPU_FLOPS * GPU_UTILISATION if self is GPU else cores() * CPU_CORE_FLOPS * CPU_UTILISATION
+
+    @property
+    def memory(self) -> float:
+        """Bytes."""
+        return GPU_MEMORY if self is GPU else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
     def generation_seconds(self, shape: Shape, prompt: int, tokens: int, replies: int, batch: int) -> float:
         """Reading the prompts, then one step for each new token of a batch."""

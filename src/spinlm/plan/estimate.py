@@ -4,15 +4,15 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 
-from spinlm.config import EXECUTION_ONLY, Recipe, at_iteration
-from spinlm.plan.devices import CPU, DEVICES, Device
+from spinlm.config import EXECUTION_ONLY, MEMORY_MARGIN, Recipe, at_iteration
+from spinlm.plan.devices import CPU, DEVICES, GPU, Device
 from spinlm.plan.lengths import CHARACTERS_PER_TOKEN, Lengths, Tokens, find_lengths
 from spinlm.plan.lookup import find_shape
 from spinlm.plan.shapes import Shape, UnknownShapeError
 from spinlm.rundir import START, RunDir
 
 UNKNOWN_PROMPTS = 1000
-LOGITS_BYTES = 3 * (4 << 24)  # a chunk of logits in float32, its gradient and a copy
+LOGITS_BYTES = {CPU: 2 * (4 << 23), GPU: 2 * (4 << 26)}  # a chunk of logits in float32, and a copy
 OPTIMIZER_BYTES = {"sgd": 0, "adafactor": 0, "rmsprop": 4, "adagrad": 4, "adam": 8, "adamw": 8, "nadam": 8, "radam": 8}
 """Optimiser state for each trained parameter, in bytes."""
 
@@ -125,20 +125,16 @@ class Plan:
 
     def memory(self, shape: Shape, device: Device) -> dict[str, int]:
         """Peak bytes in one process on one device, with nothing divided over processes."""
-        train, opponent = self.recipe.train, self.recipe.opponent
-        trained = shape.trained(self.recipe.lora)
+        opponent, trained = self.recipe.opponent, shape.trained(self.recipe.lora)
         weights = 4 * trained  # what is trained stays in float32
         if self.recipe.lora or device.width == 2:
             weights += device.width * shape.parameters  # the frozen base, or a copy to compute with
-        # A tree that is longer than the micro-batch is a micro-batch of its own.
-        longest = train.max_length + self._used(self.recipe.selfplay.iterations - 1) * self.lengths.synthetic
-        token = shape.activation_bytes(device.width, train.max_length, train.gradient_checkpointing)
         parts = {
             "weights": weights,
             "gradients": 4 * trained,
             "optimiser state": trained * max(map(optimizer_bytes, self.optimizers)),
-            "activations": token * max(train.tokens_per_micro_batch, longest),
-            "logits": LOGITS_BYTES,
+            "activations": self._activations(shape, device, self.checkpoints(shape, device)),
+            "logits": LOGITS_BYTES[device],
         }
         context = self.lengths.longest_prompt + opponent.max_new_tokens
         cache = opponent.batch_size * context * shape.kv_bytes(device.width)
@@ -150,6 +146,25 @@ class Plan:
             "generating": weights + cache + merged,
         }
 
+    def checkpoints(self, shape: Shape, device: Device) -> bool:
+        """Whether gradient checkpointing will be on, on an otherwise empty device."""
+        wanted = self.recipe.train.gradient_checkpointing
+        if wanted != "auto":
+            return wanted
+        trained = shape.trained(self.recipe.lora)
+        state = 4 * trained * 2 + trained * max(map(optimizer_bytes, self.optimizers))
+        free = device.memory - device.width * shape.parameters - state
+        return MEMORY_MARGIN * self._activations(shape, device, checkpointing=False) > free
+
+    def _activations(self, shape: Shape, device: Device, checkpointing: bool) -> int:
+        """Bytes that are kept of the largest micro-batch until its backward pass."""
+        train, lora = self.recipe.train, self.recipe.lora
+        adapter = lora is not None and not lora.dropout  # dropout keeps more again
+        token = shape.activation_bytes(device.width, train.max_length, adapter=adapter, checkpointing=checkpointing)
+        # A tree that is longer than the micro-batch is a micro-batch of its own.
+        longest = train.max_length + self._used(self.recipe.selfplay.iterations - 1) * self.lengths.synthetic
+        return token * max(train.tokens_per_micro_batch, longest)
+
     def hours(self, shape: Shape, device: Device, work: Work) -> tuple[float, float, float]:
         """To generate, score and train on one device; held-out answers and pairs are in the first two.
 
@@ -157,7 +172,7 @@ class Plan:
         own, so with LoRA backward costs 2; gradient checkpointing runs forward once more. Attention itself, a few per
         cent at these lengths, is left out.
         """
-        passes = 1 + (1 if self.recipe.lora else 2) + self.recipe.train.gradient_checkpointing
+        passes = 1 + (1 if self.recipe.lora else 2) + self.checkpoints(shape, device)
         hour = 3600 * device.flops / (2 * shape.multiplied)  # tokens
         generate = sum(
             device.generation_seconds(shape, self.lengths.prompt, tokens, replies, self.recipe.opponent.batch_size)

@@ -59,18 +59,21 @@ class Shape:
         """Keys and values of one token in all layers."""
         return 2 * self.layers * self.kv_heads * self.head_dim * width
 
-    def activation_bytes(self, width: int, row: int, checkpointing: bool) -> int:
+    def activation_bytes(self, width: int, row: int, *, adapter: bool, checkpointing: bool) -> int:
         """What backward needs of one token in a row of some length, to within a factor of about 1.5.
 
-        A block keeps two residual streams and two normalised ones, the norms' float32 copies, queries, keys, values and
-        the attention's output, and the MLP's inner values (gate, up, their activation and product; or before and after
-        the activation). With checkpointing only the residual stream is kept of each block, and one block at a time is
-        computed again. Attention that is not fused also keeps scores and weights in float32 and once more as computed.
+        A block keeps two residual streams and two normalised ones, queries, keys, values and the attention's output
+        twice, and the MLP's inner values: before and after the activation, and of a gated MLP four (gate, up, their
+        activation and product), but two where only an adapter is trained. Norms keep two float32 copies each, unless
+        all is float32 and only an adapter is trained. With checkpointing only the residual stream is kept of each
+        block, and one block at a time is computed again. Attention that is not fused also keeps scores and weights in
+        float32 and once more as computed.
         """
-        inner = (2 if self.family in _GPT_LIKE else 4) * self.inner
-        elements = 4 * self.hidden + 2 * (self.heads + self.kv_heads) * self.head_dim + inner
+        inner = (2 if self.family in _GPT_LIKE or adapter else 4) * self.inner
+        elements = 4 * self.hidden + (3 * self.heads + 2 * self.kv_heads) * self.head_dim + inner
+        norms = 0 if adapter and width == 4 else 4 * (4 * self.hidden)
         scores = 0 if self.takes_trees else (8 + width) * self.heads * row
-        block = width * elements + 4 * (4 * self.hidden) + scores
+        block = width * elements + norms + scores
         return self.layers * width * self.hidden + block if checkpointing else self.layers * block
 
 

@@ -111,6 +111,12 @@ def facts(plan: Plan) -> Iterator[tuple[str, str, str]]:
     if recipe.train.packing != "pair":
         layout = "one row for all responses" if plan.trees else "one response per row"
         yield "layout", layout, "assumed for time; the run measures whether the model can take trees"
+    if plan.shape:
+        modes = [f"{one.name} {'on' if plan.checkpoints(plan.shape, one) else 'off'}" for one in plan.devices]
+        memory = ", ".join(f"{one.memory / 1e9:.0f} GB" for one in plan.devices)
+        auto = recipe.train.gradient_checkpointing == "auto"
+        source = f"by need, in {memory}" if auto else "train.gradient_checkpointing"
+        yield "gradient checkpointing", ", ".join(modes), source
     for device in plan.devices if plan.shape else ():
         yield from device.speeds(recipe.opponent.batch_size)
 
