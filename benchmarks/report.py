@@ -164,9 +164,9 @@ def main() -> None:
                 parts += ["", "## Products", "", run_script("products.py")]
             case _:
                 raise SystemExit(f"no part {part!r}")
-    parts += ["", (HERE / "reading.md").read_text(encoding="utf-8").strip()]
-    TARGET.write_text("\n".join(parts) + "\n", encoding="utf-8")
-    print(f"wrote {TARGET}")
+        reading = (HERE / "reading.md").read_text(encoding="utf-8").strip()
+        TARGET.write_text("\n".join([*parts, "", reading]) + "\n", encoding="utf-8")
+        print(f"wrote {TARGET} with {part}")
 
 
 if __name__ == "__main__":
