@@ -3,7 +3,8 @@
     python benchmarks/overhead.py [section.key=value ...]
 
 Plays the quickstart in this process, with the overrides given or else a smaller one, and times the calls that compute:
-forward passes, backward passes, optimiser steps, decoding steps and sampling.
+forward and backward passes, the comparison of layouts, gradient norms and optimiser steps, merging and packing weights,
+decoding steps and sampling.
 """
 
 import sys
@@ -21,7 +22,7 @@ def main() -> None:
     import torch
     from accelerate import Accelerator
 
-    from spinlm.model import loading, players
+    from spinlm.model import fused, loading, players
     from spinlm.model.decoding import RaggedRows
     from spinlm.model.logprobs import LogProbs
     from spinlm.opponents import local
@@ -30,21 +31,32 @@ def main() -> None:
 
     imported = time.perf_counter() - began
     spent: dict[str, float] = {}
+    timing = False
 
     def timed(owner: Any, name: str, kind: str) -> None:
         inner = getattr(owner, name)
 
         def outer(*args: Any, **kwargs: Any) -> Any:
-            start = time.perf_counter()
-            result = inner(*args, **kwargs)
-            spent[kind] = spent.get(kind, 0.0) + time.perf_counter() - start
-            return result
+            nonlocal timing
+            if timing:  # within another call that is timed
+                return inner(*args, **kwargs)
+            timing, start = True, time.perf_counter()
+            try:
+                return inner(*args, **kwargs)
+            finally:
+                timing = False
+                spent[kind] = spent.get(kind, 0.0) + time.perf_counter() - start
 
         setattr(owner, name, outer)
 
     timed(LogProbs, "forward", "forward")
     timed(Accelerator, "backward", "backward")
+    timed(players, "parity_gap", "forward")
+    timed(players, "checkpoint_if_needed", "forward")
+    timed(Accelerator, "clip_grad_norm_", "optimiser")
     timed(torch.optim.AdamW, "step", "optimiser")
+    timed(fused, "_merged", "decoding")
+    timed(fused, "pack", "decoding")
     timed(RaggedRows, "admit", "decoding")
     timed(RaggedRows, "step", "decoding")
     timed(local, "sample", "sampling")

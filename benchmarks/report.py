@@ -12,10 +12,9 @@ import os
 import platform
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
+from flops import SMOLLM2, flops, peak
 from training import CONTENDERS, Shape, compare, table
 
 HERE = Path(__file__).parent
@@ -30,7 +29,6 @@ SHAPES: tuple[tuple[str, dict[str, object], tuple[str, ...]], ...] = (
     ),
     ("128 + 128, two synthetic responses to a prompt (later iterations), float32", {"opponents": 2}, CONTENDERS),
     ("128 + 128, one synthetic response, bfloat16", {"dtype": "bfloat16"}, CONTENDERS),
-    ("128 + 128, two synthetic responses, bfloat16", {"dtype": "bfloat16", "opponents": 2}, CONTENDERS),
     ("512 + 64, one synthetic response, float32", {"prompt": 512, "response": 64}, SHORT),
     ("32 + 256, one synthetic response, float32", {"prompt": 32, "response": 256}, SHORT),
 )
@@ -40,45 +38,6 @@ SCALING = (
     "A model of three tiny layers, one thread, so that everything but the model shows: seconds of each stage, and its "
     "peak memory above the loaded model."
 )
-
-
-def flops(shape: Shape) -> tuple[float, float]:
-    """Floating-point operations of a step and of the scoring pass, counted from SmolLM2-135M's shape.
-
-    Two for every weight and token, forward; with frozen weights backward has one product of the same size (towards
-    the input), and for the adapter two. Attention counts what a causal tree needs.
-    """
-    layers, hidden, kv, inner, vocabulary, rank = 30, 576, 192, 1536, 49152, shape.rank
-    trees = shape.pairs // shape.opponents
-    branches = [shape.response] * (1 + shape.opponents)
-    tokens = trees * (shape.prompt + sum(length - 1 for length in branches))
-    linear = 2 * hidden * hidden + 2 * hidden * kv + 3 * hidden * inner
-    adapter = rank * (2 * (2 * hidden) + 2 * (hidden + kv) + 3 * (hidden + inner))
-    seen = shape.prompt**2 / 2 + sum(length * (shape.prompt + length / 2) for length in branches)
-    attention = 4 * hidden * seen * trees * layers
-    forward = 2 * tokens * layers * (linear + adapter) + attention
-    backward = 2 * tokens * layers * (linear + 2 * adapter) + 2 * attention
-    head = 2 * trees * sum(branches) * hidden * vocabulary
-    return forward + backward + 2 * head, forward + head
-
-
-def peak(threads: int, dtype: str) -> float:
-    """The best rate of a large matrix product here and now, in GFLOP/s, by either library."""
-    import torch
-
-    from spinlm.model.kernels import linear
-
-    torch.set_num_threads(threads)
-    size = 2048
-    a, b = (torch.randn(size, size, dtype=getattr(torch, dtype)) for _ in range(2))
-    ways: tuple[Callable[[], object], ...] = (lambda: a @ b, lambda: linear(a, b))
-    best = 0.0
-    for way in ways:
-        for _ in range(6):
-            began = time.perf_counter()
-            way()
-            best = max(best, 2 * size**3 / (time.perf_counter() - began) / 1e9)
-    return best
 
 
 def training(rounds: int, threads: int, data: str, count: int) -> list[str]:
@@ -99,8 +58,8 @@ def training(rounds: int, threads: int, data: str, count: int) -> list[str]:
         results = compare(shape, rounds if main else 1, contenders)
         lines += ["", f"**{title}**", "", table(results, shape)]
         if not shape.data:
-            step, score = flops(shape)
-            rate = peak(threads, shape.dtype)
+            step, score = flops(SMOLLM2, shape)
+            rate = peak(shape.dtype, threads=threads)
             ours = results["spinlm"]
             lines += [
                 "",
@@ -134,7 +93,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--rows", default="25000,50000")
     parser.add_argument("--shapes", type=int, default=99, help="only the first so many shapes of training")
-    parser.add_argument("--parts", default="training,generation,scaling,products")
+    parser.add_argument("--parts", default="training,generation,products,scaling")
     args = parser.parse_args()
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
     data = ("--data", args.data) if args.data else ()

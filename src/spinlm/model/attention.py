@@ -137,7 +137,7 @@ class BlockMasks:
         from torch.nn.attention.flex_attention import create_block_mask
 
         if window not in self._made:
-            size, device = len(self.position), self.position.device.type
+            size, device = len(self.position), self.position.device
             self._made[window] = create_block_mask(self.allows(window), None, None, size, size, device=device)
         return self._made[window]
 

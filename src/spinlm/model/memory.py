@@ -1,9 +1,9 @@
 """How much memory a training step keeps until its backward pass, measured, and how much is free."""
 
 import logging
-from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -86,12 +86,4 @@ def free_bytes(device: torch.device) -> float:
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
-    return _available(Path("/proc/meminfo"))
-
-
-def _available(meminfo: Path) -> float:
-    """Infinite where the system does not tell."""
-    if not meminfo.exists():
-        return float("inf")
-    lines: dict[str, Any] = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
-    return 1024.0 * int(lines["MemAvailable"].split()[0]) if "MemAvailable" in lines else float("inf")
+    return float(psutil.virtual_memory().available)

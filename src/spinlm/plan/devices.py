@@ -4,6 +4,8 @@ import math
 import os
 from typing import NamedTuple
 
+import psutil
+
 from spinlm.plan.shapes import Shape
 
 GPU_FLOPS = 990e12  # dense bfloat16 of an H100 or H200
@@ -31,7 +33,7 @@ class Device(NamedTuple):
     @property
     def memory(self) -> float:
         """Bytes."""
-        return GPU_MEMORY if self is GPU else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return GPU_MEMORY if self is GPU else float(psutil.virtual_memory().total)
 
     def generation_seconds(self, shape: Shape, prompt: int, tokens: int, replies: int, batch: int) -> float:
         """Reading the prompts, then one step for each new token of a batch."""
