@@ -75,8 +75,8 @@ def measure(
     import torch
 
     from spinlm.config import Lora
-    from spinlm.model import logprobs
-    from spinlm.model.attention import flex_works, register_tree_attention
+    from spinlm.model.attention import register_tree_attention
+    from spinlm.model.logprobs import LogProbs
     from spinlm.model.memory import kept_bytes, switch_checkpointing
     from spinlm.model.trees import Tree, lay_out
     from spinlm.opponents import LocalOpponent
@@ -86,7 +86,7 @@ def measure(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     if pieces:
-        logprobs.flex_works = lambda device, dtype: False  # type: ignore[assignment]
+        LogProbs.uses_flex = lambda *_: False  # type: ignore[method-assign]
     register_tree_attention()
     player = _player(CONFIGS[model], Lora(r=rank, alpha=2 * rank), device, dtype)
     if checkpointed:
@@ -136,7 +136,7 @@ def measure(
     return {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "torch": torch.__version__,
-        "flex_attention": not pieces and flex_works(device, dtype),
+        "flex_attention": player.uses_flex(device),
         "tokens_in_a_micro_batch": trees * length,
         "seconds": seconds,
         "pairs_per_second_over_two_epochs": work.pairs / (EPOCHS * seconds["step"] + seconds["score"]),
@@ -145,9 +145,9 @@ def measure(
         "utilisation_step": step_flops / seconds["step"] / rate,
         "utilisation_score": score_flops / seconds["score"] / rate,
         "peak_gigabytes": memory,
-        "kept_kilobytes_per_token": kept_bytes(player, "tree") / 1e3,
+        "kept_kilobytes_per_token": kept_bytes(player, "tree", length) / 1e3,
         "planned_kilobytes_per_token": shape.activation_bytes(
-            dtype.itemsize, length, adapter=True, checkpointing=checkpointed
+            dtype.itemsize, length, Lora(r=rank), checkpointing=checkpointed
         )
         / 1e3,
         "hours_of_the_papers_four_iterations": hours / 3600,

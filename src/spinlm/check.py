@@ -169,6 +169,7 @@ def _about_memory(recipe: Recipe, players: Players, items: list[Item], packing: 
     chosen = micro_batches([item.tree for item in items], recipe.train.tokens_per_micro_batch, packing)[0]
     part = [items[index] for index in chosen]
     objective = spin_objective(recipe, 0)
+    checkpointing = "on" if players.make_room(packing) else "off"
     players.logprobs.train()
     began = time.monotonic()
     layout = lay_out([item.tree for item in part], packing).to(players.device)
@@ -180,7 +181,10 @@ def _about_memory(recipe: Recipe, players: Players, items: list[Item], packing: 
     else:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     tokens = layout.input_ids.numel()
-    return f"training: a micro-batch of {tokens} tokens took {seconds:.1f} s; peak memory so far {peak / 1e9:.1f} GB"
+    return (
+        f"training: a micro-batch of {tokens} tokens took {seconds:.1f} s with gradient checkpointing {checkpointing}; "
+        f"peak memory so far {peak / 1e9:.1f} GB"
+    )
 
 
 def _indent(text: str) -> str:

@@ -126,6 +126,14 @@ EXECUTION_ONLY = (
 MEMORY_MARGIN = 1.25
 """So many times the memory of activations must be free for keeping them: some more pass by, or leave gaps behind."""
 
+OPTIMIZER_BYTES = {"sgd": 0, "adafactor": 0, "rmsprop": 4, "adagrad": 4, "adam": 8, "adamw": 8, "nadam": 8, "radam": 8}
+"""Optimiser state for each trained parameter, in bytes."""
+
+
+def optimizer_bytes(name: str) -> int:
+    """State of an optimiser for each trained parameter; one that is not known counts like AdamW's."""
+    return OPTIMIZER_BYTES.get(name.lower(), 8)
+
 
 class Select(Section):
     metric: Literal["task_score", "heldout_nll"] | None = None
@@ -250,6 +258,16 @@ class Recipe(Section):
         if self.selfplay.select.metric == "task_score" and self.evaluate.scorer is None:
             raise ValueError("selfplay.select.metric is task_score, but evaluate.scorer names no scorer")
         return self
+
+    def used(self, iteration: int) -> int:
+        """Synthetic responses in use for each prompt: the newest, and those of up to `replay` iterations before."""
+        return self.opponent.samples_per_prompt * (min(iteration, self.selfplay.replay) + 1)
+
+    def most_tokens(self, packing: str) -> int:
+        """The most tokens a micro-batch can have: its budget, or those of a single prompt that takes more."""
+        used, longest = self.used(self.selfplay.iterations - 1), self.train.max_length
+        tree = longest + used * self.opponent.max_new_tokens
+        return max(self.train.tokens_per_micro_batch, tree if packing == "tree" else (1 + used) * longest)
 
     def fingerprint(self) -> dict[str, Any]:
         """The recipe as plain data, without what cannot change a result."""

@@ -208,3 +208,73 @@ def test_products(rows: int, bias: bool) -> None:
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
     assert linear(x.bfloat16(), weight.bfloat16()).dtype == torch.bfloat16
     assert pack(weight.bfloat16(), rows) is None
+
+
+class Gated(nn.Module):
+    """An MLP as Llama has it, with biases or without, and what may be odd about it."""
+
+    def __init__(self, bias: bool = False, odd: bool = False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.gate_proj, self.up_proj = nn.Linear(6, 10, bias=bias), nn.Linear(6, 10, bias=bias)
+        self.down_proj, self.act_fn, self.odd = nn.Linear(10, 6, bias=bias), nn.SiLU(), odd
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = self.gate_proj(x)
+        return self.down_proj(self.act_fn(gate.clamp(max=0.1) if self.odd else gate) * self.up_proj(x))
+
+
+def adapted_mlp(dropout: float = 0.0, dtype: torch.dtype = torch.float32, **kind: bool) -> nn.Module:
+    from peft import LoraConfig, inject_adapter_in_model
+
+    names = ["gate_proj", "up_proj", "down_proj"]
+    config = LoraConfig(r=2, lora_alpha=3, lora_dropout=dropout, target_modules=names)
+    mlp: nn.Module = inject_adapter_in_model(config, Gated(**kind).to(dtype))
+    for layer in mlp.modules():
+        if isinstance(layer, Linear):
+            nn.init.normal_(layer.lora_B["default"].weight)
+            layer.lora_A["default"].float(), layer.lora_B["default"].float()
+    return mlp
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_gated_mlp_computes_what_it_did(bias: bool, dropout: float, training: bool) -> None:
+    mlp = adapted_mlp(dropout, bias=bias).train(training)
+    x = torch.randn(2, 4, 6)
+    expected = result(mlp, x)
+    assert fuse(mlp) == 3 + 1 and mlp.training == training
+    for ours, theirs in zip(result(mlp, x), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        mlp.eval()
+        torch.testing.assert_close(mlp(x), type(mlp).forward(mlp, x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("state", ["switched off", "merged"])
+def test_a_gated_mlp_whose_adapter_is_switched_off_or_merged(state: str) -> None:
+    mlp = adapted_mlp(bias=True)
+    fuse(mlp)
+    x = torch.randn(2, 4, 6)
+    with torch.no_grad():
+        expected = Gated(bias=True)(x) if state == "switched off" else mlp(x)
+    for layer in mlp.modules():
+        if isinstance(layer, Linear):
+            layer.merge() if state == "merged" else layer.enable_adapters(False)
+    torch.testing.assert_close(mlp(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_gated_mlp_in_bfloat16_is_as_exact_as_bfloat16() -> None:
+    mlp, exact = adapted_mlp(dtype=torch.bfloat16), adapted_mlp()
+    exact.load_state_dict({name: value.float() for name, value in mlp.state_dict().items()})
+    assert fuse(mlp) == 3 + 1
+    x = torch.randn(2, 4, 6)
+    for ours, theirs in zip(result(mlp, x.bfloat16()), result(exact, x), strict=True):
+        assert (ours.float() - theirs).norm() < 0.03 * theirs.norm()
+
+
+def test_what_only_looks_like_a_gated_mlp_stays_as_it_is() -> None:
+    mlp = adapted_mlp(odd=True)
+    assert fuse(mlp) == 3
+    assert "forward" not in vars(mlp)

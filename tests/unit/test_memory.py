@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from models import save_tiny_model, tiny_recipe
+from spinlm import machine
+from spinlm.config import MEMORY_MARGIN, Lora, optimizer_bytes
 from spinlm.model import memory
-from spinlm.model.memory import checkpoint_if_needed, free_bytes, kept_bytes, most_tokens
+from spinlm.model.memory import free_bytes, kept_bytes, switch_checkpointing
 from spinlm.model.players import Players
 from spinlm.plan.shapes import shape_from_config
 from spinlm.rundir import RunDir
@@ -26,44 +28,85 @@ def players(model: Path, folder: Path, **train: Any) -> Players:
 def test_the_plan_counts_what_is_kept(model: Path, tmp_path: Path) -> None:
     ours = players(model, tmp_path)
     shape = shape_from_config(ours.logprobs.causal.config.to_dict())
-    planned = shape.activation_bytes(4, 128, adapter=True, checkpointing=False)
-    assert planned / 1.5 < kept_bytes(ours.logprobs, "tree") < planned * 1.5
+    planned = shape.activation_bytes(4, 128, Lora(), checkpointing=False)
+    assert planned / 1.5 < kept_bytes(ours.logprobs, "tree", 128) < planned * 1.5
 
 
-def test_checkpointing_keeps_less(model: Path, tmp_path: Path) -> None:
-    kept = kept_bytes(players(model, tmp_path / "without").logprobs, "tree")
-    ours = players(model, tmp_path / "with", gradient_checkpointing=True)
-    assert checkpoint_if_needed(ours.logprobs, ours.recipe, "tree")
-    assert kept_bytes(ours.logprobs, "tree") < kept / 3
+def test_what_grows_with_the_row_is_counted(tmp_path: Path) -> None:
+    """Attention that is not fused keeps its weights: a float32 number for each pair of tokens, 4 heads and 2 layers."""
+    neo = players(save_tiny_model(tmp_path / "neo", "gpt_neo", max_position_embeddings=256), tmp_path / "run")
+    short, long = (kept_bytes(neo.logprobs, "pair", row) for row in (200, 1200))
+    assert long - short == 1000 * 4 * 2 * 4
+    fused = players(save_tiny_model(tmp_path / "llama"), tmp_path / "other")
+    assert kept_bytes(fused.logprobs, "pair", 1200) == kept_bytes(fused.logprobs, "pair", 200)
 
 
-@pytest.mark.parametrize(("share", "on"), [(0.9, True), (1.1, False)])
+def on(ours: Players) -> bool:
+    return any(getattr(module, "gradient_checkpointing", False) for module in ours.model.modules())
+
+
+def test_checkpointing_keeps_less_and_leaves_nothing_behind(model: Path, tmp_path: Path) -> None:
+    ours = players(model, tmp_path, gradient_checkpointing=True)
+    kept = kept_bytes(ours.logprobs, "tree", 100)
+    for _ in range(2):
+        assert ours.make_room("tree") and on(ours)
+    assert kept_bytes(ours.logprobs, "tree", 100) < kept / 3
+    switch_checkpointing(ours.logprobs.causal, on=False)
+    assert not on(ours) and kept_bytes(ours.logprobs, "tree", 100) == kept
+    assert not ours.logprobs.causal.get_input_embeddings()._forward_hooks
+
+
+@pytest.mark.parametrize(("share", "needed"), [(0.9, True), (1.1, False)])
 def test_checkpointing_by_need(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float, on: bool
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float, needed: bool
 ) -> None:
     ours = players(model, tmp_path)
-    need = memory.MEMORY_MARGIN * most_tokens(ours.recipe) * kept_bytes(ours.logprobs, "tree")
-    monkeypatch.setattr(memory, "free_bytes", lambda device: share * need)
-    assert checkpoint_if_needed(ours.logprobs, ours.recipe, "tree") == on
-    monkeypatch.setattr(memory, "free_bytes", lambda device: 2 * need)
-    assert not checkpoint_if_needed(ours.logprobs, ours.recipe, "tree")  # and off again when there is room
+    kept = kept_bytes(ours.logprobs, "tree", ours.recipe.train.max_length)
+    need = MEMORY_MARGIN * ours.recipe.most_tokens("tree") * kept
+    adapter = sum(parameter.numel() for _, parameter in ours.parameters())
+    need += adapter * (4 + optimizer_bytes(ours.recipe.train.optimizer))  # gradients and state are still to come
+    monkeypatch.setattr(memory, "free_memory", lambda: int(share * need))
+    assert ours.make_room("tree") == on(ours) == needed
+    monkeypatch.setattr(memory, "free_memory", lambda: int(2 * need))
+    assert not ours.make_room("tree") and not on(ours)  # off again when there is room
 
 
-def test_the_largest_micro_batch_is_the_budget_or_a_longer_tree(model: Path, tmp_path: Path) -> None:
-    recipe = tiny_recipe(
-        model,
-        opponent={"max_new_tokens": 10, "samples_per_prompt": 2},
-        selfplay={"iterations": 4, "replay": 1},
-        train={"max_length": 100, "tokens_per_micro_batch": 50},
-    )
-    assert most_tokens(recipe) == 100 + 4 * 10
-    recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"tokens_per_micro_batch": 500})})
-    assert most_tokens(recipe) == 500
+def test_what_the_optimizer_already_holds_is_not_counted_again(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = players(model, tmp_path, optimizer="adamw")
+    optimizer = torch.optim.AdamW([parameter for _, parameter in ours.parameters()])
+    kept = kept_bytes(ours.logprobs, "tree", ours.recipe.train.max_length)
+    need = MEMORY_MARGIN * ours.recipe.most_tokens("tree") * kept
+    adapter = sum(parameter.numel() for _, parameter in ours.parameters())
+    monkeypatch.setattr(memory, "free_memory", lambda: int(need + 6 * adapter))
+    assert ours.make_room("tree", optimizer)
+    for _, parameter in ours.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    assert not ours.make_room("tree", optimizer)
 
 
-def test_free_memory_goes_down_as_it_is_taken() -> None:
-    device = torch.device("cpu")
-    before = free_bytes(device)
-    taken = torch.ones(100_000_000)  # 400 MB
-    assert before - free_bytes(device) > 1e8
-    del taken
+def test_the_largest_micro_batch_is_the_budget_or_a_longer_prompt_with_its_responses(model: Path) -> None:
+    settings: dict[str, Any] = {
+        "opponent": {"max_new_tokens": 10, "samples_per_prompt": 2},
+        "selfplay": {"iterations": 4, "replay": 1},
+    }
+    recipe = tiny_recipe(model, **settings, train={"max_length": 100, "tokens_per_micro_batch": 50})
+    assert recipe.most_tokens("tree") == 100 + 4 * 10
+    assert recipe.most_tokens("pair") == 100 + 4 * 100
+    recipe = tiny_recipe(model, **settings, train={"max_length": 100, "tokens_per_micro_batch": 700})
+    assert recipe.most_tokens("tree") == recipe.most_tokens("pair") == 700
+
+
+def test_memory_is_what_the_system_and_the_container_allow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limit, used = tmp_path / "memory.max", tmp_path / "memory.current"
+    monkeypatch.setattr(machine, "CGROUPS", ((str(limit), str(used)),))
+    everything = machine.total_memory()
+    assert 0 < machine.free_memory() < everything  # no such files
+    used.write_text("300\n")
+    limit.write_text("1000\n")
+    assert (machine.total_memory(), machine.free_memory()) == (1000, 700)
+    limit.write_text("max\n")
+    assert machine.total_memory() == everything
+    assert free_bytes(torch.device("cpu")) > 1e6

@@ -14,6 +14,7 @@ from spinlm.config import Lora, Recipe, Train
 from spinlm.files import write_json, write_text
 from spinlm.plan import Plan, make_plan, render
 from spinlm.plan.devices import CPU, GPU, Device
+from spinlm.plan.estimate import LOGITS_BYTES
 from spinlm.plan.lengths import find_lengths
 from spinlm.plan.lookup import find_shape
 from spinlm.plan.shapes import Shape, shape_from_config
@@ -289,15 +290,31 @@ def test_memory_of_lora_on_both_devices() -> None:
 def test_checkpointing_keeps_one_value_of_a_block_and_one_whole_block() -> None:
     shape = shape_from_config(SMALL)
     block = 2 * (4 * 4 + 3 * 4 + 2 * 2 + 4 * 8) + 4 * 4 * 4
-    assert shape.activation_bytes(2, 100, adapter=False, checkpointing=False) == 2 * block
-    assert shape.activation_bytes(2, 100, adapter=False, checkpointing=True) == 2 * 2 * 4 + block
+    assert shape.activation_bytes(2, 100, None, checkpointing=False) == 2 * block
+    assert shape.activation_bytes(2, 100, None, checkpointing=True) == 2 * 2 * 4 + block
 
 
-def test_an_adapter_alone_keeps_less_of_the_mlp_and_in_float32_nothing_more_for_norms() -> None:
+@pytest.mark.parametrize(
+    ("lora", "inner"),
+    [
+        (Lora(), 2),
+        (Lora(targets=["gate_proj", "up_proj", "down_proj"]), 2),
+        (Lora(targets=["q_proj", "up_proj"]), 4),
+        (Lora(dropout=0.1), 4),
+    ],
+)
+def test_layers_that_are_one_operation_keep_less(lora: Lora, inner: int) -> None:
+    """The MLP where all of it is adapted, without dropout; norms in float32 with any adapter."""
     shape = shape_from_config(SMALL)
-    elements = 4 * 4 + 3 * 4 + 2 * 2 + 2 * 8
-    assert shape.activation_bytes(2, 100, adapter=True, checkpointing=False) == 2 * (2 * elements + 4 * 4 * 4)
-    assert shape.activation_bytes(4, 100, adapter=True, checkpointing=False) == 2 * 4 * elements
+    elements = 4 * 4 + 3 * 4 + 2 * 2 + inner * 8
+    assert shape.activation_bytes(2, 100, lora, checkpointing=False) == 2 * (2 * elements + 4 * 4 * 4)
+    assert shape.activation_bytes(4, 100, lora, checkpointing=False) == 2 * 4 * elements
+
+
+def test_a_chunk_of_logits_is_as_large_as_it_will_be() -> None:
+    from spinlm.model.logprobs import CHUNK_ELEMENTS, GPU_CHUNKS
+
+    assert LOGITS_BYTES == {CPU: 2 * 4 * CHUNK_ELEMENTS, GPU: 2 * 4 * CHUNK_ELEMENTS * GPU_CHUNKS}
 
 
 def test_checkpointing_by_need_is_on_where_activations_do_not_fit() -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from spinlm.model import attention
-from spinlm.model.attention import BlockMasks, flex_works, tree_attention
+from spinlm.model.attention import BlockMasks, HeadSizes, flex_works, tree_attention
 from spinlm.model.kernels import BLOCK
 from spinlm.model.trees import Layout, Span, Tree, lay_out, micro_batches
 
@@ -254,5 +254,44 @@ def test_block_masks_are_made_once_for_each_window() -> None:
     assert masks.of(None) is masks.of(None) and masks.of(4) is masks.of(4) and masks.of(4) is not masks.of(None)
 
 
-def test_flex_attention_is_for_gpus() -> None:
-    assert not flex_works(torch.device("cpu"), torch.float32)
+def test_where_flex_attention_fails_it_is_not_used_and_the_log_says_why(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """On a CPU it has no backward pass. Asked while sampling, too."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    monkeypatch.setattr(attention, "_flex_attention", lambda: flex_attention)
+    with torch.inference_mode():
+        assert not flex_works(torch.device("cpu"), torch.float32, HeadSizes(4, 2, 8, None, None))
+    assert "FlexAttention cannot be used: NotImplementedError: FlexAttention does not support backward" in caplog.text
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_the_probe_of_flex_attention_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its comparison, forward, of block masks that are right and of some that let everything through."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    monkeypatch.setattr(attention, "_flex_attention", lambda: flex_attention)
+    monkeypatch.setattr(torch.autograd, "grad", lambda out, inputs: [])  # on a CPU there is no backward
+    monkeypatch.setattr(Tensor, "requires_grad_", lambda tensor: tensor)
+    given = torch.device("cpu"), torch.float32, HeadSizes(4, 2, 8, 1.5, 70)
+    for window in (None, 70):
+        assert attention._flex_agrees(*given, window, attention._PROBES)
+    monkeypatch.setattr(BlockMasks, "allows", lambda self, window: lambda b, h, q, k: q >= k)
+    assert not attention._flex_agrees(*given, None, attention._PROBES)
+
+
+def test_head_sizes_as_configs_say() -> None:
+    from models import tiny_model
+
+    assert HeadSizes.of(tiny_model("llama").config) == HeadSizes(4, 2, 8, None, None)
+    assert HeadSizes.of(tiny_model("gemma2").config) == HeadSizes(4, 2, 8, 50.0, 8)
+    assert HeadSizes.of(tiny_model("gpt2").config) == HeadSizes(4, 4, 8, None, None)
+
+
+def test_values_may_have_another_size_than_queries() -> None:
+    layout = lay_out(SHAPES[2], "tree")
+    query, key, _ = random_qkv(layout.input_ids.shape[1], 2, 2)
+    value = torch.randn(1, 2, layout.input_ids.shape[1], 5)
+    ours, _ = tree_attention(torch.nn.Module(), query, key, value, None, spans=layout.spans)
+    assert ours.shape == (1, layout.input_ids.shape[1], 2, 5)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spinlm.errors import ModelError
-from spinlm.model.trees import Span
+from spinlm.model.trees import Span, Tree, lay_out
 
 log = logging.getLogger("spinlm")
 
@@ -76,7 +76,7 @@ def tree_attention(
     out = []
     for number, (_length, trunk, prompt) in enumerate(pieces):
         if trunk is None:
-            out.append(torch.zeros_like(queries[number]))
+            out.append(value.new_zeros(*queries[number].shape[:3], value.shape[3]))
         elif trunk == number:
             out.append(attend(queries[number], keys[number], values[number]))
         else:
@@ -142,43 +142,98 @@ class BlockMasks:
         return self._made[window]
 
 
+RECOMPILATIONS = 64  # row lengths and windows, training and scoring: PyTorch's own limit is 8
+
+
 @functools.cache
 def _flex_attention() -> Callable[..., Tensor]:
+    import torch._dynamo
     from torch.nn.attention.flex_attention import flex_attention
 
-    compiled: Callable[..., Tensor] = torch.compile(flex_attention)
+    torch._dynamo.config.recompile_limit = max(RECOMPILATIONS, torch._dynamo.config.recompile_limit)
+    # In full, for what is not compiled would hold all scores at once.
+    compiled: Callable[..., Tensor] = torch.compile(flex_attention, fullgraph=True)
     return compiled
 
 
-@functools.cache
-def flex_works(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether FlexAttention compiles on a device, and gives there what attention piece by piece gives.
+@dataclass(frozen=True, slots=True)
+class HeadSizes:
+    """What decides whether FlexAttention has a kernel for a model."""
 
-    Tried once in a process, on two small trees, forward and backward. Says so in the log where it does not: a GPU that
-    is too old, or a compiler that is missing.
+    heads: int
+    key_heads: int
+    size: int
+    softcap: float | None
+    window: int | None
+
+    @classmethod
+    def of(cls, config: Any) -> "HeadSizes":
+        """As the config of a model of transformers says."""
+        heads = getattr(config, "num_attention_heads", None) or 1
+        size = getattr(config, "head_dim", None) or config.hidden_size // heads
+        keys = getattr(config, "num_key_value_heads", None) or heads
+        softcap, window = (getattr(config, name, None) for name in ("attn_logit_softcapping", "sliding_window"))
+        return cls(heads, keys, size, softcap, window)
+
+
+@functools.cache
+def flex_works(device: torch.device, dtype: torch.dtype, sizes: HeadSizes) -> bool:
+    """Whether FlexAttention compiles for a model on a device, and gives there what attention piece by piece gives.
+
+    Tried once in a process, on two rows of a few trees, forward and backward. Says so in the log where it does not: a
+    GPU that is too old, a compiler that is missing, heads that there is no kernel for.
     """
-    if device.type != "cuda":
-        return False
-    spans = (Span(0, 40, ((40, 30), (70, 20))), Span(90, 20, ((110, 10),)))
-    row = torch.tensor([[*range(70), *range(40, 60), *range(30)]], device=device)
-    generator = torch.Generator().manual_seed(0)
-    states = [torch.randn(1, heads, 120, 64, generator=generator).to(device, dtype) for heads in (4, 2, 2)]
-    found = []
     try:
-        for masks in (None, BlockMasks(spans, row)):
-            query, key, value = inputs = [one.clone().requires_grad_() for one in states]
-            with torch.enable_grad():
-                out, _ = tree_attention(torch.nn.Identity(), query, key, value, None, spans=spans, masks=masks)
-                found.append([out.detach(), *torch.autograd.grad(out.float().square().sum(), inputs)])
+        # Whoever asks first may be sampling, in another mode than training.
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+            close = all(
+                _flex_agrees(device, dtype, sizes, window, trees)
+                for window in dict.fromkeys((None, sizes.window))
+                for trees in (_PROBES, _PROBES[:1])
+            )
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # whatever a compiler may raise
-        reason = str(error).strip().splitlines()[:1]
-        log.info("FlexAttention is not used: %s %s", type(error).__name__, *reason)
+        log.warning(
+            "FlexAttention cannot be used: %s: %s", type(error).__name__, next(iter(str(error).splitlines()), "")
+        )
         return False
-    tolerance = 1e-4 if dtype == torch.float32 else 0.05
-    close = all(torch.allclose(ours, theirs, tolerance, tolerance) for ours, theirs in zip(*found, strict=True))
     if not close:
         log.warning("FlexAttention gives other results on this device than plain attention, and is not used")
     return close
+
+
+_PROBES = (Tree([0] * 200, ([0] * 150, [0] * 99)), Tree([0] * 50, ([0] * 60,)))
+
+
+def _flex_agrees(
+    device: torch.device, dtype: torch.dtype, sizes: HeadSizes, window: int | None, trees: Sequence[Tree]
+) -> bool:
+    layout = lay_out(trees, "tree").to(device)
+    assert layout.spans is not None
+    length, real = layout.input_ids.shape[1], sum(map(len, trees))
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = inputs = [
+        torch.randn(1, heads, length, sizes.size, generator=generator).to(device, dtype).requires_grad_()
+        for heads in (sizes.heads, sizes.key_heads, sizes.key_heads)
+    ]
+    found = []
+    for masks in (None, BlockMasks(layout.spans, layout.position_ids)):
+        out, _ = tree_attention(
+            torch.nn.Identity(),
+            query,
+            key,
+            value,
+            None,
+            softcap=sizes.softcap,
+            sliding_window=window,
+            spans=layout.spans,
+            masks=masks,
+        )
+        out = out[:, :real]  # of padding nothing is asked
+        found.append([out.detach(), *torch.autograd.grad(out.float().square().sum(), inputs)])
+    tolerance = 1e-4 if dtype == torch.float32 else 0.05
+    return all(torch.allclose(ours, theirs, tolerance, tolerance) for ours, theirs in zip(*found, strict=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,8 +285,8 @@ class _Attend:
             return softcap * torch.tanh(score / softcap)  # type: ignore[operator]  # used where it is not None
 
         return _flex_attention()(
-            query,
-            key,
+            query.to(value.dtype),  # rotary positions may have left it in another precision
+            key.to(value.dtype),
             value,
             score_mod=None if softcap is None else cap,
             block_mask=masks.of(self.window),

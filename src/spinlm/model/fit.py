@@ -113,7 +113,7 @@ def fit(
     optimizer.zero_grad()  # of a fit that failed in this process
     begin = resume(checkpoints, players, optimizer)
     players.changed()
-    players.make_room(packing)
+    players.make_room(packing, optimizer)
     accelerator, module = players.parallel()
     module.train()
     with track(what, len(steps), already=begin) as advance:

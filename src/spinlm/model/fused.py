@@ -30,12 +30,13 @@ def fuse(model: nn.Module) -> int:
     gated MLP needs LoRA layers of that kind, and a norm a frozen float32 weight; both stay as they are where ours gives
     something else for random inputs, since only the names of their parts say what they are.
     """
-    adapters = [layer for layer in model.modules() if _is_plain_adapter(layer)]
+    layers: list[Any] = list(model.modules())
+    adapters = [layer for layer in layers if _is_plain_adapter(layer)]
     for layer in adapters:
         _replace(layer, _adapted)
-    others = [layer for layer in model.modules() if _is_norm(layer) or _is_gated(layer)]
-    fused = [layer for layer in others if _try(layer, _normed if _is_norm(layer) else _gated)]
-    return len(adapters) + len(fused)
+    norms = [one for one in layers if _is_norm(one) and _try(one, _normed, one.weight)]
+    gated = [one for one in layers if _is_gated(one) and _try(one, _gated, one.gate_proj.base_layer.weight)]
+    return len(adapters) + len(norms) + len(gated)
 
 
 @contextlib.contextmanager
@@ -67,15 +68,22 @@ def _computes(layer: Any, forward: Callable[..., Tensor]) -> bool:
 
 
 @torch.no_grad()
-def _try(layer: Any, forward: Callable[..., Tensor]) -> bool:
-    """Replace a layer's computation if ours gives the same."""
-    weight = layer.gate_proj.base_layer.weight if forward is _gated else layer.weight
-    width = layer.gate_proj.in_features if forward is _gated else len(weight)
-    x = torch.randn(3, width, generator=torch.Generator().manual_seed(0)).to(weight)
-    if torch.allclose(forward(layer, x), layer(x), rtol=1e-4 if weight.dtype == torch.float32 else 1e-2, atol=1e-6):
-        _replace(layer, forward)
-        return True
-    return False
+def _try(layer: Any, forward: Callable[..., Tensor], like: Tensor) -> bool:
+    """Replace a layer's computation if ours gives the same for random inputs [3, D], where `like` is [D] or [I, D]."""
+    x = torch.randn(3, like.shape[-1], generator=torch.Generator().manual_seed(0)).to(like)
+    modes = [(module, module.training) for module in layer.modules()]
+    layer.eval()  # without dropout
+    try:
+        ours, theirs = forward(layer, x), layer(x)
+    except Exception:  # it takes something else than its parts' names say
+        return False
+    finally:
+        for module, training in modes:
+            module.training = training
+    if not torch.allclose(ours, theirs, rtol=1e-4 if like.dtype == torch.float32 else 1e-2, atol=1e-5):
+        return False
+    _replace(layer, forward)
+    return True
 
 
 # LoRA layers
@@ -183,8 +191,9 @@ def _adapter_gradients(
 
 
 def _is_gated(layer: Any) -> bool:
-    parts = [getattr(layer, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
-    return all(part is not None and _computes(part, _adapted) for part in parts) and hasattr(layer, "act_fn")
+    parts: list[Any] = [getattr(layer, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
+    adapted = all(part is not None and _computes(part, _adapted) for part in parts)
+    return adapted and hasattr(layer, "act_fn") and not parts[0].fan_in_fan_out
 
 
 def _gated(layer: Any, x: Tensor) -> Tensor:
@@ -246,6 +255,7 @@ def _is_norm(layer: Any) -> bool:
         type(layer).__name__.endswith("RMSNorm")
         and hasattr(layer, "variance_epsilon")
         and isinstance(weight, Tensor)
+        and weight.dim() == 1
         and weight.dtype == torch.float32
         and not weight.requires_grad
     )

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from spinlm.errors import ModelError
-from spinlm.model.attention import TREE_ATTENTION, BlockMasks, flex_works
+from spinlm.model.attention import TREE_ATTENTION, BlockMasks, HeadSizes, flex_works
 from spinlm.model.kernels import BLOCK, linear
 from spinlm.model.trees import Layout, Tree, lay_out
 
@@ -135,10 +135,15 @@ class LogProbs(nn.Module):
         """What `tree_attention` is to be told of a layout, as keywords that the model hands down."""
         if layout.spans is None:
             return {}
-        masks = None
-        if flex_works(layout.input_ids.device, self.autocast or self.causal.get_output_embeddings().weight.dtype):
-            masks = BlockMasks(layout.spans, layout.position_ids)
+        masks = BlockMasks(layout.spans, layout.position_ids) if self.uses_flex(layout.input_ids.device) else None
         return {"spans": layout.spans, "masks": masks}
+
+    def uses_flex(self, device: torch.device) -> bool:
+        """Whether prompt trees go through FlexAttention on a device."""
+        if device.type != "cuda":
+            return False
+        dtype = self.autocast or self.causal.get_output_embeddings().weight.dtype
+        return flex_works(device, dtype, HeadSizes.of(self.causal.config.get_text_config()))
 
 
 def _without_adapter(model: Any) -> Any:

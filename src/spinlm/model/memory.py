@@ -3,11 +3,11 @@
 import logging
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 
-from spinlm.config import MEMORY_MARGIN, Recipe
+from spinlm.config import MEMORY_MARGIN, Recipe, optimizer_bytes
+from spinlm.machine import free_memory
 from spinlm.model.logprobs import LogProbs
 from spinlm.model.trees import Tree, lay_out
 
@@ -16,51 +16,60 @@ log = logging.getLogger("spinlm")
 PROBE = 64  # tokens
 
 
-def checkpoint_if_needed(logprobs: LogProbs, recipe: Recipe, packing: str) -> bool:
+def checkpoint_if_needed(
+    logprobs: LogProbs, recipe: Recipe, packing: str, optimizer: torch.optim.Optimizer | None = None
+) -> bool:
     """Turn gradient checkpointing on if the recipe says so, or leaves it open and memory would not suffice otherwise.
 
+    Args:
+        logprobs: the model that is about to be trained.
+        recipe: `train.gradient_checkpointing`, and what the largest micro-batch can be.
+        packing: `tree` or `pair`.
+        optimizer: the one in use, if it exists; what it and the gradients have yet to take is not free.
+
     Returns:
-        Whether it is on.
+        Whether it is on. Each process decides for itself.
     """
     wanted = recipe.train.gradient_checkpointing
     if wanted == "auto":
-        tokens = most_tokens(recipe)
-        if not logprobs.causal.supports_gradient_checkpointing:
-            return False
         switch_checkpointing(logprobs.causal, on=False)
-        need = MEMORY_MARGIN * tokens * kept_bytes(logprobs, packing)
-        free = free_bytes(next(logprobs.parameters()).device)
-        wanted = need > free
+        tokens = recipe.most_tokens(packing)
+        need = MEMORY_MARGIN * tokens * kept_bytes(logprobs, packing, recipe.train.max_length)
+        free = free_bytes(next(logprobs.parameters()).device) - _still_to_come(logprobs, recipe, optimizer)
+        wanted = need > free and bool(logprobs.causal.supports_gradient_checkpointing)
         if wanted:
             log.info(
                 "gradient checkpointing is on: %d tokens would keep %.1f GB until the backward pass; %.1f GB are free",
                 *(tokens, need / 1e9, free / 1e9),
             )
-    if wanted:
-        switch_checkpointing(logprobs.causal, on=True)
+    switch_checkpointing(logprobs.causal, on=wanted)
     return wanted
 
 
 def switch_checkpointing(model: Any, *, on: bool) -> None:
     """Turn gradient checkpointing of a model of transformers on or off."""
-    if hasattr(model, "activation_checkpointing_enable"):  # its name from transformers 5.20 or so on
-        (model.activation_checkpointing_enable if on else model.activation_checkpointing_disable)()
+    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()) == on:
+        return
+    if not hasattr(model, "activation_checkpointing_enable"):  # the older name
+        kwargs = {"gradient_checkpointing_kwargs": {"use_reentrant": False}}
+        model.gradient_checkpointing_enable(**kwargs) if on else model.gradient_checkpointing_disable()
     elif on:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.activation_checkpointing_enable()
     else:
-        model.gradient_checkpointing_disable()
+        model.activation_checkpointing_disable()
+    if on:  # a hook that other kinds of checkpointing need, and that would stay behind
+        model.disable_input_require_grads()
 
 
-def most_tokens(recipe: Recipe) -> int:
-    """The most tokens a micro-batch can have: its budget, or a single tree that is longer."""
-    used = recipe.opponent.samples_per_prompt * (min(recipe.selfplay.iterations - 1, recipe.selfplay.replay) + 1)
-    return max(recipe.train.tokens_per_micro_batch, recipe.train.max_length + used * recipe.opponent.max_new_tokens)
+def kept_bytes(logprobs: LogProbs, packing: str, row: int) -> float:
+    """Bytes that autograd keeps until the backward pass for each token in a row of some length.
 
-
-def kept_bytes(logprobs: LogProbs, packing: str) -> float:
-    """Bytes that autograd keeps until the backward pass for every further token of a row."""
-    one, two = (_kept(logprobs, packing, tokens) for tokens in (PROBE, 2 * PROBE))
-    return (two - one) / PROBE
+    Measured for three short rows: a token keeps a part of its own, and where attention is not fused one for each token
+    of its row.
+    """
+    one, two, three = (_kept(logprobs, packing, length * PROBE) for length in (1, 2, 3))
+    for_each = max(0.0, (three - 2 * two + one) / (2 * PROBE**2))
+    return (two - one) / PROBE + for_each * (row - 3 * PROBE)
 
 
 def _kept(logprobs: LogProbs, packing: str, tokens: int) -> int:
@@ -81,9 +90,18 @@ def _kept(logprobs: LogProbs, packing: str, tokens: int) -> int:
     return sum(kept.values())
 
 
-def free_bytes(device: torch.device) -> float:
+def free_bytes(device: torch.device) -> int:
     """Memory that can still be had on a device."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
-    return float(psutil.virtual_memory().available)
+    return free_memory()
+
+
+def _still_to_come(logprobs: LogProbs, recipe: Recipe, optimizer: torch.optim.Optimizer | None) -> int:
+    """Bytes that the first step will take for good: gradients, the optimiser's state, a copy in another precision."""
+    trained = [parameter for parameter in logprobs.parameters() if parameter.requires_grad]
+    gradients = sum(4 * parameter.numel() for parameter in trained if parameter.grad is None)
+    state = 0 if optimizer is not None and optimizer.state else optimizer_bytes(recipe.train.optimizer)
+    copy = 2 if logprobs.autocast is not None else 0
+    return gradients + (state + copy) * sum(parameter.numel() for parameter in trained)

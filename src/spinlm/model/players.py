@@ -103,9 +103,13 @@ class Players:
         module: LogProbs = self._accelerator.prepare_model(self.logprobs)
         return self._accelerator, module
 
-    def make_room(self, packing: str) -> None:
-        """Turn gradient checkpointing on where the recipe wants it, or where memory would not suffice without."""
-        checkpoint_if_needed(self.logprobs, self.recipe, packing)
+    def make_room(self, packing: str, optimizer: torch.optim.Optimizer | None = None) -> bool:
+        """Turn gradient checkpointing on where the recipe wants it, or where memory would not suffice without.
+
+        Returns:
+            Whether it is on.
+        """
+        return checkpoint_if_needed(self.logprobs, self.recipe, packing, optimizer)
 
     def close(self) -> None:
         """Let trackers write what they still hold."""

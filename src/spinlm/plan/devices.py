@@ -4,8 +4,7 @@ import math
 import os
 from typing import NamedTuple
 
-import psutil
-
+from spinlm.machine import total_memory
 from spinlm.plan.shapes import Shape
 
 GPU_FLOPS = 990e12  # dense bfloat16 of an H100 or H200
@@ -33,7 +32,7 @@ class Device(NamedTuple):
     @property
     def memory(self) -> float:
         """Bytes."""
-        return GPU_MEMORY if self is GPU else float(psutil.virtual_memory().total)
+        return GPU_MEMORY if self is GPU else total_memory()
 
     def generation_seconds(self, shape: Shape, prompt: int, tokens: int, replies: int, batch: int) -> float:
         """Reading the prompts, then one step for each new token of a batch."""

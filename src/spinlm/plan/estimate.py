@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 
-from spinlm.config import EXECUTION_ONLY, MEMORY_MARGIN, Recipe, at_iteration
+from spinlm.config import EXECUTION_ONLY, MEMORY_MARGIN, Recipe, at_iteration, optimizer_bytes
 from spinlm.plan.devices import CPU, DEVICES, GPU, Device
 from spinlm.plan.lengths import CHARACTERS_PER_TOKEN, Lengths, Tokens, find_lengths
 from spinlm.plan.lookup import find_shape
@@ -13,8 +13,6 @@ from spinlm.rundir import START, RunDir
 
 UNKNOWN_PROMPTS = 1000
 LOGITS_BYTES = {CPU: 2 * (4 << 23), GPU: 2 * (4 << 26)}  # a chunk of logits in float32, and a copy
-OPTIMIZER_BYTES = {"sgd": 0, "adafactor": 0, "rmsprop": 4, "adagrad": 4, "adam": 8, "adamw": 8, "nadam": 8, "radam": 8}
-"""Optimiser state for each trained parameter, in bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +98,7 @@ class Plan:
 
     def _iteration(self, iteration: int) -> Work:
         train, opponent, heldout = self.recipe.train, self.recipe.opponent, self.recipe.data.heldout
-        prompts, samples, used = self.prompts, opponent.samples_per_prompt, self._used(iteration)
+        prompts, samples, used = self.prompts, opponent.samples_per_prompt, self.recipe.used(iteration)
         return Work(
             iteration=iteration,
             prompts=prompts,
@@ -119,23 +117,12 @@ class Plan:
         """Held-out answers, and tokens in each."""
         return self.recipe.data.heldout, self.recipe.evaluate.max_new_tokens or self.recipe.opponent.max_new_tokens
 
-    def _used(self, iteration: int) -> int:
-        """Synthetic responses in use for each prompt: the newest, and those of up to `replay` iterations before."""
-        return self.recipe.opponent.samples_per_prompt * (min(iteration, self.recipe.selfplay.replay) + 1)
-
     def memory(self, shape: Shape, device: Device) -> dict[str, int]:
         """Peak bytes in one process on one device, with nothing divided over processes."""
-        opponent, trained = self.recipe.opponent, shape.trained(self.recipe.lora)
-        weights = 4 * trained  # what is trained stays in float32
-        if self.recipe.lora or device.width == 2:
-            weights += device.width * shape.parameters  # the frozen base, or a copy to compute with
-        parts = {
-            "weights": weights,
-            "gradients": 4 * trained,
-            "optimiser state": trained * max(map(optimizer_bytes, self.optimizers)),
-            "activations": self._activations(shape, device, self.checkpoints(shape, device)),
-            "logits": LOGITS_BYTES[device],
-        }
+        opponent, state = self.recipe.opponent, self._state(shape, device)
+        weights = state["weights"]
+        activations = self._activations(shape, device, self.checkpoints(shape, device))
+        parts = state | {"activations": activations, "logits": LOGITS_BYTES[device]}
         context = self.lengths.longest_prompt + opponent.max_new_tokens
         cache = opponent.batch_size * context * shape.kv_bytes(device.width)
         merged = device.width * shape.parameters if self.recipe.lora and device is CPU else 0  # at most
@@ -151,19 +138,23 @@ class Plan:
         wanted = self.recipe.train.gradient_checkpointing
         if wanted != "auto":
             return wanted
-        trained = shape.trained(self.recipe.lora)
-        state = 4 * trained * 2 + trained * max(map(optimizer_bytes, self.optimizers))
-        free = device.memory - device.width * shape.parameters - state
+        free = device.memory - sum(self._state(shape, device).values())
         return MEMORY_MARGIN * self._activations(shape, device, checkpointing=False) > free
+
+    def _state(self, shape: Shape, device: Device) -> dict[str, int]:
+        """Bytes of what is there before a step begins."""
+        trained = shape.trained(self.recipe.lora)
+        weights = 4 * trained  # what is trained stays in float32
+        if self.recipe.lora or device.width == 2:
+            weights += device.width * shape.parameters  # the frozen base, or a copy to compute with
+        optimizer = trained * max(map(optimizer_bytes, self.optimizers))
+        return {"weights": weights, "gradients": 4 * trained, "optimiser state": optimizer}
 
     def _activations(self, shape: Shape, device: Device, checkpointing: bool) -> int:
         """Bytes that are kept of the largest micro-batch until its backward pass."""
-        train, lora = self.recipe.train, self.recipe.lora
-        adapter = lora is not None and not lora.dropout  # dropout keeps more again
-        token = shape.activation_bytes(device.width, train.max_length, adapter=adapter, checkpointing=checkpointing)
-        # A tree that is longer than the micro-batch is a micro-batch of its own.
-        longest = train.max_length + self._used(self.recipe.selfplay.iterations - 1) * self.lengths.synthetic
-        return token * max(train.tokens_per_micro_batch, longest)
+        longest = self.recipe.train.max_length
+        token = shape.activation_bytes(device.width, longest, self.recipe.lora, checkpointing=checkpointing)
+        return token * self.recipe.most_tokens("tree" if self.trees else "pair")
 
     def hours(self, shape: Shape, device: Device, work: Work) -> tuple[float, float, float]:
         """To generate, score and train on one device; held-out answers and pairs are in the first two.
@@ -199,10 +190,6 @@ class Plan:
             # The newest one, and the one being written.
             "checkpoints": trained and 2 * (4 + optimizer_bytes(recipe.train.optimizer)) * trained,
         }
-
-
-def optimizer_bytes(name: str) -> int:
-    return OPTIMIZER_BYTES.get(name.lower(), 8)
 
 
 def make_plan(recipe: Recipe, run: RunDir | None = None) -> Plan:

@@ -59,22 +59,27 @@ class Shape:
         """Keys and values of one token in all layers."""
         return 2 * self.layers * self.kv_heads * self.head_dim * width
 
-    def activation_bytes(self, width: int, row: int, *, adapter: bool, checkpointing: bool) -> int:
+    def activation_bytes(self, width: int, row: int, lora: Lora | None, *, checkpointing: bool) -> int:
         """What backward needs of one token in a row of some length, to within a factor of about 1.5.
 
         A block keeps two residual streams and two normalised ones, queries, keys, values and the attention's output
         twice, and the MLP's inner values: before and after the activation, and of a gated MLP four (gate, up, their
-        activation and product), but two where only an adapter is trained. Norms keep two float32 copies each, unless
-        all is float32 and only an adapter is trained. With checkpointing only the residual stream is kept of each
-        block, and one block at a time is computed again. Attention that is not fused also keeps scores and weights in
-        float32 and once more as computed.
+        activation and product), or two where it is adapted and computed as one operation. Norms keep two float32 copies
+        each, unless they are one operation too. With checkpointing only the residual stream is kept of each block, and
+        one block at a time is computed again. Attention that is not fused also keeps scores and weights in float32 and
+        once more as computed.
         """
-        inner = (2 if self.family in _GPT_LIKE or adapter else 4) * self.inner
+        gpt = self.family in _GPT_LIKE
+        inner = (2 if gpt or (lora and not lora.dropout and _adapts_mlp(lora)) else 4) * self.inner
         elements = 4 * self.hidden + (3 * self.heads + 2 * self.kv_heads) * self.head_dim + inner
-        norms = 0 if adapter and width == 4 else 4 * (4 * self.hidden)
+        norms = 0 if lora and width == 4 and not gpt and self.family != "gemma2" else 4 * (4 * self.hidden)
         scores = 0 if self.takes_trees else (8 + width) * self.heads * row
         block = width * elements + norms + scores
         return self.layers * width * self.hidden + block if checkpointing else self.layers * block
+
+
+def _adapts_mlp(lora: Lora) -> bool:
+    return lora.targets == "all-linear" or {"gate_proj", "up_proj", "down_proj"} <= set(lora.targets)
 
 
 _LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3", "gemma2")

@@ -4,8 +4,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from spinlm.config import OPTIMIZER_BYTES
 from spinlm.data.sources import names_a_file
-from spinlm.plan.estimate import OPTIMIZER_BYTES, Plan, Work
+from spinlm.plan.estimate import Plan, Work
 from spinlm.plan.shapes import Shape
 from spinlm.rundir import START
 
