@@ -1,6 +1,6 @@
 """Run the benchmarks and write docs/performance.md; `make bench` does this.
 
-    python benchmarks/report.py [--data GSM8K.jsonl] [--rounds 2]
+    python benchmarks/report.py [--data GSM8K.jsonl] [--rounds 3]
 
 The tables are measured here and now. What is said about them is in benchmarks/reading.md and goes below them.
 """
