@@ -76,7 +76,6 @@ def measure(
 
     from spinlm.config import Lora
     from spinlm.model.attention import register_tree_attention
-    from spinlm.model.logprobs import LogProbs
     from spinlm.model.memory import kept_bytes, switch_checkpointing
     from spinlm.model.trees import Tree, lay_out
     from spinlm.opponents import LocalOpponent
@@ -85,10 +84,8 @@ def measure(
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    if pieces:
-        LogProbs.uses_flex = lambda *_: False  # type: ignore[method-assign]
     register_tree_attention()
-    player = _player(CONFIGS[model], Lora(r=rank, alpha=2 * rank), device, dtype)
+    player = _player(CONFIGS[model], Lora(r=rank, alpha=2 * rank), device, dtype, pieces)
     if checkpointed:
         switch_checkpointing(player.causal, on=True)
     length = prompt + (1 + opponents) * response
@@ -154,7 +151,7 @@ def measure(
     }
 
 
-def _player(config: dict[str, Any], lora: Any, device: Any, dtype: Any) -> Any:
+def _player(config: dict[str, Any], lora: Any, device: Any, dtype: Any, pieces: bool) -> Any:
     """A random model with an adapter, made where it will compute."""
     import torch
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
@@ -168,7 +165,12 @@ def _player(config: dict[str, Any], lora: Any, device: Any, dtype: Any) -> Any:
         model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[config["model_type"]](**settings), dtype=dtype)
     adapted = add_adapter(model, lora, 0)
     fuse(adapted)
-    return LogProbs(adapted.to(device))
+
+    class Pieces(LogProbs):
+        def uses_flex(self, device: Any) -> bool:
+            return False
+
+    return (Pieces if pieces else LogProbs)(adapted.to(device))
 
 
 def _median(run: Callable[[], None], count: int, device: Any) -> float:

@@ -12,6 +12,7 @@ import os
 import platform
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from flops import SMOLLM2, flops, peak
@@ -21,16 +22,16 @@ HERE = Path(__file__).parent
 TARGET = HERE.parent / "docs" / "performance.md"
 SHORT = ("spinlm", "trl-best-1")
 PACKAGES = ("spinlm", "torch", "transformers", "peft", "accelerate", "trl")
-SHAPES: tuple[tuple[str, dict[str, object], tuple[str, ...]], ...] = (
+SHAPES: tuple[tuple[str, Shape, tuple[str, ...]], ...] = (
     (
         "128 + 128, one synthetic response (iteration 0), float32",
-        {},
+        Shape(),
         (*CONTENDERS, "spinlm-checkpointed"),
     ),
-    ("128 + 128, two synthetic responses to a prompt (later iterations), float32", {"opponents": 2}, CONTENDERS),
-    ("128 + 128, one synthetic response, bfloat16", {"dtype": "bfloat16"}, CONTENDERS),
-    ("512 + 64, one synthetic response, float32", {"prompt": 512, "response": 64}, SHORT),
-    ("32 + 256, one synthetic response, float32", {"prompt": 32, "response": 256}, SHORT),
+    ("128 + 128, two synthetic responses to a prompt (later iterations), float32", Shape(opponents=2), CONTENDERS),
+    ("128 + 128, one synthetic response, bfloat16", Shape(dtype="bfloat16"), CONTENDERS),
+    ("512 + 64, one synthetic response, float32", Shape(prompt=512, response=64), SHORT),
+    ("32 + 256, one synthetic response, float32", Shape(prompt=32, response=256), SHORT),
 )
 
 
@@ -43,7 +44,7 @@ SCALING = (
 def training(rounds: int, threads: int, data: str, count: int) -> list[str]:
     shapes = list(SHAPES[:count])
     if data and count > len(SHAPES):
-        shapes.append(("lengths of GSM8K, one synthetic response, float32", {"data": data, "pairs": 8}, SHORT))
+        shapes.append(("lengths of GSM8K, one synthetic response, float32", Shape(data=data, pairs=8), SHORT))
     lines = [
         "SmolLM2-135M, LoRA of rank 16 on all linear layers, four pairs in a step (eight of GSM8K's lengths). `trl` is "
         "DPOTrainer as it comes; `trl-best` has the reference computed once and checkpointing off, `trl-best-1` the "
@@ -52,8 +53,8 @@ def training(rounds: int, threads: int, data: str, count: int) -> list[str]:
         "timed: to 1e-4 of the gradient's norm in float32, to 0.2 in bfloat16. `spinlm-checkpointed` computes "
         "activations again in the backward pass, as `trl` does.",
     ]
-    for title, changes, contenders in shapes:
-        shape = Shape(threads=threads, **changes)  # type: ignore[arg-type]
+    for title, given, contenders in shapes:
+        shape = replace(given, threads=threads)
         main = shape.dtype == "float32" and len(contenders) > 2
         results = compare(shape, rounds if main else 1, contenders)
         lines += ["", f"**{title}**", "", table(results, shape)]

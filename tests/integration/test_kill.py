@@ -60,7 +60,7 @@ def catch(
         run = rewind()
         process = start(run)
         while process.poll() is None:
-            process.wait_until(lambda: moment(run) or process.poll() is not None)  # noqa: B023
+            process.wait_until(lambda run=run, process=process: moment(run) or process.poll() is not None)
             process.send(signal.SIGSTOP)
             while process.poll() is None and state(process.pid) != "T":
                 time.sleep(0.001)

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from spinlm.data.chat import Renderer, RowError
 from spinlm.errors import ModelError
-from tiny import KINDS, tiny_tokenizer
+from tiny import KINDS, Kind, tiny_tokenizer
 
 USER = {"role": "user", "content": "Hi"}
 SYSTEM = {"role": "system", "content": "Be kind"}
@@ -114,8 +114,9 @@ def test_literal_ids() -> None:
 
 
 def test_default_template_keeps_system_and_turns_and_writes_bos_once() -> None:
-    for kind, bos, eos in (("plain", "", "<|endoftext|>"), ("bos", "<s>", "</s>")):
-        tokenizer = tiny_tokenizer(kind)  # type: ignore[arg-type]
+    cases: tuple[tuple[Kind, str, str], ...] = (("plain", "", "<|endoftext|>"), ("bos", "<s>", "</s>"))
+    for kind, bos, eos in cases:
+        tokenizer = tiny_tokenizer(kind)
         assert text(tokenizer, Renderer(tokenizer).prompt_ids([SYSTEM, *TURNS])) == (
             f"{bos}Be kind\n\n### User:\nHi\n\n### Assistant:\nHello{eos}\n\n### User:\nWhy?\n\n### Assistant:\n"
         )

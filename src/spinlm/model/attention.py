@@ -193,7 +193,7 @@ def flex_works(device: torch.device, dtype: torch.dtype, sizes: HeadSizes) -> bo
             )
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # whatever a compiler may raise
+    except Exception as error:  # PyTorch's compiler, Triton and the C compiler behind it have no common family
         log.warning(
             "FlexAttention cannot be used: %s: %s", type(error).__name__, next(iter(str(error).splitlines()), "")
         )
@@ -279,19 +279,14 @@ class _Attend:
 
     def blocks(self, query: Tensor, key: Tensor, value: Tensor, masks: BlockMasks) -> Tensor:
         """A whole row by FlexAttention (arXiv 2412.05496): [1, H, L, D], [1, G, L, D] → [1, H, L, D]."""
-        softcap, grouped = self.softcap, query.shape[1] != key.shape[1]
-
-        def cap(score: Tensor, *_: Tensor) -> Tensor:
-            return softcap * torch.tanh(score / softcap)  # type: ignore[operator]  # used where it is not None
-
         return _flex_attention()(
             query.to(value.dtype),  # rotary positions may have left it in another precision
             key.to(value.dtype),
             value,
-            score_mod=None if softcap is None else cap,
+            score_mod=None if self.softcap is None else _cap(self.softcap),
             block_mask=masks.of(self.window),
             scale=self.scaling,
-            enable_gqa=grouped,
+            enable_gqa=query.shape[1] != key.shape[1],
         )
 
     def _explicit(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
@@ -306,6 +301,15 @@ class _Attend:
         behind = torch.arange(k - q, k, device=device)[:, None] - torch.arange(k, device=device)[None, :]
         mask = behind >= 0
         return mask if self.window is None else mask & (behind < self.window)
+
+
+def _cap(limit: float) -> Callable[..., Tensor]:
+    """FlexAttention's `score_mod` for a softcap."""
+
+    def capped(score: Tensor, *_: Tensor) -> Tensor:
+        return limit * torch.tanh(score / limit)
+
+    return capped
 
 
 def register_tree_attention() -> None:

@@ -75,7 +75,7 @@ def _try(layer: Any, forward: Callable[..., Tensor], like: Tensor) -> bool:
     layer.eval()  # without dropout
     try:
         ours, theirs = forward(layer, x), layer(x)
-    except Exception:  # it takes something else than its parts' names say
+    except (TypeError, ValueError, RuntimeError):  # other arguments or shapes than its parts' names say
         return False
     finally:
         for module, training in modes:

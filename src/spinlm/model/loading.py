@@ -160,9 +160,10 @@ def add_adapter(model: Any, lora: Lora, seed: int, revision: str | None = None) 
     """
     from peft import LoraConfig, get_peft_model
 
+    alpha: Any = lora.alpha  # PEFT declares an int and takes any number
     config = LoraConfig(
         r=lora.r,
-        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # any number works
+        lora_alpha=alpha,
         lora_dropout=lora.dropout,
         target_modules=lora.targets,
         bias="none",
