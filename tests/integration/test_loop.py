@@ -463,10 +463,12 @@ def test_run_does_not_depend_on_the_folder_it_was_started_from(world, cli, refer
 # Before a run
 
 
-def test_check(world, cli, tmp_path):
-    said = cli("check", world.recipe, folder=tmp_path)
+@pytest.mark.parametrize(("setting", "checkpointing"), [("true", "on"), ("false", "off")])
+def test_check(world, cli, tmp_path, setting, checkpointing):
+    said = cli("check", world.recipe, f"train.gradient_checkpointing={setting}", folder=tmp_path)
     assert "the loss is 0.693147 (ln 2 = 0.693147)" in said.out
     assert "packing: tree" in said.out
+    assert f"with gradient checkpointing {checkpointing}; peak memory" in said.out
     assert list(tmp_path.iterdir()) == []
 
 
