@@ -1,11 +1,13 @@
 """Fused LoRA layers and the products behind them compute what PEFT and plain PyTorch compute."""
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 from peft.tuners.lora import Linear
 from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.pytorch_utils import Conv1D
 
 from models import tiny_model
@@ -152,6 +154,24 @@ def test_what_only_looks_like_a_norm_stays_as_it_is() -> None:
     layer = type("OddRMSNorm", (ScaleShift,), {})()
     assert fuse(nn.Sequential(layer)) == 0
     assert torch.equal(layer(torch.ones(1, 4)), torch.full((1, 4), 2.0))
+
+
+@pytest.mark.parametrize(
+    ("trained", "dtype", "fused"),
+    [(False, torch.float32, 1), (True, torch.float32, 0), (False, torch.bfloat16, 0)],
+)
+def test_only_a_frozen_float32_norm_is_one_operation(trained: bool, dtype: torch.dtype, fused: int) -> None:
+    norm = LlamaRMSNorm(8).to(dtype).requires_grad_(trained)
+    plain = copy.deepcopy(norm)
+    assert fuse(nn.Sequential(norm)) == fused
+    for other in (dtype, torch.bfloat16):  # of the input
+        x = torch.randn(3, 8).to(other)
+        y = norm(x)
+        assert y.dtype == plain(x).dtype
+        torch.testing.assert_close(y, plain(x), rtol=0 if other == torch.bfloat16 else 1e-5, atol=0)
+        if trained:
+            y.float().sum().backward()
+            assert norm.weight.grad is not None
 
 
 def test_a_gated_mlp_keeps_neither_its_activation_nor_their_product() -> None:

@@ -56,19 +56,37 @@ def test_checkpointing_keeps_less_and_leaves_nothing_behind(model: Path, tmp_pat
     assert not ours.logprobs.causal.get_input_embeddings()._forward_hooks
 
 
-@pytest.mark.parametrize(("share", "needed"), [(0.9, True), (1.1, False)])
-def test_checkpointing_by_need(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float, needed: bool
-) -> None:
-    ours = players(model, tmp_path)
+def bytes_needed(ours: Players, copy: int = 0) -> float:
+    """What the largest micro-batch keeps, and gradients, optimiser state and a copy, which are still to come."""
     kept = kept_bytes(ours.logprobs, "tree", ours.recipe.train.max_length)
-    need = MEMORY_MARGIN * ours.recipe.most_tokens("tree") * kept
-    adapter = sum(parameter.numel() for _, parameter in ours.parameters())
-    need += adapter * (4 + optimizer_bytes(ours.recipe.train.optimizer))  # gradients and state are still to come
-    monkeypatch.setattr(memory, "free_memory", lambda: int(share * need))
-    assert ours.make_room("tree") == on(ours) == needed
+    trained = sum(parameter.numel() for _, parameter in ours.parameters())
+    state = 4 + optimizer_bytes(ours.recipe.train.optimizer) + copy
+    return MEMORY_MARGIN * ours.recipe.most_tokens("tree") * kept + trained * state
+
+
+@pytest.mark.parametrize(("more", "needed"), [(-2, True), (2, False)])
+@pytest.mark.parametrize("kind", ["adapter", "all weights", "all weights, computed in bfloat16"])
+def test_checkpointing_by_need(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, more: int, needed: bool
+) -> None:
+    dtype = "bfloat16" if "bfloat16" in kind else "float32"
+    lora = {"r": 2} if kind == "adapter" else None
+    ours = Players(tiny_recipe(model, model={"path": str(model), "dtype": dtype}, lora=lora), RunDir(tmp_path))
+    need = bytes_needed(ours, copy=2 if dtype == "bfloat16" else 0)
+    monkeypatch.setattr(memory, "free_memory", lambda: int(need + more))
+    for _ in range(2):  # what is kept with it on says nothing about what would be without
+        assert ours.make_room("tree") == on(ours) == needed
     monkeypatch.setattr(memory, "free_memory", lambda: int(2 * need))
     assert not ours.make_room("tree") and not on(ours)  # off again when there is room
+
+
+def test_a_model_that_cannot_checkpoint_is_left_alone(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = players(model, tmp_path)
+    monkeypatch.setattr(ours.logprobs.causal, "supports_gradient_checkpointing", False)
+    monkeypatch.setattr(memory, "free_memory", lambda: 0)
+    assert not ours.make_room("tree") and not on(ours)
 
 
 def test_what_the_optimizer_already_holds_is_not_counted_again(
@@ -76,10 +94,8 @@ def test_what_the_optimizer_already_holds_is_not_counted_again(
 ) -> None:
     ours = players(model, tmp_path, optimizer="adamw")
     optimizer = torch.optim.AdamW([parameter for _, parameter in ours.parameters()])
-    kept = kept_bytes(ours.logprobs, "tree", ours.recipe.train.max_length)
-    need = MEMORY_MARGIN * ours.recipe.most_tokens("tree") * kept
     adapter = sum(parameter.numel() for _, parameter in ours.parameters())
-    monkeypatch.setattr(memory, "free_memory", lambda: int(need + 6 * adapter))
+    monkeypatch.setattr(memory, "free_memory", lambda: int(bytes_needed(ours) - 6 * adapter))  # of 4 + 8
     assert ours.make_room("tree", optimizer)
     for _, parameter in ours.parameters():
         parameter.grad = torch.zeros_like(parameter)

@@ -281,8 +281,30 @@ def test_the_probe_of_flex_attention_can_fail(monkeypatch: pytest.MonkeyPatch) -
     assert not attention._flex_agrees(*given, None, attention._PROBES)
 
 
+def test_flex_attention_that_gives_something_else_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked = torch.device("cpu"), torch.float32
+    monkeypatch.setattr(attention, "_flex_agrees", lambda *given: given[3] is None)  # wrong under a window alone
+    assert flex_works(*asked, HeadSizes(1, 1, 3, None, None))
+    assert "other results" not in caplog.text
+    assert not flex_works(*asked, HeadSizes(1, 1, 3, None, 9))
+    assert "other results" in caplog.text
+
+
+def test_no_memory_for_the_probe_is_not_taken_for_a_missing_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> bool:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(attention, "_flex_agrees", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        flex_works(torch.device("cpu"), torch.float32, HeadSizes(1, 1, 4, None, None))
+
+
 def test_head_sizes_as_configs_say() -> None:
     from models import tiny_model
+
+    assert HeadSizes.of(tiny_model("llama", head_dim=16).config) == HeadSizes(4, 2, 16, None, None)
 
     assert HeadSizes.of(tiny_model("llama").config) == HeadSizes(4, 2, 8, None, None)
     assert HeadSizes.of(tiny_model("gemma2").config) == HeadSizes(4, 2, 8, 50.0, 8)
