@@ -246,10 +246,10 @@ class _Ours:
 
     def _backward(self) -> float:
         from spinlm.model.trees import lay_out, micro_batches
-        from spinlm.stages.train import spin_objective
+        from spinlm.stages.items import pair_objective
 
         self.module.train()
-        objective, total = spin_objective(self.recipe, 0), 0.0
+        objective, total = pair_objective(self.recipe, 0), 0.0
         for chosen in micro_batches(self.trees, self.budget):
             part = [self.items[index] for index in chosen]
             loss = objective(self.module(lay_out([item.tree for item in part], "tree")), part).loss / self.pairs

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from spinlm.config import Recipe
+from spinlm.config import Objective, Recipe
 from spinlm.errors import ModelError
 from spinlm.files import read_json
 from spinlm.model.fit import Item
@@ -20,9 +20,9 @@ from spinlm.model.trees import lay_out, micro_batches
 from spinlm.records import Example, Generation, read_lines
 from spinlm.rundir import START, RunDir
 from spinlm.stages.generate import generate
+from spinlm.stages.items import PairItems, pair_objective
 from spinlm.stages.prepare import prepare
 from spinlm.stages.score import score
-from spinlm.stages.train import PairItems, spin_objective
 from spinlm.stages.warmup import warmup
 
 EXAMPLES = 8
@@ -39,6 +39,7 @@ def check(recipe: Recipe) -> Iterator[str]:
         update={
             "data": recipe.data.model_copy(update={"prompts": EXAMPLES, "heldout": EXAMPLES}),
             "warmup_sft": None,
+            "objective": Objective() if recipe.objective.name == "sft" else recipe.objective,
             "tracking": [],
         }
     )
@@ -106,7 +107,7 @@ def _about_answers(run: RunDir, generations: list[Generation]) -> Iterator[str]:
 
 def _about_first_step(recipe: Recipe, players: Players, items: list[Item], packing: str) -> str:
     players.logprobs.eval()
-    objective = spin_objective(recipe.model_copy(update={"objective": _plain(recipe)}), 0)
+    objective = pair_objective(recipe.model_copy(update={"objective": Objective()}), 0)
     total = 0.0
     for item in items:
         with torch.no_grad():
@@ -119,10 +120,6 @@ def _about_first_step(recipe: Recipe, players: Players, items: list[Item], packi
             "any training. The model computes differently from one call to the next"
         )
     return f"first step: the loss is {loss:.6f} (ln 2 = 0.693147), so main player and opponent agree"
-
-
-def _plain(recipe: Recipe) -> object:
-    return recipe.objective.model_copy(update={"loss": "logistic", "nll_weight": 0.0})
 
 
 def _about_precision(recipe: Recipe, players: Players, items: list[Item], packing: str) -> str:
@@ -168,7 +165,7 @@ def _about_memory(recipe: Recipe, players: Players, items: list[Item], packing: 
     """One forward and backward pass over as many of these items as a micro-batch holds."""
     chosen = micro_batches([item.tree for item in items], recipe.train.tokens_per_micro_batch, packing)[0]
     part = [items[index] for index in chosen]
-    objective = spin_objective(recipe, 0)
+    objective = pair_objective(recipe, 0)
     checkpointing = "on" if players.make_room(packing) else "off"
     players.logprobs.train()
     began = time.monotonic()

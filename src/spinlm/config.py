@@ -153,15 +153,52 @@ class SelfPlay(Section):
     """Which player is the best, and when to stop."""
 
 
+READ_BY = {
+    "spin": ("loss", "beta", "per_token", "nll_weight"),
+    "dpo-positive": ("beta", "penalty", "nll_weight"),
+    "space": ("mu", "nll_weight"),
+    "t-spin": ("loss", "beta", "history_weight", "nll_weight"),
+    "sft": (),
+}
+"""The settings that each objective reads."""
+
+
 class Objective(Section):
-    name: Literal["spin"] = "spin"
-    """The objective."""
+    name: Literal["spin", "dpo-positive", "space", "t-spin", "sft"] = "spin"
+    """The objective: SPIN's; DPO-Positive, SPACE or T-SPIN, which were made to be stabler; or `sft`, the control:
+    supervised fine-tuning on the real responses alone, in as many steps."""
     loss: Literal["logistic", "hinge", "exponential"] = "logistic"
-    """The convex decreasing function of the margin."""
+    """The convex decreasing function of the margin. For spin and t-spin."""
     beta: PerIteration = 0.1
-    """λ in the paper: how strongly the main player is held to its opponent. Per iteration."""
+    """λ in the paper: how strongly the main player is held to its opponent. Per iteration. For spin, dpo-positive, and
+    t-spin, whose paper calls it α."""
+    per_token: bool = False
+    """Divide each response's log-probability ratio by its tokens, so that long ones do not weigh more. For spin."""
+    penalty: NonNegative = 50.0
+    """How strongly a real response that has become less likely counts against the margin. For dpo-positive."""
+    mu: Positive = 1.0
+    """How much a synthetic response counts beside a real one. For space."""
+    history_weight: NonNegative = 1.0
+    """Weight of the advantage of the newer synthetic response over θ_0's; the paper's β. For t-spin."""
     nll_weight: NonNegative = 0.0
-    """Weight of an added −log p(y|x)/|y|, which keeps the likelihood of the real responses up."""
+    """Weight of an added −log p(y|x)/|y|, which keeps the likelihood of the real responses up. For all but sft."""
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The settings that this objective reads."""
+        return READ_BY[self.name]
+
+    @model_validator(mode="after")
+    def _no_dead_settings(self) -> "Objective":
+        defaults = Objective.model_fields
+        for key in defaults.keys() - {"name", *self.reads}:
+            if getattr(self, key) != defaults[key].default:
+                readers = " and ".join(name for name, keys in READ_BY.items() if key in keys)
+                raise ValueError(
+                    f"objective.{key}: {self.name} has no such setting, only {readers}. Leave it out, or replace the "
+                    f"whole section on the command line: 'objective={{name: {self.name}}}'"
+                )
+        return self
 
 
 class Train(Section):
@@ -263,9 +300,19 @@ class Recipe(Section):
         """Synthetic responses in use for each prompt: the newest, and those of up to `replay` iterations before."""
         return self.opponent.samples_per_prompt * (min(iteration, self.selfplay.replay) + 1)
 
+    def beside(self, iteration: int) -> int:
+        """Responses computed beside the real one of each prompt in training: those in use, and for T-SPIN θ_0's."""
+        match self.objective.name:
+            case "sft":
+                return 0
+            case "t-spin" if iteration > self.selfplay.replay:
+                return self.used(iteration) + self.opponent.samples_per_prompt
+            case _:
+                return self.used(iteration)
+
     def most_tokens(self, packing: str) -> int:
         """The most tokens a micro-batch can have: its budget, or those of a single prompt that takes more."""
-        used, longest = self.used(self.selfplay.iterations - 1), self.train.max_length
+        used, longest = self.beside(self.selfplay.iterations - 1), self.train.max_length
         tree = longest + used * self.opponent.max_new_tokens
         return max(self.train.tokens_per_micro_batch, tree if packing == "tree" else (1 + used) * longest)
 

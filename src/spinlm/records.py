@@ -52,6 +52,7 @@ class Pair:
     synthetic_ids: list[int]
     opponent_real: float  # log p_θt(y|x), sum over tokens
     opponent_synthetic: float  # log p_θt(y'|x), sum over tokens
+    initial_ids: list[int] | None = None  # θ_0's response y₀, where the objective asks for it
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +129,7 @@ def _pair_schema() -> Any:
             ("synthetic_ids", ids),
             ("opponent_real", pa.float64()),
             ("opponent_synthetic", pa.float64()),
+            ("initial_ids", ids),
         ]
     )
 

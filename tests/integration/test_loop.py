@@ -295,6 +295,9 @@ def test_two_samples_for_each_prompt(variant):
         (("objective.loss=hinge",), 0.0, 1.0),  # max(0, 1 − 0)
         (("objective.loss=exponential",), 0.0, 1.0),  # e^−0
         (("objective.nll_weight=0.3",), 0.3, LN2),
+        (("objective.per_token=true",), 0.0, LN2),
+        (("objective.name=dpo-positive", "objective.penalty=1.0"), 0.0, LN2),
+        (("objective.name=space", "objective.mu=1.0", "objective.nll_weight=0.2"), 0.2, 2 * LN2),
     ],
 )
 def test_objectives(variant, overrides, nll_weight, expected):
@@ -302,6 +305,41 @@ def test_objectives(variant, overrides, nll_weight, expected):
     lines = [line for line in steps(run) if line["stage"] == "train"]
     assert lines[0]["loss"] == pytest.approx(expected + nll_weight * lines[0]["real_nll"], abs=1e-5)
     assert lines[-1]["loss"] < lines[0]["loss"]
+
+
+def test_t_spin_keeps_the_starting_players_responses(variant):
+    run = variant("lora.dropout=0.0", "objective.name=t-spin", "selfplay.replay=0", "warmup_sft.epochs=1")
+    first = {row["id"]: row["token_ids"] for row in read_jsons(run, "iteration-0/generations/train-*.jsonl")}
+    for iteration in range(2):
+        for pair in read_pairs(run, iteration, "train"):
+            own = first[pair["id"]] == pair["real_ids"]
+            assert pair["initial_ids"] == (pair["synthetic_ids"] if own else first[pair["id"]])
+    pairs = read_pairs(run, 1, "train")
+    assert any(pair["initial_ids"] != pair["synthetic_ids"] for pair in pairs)
+    assert {pair["initial_ids"] for pair in read_pairs(run, 1, "heldout")} == {None}
+    first_epoch, second_epoch = (
+        mean(
+            line["loss"] for line in steps(run) if (line["stage"], line["iteration"], line["epoch"]) == ("train", 1, n)
+        )
+        for n in (1, 2)
+    )
+    assert second_epoch < first_epoch
+
+
+def test_the_sft_control_learns_from_the_real_responses_alone(variant, reference):
+    """As many steps as self-play, and no synthetic response to a training prompt is ever made."""
+    run = variant("lora.dropout=0.0", "objective.name=sft")
+    for iteration in range(2):
+        folder = run / f"iteration-{iteration}"
+        answered = [*folder.glob("generations/*"), *folder.glob("pairs/*")]
+        assert {path.name.split("-")[0] for path in answered} == {"heldout"}
+        ours, theirs = (
+            [line for line in steps(folder) if (line["stage"], line["iteration"]) == ("train", iteration)]
+            for folder in (run, reference)
+        )
+        assert abs(ours[-1]["steps"] - theirs[-1]["steps"]) <= 1  # self-play leaves pairs of equals out
+        assert ours[-1]["loss"] < ours[0]["loss"]
+        assert "margin" in json.loads((run / f"iteration-{iteration}" / "metrics.json").read_text())
 
 
 # What was measured

@@ -22,7 +22,7 @@ from spinlm.model.trees import Tree, lay_out
 from spinlm.opponents import LocalOpponent
 from spinlm.records import Sampling
 from spinlm.rundir import RunDir
-from spinlm.stages.train import spin_objective
+from spinlm.stages.items import pair_objective
 
 PROMPT, REAL, SYNTHETIC = 30, 20, 16
 
@@ -82,7 +82,7 @@ class Cost(TorchDispatchMode):
 def training(players: Players, part: list[Item], packing: str = "tree") -> None:
     players.logprobs.train()
     layout = lay_out([item.tree for item in part], packing)
-    spin_objective(players.recipe, 0)(players.logprobs(layout), part).loss.backward()
+    pair_objective(players.recipe, 0)(players.logprobs(layout), part).loss.backward()
     players.model.zero_grad()
 
 

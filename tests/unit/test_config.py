@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import spinlm
-from spinlm.config import Recipe, Section, at_iteration
+from spinlm.config import READ_BY, Objective, Recipe, Section, at_iteration
 from spinlm.errors import RecipeError
 from spinlm.recipe import load_recipe, parse_recipe
 
@@ -196,6 +196,34 @@ def test_a_list_of_another_length_than_the_iterations() -> None:
     assert said == (
         "recipe: objective.beta has 3 values for 4 iterations: give one number, or one for each of selfplay.iterations"
     )
+
+
+@pytest.mark.parametrize(
+    ("section", "said"),
+    [
+        ({"mu": 2.0}, "objective.mu: spin has no such setting, only space. Leave it out"),
+        ({"name": "space", "beta": [0.1] * 4}, "objective.beta: space has no such setting, only spin and dpo-positive"),
+        ({"name": "sft", "nll_weight": 0.1}, "'objective={name: sft}'"),
+        ({"name": "dpo"}, "objective.name: should be 'spin', 'dpo-positive', 'space', 't-spin' or 'sft', got \"dpo\""),
+    ],
+)
+def test_a_setting_of_another_objective(section: dict[str, Any], said: str) -> None:
+    assert said in with_section(objective=section)
+
+
+def test_every_setting_of_an_objective_has_a_reader() -> None:
+    assert {"name", *(key for keys in READ_BY.values() for key in keys)} == set(Objective.model_fields)
+    for name in READ_BY:
+        assert with_objective(name=name).objective.name == name
+
+
+def with_objective(**section: Any) -> Recipe:
+    return parse_recipe({"model": {"path": "m"}, "data": {"path": "d"}, "objective": section})
+
+
+def test_an_objective_written_out_is_read_again() -> None:
+    recipe = with_objective(name="space", mu=3.0)
+    assert parse_recipe(recipe.model_dump(mode="json")) == recipe
 
 
 def test_choosing_by_task_score_needs_a_scorer() -> None:

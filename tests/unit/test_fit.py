@@ -33,7 +33,7 @@ from spinlm.model.fit import (
 from spinlm.model.players import Players
 from spinlm.model.trees import Tree
 from spinlm.rundir import START, RunDir
-from spinlm.stages.train import spin_objective
+from spinlm.stages.items import pair_objective
 from spinlm.stages.warmup import sft_objective
 
 HOW = Fit(
@@ -108,7 +108,7 @@ def new_players(saved: Path, tmp_path: Path) -> NewPlayers:
 
 
 def spin_of(players: Players) -> Objective:
-    return spin_objective(players.recipe, 0)
+    return pair_objective(players.recipe, 0)
 
 
 def run_fit(

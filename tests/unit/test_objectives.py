@@ -1,5 +1,6 @@
 """The objectives against hand-worked numbers, DPO's published loss, and the theorems of the SPIN paper."""
 
+import itertools
 import math
 
 import pytest
@@ -10,9 +11,9 @@ from models import tiny_model, tiny_recipe
 from spinlm.model.attention import register_tree_attention
 from spinlm.model.fit import Item
 from spinlm.model.logprobs import LogProbs
-from spinlm.model.objectives import LOSSES, mean_nll, spin
+from spinlm.model.objectives import LOSSES, dpo_positive, margin, mean_nll, space, spin, t_spin
 from spinlm.model.trees import Tree, lay_out
-from spinlm.stages.train import pair_indices, spin_objective
+from spinlm.stages.items import pair_indices, pair_objective
 
 SLOPE_AT_0 = {"logistic": 0.5, "hinge": 1.0, "exponential": 1.0}  # −ℓ'(0)
 AT_0 = {"logistic": math.log(2), "hinge": 1.0, "exponential": 1.0}  # ℓ(0)
@@ -20,6 +21,7 @@ AT_0 = {"logistic": math.log(2), "hinge": 1.0, "exponential": 1.0}  # ℓ(0)
 # r(y) = 1 and −0.5, r(y') = −1 and 1.5: the margins are 2 and −2.
 REAL, SYNTHETIC = torch.tensor([-2.0, -3.0]), torch.tensor([-5.0, -2.0])
 OPPONENT_REAL, OPPONENT_SYNTHETIC = torch.tensor([-3.0, -2.5]), torch.tensor([-4.0, -3.5])
+FOUR = (REAL, SYNTHETIC, OPPONENT_REAL, OPPONENT_SYNTHETIC)
 
 
 @pytest.mark.parametrize(
@@ -34,29 +36,25 @@ OPPONENT_REAL, OPPONENT_SYNTHETIC = torch.tensor([-3.0, -2.5]), torch.tensor([-4
     ],
 )
 def test_spin_by_hand(loss: str, beta: float, expected: list[float]) -> None:
-    result = spin(REAL, SYNTHETIC, OPPONENT_REAL, OPPONENT_SYNTHETIC, beta=beta, loss=loss)
-
-    torch.testing.assert_close(result.loss, torch.tensor(expected))
-    assert result.margin.tolist() == [2.0, -2.0]  # in nats, whatever beta is
+    torch.testing.assert_close(spin(*FOUR, beta=beta, loss=loss), torch.tensor(expected))
+    assert margin(*FOUR).tolist() == [2.0, -2.0]
 
 
 def test_logistic_is_the_default() -> None:
-    args = (REAL, SYNTHETIC, OPPONENT_REAL, OPPONENT_SYNTHETIC)
-    assert torch.equal(spin(*args, beta=1.0).loss, spin(*args, beta=1.0, loss="logistic").loss)
+    assert torch.equal(spin(*FOUR, beta=1.0), spin(*FOUR, beta=1.0, loss="logistic"))
 
 
 @pytest.mark.parametrize("beta", [0.1, 5.0])
 def test_loss_is_ln_2_where_player_and_opponent_agree(beta: float) -> None:
     real, synthetic = torch.tensor([-1.5, -700.0]), torch.tensor([-90.25, -0.125])
-    result = spin(real, synthetic, real, synthetic, beta=beta)
-    assert result.loss.tolist() == [pytest.approx(math.log(2), abs=1e-7)] * 2
-    assert result.margin.tolist() == [0.0, 0.0]
+    assert spin(real, synthetic, real, synthetic, beta=beta).tolist() == [pytest.approx(math.log(2), abs=1e-7)] * 2
+    assert margin(real, synthetic, real, synthetic).tolist() == [0.0, 0.0]
 
 
 def test_logistic_loss_stays_finite_at_large_margins() -> None:
     zero = torch.zeros(2)
     real = torch.tensor([-1000.0, 1000.0], requires_grad=True)
-    loss = spin(real, zero, zero, zero, beta=5.0).loss
+    loss = spin(real, zero, zero, zero, beta=5.0)
     loss.sum().backward()
     assert loss.tolist() == [5000.0, 0.0]
     assert real.grad is not None and real.grad.tolist() == [-5.0, 0.0]
@@ -67,13 +65,96 @@ def test_spin_is_dpo_with_the_real_response_chosen() -> None:
     torch.manual_seed(1)
     chosen, rejected, reference_chosen, reference_rejected = -100 * torch.rand(4, 1000, dtype=torch.float64)
 
-    ours = spin(chosen, rejected, reference_chosen, reference_rejected, beta=0.1).loss
+    ours = spin(chosen, rejected, reference_chosen, reference_rejected, beta=0.1)
 
     for row in range(1000):
         winner = math.exp(chosen[row]) / math.exp(reference_chosen[row])
         loser = math.exp(rejected[row]) / math.exp(reference_rejected[row])
         sigmoid = 1 / (1 + math.exp(-(0.1 * math.log(winner) - 0.1 * math.log(loser))))
         assert ours[row].item() == pytest.approx(-math.log(sigmoid), rel=1e-9)
+
+
+# The other objectives, of the same pairs: r(y) = 1, −0.5; r(y') = −1, 1.5.
+
+
+def test_spin_per_token_by_hand() -> None:
+    """1/2 − (−1)/4 = 0.75 and −0.5/5 − 1.5/3 = −0.6."""
+    tokens = torch.tensor([2, 5]), torch.tensor([4, 3])
+    losses = spin(*FOUR, beta=2.0, tokens=tokens)
+    assert losses.tolist() == pytest.approx([math.log1p(math.exp(-1.5)), math.log1p(math.exp(1.2))])
+
+
+def test_dpo_positive_by_hand() -> None:
+    """The second real response has become less likely, by 0.5: its margin of −2 is taken for −2 − 3 · 0.5."""
+    losses = dpo_positive(*FOUR, beta=0.4, penalty=3.0)
+    assert losses.tolist() == pytest.approx([math.log1p(math.exp(-0.8)), math.log1p(math.exp(1.4))])
+    assert torch.equal(dpo_positive(*FOUR, beta=0.4, penalty=0.0), spin(*FOUR, beta=0.4))
+
+
+@pytest.mark.parametrize("mu", [0.25, 1.0, 3.0])
+def test_space_by_hand(mu: float) -> None:
+    def sigma(mu: float, x: float) -> float:
+        return 1 / (1 + mu * math.exp(-x))
+
+    ratios = [(1.0, -1.0), (-0.5, 1.5)]
+    expected = [-math.log(sigma(mu, r)) - mu * math.log(sigma(1 / mu, -other)) for r, other in ratios]
+    assert space(*FOUR, mu=mu).tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("mu", [0.25, 1.0, 3.0])
+def test_space_is_least_at_the_ratio_of_data_and_opponent(mu: float) -> None:
+    """Noise contrastive estimation: E over y ~ data and y' ~ opponent has its minimum where p_θ is the data."""
+    theta = DATA.log().clone().requires_grad_()
+    total = torch.zeros((), dtype=theta.dtype)
+    player, opponent = torch.log_softmax(theta, dim=1), OPPONENT.log()
+    for x, y, z in itertools.product(range(3), range(5), range(5)):
+        total = total + DATA[x, y] * OPPONENT[x, z] * space(
+            player[x, y], player[x, z], opponent[x, y], opponent[x, z], mu=mu
+        )
+    (gradient,) = torch.autograd.grad(total, theta)
+    assert gradient.abs().max() < 1e-15
+
+
+def test_space_asks_of_each_response_alone() -> None:
+    """Both responses have become less likely by the same: SPIN sees nothing, SPACE brings the real one back."""
+    real, synthetic = torch.tensor([-9.0], requires_grad=True), torch.tensor([-9.0], requires_grad=True)
+    opponent = torch.tensor([-4.0])
+    for loss, expected in (
+        (spin(real, synthetic, opponent, opponent, beta=1.0), -0.5),
+        (space(real, synthetic, opponent, opponent, mu=1.0), -1 / (1 + math.exp(-5))),
+    ):
+        assert torch.autograd.grad(loss.sum(), real)[0].item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_t_spin_by_hand(loss: str) -> None:
+    """log p: −2, −5 and −6 in the first pair: ℓ(0.5 · 3) + 2 ℓ(0.5 · 1); −3, −2 and −1.5 in the second."""
+    initial = torch.tensor([-6.0, -1.5])
+    losses = t_spin(REAL, SYNTHETIC, initial, beta=0.5, history_weight=2.0, loss=loss)
+    ell = {
+        "logistic": lambda z: math.log1p(math.exp(-z)),
+        "hinge": lambda z: max(0.0, 1 - z),
+        "exponential": lambda z: math.exp(-z),
+    }[loss]
+    assert losses.tolist() == pytest.approx([ell(1.5) + 2 * ell(0.5), ell(-0.5) + 2 * ell(-0.25)])
+
+
+def test_t_spin_learns_nothing_from_a_response_beside_itself() -> None:
+    """In iteration 0 the opponent is θ_0: the second term is a constant."""
+    real, synthetic = torch.tensor([-2.0], requires_grad=True), torch.tensor([-5.0], requires_grad=True)
+    both = []
+    for weight in (0.0, 7.0):
+        loss = t_spin(real, synthetic, synthetic, beta=0.5, history_weight=weight)
+        both.append(torch.autograd.grad(loss.sum(), (real, synthetic)))
+    assert both[0] == both[1]
+
+
+def test_losses_stay_finite_at_large_margins() -> None:
+    zero = torch.zeros(2)
+    real = torch.tensor([-1000.0, 1000.0])
+    assert dpo_positive(real, zero, zero, zero, beta=1.0, penalty=2.0).tolist() == [3000.0, 0.0]
+    assert space(real, -real, zero, zero, mu=1.0).tolist() == [2000.0, 0.0]
+    assert t_spin(real, zero, -real, beta=1.0, history_weight=1.0).tolist() == [2000.0, 0.0]
 
 
 def test_mean_nll_is_per_token() -> None:
@@ -90,7 +171,7 @@ def test_gradient_before_the_first_step(loss: str) -> None:
 
     logprobs = LogProbs(model)(lay_out(trees, "tree"))  # y, y' of each tree
     frozen = logprobs.detach()
-    spin(logprobs[0::2], logprobs[1::2], frozen[0::2], frozen[1::2], beta=beta, loss=loss).loss.mean().backward()
+    spin(logprobs[0::2], logprobs[1::2], frozen[0::2], frozen[1::2], beta=beta, loss=loss).mean().backward()
     ours = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
     model.zero_grad()
@@ -129,7 +210,7 @@ def expected_loss(theta: Tensor, data: Tensor, opponent: Tensor, beta: float, lo
     total = torch.zeros((), dtype=theta.dtype)
     for x in range(prompts):
         y, z = (index.flatten() for index in torch.meshgrid(*[torch.arange(responses)] * 2, indexing="ij"))
-        losses = spin(player[x, y], player[x, z], reference[x, y], reference[x, z], beta=beta, loss=loss).loss
+        losses = spin(player[x, y], player[x, z], reference[x, y], reference[x, z], beta=beta, loss=loss)
         total = total + (data[x, y] * opponent[x, z] * losses).sum() / prompts
     return total
 
@@ -195,14 +276,14 @@ def test_objective_of_a_micro_batch_by_hand(tmp_path) -> None:
     logprobs = torch.tensor([-2.0, -5.0, -1.5, -3.0, -2.0], requires_grad=True)
     recipe = tiny_recipe(tmp_path, objective={"beta": [9.0, 0.5], "nll_weight": 0.1}, selfplay={"iterations": 2})
 
-    total = spin_objective(recipe, 1)(logprobs, items)
+    total = pair_objective(recipe, 1)(logprobs, items)
     total.loss.backward()
 
     # Margins 1 + 1, 1 + 0.5 and −0.5 − 1.5; −log p(y)/|y| of the real ones: 2/2 (twice), 3/4.
     losses = [math.log1p(math.exp(-0.5 * margin)) for margin in (2.0, 1.5, -2.0)]
     assert total.loss.item() == pytest.approx(sum(losses) + 0.1 * (1 + 1 + 0.75))
     assert total.extra == {"margin": 1.5, "accuracy": 2.0, "real_nll": 2.75}
-    assert pair_indices(items).tolist() == [[0, 0, 3], [1, 2, 4]]
+    assert pair_indices(items).tolist() == [[0, 0, 3], [1, 2, 4], [1, 2, 4]]
     pulls = [0.5 / (1 + math.exp(0.5 * margin)) for margin in (2.0, 1.5, -2.0)]
     assert logprobs.grad is not None
     assert logprobs.grad.tolist() == pytest.approx(

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import spinlm
-from spinlm.config import Lora, Recipe, Train
+from spinlm.config import Lora, Objective, Recipe, Train
 from spinlm.files import write_json, write_text
 from spinlm.plan import Plan, make_plan, render
 from spinlm.plan.devices import CPU, GPU, Device
@@ -40,6 +40,9 @@ def empty_hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     cache = tmp_path / "hub"
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
     return cache
+
+
+SFT = Objective(name="sft")
 
 
 def recipe(**sections: Any) -> Recipe:
@@ -110,6 +113,26 @@ def test_samples_and_replay_multiply_pairs() -> None:
     )
     assert [one.pairs for one in plan.work[1:]] == [30, 60, 90, 90]
     assert [one.steps for one in plan.work[1:]] == [5, 10, 10, 10]  # two prompts in a step, then one
+
+
+def test_the_sft_control_takes_as_many_steps_and_answers_held_out_prompts_alone() -> None:
+    spin, sft = (make_plan(paper().model_copy(update={"objective": one})).work for one in (Objective(), SFT))
+    for ours, theirs in zip(sft[1:], spin[1:], strict=True):
+        assert (ours.steps, ours.pairs, ours.responses, ours.beta) == (theirs.steps, 0, 0, None)
+        assert ours.generated == 512 * 256 + 512 * 256
+        assert ours.trained.tree == 2 * 50_000 * 2048
+        assert ours.scored.tree == 2 * 512 * (1792 + 2 * 256)
+    assert spin[0] == sft[0]
+
+
+def test_t_spin_computes_the_starting_players_response_too() -> None:
+    """A full row, what is in use, and y₀ where it is not among that already."""
+    one = make_plan(paper().model_copy(update={"objective": Objective(name="t-spin")}))
+    assert [work.trained.tree for work in one.work[1:]] == [
+        2 * 50_000 * (2048 + responses * 256) for responses in (1, 2, 3, 3)
+    ]
+    assert [work.pairs for work in one.work[1:]] == [50_000, 100_000, 100_000, 100_000]
+    assert one.recipe.most_tokens("pair") == max(one.recipe.train.tokens_per_micro_batch, 4 * 2048)
 
 
 def test_warm_up_is_planned_before_iteration_0() -> None:
@@ -321,7 +344,8 @@ def test_checkpointing_by_need_is_on_where_activations_do_not_fit() -> None:
     def checkpoints(**train: Any) -> bool:
         plan = make_plan(paper().model_copy(update={"lora": Lora(), "train": Train(**train)}))
         assert plan.shape is not None
-        said = fact(plan, "gradient checkpointing")[0]
+        said, source = fact(plan, "gradient checkpointing")
+        assert ("by need" in source) == (plan.recipe.train.gradient_checkpointing == "auto")
         assert said.startswith("GPU on" if plan.checkpoints(plan.shape, GPU) else "GPU off")
         return plan.checkpoints(plan.shape, GPU)
 

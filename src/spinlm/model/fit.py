@@ -33,6 +33,7 @@ class Item:
     tree: Tree
     opponent: tuple[float, ...] = ()  # log p_θt of each response
     pairs: tuple[tuple[int, int], ...] = ()  # which responses are a real and a synthetic one of a pair
+    initial: tuple[int, ...] = ()  # which is θ_0's, for each pair; empty where the objective needs none
 
 
 class Items(Protocol):

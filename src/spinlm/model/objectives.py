@@ -3,8 +3,8 @@
 Shapes: B pairs. Every log-probability is the sum over a response's tokens, its end-of-turn token included.
 """
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -18,12 +18,9 @@ LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@dataclass(frozen=True)
-class PairLoss:
-    """Per-pair results. The margin is in nats, before it is scaled by beta."""
-
-    loss: Tensor  # [B]
-    margin: Tensor  # [B] r(y) − r(y'), detached
+def margin(real: Tensor, synthetic: Tensor, opponent_real: Tensor, opponent_synthetic: Tensor) -> Tensor:
+    """r(y) − r(y') with r(y) = log p_θ(y|x) − log p_θt(y|x), in nats: [B] of [B] each, as in `spin`."""
+    return (real - opponent_real) - (synthetic - opponent_synthetic)
 
 
 def spin(
@@ -34,7 +31,8 @@ def spin(
     *,
     beta: float,
     loss: str = "logistic",
-) -> PairLoss:
+    tokens: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
     """The SPIN objective, ℓ(β [r(y) − r(y')]) with r(y) = log p_θ(y|x) − log p_θt(y|x).
 
     SPIN (arXiv 2401.01335), equation 4.7; β is the paper's λ. With the logistic ℓ this is the sigmoid loss of DPO
@@ -48,9 +46,73 @@ def spin(
         opponent_synthetic: [B] log p_θt(y'|x).
         beta: λ in the paper.
         loss: ℓ, one of `LOSSES`.
+        tokens: [B] |y| and [B] |y'|, for r(y) / |y| and r(y') / |y'| in place of the sums.
+
+    Returns:
+        [B] the loss of each pair.
     """
-    margin = (real - opponent_real) - (synthetic - opponent_synthetic)
-    return PairLoss(LOSSES[loss](beta * margin), margin.detach())
+    ratio, other = real - opponent_real, synthetic - opponent_synthetic
+    if tokens is not None:
+        ratio, other = ratio / tokens[0], other / tokens[1]
+    return LOSSES[loss](beta * (ratio - other))
+
+
+def dpo_positive(
+    real: Tensor,
+    synthetic: Tensor,
+    opponent_real: Tensor,
+    opponent_synthetic: Tensor,
+    *,
+    beta: float,
+    penalty: float,
+) -> Tensor:
+    """DPO-Positive, −log σ(β [r(y) − r(y') − λ max(0, −r(y))]): a real response that becomes less likely costs.
+
+    Smaug (arXiv 2402.13228), equation 3; its λ is `penalty`. Shapes and the other arguments as in `spin`.
+    """
+    ratio, other = real - opponent_real, synthetic - opponent_synthetic  # r(y), r(y')
+    return F.softplus(-beta * (ratio - other - penalty * F.relu(-ratio)))
+
+
+def space(real: Tensor, synthetic: Tensor, opponent_real: Tensor, opponent_synthetic: Tensor, *, mu: float) -> Tensor:
+    """SPACE, −log σ_μ(r(y)) − μ log σ_1/μ(−r(y')) with σ_μ(x) = 1 / (1 + μ e^−x).
+
+    SPACE (arXiv 2512.07175), section 3: noise contrastive estimation, which asks of each response alone whether it is
+    real. With μ synthetic responses to a real one, σ_μ(r(y)) is the probability that y is real, and σ_1/μ(−r(y')) that
+    y' is not. Shapes and arguments as in `spin`.
+    """
+    ratio, other = real - opponent_real, synthetic - opponent_synthetic  # r(y), r(y')
+    shift = math.log(mu)
+    return F.softplus(shift - ratio) + mu * F.softplus(other - shift)
+
+
+def t_spin(
+    real: Tensor,
+    synthetic: Tensor,
+    initial: Tensor,
+    *,
+    beta: float,
+    history_weight: float,
+    loss: str = "logistic",
+) -> Tensor:
+    """T-SPIN, ℓ(β [log p_θ(y|x) − log p_θ(y'|x)]) + w ℓ(β [log p_θ(y'|x) − log p_θ(y₀|x)]), without a reference.
+
+    T-SPIN (arXiv 2601.08198); its α is β here, as for the other objectives, and its β is `history_weight` (w). y₀ is
+    the response of the initial player θ_0: the second term keeps a gradient where y and y' have become alike.
+
+    Args:
+        real: [B] log p_θ(y|x).
+        synthetic: [B] log p_θ(y'|x).
+        initial: [B] log p_θ(y₀|x).
+        beta: scale of the differences.
+        history_weight: of the second term.
+        loss: ℓ, one of `LOSSES`.
+
+    Returns:
+        [B] the loss of each pair.
+    """
+    step = LOSSES[loss]
+    return step(beta * (real - synthetic)) + history_weight * step(beta * (synthetic - initial))
 
 
 def mean_nll(logprob: Tensor, tokens: Tensor) -> Tensor:

@@ -194,6 +194,7 @@ def _card(recipe: Recipe, iteration: int) -> str:
 
     model, library = recipe.model, "transformers" if recipe.lora is None else "peft"
     base = [f"base_model: {model.path}"] if model.path.count("/") == 1 and not Path(model.path).exists() else []
+    settings = recipe.objective.model_dump(include=set(recipe.objective.reads))
     what = "The starting player" if iteration == START else f"The player that iteration {iteration} made"
     lines = [
         *(
@@ -208,7 +209,7 @@ def _card(recipe: Recipe, iteration: int) -> str:
         f"- weights: {'the whole model' if recipe.lora is None else 'a LoRA adapter'}",
         f"- began from: {public(model.path)}{f' at {model.revision}' if model.revision else ''}",
         f"- data: {public(recipe.data.path)}",
-        f"- loss: {recipe.objective.loss}, beta {recipe.objective.beta}, nll_weight {recipe.objective.nll_weight}",
+        f"- objective: {recipe.objective.name}{''.join(f', {key} {value}' for key, value in settings.items())}",
     ]
     return "\n".join(lines) + "\n"
 

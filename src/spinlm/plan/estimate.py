@@ -99,18 +99,19 @@ class Plan:
     def _iteration(self, iteration: int) -> Work:
         train, opponent, heldout = self.recipe.train, self.recipe.opponent, self.recipe.data.heldout
         prompts, samples, used = self.prompts, opponent.samples_per_prompt, self.recipe.used(iteration)
+        asked = 0 if self.recipe.objective.name == "sft" else prompts  # for responses to learn from
         return Work(
             iteration=iteration,
             prompts=prompts,
             # All pairs of a prompt are in one step; ⌈pairs / batch_size⌉ where their number divides the batch.
             steps=train.epochs * math.ceil(prompts / max(1, train.batch_size // used)),
-            replies=(((prompts + heldout) * samples, opponent.max_new_tokens), self._answers()),
-            scored=self.lengths.tokens((prompts, used), (2 * heldout, samples)),
-            trained=self.lengths.tokens((train.epochs * prompts, used)),
-            responses=prompts * samples,
-            pairs=prompts * used,
+            replies=(((asked + heldout) * samples, opponent.max_new_tokens), self._answers()),
+            scored=self.lengths.tokens((asked, used), (2 * heldout, samples)),
+            trained=self.lengths.tokens((train.epochs * prompts, self.recipe.beside(iteration))),
+            responses=asked * samples,
+            pairs=asked * used,
             learning_rate=at_iteration(train.learning_rate, iteration),
-            beta=at_iteration(self.recipe.objective.beta, iteration),
+            beta=at_iteration(self.recipe.objective.beta, iteration) if "beta" in self.recipe.objective.reads else None,
         )
 
     def _answers(self) -> tuple[int, int]:

@@ -15,7 +15,10 @@ from spinlm.shards import count_records, shards
 
 log = logging.getLogger("spinlm")
 
-SPLITS = ("train", "heldout")
+
+def splits(recipe: Recipe) -> tuple[str, ...]:
+    """Whose prompts the opponent answers: where nothing is learned from its answers, the held-out ones alone."""
+    return ("heldout",) if recipe.objective.name == "sft" else ("train", "heldout")
 
 
 def generate(recipe: Recipe, run: RunDir, iteration: int) -> None:
@@ -29,9 +32,9 @@ def generate(recipe: Recipe, run: RunDir, iteration: int) -> None:
     sampling = opponent_sampling(recipe, players)
     size = recipe.opponent.shard_size
     outputs = []
-    responses = sum(count_records(run.examples(split)) for split in SPLITS) * sampling.samples
+    responses = sum(count_records(run.examples(split)) for split in splits(recipe)) * sampling.samples
     with track(f"iteration {iteration}: generate", responses) as advance:
-        for split in SPLITS:
+        for split in splits(recipe):
             for shard, examples in enumerate(shards(run.examples(split), Example, size)):
                 path = run.generations(iteration, split, shard)
                 outputs.append(path)

@@ -5,6 +5,8 @@ From then on nobody needs a second model in memory.
 
 import logging
 from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import replace
 
 from spinlm.config import Recipe
 from spinlm.files import atomic_path
@@ -15,7 +17,7 @@ from spinlm.progress import Advance, track
 from spinlm.records import Example, Generation, Pair, read_lines, read_pairs, write_pairs
 from spinlm.rundir import START, RunDir
 from spinlm.shards import count_records, shards
-from spinlm.stages.generate import SPLITS
+from spinlm.stages.generate import splits
 
 log = logging.getLogger("spinlm")
 
@@ -31,7 +33,9 @@ def score(recipe: Recipe, run: RunDir, iteration: int) -> None:
     if run.done("score", iteration):
         return
     run.begin("score", iteration, run.pairs(iteration, "train", 0).parent)
-    for source in range(max(0, iteration - recipe.selfplay.replay), iteration):
+    initial = recipe.objective.name == "t-spin"
+    earlier = range(max(0, iteration - recipe.selfplay.replay), iteration)
+    for source in {*earlier, *((0,) if initial and iteration else ())}:
         run.require("generate", source)
     players = seat(recipe, run)
     players.become(iteration - 1)
@@ -39,14 +43,14 @@ def score(recipe: Recipe, run: RunDir, iteration: int) -> None:
     size = recipe.opponent.shard_size
     tally = _Tally()
     outputs = []
-    with track(f"iteration {iteration}: score", sum(count_records(run.examples(split)) for split in SPLITS)) as advance:
-        for split in SPLITS:
-            replay = recipe.selfplay.replay if split == "train" else 0
-            sources = range(max(0, iteration - replay), iteration + 1)
+    total = sum(count_records(run.examples(split)) for split in splits(recipe))
+    with track(f"iteration {iteration}: score", total) as advance:
+        for split in splits(recipe):
+            sources = (iteration, *reversed(earlier)) if split == "train" else (iteration,)
             for shard, examples in enumerate(shards(run.examples(split), Example, size)):
                 generations = [
                     generation
-                    for source in reversed(sources)
+                    for source in sources
                     for generation in read_lines(run.generations(source, split, shard), Generation)
                 ]
                 path = run.pairs(iteration, split, shard)
@@ -55,18 +59,21 @@ def score(recipe: Recipe, run: RunDir, iteration: int) -> None:
                     advance(len(examples))
                 else:
                     pairs = _score_shard(recipe, players, examples, generations, packing, advance)
+                    if initial and split == "train":
+                        pairs = _beside_initial(pairs, read_lines(run.generations(0, split, shard), Generation))
                     with atomic_path(path) as temporary:
                         write_pairs(temporary, pairs)
                 outputs.append(path)
                 tally.add(split, iteration, examples, generations, pairs)
     facts = tally.facts()
     log.info("iteration %d: %s", iteration, tally.summary())
-    if facts["train"]["sampler_gap_mean"] > GAP:
+    gap = max(counts["sampler_gap_mean"] for counts in facts.values())
+    if gap > GAP:
         log.warning(
             "iteration %d: the sampler's log-probabilities differ from ours by %.2f nats per token: another template, "
             "precision or end token is the usual cause",
             iteration,
-            facts["train"]["sampler_gap_mean"],
+            gap,
         )
     run.complete("score", iteration, outputs, **facts)
 
@@ -114,6 +121,20 @@ def _score_shard(
     return [pair for index in range(len(trees)) for pair in pairs[index]]
 
 
+def _beside_initial(pairs: list[Pair], generations: Iterable[Generation]) -> list[Pair]:
+    """The same pairs with θ_0's response to their prompt, for T-SPIN.
+
+    Where that is the real one, the synthetic one stands for it: nothing should become likelier than the real one.
+    """
+    initial = {(generation.id, generation.sample): generation.token_ids for generation in generations}
+
+    def beside(pair: Pair) -> list[int]:
+        ids = initial[pair.id, pair.sample]
+        return pair.synthetic_ids if ids == pair.real_ids else ids
+
+    return [replace(pair, initial_ids=beside(pair)) for pair in pairs]
+
+
 class _Tally:
     """What the shards add up to."""
 
@@ -154,10 +175,11 @@ class _Tally:
         }
 
     def summary(self) -> str:
-        """One line about the training split."""
-        facts = self.facts()["train"]
+        """One line about the training split, or where there is none the held-out one."""
+        split, facts = next(iter(self.facts().items()))
+        pairs = "pairs" if split == "train" else "held-out pairs"
         return (
-            f"{facts['pairs']} pairs; {facts['identical_share']:.1%} of the responses equal the real one, "
+            f"{facts['pairs']} {pairs}; {facts['identical_share']:.1%} of the responses equal the real one, "
             f"{facts['unfinished_share']:.1%} did not end; sampler and scorer differ by "
             f"{facts['sampler_gap_mean']:.1e} nats per token"
         )

@@ -1,43 +1,22 @@
 """Warm-up: make the starting player θ_0, by supervised fine-tuning where the recipe asks for it."""
 
 import logging
-from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
-from torch import Tensor
 
 from spinlm.config import Recipe
 from spinlm.evals.heldout import judge_real
 from spinlm.files import read_json, write_json
-from spinlm.model.fit import Fit, Item, Total, fit
+from spinlm.model.fit import Fit, fit
 from spinlm.model.players import seat
 from spinlm.model.trees import Tree
 from spinlm.records import Example, read_lines
 from spinlm.rundir import START, RunDir
 from spinlm.seeds import derive_seed
-from spinlm.shards import RecordFile
+from spinlm.stages.items import SftItems, sft_objective
 from spinlm.stages.steps import recorder
 
 log = logging.getLogger("spinlm")
-
-
-class SftItems:
-    """Examples on disk as trees with one response, weighed by its tokens."""
-
-    def __init__(self, path: Path):
-        self._records = RecordFile(path, Example)
-        self.weights = np.array([len(example.response_ids) for example in read_lines(path, Example)])
-        self.sizes = np.ones(len(self.weights), dtype=np.int64)
-
-    def __getitem__(self, index: int) -> Item:
-        example = self._records[index]
-        return Item(Tree(example.prompt_ids, (example.response_ids,)))
-
-
-def sft_objective(logprobs: Tensor, items: Sequence[Item]) -> Total:
-    """Negative log-likelihood, summed; per token once it is divided by the items' weights."""
-    return Total(-logprobs.sum())
 
 
 def warmup(recipe: Recipe, run: RunDir) -> None:
