@@ -81,10 +81,23 @@ class HeldOutAnswer:
     task_score: float | None  # from 0 to 1, where the recipe names a scorer
 
 
-Record = TypeVar("Record", Example, Generation, HeldOutAnswer)
+@dataclass(frozen=True, slots=True)
+class HeldOutSample:
+    """A response to a held-out prompt from a player's own distribution (temperature 1, all tokens)."""
+
+    id: str  # the example's
+    token_ids: list[int]
+    text: str
+    finished: bool
+    logprob: float  # sum over tokens under the player itself
+    start_logprob: float  # and under θ_0
+    task_score: float | None  # from 0 to 1, where the recipe names a scorer
 
 
-def to_line(record: Example | Generation | HeldOutAnswer) -> str:
+Record = TypeVar("Record", Example, Generation, HeldOutAnswer, HeldOutSample)
+
+
+def to_line(record: Example | Generation | HeldOutAnswer | HeldOutSample) -> str:
     """One record as one line of JSON."""
     return json.dumps(asdict(record), ensure_ascii=False, separators=(",", ":")) + "\n"
 

@@ -3,8 +3,9 @@
     recipe.yaml  recipe.resolved.json  provenance.json  packing.json  lock
     examples/       train.jsonl  heldout.jsonl  warmup.jsonl  dropped.json
     base/           the model in plain format, where it came as a .gguf file
-    start/          player/ (θ_0)  answers.jsonl  metrics.json  *.done
-    iteration-T/    generations/  pairs/  checkpoints/  player/ (θ_{T+1})  answers.jsonl  metrics.json  *.done
+    start/          player/ (θ_0)  answers.jsonl  samples.jsonl  metrics.json  *.done
+    iteration-T/    generations/  pairs/  checkpoints/  player/ (θ_{T+1})  answers.jsonl  samples.jsonl
+                    metrics.json  *.done
     best            link to the folder that holds the best player
     metrics.jsonl   one line for each optimiser step
 
@@ -62,6 +63,10 @@ class RunDir:
     def answers(self, iteration: int) -> Path:
         """Answers of an iteration's player to the held-out prompts."""
         return self.iteration(iteration) / "answers.jsonl"
+
+    def samples(self, iteration: int) -> Path:
+        """Responses to the held-out prompts from the distribution of an iteration's player."""
+        return self.iteration(iteration) / "samples.jsonl"
 
     def iteration_metrics(self, iteration: int) -> Path:
         return self.iteration(iteration) / "metrics.json"

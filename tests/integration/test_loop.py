@@ -19,6 +19,7 @@ from runs import HELDOUT, PROMPTS, SHARDS, contents, read_jsons, read_pairs, rea
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from models import save_tiny_model
+from spinlm.evals.probe import discriminability
 from spinlm.recipe import load_recipe
 from spinlm.records import Pair
 
@@ -363,6 +364,29 @@ def test_metrics_are_means_of_the_answers(reference, name):
     equal = [row["token_ids"] == examples[row["id"]]["response_ids"] for row in answers]
     assert metrics["identical_share"] == mean(equal)
     assert ("margin" in metrics) == (name != "start")
+
+
+def test_samples_are_read_by_the_player_and_by_the_start(reference, theta_0, theta_2):
+    """Log-probabilities and features as the plain models give them, and what is made of them."""
+    examples = {row["id"]: row for row in read_rows(reference / "examples" / "heldout.jsonl")}
+    samples = read_rows(reference / "iteration-1" / "samples.jsonl")
+    features: dict[str, list[np.ndarray]] = {"real": [], "own": []}
+    for row in samples:
+        prompt, real = examples[row["id"]]["prompt_ids"], examples[row["id"]]["response_ids"]
+        assert row["logprob"] == pytest.approx(naive_logprob(theta_2, prompt, row["token_ids"]), abs=1e-4)
+        assert row["start_logprob"] == pytest.approx(naive_logprob(theta_0, prompt, row["token_ids"]), abs=1e-4)
+        for name, response in (("real", real), ("own", row["token_ids"])):
+            with torch.no_grad():
+                body = theta_0.get_base_model().model(torch.tensor([prompt + response])).last_hidden_state[0]
+            features[name].append(body[len(prompt) - 1 : -1].mean(dim=0).numpy())
+    metrics = json.loads((reference / "iteration-1" / "metrics.json").read_text())
+    tokens = sum(len(row["token_ids"]) for row in samples)
+    drift = sum(row["logprob"] - row["start_logprob"] for row in samples) / tokens
+    assert metrics["drift"] == pytest.approx(drift, abs=1e-6) and drift > 0
+    told = discriminability(np.stack(features["real"]), np.stack(features["own"]))
+    assert [metrics["discriminability"], *metrics["intervals"]["discriminability"]] == pytest.approx(told, abs=1e-6)
+    start = json.loads((reference / "start" / "metrics.json").read_text())
+    assert start["drift"] == 0.0
 
 
 def test_heldout_nll_and_margin_are_those_of_the_plain_model(reference, theta_2):

@@ -5,12 +5,22 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from spinlm.config import Recipe
-from spinlm.evals.heldout import repetition, standard_error, summarise
+from spinlm.evals.heldout import (
+    RealAnswers,
+    bootstrap,
+    distinct,
+    merged,
+    repetition,
+    standard_error,
+    summarise,
+    summarise_samples,
+)
 from spinlm.files import write_json
-from spinlm.records import HeldOutAnswer, to_line
+from spinlm.records import HeldOutAnswer, HeldOutSample, to_line
 from spinlm.rundir import START, RunDir
 from spinlm.stages.promote import compare, promote
 from spinlm.summary import rows, side_by_side, verdict
@@ -69,7 +79,10 @@ def test_summarise():
         answer("a", token_ids=[1], finished=True, identical=True, repetition=0.0, nll=1.0, task_score=1.0),
         answer("b", token_ids=[1, 2, 3], finished=False, identical=False, repetition=0.5, nll=3.0, task_score=0.0),
     ]
-    assert summarise(answers) == {
+    summary = summarise(answers)
+    intervals = summary.pop("intervals")
+    assert intervals["heldout_nll"] == [1.0, 3.0] and intervals["repetition"] == [0.0, 0.5]
+    assert summary == {
         "task_score": 0.5,
         "task_score_se": 0.5,
         "heldout_nll": 2.0,
@@ -85,6 +98,80 @@ def test_summarise_without_a_scorer():
     summary = summarise([answer(nll=2.5)])
     assert not [name for name in summary if name.startswith("task_score")]
     assert (summary["heldout_nll"], summary["heldout_nll_se"]) == (2.5, 0.0)
+
+
+def sample(key: str = "a", **changes: Any) -> HeldOutSample:
+    values: dict[str, Any] = {
+        "id": key,
+        "token_ids": [1, 2],
+        "text": "",
+        "finished": True,
+        "logprob": -1.0,
+        "start_logprob": -1.0,
+        "task_score": None,
+    }
+    return HeldOutSample(**values | changes)
+
+
+def test_summarise_samples():
+    """Drift weighs by tokens: (1 + 2) nats over 2 + 4 tokens."""
+    samples = [
+        sample("a", token_ids=[5, 6], logprob=-1.0, start_logprob=-2.0, task_score=1.0),
+        sample("b", token_ids=[5, 6, 5, 6], logprob=-3.0, start_logprob=-5.0, finished=False, task_score=0.0),
+    ]
+    summary = summarise_samples(samples)
+    assert summary["drift"] == pytest.approx(0.5) and summary["intervals"]["drift"] == [0.5, 0.5]
+    assert (summary["sampled_task_score"], summary["sampled_unfinished_share"]) == (0.5, 0.5)
+    assert summary["distinct_2"] == pytest.approx(2 / 4)  # 56; 56, 65, 56
+
+
+def test_drift_is_nothing_where_nothing_moved_and_grows_with_the_distance():
+    assert summarise_samples([sample(), sample("b")])["drift"] == 0.0
+    near, far = (summarise_samples([sample(start_logprob=-1.0 - gap), sample("b")])["drift"] for gap in (1.0, 3.0))
+    assert 0 < near < far
+
+
+@pytest.mark.parametrize(
+    ("responses", "share"),
+    [
+        ([], 0.0),
+        ([[1]], 0.0),
+        ([[1, 2, 3], [4, 5]], 1.0),
+        ([[1, 2], [1, 2]], 0.5),  # the same again in another response
+        ([[1, 1, 1, 1, 1]], 0.25),
+    ],
+)
+def test_distinct(responses, share):
+    assert distinct(responses) == share
+
+
+def test_bootstrap_covers_the_mean_as_often_as_it_says():
+    """Of 200 samples of 40 from a skewed distribution of mean 1, about 95 in 100; it is somewhat less for so few."""
+    random = np.random.default_rng(0)
+    ends = [bootstrap(random.exponential(size=40)) for _ in range(200)]
+    assert 0.86 < np.mean([low < 1 < high for low, high in ends]) < 0.98
+
+
+def test_bootstrap_narrows_with_the_prompts_and_resamples_whole_prompts():
+    values = np.random.default_rng(1).normal(size=400)
+    wide, narrow = bootstrap(values[:25]), bootstrap(values)
+    assert narrow[1] - narrow[0] == pytest.approx((wide[1] - wide[0]) / 4, rel=0.35)
+    assert bootstrap([3.0, 3.0]) == (3.0, 3.0)
+    # The second prompt has nine of the ten pairs: with it alone the ratio is 1, with the other alone 0.
+    low, high = bootstrap([0.0, 9.0], [1.0, 9.0])
+    assert (low, high) == (0.0, 1.0)
+
+
+def test_pair_metrics_count_pairs_and_resample_prompts():
+    metrics = RealAnswers([1.0] * 3, [[1.0, -3.0], [2.0], []]).pair_metrics()
+    assert metrics["pair_accuracy"] == pytest.approx(2 / 3) and metrics["margin"] == 0.0
+    assert metrics["intervals"]["pair_accuracy"] == [0.5, 1.0] and metrics["intervals"]["margin"] == [-1.0, 2.0]
+    assert RealAnswers([1.0], [[]]).pair_metrics() == {}
+
+
+def test_measures_are_merged_with_their_intervals():
+    one, two = ({name: 1.0, "intervals": {name: [0, 2]}} for name in "ab")
+    assert merged(one, {}, two) == {"a": 1.0, "b": 1.0, "intervals": {"a": [0, 2], "b": [0, 2]}}
 
 
 # Promotion

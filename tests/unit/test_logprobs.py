@@ -252,6 +252,18 @@ def test_tokens_add_up_to_responses() -> None:
     torch.testing.assert_close(logprobs(layout), torch.stack(sums))
 
 
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_reading_gives_log_probabilities_and_the_mean_state_of_each_response(packing: str) -> None:
+    model = tiny_model("llama", vocabulary=V).eval()
+    bodies = [model.model(torch.tensor([[*prompt, *response]])).last_hidden_state[0] for prompt, response in RESPONSES]
+    states = [body[len(prompt) - 1 : -1].mean(dim=0) for body, (prompt, _) in zip(bodies, RESPONSES, strict=True)]
+    logprobs = LogProbs(model)
+    layout = lay_out(TREES, packing)
+    values, features = logprobs.read(layout)
+    torch.testing.assert_close(values, logprobs(layout))
+    torch.testing.assert_close(features, torch.stack(states), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("architecture", TAKES_TREES)
 def test_a_token_changes_only_what_follows_it_in_its_own_branch(architecture: str) -> None:
     """Per-token log-probabilities, to a rounding error."""

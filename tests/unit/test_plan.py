@@ -92,14 +92,14 @@ def test_the_papers_pairs_and_steps() -> None:
 def test_the_papers_tokens_at_most() -> None:
     start, first, second, *_ = make_plan(paper()).work
     # A full row of 2048 tokens: 1792 of prompt, 256 of real response; and 256 new tokens.
-    assert start.generated == 512 * 256
-    assert first.generated == second.generated == (50_000 + 512) * 256 + 512 * 256
+    assert start.generated == 2 * 512 * 256
+    assert first.generated == second.generated == (50_000 + 512) * 256 + 2 * 512 * 256
     assert first.trained.tree == 2 * 50_000 * (1792 + 256 + 256)
     assert first.trained.rows == 2 * 50_000 * 2 * 2048
     assert second.trained.tree == 2 * 50_000 * (1792 + 3 * 256)
     assert second.trained.rows == 2 * 50_000 * 3 * 2048
     assert any("longest possible" in note for note in notes(make_plan(paper())))
-    assert second.scored.tree == 50_000 * (1792 + 3 * 256) + 2 * 512 * (1792 + 2 * 256)
+    assert second.scored.tree == 50_000 * (1792 + 3 * 256) + 4 * 512 * (1792 + 2 * 256)
 
 
 def test_samples_and_replay_multiply_pairs() -> None:
@@ -119,9 +119,9 @@ def test_the_sft_control_takes_as_many_steps_and_answers_held_out_prompts_alone(
     spin, sft = (make_plan(paper().model_copy(update={"objective": one})).work for one in (Objective(), SFT))
     for ours, theirs in zip(sft[1:], spin[1:], strict=True):
         assert (ours.steps, ours.pairs, ours.responses, ours.beta) == (theirs.steps, 0, 0, None)
-        assert ours.generated == 512 * 256 + 512 * 256
+        assert ours.generated == 3 * 512 * 256
         assert ours.trained.tree == 2 * 50_000 * 2048
-        assert ours.scored.tree == 2 * 512 * (1792 + 2 * 256)
+        assert ours.scored.tree == 4 * 512 * (1792 + 2 * 256)
     assert spin[0] == sft[0]
 
 
@@ -393,8 +393,8 @@ def test_hours_follow_the_operations_counted(monkeypatch: pytest.MonkeyPatch) ->
     assert hours(train={"gradient_checkpointing": True})[2] == pytest.approx(4 * forward * work.trained.tree / hour)
     assert hours(train={"packing": "pair"})[2] == pytest.approx(3 * forward * work.trained.rows / hour)
     assert score == pytest.approx(forward * work.scored.tree / hour)
-    # Twice as slow when generating: 1000 + 512 responses and 512 answers of 256 tokens, behind prompts of 1792.
-    assert generate == pytest.approx(2024 * (1792 + 2 * 256) * forward / hour)
+    # Twice as slow when generating: 1000 + 512 responses and twice 512 answers of 256 tokens, behind prompts of 1792.
+    assert generate == pytest.approx(2536 * (1792 + 2 * 256) * forward / hour)
 
 
 def test_generation_on_a_gpu_is_bound_by_memory_or_by_launches() -> None:

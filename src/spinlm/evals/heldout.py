@@ -11,7 +11,7 @@ import numpy as np
 from spinlm.interrupt import stop_if_asked
 from spinlm.model.players import Players
 from spinlm.model.trees import Tree, micro_batches
-from spinlm.records import Example, HeldOutAnswer
+from spinlm.records import Example, HeldOutAnswer, HeldOutSample
 
 NGRAM = 4
 
@@ -21,14 +21,18 @@ class RealAnswers:
     """What a player makes of the real held-out responses."""
 
     nll: list[float]  # of each example, nats per token
-    margins: list[float]  # r(y) − r(y') of each pair with the opponent's responses, in nats
+    margins: list[list[float]]  # r(y) − r(y') of each example's pairs with the opponent's responses, in nats
 
-    def pair_metrics(self) -> dict[str, float]:
+    def pair_metrics(self) -> "Metrics":
         """Share of pairs with a positive margin, and the mean margin; empty where there are no pairs."""
-        if not self.margins:
+        found = [margins for margins in self.margins if margins]
+        if not found:
             return {}
-        margins = np.array(self.margins)
-        return {"pair_accuracy": float((margins > 0).mean()), "margin": float(margins.mean())}
+        pairs = [float(len(margins)) for margins in found]
+        return with_intervals(
+            pair_accuracy=([float(sum(margin > 0 for margin in margins)) for margins in found], pairs),
+            margin=([sum(margins) for margins in found], pairs),
+        )
 
 
 def judge_real(
@@ -51,7 +55,7 @@ def judge_real(
         for example in examples
     ]
     nll = [math.nan] * len(trees)
-    margins = []
+    margins: list[list[float]] = [[] for _ in trees]
     for chosen in micro_batches(trees, budget, packing):
         stop_if_asked()
         values = iter(players.response_logprobs([trees[index] for index in chosen], packing))
@@ -59,8 +63,43 @@ def judge_real(
             example, real = examples[index], next(values)
             nll[index] = -real / len(example.response_ids)
             for row in by_id[example.id]:
-                margins.append((real - row["opponent_real"]) - (next(values) - row["opponent_synthetic"]))
+                margins[index].append((real - row["opponent_real"]) - (next(values) - row["opponent_synthetic"]))
     return RealAnswers(nll, margins)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a player makes of the real responses to P prompts and of sampled ones."""
+
+    logprobs: list[float]  # [P] of the sampled responses
+    real: np.ndarray  # [P, D] features of the real responses
+    sampled: np.ndarray  # [P, D] of the sampled ones
+
+
+def read_samples(
+    players: Players, examples: Sequence[Example], responses: Sequence[Sequence[int]], packing: str, budget: int
+) -> Reading:
+    """Let a player read the real response and a sampled one to each held-out prompt.
+
+    Args:
+        players: in the weights of the player that reads.
+        examples: the held-out ones.
+        responses: one to each example, as token ids.
+        packing: `tree` or `pair`.
+        budget: tokens in one forward pass.
+    """
+    trees = [
+        Tree(example.prompt_ids, (example.response_ids, response))
+        for example, response in zip(examples, responses, strict=True)
+    ]
+    logprobs, features = [math.nan] * len(trees), [np.empty((2, 0))] * len(trees)
+    for chosen in micro_batches(trees, budget, packing):
+        stop_if_asked()
+        values, vectors = players.read([trees[index] for index in chosen], packing)
+        for place, index in enumerate(chosen):
+            logprobs[index], features[index] = values[2 * place + 1], vectors[2 * place : 2 * place + 2]
+    both = np.stack(features)  # [P, 2, D]
+    return Reading(logprobs, both[:, 0], both[:, 1])
 
 
 def repetition(token_ids: Sequence[int]) -> float:
@@ -69,7 +108,17 @@ def repetition(token_ids: Sequence[int]) -> float:
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
-def summarise(answers: Sequence[HeldOutAnswer]) -> dict[str, float]:
+def distinct(responses: Sequence[Sequence[int]], n: int = 2) -> float:
+    """distinct-n (arXiv 1510.03055): the share of different n-grams among all in these responses; 0 without any."""
+    grams = [tuple(ids[start : start + n]) for ids in responses for start in range(len(ids) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else 0.0
+
+
+Metrics = dict[str, Any]
+"""Measures by name; under `intervals` the bootstrap intervals of some, as [low, high]."""
+
+
+def summarise(answers: Sequence[HeldOutAnswer]) -> Metrics:
     """Means over the held-out prompts; `…_se` is the standard error of a mean."""
     measures: dict[str, list[float]] = {
         "heldout_nll": [answer.nll for answer in answers],
@@ -81,11 +130,66 @@ def summarise(answers: Sequence[HeldOutAnswer]) -> dict[str, float]:
     scores = [answer.task_score for answer in answers if answer.task_score is not None]
     if scores:
         measures = {"task_score": scores, **measures}
-    summary = {name: float(np.mean(values)) for name, values in measures.items()}
+    summary = with_intervals(**{name: (values, None) for name, values in measures.items()})
     for name in ("task_score", "heldout_nll"):
         if name in measures:
             summary[f"{name}_se"] = standard_error(measures[name])
     return summary
+
+
+def summarise_samples(samples: Sequence[HeldOutSample]) -> Metrics:
+    """What a player's own distribution is like, from one response to each held-out prompt.
+
+    `drift` estimates the KL divergence from θ_0 per token, Σ [log p_θ(y) − log p_θ0(y)] / Σ |y| with y ~ p_θ.
+    """
+    tokens = [float(len(sample.token_ids)) for sample in samples]
+    measures: dict[str, tuple[list[float], list[float] | None]] = {
+        "drift": ([sample.logprob - sample.start_logprob for sample in samples], tokens),
+        "sampled_unfinished_share": ([float(not sample.finished) for sample in samples], None),
+    }
+    scores = [sample.task_score for sample in samples if sample.task_score is not None]
+    if scores:
+        measures["sampled_task_score"] = scores, None
+    return with_intervals(**measures) | {"distinct_2": distinct([sample.token_ids for sample in samples])}
+
+
+def with_intervals(**measures: tuple[Sequence[float], Sequence[float] | None]) -> Metrics:
+    """Σ numerators / Σ denominators of each measure (ones, if there are none), and its interval."""
+    intervals = {name: list(bootstrap(*parts)) for name, parts in measures.items()}
+    means = {
+        name: float(np.sum(over) / (len(over) if by is None else np.sum(by))) for name, (over, by) in measures.items()
+    }
+    return {**means, "intervals": intervals}
+
+
+def bootstrap(
+    values: Sequence[float],
+    by: Sequence[float] | None = None,
+    *,
+    seed: int = 0,
+    resamples: int = 2000,
+    level: float = 0.95,
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of Σ values / Σ by over prompts.
+
+    Args:
+        values: one for each prompt.
+        by: likewise; absent means ones, so that the ratio is the mean.
+        seed: of the resampling.
+        resamples: how many.
+        level: of the interval.
+    """
+    over, under = np.asarray(values, dtype=float), np.ones(len(values)) if by is None else np.asarray(by, dtype=float)
+    chosen = np.random.default_rng(seed).integers(0, len(over), (resamples, len(over)))
+    ratios = over[chosen].sum(axis=1) / under[chosen].sum(axis=1)
+    low, high = np.quantile(ratios, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def merged(*parts: Metrics) -> Metrics:
+    """Several sets of measures as one."""
+    whole = {name: value for part in parts for name, value in part.items()}
+    return whole | {"intervals": {name: ends for part in parts for name, ends in part.get("intervals", {}).items()}}
 
 
 def standard_error(values: Sequence[float]) -> float:

@@ -103,7 +103,22 @@ class LogProbs(nn.Module):
 
     def tokens(self, layout: Layout) -> Tensor:
         """Log-probability of each predicted token: [M] in float32."""
+        return self._tokens(self.hidden(layout), layout)
+
+    def read(self, layout: Layout) -> tuple[Tensor, Tensor]:
+        """What the model makes of each response: its log-probability, as `forward`, and one vector of features.
+
+        Returns:
+            [S], and [S, D] the mean of the final hidden states that predict the response's tokens, in float32.
+        """
         hidden = self.hidden(layout)  # [M, D]
+        zeros = hidden.new_zeros(layout.responses, dtype=torch.float32)
+        logprobs = zeros.index_add(0, layout.response, self._tokens(hidden, layout))
+        counts = zeros.index_add(0, layout.response, torch.ones_like(layout.response, dtype=torch.float32))
+        sums = zeros[:, None].expand(-1, hidden.shape[1]).index_add(0, layout.response, hidden.float())
+        return logprobs, sums / counts[:, None]
+
+    def _tokens(self, hidden: Tensor, layout: Layout) -> Tensor:
         weight, bias = self._head()
         return _target_logprobs(hidden.to(weight.dtype), weight, bias, layout.targets, self.shape)
 

@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -146,6 +147,13 @@ class Players:
         self.logprobs.eval()
         values: list[float] = self.logprobs(lay_out(trees, packing).to(self.device)).tolist()
         return values
+
+    @torch.no_grad()
+    def read(self, trees: Sequence[Tree], packing: str) -> tuple[list[float], np.ndarray]:
+        """As `response_logprobs`, and beside them features of each response: [S, D]."""
+        self.logprobs.eval()
+        values, features = self.logprobs.read(lay_out(trees, packing).to(self.device))
+        return values.tolist(), features.cpu().numpy()
 
     def packing(self, trees: Sequence[Tree]) -> str:
         """The layout this run uses, `tree` or `pair`: decided once, on these trees, and kept in the run folder.

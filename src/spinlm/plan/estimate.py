@@ -82,7 +82,8 @@ class Plan:
         return self._start(), *(self._iteration(number) for number in range(self.recipe.selfplay.iterations))
 
     def _start(self) -> Work:
-        warmup, scored = self.recipe.warmup_sft, self.lengths.tokens((self.recipe.data.heldout, 0))
+        heldout = self.recipe.data.heldout
+        warmup, scored = self.recipe.warmup_sft, self.lengths.tokens((heldout, 0), (heldout, 1))
         if warmup is None:
             return Work(START, 0, 0, (self._answers(),), scored, Tokens(0, 0))
         prompts = warmup.prompts or self.prompts
@@ -106,7 +107,7 @@ class Plan:
             # All pairs of a prompt are in one step; ⌈pairs / batch_size⌉ where their number divides the batch.
             steps=train.epochs * math.ceil(prompts / max(1, train.batch_size // used)),
             replies=(((asked + heldout) * samples, opponent.max_new_tokens), self._answers()),
-            scored=self.lengths.tokens((asked, used), (2 * heldout, samples)),
+            scored=self.lengths.tokens((asked, used), (2 * heldout, samples), (2 * heldout, 1)),
             trained=self.lengths.tokens((train.epochs * prompts, self.recipe.beside(iteration))),
             responses=asked * samples,
             pairs=asked * used,
@@ -115,8 +116,8 @@ class Plan:
         )
 
     def _answers(self) -> tuple[int, int]:
-        """Held-out answers, and tokens in each."""
-        return self.recipe.data.heldout, self.recipe.evaluate.max_new_tokens or self.recipe.opponent.max_new_tokens
+        """Held-out answers, as evaluation asks for and from the player's own distribution, and tokens in each."""
+        return 2 * self.recipe.data.heldout, self.recipe.evaluate.max_new_tokens or self.recipe.opponent.max_new_tokens
 
     def memory(self, shape: Shape, device: Device) -> dict[str, int]:
         """Peak bytes in one process on one device, with nothing divided over processes."""
