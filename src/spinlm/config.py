@@ -144,6 +144,17 @@ class Select(Section):
     """How many standard errors of the paired difference a player must be ahead of the best so far to replace it."""
 
 
+class Guard(Section):
+    """Bounds on how far a player may fall behind the starting one before the run is stopped."""
+
+    nll_rise: Positive = 0.1
+    """Held-out NLL, nats per token. Also looked at after each epoch of training, which then ends there."""
+    unfinished_rise: Positive = 0.2
+    """Share of unfinished answers."""
+    repetition_rise: Positive = 0.1
+    """Share of repeated 4-grams in answers."""
+
+
 class SelfPlay(Section):
     iterations: Count = 4
     """How many times the main player is trained and becomes the next opponent (T)."""
@@ -151,6 +162,8 @@ class SelfPlay(Section):
     """How many earlier iterations' synthetic responses are used again beside the newest."""
     select: Select = Select()
     """Which player is the best, and when to stop."""
+    guard: Guard | None = Guard()
+    """What counts as collapse, and stops the run; null plays on regardless."""
 
 
 READ_BY = {

@@ -343,6 +343,23 @@ def test_the_sft_control_learns_from_the_real_responses_alone(variant, reference
         assert "margin" in json.loads((run / f"iteration-{iteration}" / "metrics.json").read_text())
 
 
+def test_a_collapse_ends_training_after_its_epoch_and_the_run_after_its_iteration(world, cli, tmp_path):
+    """At a learning rate that ruins the model; what is left is the start."""
+    ruin = ("train.learning_rate=5e-2", "train.epochs=3", "selfplay.guard.nll_rise=0.5", "objective.beta=5.0")
+    run = tmp_path / "run"
+    said = cli("run", world.recipe, *ruin, "--run-dir", run, folder=world.folder)
+    assert "iteration 0: collapsing, training ends after epoch 1: held-out NLL" in said.err
+    assert "iteration 0: collapsed: held-out NLL" in said.err
+    assert "Iteration 0 collapsed and ended the run: held-out NLL" in " ".join(said.out.split())
+    lines = [line for line in steps(run) if line["stage"] == "train"]
+    assert lines[-1]["epoch"] == 1 and lines[-1]["step"] == len(lines) < lines[-1]["steps"]
+    assert (run / "best").readlink().name == "start" and not (run / "iteration-1").exists()
+    assert (run / "iteration-0" / "player").is_dir() and (run / "iteration-0" / "metrics.json").exists()
+    before = contents(run)
+    cli("run", world.recipe, *ruin, "--run-dir", run, folder=world.folder)
+    assert contents(run) == before
+
+
 # What was measured
 
 

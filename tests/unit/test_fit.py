@@ -244,11 +244,37 @@ def test_gradients_are_clipped_to_the_norm(new_players: NewPlayers, seen: list[l
     assert apart([g * (norms[0] / 1e-3) for g in clipped], free) < 1e-3
 
 
+@pytest.mark.parametrize("checkpoint_every", [1, 5])
+def test_training_can_end_after_an_epoch_and_does_again_when_resumed(
+    new_players: NewPlayers, tmp_path: Path, checkpoint_every: int
+) -> None:
+    """Killed after that epoch's last step: the next process asks again, and ends in the same weights."""
+    how = replace(HOW, epochs=3, batch_size=2, checkpoint_every=checkpoint_every)
+    ended = []
+    for _ in range(2):
+        players = new_players(lora={"r": 4})
+        asked: list[int] = []
+
+        def until_two(epoch: int, asked: list[int] = asked) -> bool:
+            asked.append(epoch)
+            return epoch < 2
+
+        steps = run_fit(players, pair_items(4), spin_of(players), how, tmp_path, on_epoch=until_two)
+        ended.append(([step["step"] for step in steps], asked, weights_of(players)))
+    (first, asked_first, before), (second, asked_second, after) = ended
+    assert (first, asked_first) == ([1, 2, 3, 4], [1, 2])
+    # With a checkpoint after the epoch nothing is left to do; without one it is all done again.
+    assert (second, asked_second) == (([], [2]) if checkpoint_every == 1 else (first, asked_first))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
 def test_what_is_reported_of_each_step(new_players: NewPlayers, tmp_path: Path) -> None:
     players = new_players(lora={"r": 4})
     epochs: list[int] = []
     how = replace(HOW, epochs=2, batch_size=2)
-    steps = run_fit(players, pair_items(4), spin_of(players), how, tmp_path, on_epoch=epochs.append)
+    steps = run_fit(
+        players, pair_items(4), spin_of(players), how, tmp_path, on_epoch=lambda epoch: epochs.append(epoch) is None
+    )
     assert [(step["step"], step["steps"], step["epoch"]) for step in steps] == [
         (1, 4, 1),
         (2, 4, 1),

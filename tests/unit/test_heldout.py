@@ -186,14 +186,22 @@ def run(tmp_path: Path) -> RunDir:
 
 
 def recipe(
-    metric: str | None = "task_score", iterations: int = 3, scorer: str | None = "exact_match", **select: Any
+    metric: str | None = "task_score",
+    iterations: int = 3,
+    scorer: str | None = "exact_match",
+    guard: dict[str, float] | None = None,
+    **select: Any,
 ) -> Recipe:
     return Recipe.model_validate(
         {
             "model": {"path": "m"},
             "data": {"path": "d"},
             "evaluate": {"scorer": scorer},
-            "selfplay": {"iterations": iterations, "select": {"metric": metric, "standard_errors": 1.0, **select}},
+            "selfplay": {
+                "iterations": iterations,
+                "select": {"metric": metric, "standard_errors": 1.0, **select},
+                "guard": guard or {},
+            },
         }
     )
 
@@ -267,7 +275,7 @@ def test_lower_nll_is_better(play, run):
 
 
 def test_higher_nll_is_worse(play):
-    assert play([1.0, 1.5, 2.0], [2.0, 2.0, 3.0], metric="heldout_nll") == [(START, True)]
+    assert play([1.0, 1.5, 2.0], [1.05, 1.55, 2.15], metric="heldout_nll") == [(START, True)]
 
 
 def test_comparison_is_with_the_best_not_with_the_last(play, run):
@@ -288,6 +296,22 @@ def test_patience_of_one(play):
 
 def test_a_better_player_renews_patience(play):
     assert play([0] * 4, [0] * 4, [1] * 4, [1] * 4, patience=2) == [(START, True), (1, True), (1, True)]
+
+
+def test_a_player_that_has_collapsed_is_never_the_best_and_ends_the_run(play, run):
+    """Its task score is far ahead, but the real responses have become 0.5 nats per token less likely."""
+    play([0.0, 0.0], [0.5, 0.5])
+    answers = [answer(str(number), task_score=1.0, nll=1.5) for number in range(2)]
+    for stage in ("generate", "score", "train"):
+        run.complete(stage, 1, [])
+    run.answers(1).parent.mkdir(exist_ok=True)
+    run.answers(1).write_text("".join(map(to_line, answers)))
+    write_json(run.iteration_metrics(1), summarise(answers))
+    run.complete("evaluate", 1, [run.answers(1), run.iteration_metrics(1)])
+    assert promote(recipe(guard={"nll_rise": 0.6}), run, 1) is True and run.best() == 1
+    run.marker("promote", 1).unlink()
+    assert promote(recipe(), run, 1) is False and run.best() == 0
+    assert "Iteration 1 collapsed and ended the run: held-out NLL 1.000 at the start, 1.500 now" in verdict(run)
 
 
 def test_promotion_is_decided_once(play, run):

@@ -90,9 +90,9 @@ def fit(
     checkpoints: Path,
     what: str,
     on_step: Callable[[dict[str, float]], None],
-    on_epoch: Callable[[int], None] = lambda epoch: None,
+    on_epoch: Callable[[int], bool] = lambda epoch: True,
 ) -> int:
-    """Minimise the mean of an objective; the weights of `players` change in place. Returns the number of steps.
+    """Minimise the mean of an objective; the weights of `players` change in place. Returns the number of steps done.
 
     Args:
         players: in the weights to start from.
@@ -103,7 +103,8 @@ def fit(
         checkpoints: folder to resume from and to save to; the newest checkpoint in it wins.
         what: for the progress display.
         on_step: called after each optimiser step with what was measured.
-        on_epoch: called after each epoch with its number.
+        on_epoch: called after each epoch with its number, and once more where a run goes on from there; returns whether
+            to go on.
 
     Raises:
         TrainingError: a loss or gradient was not finite. The last checkpoint is untouched.
@@ -120,6 +121,8 @@ def fit(
     with track(what, len(steps), already=begin) as advance:
         for step in range(begin, len(steps)):
             epoch, chosen = steps[step]
+            if step == begin > 0 and steps[step - 1][0] < epoch and not on_epoch(epoch):
+                return step
             began = time.perf_counter()
             rate = set_learning_rate(optimizer, learning_rate_at(step, len(steps), how))
             batch = [items[index] for index in chosen]
@@ -141,11 +144,14 @@ def fit(
             on_step({**place, **measured, "learning_rate": rate, "grad_norm": norm, **speed})
             advance(1, tokens, f"loss {measured['loss']:.4f}")
             last = step + 1 == len(steps)
+            go_on = True
             if last or steps[step + 1][0] > epoch:
-                on_epoch(epoch + 1)
+                go_on = on_epoch(epoch + 1)
                 module.train()  # whatever was measured there
             if last or (step + 1) % how.checkpoint_every == 0:
                 save_checkpoint(checkpoints, players, optimizer, step + 1)
+            if not go_on:
+                return step + 1
     return len(steps)
 
 

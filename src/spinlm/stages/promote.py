@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from spinlm.config import Recipe
+from spinlm.evals.guard import signs_of_collapse
 from spinlm.evals.heldout import standard_error
-from spinlm.files import write_json
+from spinlm.files import read_json, write_json
 from spinlm.records import HeldOutAnswer, read_lines
 from spinlm.rundir import START, RunDir
 
@@ -38,9 +39,11 @@ def promote(recipe: Recipe, run: RunDir, iteration: int) -> bool:
     # The best before this iteration comes from the markers, not the link, so that a rerun decides the same.
     best = run.facts("promote", iteration - 1)["best"] if iteration > 0 else START
     comparison = compare(recipe, run, iteration, best)
-    if comparison.better:
+    measured = (read_json(run.iteration_metrics(one)) for one in (START, iteration))
+    collapse = signs_of_collapse(recipe.selfplay.guard, *measured)
+    if comparison.better and not collapse:
         best = iteration
-    go_on = iteration - best < recipe.selfplay.select.patience
+    go_on = iteration - best < recipe.selfplay.select.patience and not collapse
     run.set_best(best)
     log.info(
         "iteration %d: %s %+.4f ± %.4f against %s: %s",
@@ -49,9 +52,13 @@ def promote(recipe: Recipe, run: RunDir, iteration: int) -> bool:
         comparison.lead,
         comparison.standard_error,
         "the start" if comparison.against == START else f"iteration {comparison.against}",
-        "the best so far" if comparison.better else "not better beyond the noise",
+        "the best so far" if best == iteration else "not better beyond the noise",
     )
-    if not go_on and iteration + 1 < recipe.selfplay.iterations:
+    if collapse:
+        log.warning(
+            "iteration %d: collapsed: %s. Stopping; its player does not become the opponent", iteration, collapse
+        )
+    elif not go_on and iteration + 1 < recipe.selfplay.iterations:
         log.info("no better player for %d iterations: stopping", iteration - best)
     facts = {
         "best": best,
@@ -60,6 +67,7 @@ def promote(recipe: Recipe, run: RunDir, iteration: int) -> bool:
         "against": comparison.against,
         "lead": comparison.lead,
         "standard_error": comparison.standard_error,
+        "collapse": collapse,
     }
     write_json(run.promotion(iteration), facts)
     run.complete("promote", iteration, [run.promotion(iteration)], **facts)

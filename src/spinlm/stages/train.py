@@ -1,10 +1,17 @@
 """Train: the main player starts from θ_t and learns to tell the real responses from the opponent's."""
 
 import logging
+from collections.abc import Callable
+
+import numpy as np
 
 from spinlm.config import Recipe, at_iteration
+from spinlm.evals.guard import signs_of_collapse
+from spinlm.evals.heldout import judge_real
+from spinlm.files import read_json
 from spinlm.model.fit import Fit, Items, Objective, fit
-from spinlm.model.players import seat
+from spinlm.model.players import Players, seat
+from spinlm.records import Example, read_lines
 from spinlm.rundir import START, RunDir
 from spinlm.seeds import derive_seed
 from spinlm.shards import count_shards
@@ -29,6 +36,7 @@ def train(recipe: Recipe, run: RunDir, iteration: int) -> None:
     items, objective = _lesson(recipe, run, iteration)
     if len(items.sizes) == 0:
         log.warning("iteration %d: every synthetic response equals the real one; nothing is left to learn", iteration)
+    packing = run.facts("warmup", START)["packing"]
     how = Fit.of(
         settings,
         learning_rate=at_iteration(settings.learning_rate, iteration),
@@ -39,10 +47,11 @@ def train(recipe: Recipe, run: RunDir, iteration: int) -> None:
         items,
         objective,
         how,
-        packing=run.facts("warmup", START)["packing"],
+        packing=packing,
         checkpoints=run.checkpoints(iteration),
         what=f"iteration {iteration}: train",
         on_step=recorder(players, run, recipe, "train", iteration),
+        on_epoch=_watch(recipe, run, players, iteration, packing),
     )
     players.save(iteration)
     run.complete("train", iteration, [run.player(iteration)], steps=steps, pairs=int(items.sizes.sum()))
@@ -55,3 +64,27 @@ def _lesson(recipe: Recipe, run: RunDir, iteration: int) -> tuple[Items, Objecti
     files = count_shards(run.examples("train"), recipe.opponent.shard_size)
     paths = [run.pairs(iteration, "train", shard) for shard in range(files)]
     return PairItems(paths, recipe.train.batch_size), pair_objective(recipe, iteration)
+
+
+def _watch(recipe: Recipe, run: RunDir, players: Players, iteration: int, packing: str) -> Callable[[int], bool]:
+    """Looks after each epoch whether the real held-out responses have become too unlikely; training then ends there.
+
+    The player is saved as it is, evaluated, and shown; `promote` stops the run.
+    """
+    guard = recipe.selfplay.guard
+    if guard is None:
+        return lambda epoch: True
+    run.require("evaluate", START)
+    start = read_json(run.iteration_metrics(START))
+    heldout = list(read_lines(run.examples("heldout"), Example))
+
+    def sound(epoch: int) -> bool:
+        if epoch == recipe.train.epochs:  # evaluation looks at that, and closer
+            return True
+        real = judge_real(players, heldout, packing, recipe.train.tokens_per_micro_batch)
+        signs = signs_of_collapse(guard, start, {"heldout_nll": float(np.mean(real.nll))})
+        if signs:
+            log.warning("iteration %d: collapsing, training ends after epoch %d: %s", iteration, epoch, signs)
+        return not signs
+
+    return sound

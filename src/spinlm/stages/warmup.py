@@ -35,14 +35,16 @@ def warmup(recipe: Recipe, run: RunDir) -> None:
         noted = run.warmup_curve
         curve = read_json(noted) if noted.exists() else {}
 
-        def measure(epoch: int) -> None:
+        def measure(epoch: int) -> bool:
+            if str(epoch) in curve:
+                return True
             real = judge_real(players, heldout, packing, recipe.train.tokens_per_micro_batch)
             curve[str(epoch)] = float(np.mean(real.nll))
             write_json(noted, curve)
             log.info("warm-up: held-out NLL %.4f after %d epochs", curve[str(epoch)], epoch)
+            return True
 
-        if not curve:
-            measure(0)
+        measure(0)
         how = Fit.of(
             recipe.train,
             epochs=sft.epochs,
