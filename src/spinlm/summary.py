@@ -73,20 +73,22 @@ def table(run: RunDir) -> "Table":
 
 
 def verdict(run: RunDir) -> str:
-    """One honest sentence about whether self-play helped."""
+    """One honest sentence about whether it helped."""
     last = _promotions(run)
     if not last:
         return "No iteration has been judged yet."
     best = last[-1]["best"]
     metric = METRIC_NAMES[last[-1]["metric"]]
-    errors = read_json(run.recipe)["selfplay"]["select"]["standard_errors"]
+    recipe = read_json(run.recipe)
+    errors = recipe["selfplay"]["select"]["standard_errors"]
+    what = "More supervised fine-tuning" if recipe["objective"]["name"] == "sft" else "Self-play"
     noise = f"{errors:g} standard error{'' if errors == 1 else 's'} of the paired difference"
     fallen = last[-1].get("collapse")
     ending = f" Iteration {last[-1]['iteration']} collapsed and ended the run: {fallen}." if fallen else ""
     if best == START:
         tried = len(last)
         return (
-            f"Self-play did not help: none of {tried} iteration{'s' if tried > 1 else ''} beat the starting player's "
+            f"{what} did not help: none of {tried} iteration{'s' if tried > 1 else ''} beat the starting player's "
             f"{metric} by more than {noise}. The starting player stays the best."
         ) + ending
     caveat = "" if last[-1]["metric"] == "task_score" else LIKELIHOOD_ONLY
@@ -94,7 +96,7 @@ def verdict(run: RunDir) -> str:
     start, new = (read_json(run.iteration_metrics(i))[last[-1]["metric"]] for i in (START, best))
     against = "the start" if won["against"] == START else f"iteration {won['against']}"
     return (
-        f"Self-play helped: {metric} {start:.3f} at the start, {new:.3f} after iteration {best}, the best player. It "
+        f"{what} helped: {metric} {start:.3f} at the start, {new:.3f} after iteration {best}, the best player. It "
         f"is ahead of {against} by {won['lead']:.3f} ± {won['standard_error']:.3f} (standard error of the paired "
         "difference on the held-out prompts of this one run; another seed may differ)." + caveat + ending
     )

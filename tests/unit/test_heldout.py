@@ -350,6 +350,13 @@ def test_verdict_when_it_helped(play, run):
     )
 
 
+def test_verdict_of_the_control(play, run):
+    play([0, 0, 0, 1], [1, 1, 0, 1])
+    noted = json.loads(run.recipe.read_text())
+    write_json(run.recipe, noted | {"objective": {"name": "sft"}})
+    assert verdict(run).startswith("More supervised fine-tuning helped: task score 0.250 at the start")
+
+
 def test_verdict_names_the_player_that_the_lead_is_over(play, run):
     play([3.0, 3.0], [2.0, 2.0], [1.5, 1.25], metric="heldout_nll")
     assert verdict(run).startswith(
