@@ -58,7 +58,7 @@ class PairItems:
         begin, end = self._bounds[index]
         rows = self._table.slice(begin, end - begin).to_pylist()
         responses = [rows[0]["real_ids"], *(row["synthetic_ids"] for row in rows)]
-        initial = tuple(_place(responses, row["initial_ids"]) for row in rows if row["initial_ids"] is not None)
+        initial = tuple(_place(responses, row["initial_ids"]) for row in rows if row.get("initial_ids"))
         opponent = [rows[0]["opponent_real"], *(row["opponent_synthetic"] for row in rows)]
         opponent += [math.nan] * (len(responses) - len(opponent))  # θ_0's responses: nobody asks
         pairs = tuple((0, number + 1) for number in range(len(rows)))
