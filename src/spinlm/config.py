@@ -1,7 +1,7 @@
 """The recipe: everything a run depends on, as frozen, strictly checked data.
 
 Numbers may be written `5e-7`. A per-iteration value is one number, or a list with one number for each iteration.
-The string under a field is its documentation; `spinlm init` and the docs are made from it.
+The string under a field is its documentation.
 """
 
 from typing import Annotated, Any, Literal
@@ -147,7 +147,7 @@ class Select(Section):
 class Guard(Section):
     """Bounds on how far a player may fall behind the starting one before the run is stopped."""
 
-    nll_rise: Positive = 0.1
+    nll_rise: Positive = 0.2
     """Held-out NLL, nats per token. Also looked at after each epoch of training, which then ends there."""
     unfinished_rise: Positive = 0.2
     """Share of unfinished answers."""

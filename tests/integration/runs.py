@@ -16,7 +16,7 @@ lora: {r: 4, alpha: 8, dropout: 0.1}
 data: {path: data.jsonl, prompts: 24, heldout: 10}
 warmup_sft: {epochs: 3, learning_rate: 2e-2, batch_size: 4}
 opponent: {max_new_tokens: 6, shard_size: 4, batch_size: 4, temperature: 0.4}
-selfplay: {iterations: 2}
+selfplay: {iterations: 2, guard: null}
 train:
   {epochs: 2, batch_size: 4, learning_rate: 2e-3, optimizer: adamw, max_length: 64, tokens_per_micro_batch: 128,
    checkpoint_every: 5}
