@@ -50,6 +50,9 @@ def run(
     overrides: Overrides = None,
     run_dir: RunOption = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Delete what an earlier run left in the folder.")] = False,
+    start_from: Annotated[
+        Path | None, typer.Option(help="Begin with the starting player of another run, to compare what follows.")
+    ] = None,
 ) -> None:
     """Play a recipe to its end, or on from where it stopped."""
     loaded = _load(recipe, overrides)
@@ -57,7 +60,7 @@ def run(
 
     from spinlm import selfplay
 
-    finished = selfplay.run(loaded, folder, fresh=fresh)
+    finished = selfplay.run(loaded, folder, fresh=fresh, start_from=start_from)
     _print_result(finished)
 
 

@@ -259,7 +259,7 @@ class RunDir:
 
         More iterations may be asked for, too: they continue the run.
         """
-        old = read_json(self.recipe)
+        old = _filled(read_json(self.recipe))
         found = differences(old, recipe)
         more = recipe["selfplay"]["iterations"] >= old["selfplay"]["iterations"]
         allowed = {*harmless, "selfplay.iterations"} if more else set(harmless)
@@ -338,6 +338,18 @@ def _say(stage: Stage | None) -> str:
         return "nothing"
     name, iteration = stage
     return name if iteration == START else f"{name} of iteration {iteration}"
+
+
+def _filled(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A stored recipe with the defaults of settings that are newer than it, so that it compares with today's."""
+    from pydantic import ValidationError
+
+    from spinlm.config import Recipe
+
+    try:
+        return Recipe.model_validate(recipe).model_dump(mode="json")
+    except ValidationError:  # a setting that is no longer: it shows up as a difference
+        return recipe
 
 
 def differences(old: Any, new: Any, where: str = "") -> list[str]:

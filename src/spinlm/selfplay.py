@@ -6,6 +6,7 @@ tell the real responses from the opponent's, and becomes θ_{t+1}.
 
 from pathlib import Path
 
+from spinlm.branch import branch
 from spinlm.config import EXECUTION_ONLY, Recipe
 from spinlm.interrupt import gentle_stop
 from spinlm.model.players import stand_up
@@ -19,13 +20,14 @@ from spinlm.stages.train import train
 from spinlm.stages.warmup import warmup
 
 
-def run(recipe: Recipe, run_dir: Path, *, fresh: bool = False) -> RunDir:
+def run(recipe: Recipe, run_dir: Path, *, fresh: bool = False, start_from: Path | None = None) -> RunDir:
     """Play a recipe to its end, or on from where it stopped.
 
     Args:
         recipe: what to do.
         run_dir: the run folder; made if it is not there.
         fresh: delete what an earlier run left in the folder.
+        start_from: another run's folder, to take the examples and the starting player from.
 
     Raises:
         SpinError: with what went wrong, where, and what to do. What was done so far is kept.
@@ -36,6 +38,8 @@ def run(recipe: Recipe, run_dir: Path, *, fresh: bool = False) -> RunDir:
         if fresh:
             folder.clear()
         folder.bind(recipe.model_dump(mode="json"), EXECUTION_ONLY)
+        if start_from is not None:
+            branch(recipe, folder, RunDir(start_from))
         try:
             play(recipe, folder)
         finally:

@@ -1,0 +1,91 @@
+"""Branch: begin a run with the start of another one, so that both are compared from the same player."""
+
+import logging
+import os
+import shutil
+from pathlib import Path
+
+from spinlm.config import EXECUTION_ONLY, Recipe
+from spinlm.errors import RunError
+from spinlm.files import read_json, write_json
+from spinlm.rundir import START, RunDir, differences
+
+log = logging.getLogger("spinlm")
+
+AFTER_THE_START = (
+    "selfplay",
+    "objective",
+    "train.epochs",
+    "train.batch_size",
+    "train.learning_rate",
+    "train.optimizer",
+    "opponent.temperature",
+    "opponent.top_p",
+    "opponent.samples_per_prompt",
+    "opponent.shard_size",
+    *EXECUTION_ONLY,
+)
+"""Sections and fields that nothing before iteration 0 reads: in these a branch may differ from the run it leaves."""
+
+STAGES = ("prepare", "warmup", "evaluate")
+
+
+def branch(recipe: Recipe, folder: RunDir, source: RunDir) -> None:
+    """Take examples, starting player and its evaluation from another run. A folder that has them is left as it is.
+
+    Raises:
+        RunError: the other run has no complete start, or one that this recipe would not give; or the folder has
+            begun with another start.
+    """
+    for stage in STAGES:
+        source.require(stage, START)
+    _check_same_start(recipe, source)
+    if folder.begun():
+        _check_came_from(folder, source)
+        if folder.done("evaluate", START):
+            return
+    markers = {source.marker(stage, START) for stage in STAGES}
+    for part in (source.base, source.packing, source.examples("train").parent, source.iteration(START)):
+        for path in (path for path in [part, *part.rglob("*")] if path.is_file()):
+            if path not in markers and source.checkpoints(START) not in path.parents:
+                _link(path, folder.root / path.relative_to(source.root))
+    write_json(folder.provenance, read_json(source.provenance) | {"start_from": str(source.root.absolute())})
+    for stage in STAGES:  # last, and in order: what a marker stands for is there
+        _link(source.marker(stage, START), folder.marker(stage, START))
+    log.info("the start is that of %s", source.root)
+
+
+def _check_same_start(recipe: Recipe, source: RunDir) -> None:
+    theirs = Recipe.model_validate(read_json(source.recipe)).model_dump(mode="json")
+    changes = [
+        line
+        for line in differences(theirs, recipe.model_dump(mode="json"))
+        if not line.startswith(tuple(f"{name}{end}" for name in AFTER_THE_START for end in (":", ".")))
+    ]
+    if changes:
+        raise RunError(
+            f"--start-from {source.root}: its start was made with other settings:\n"
+            + "\n".join(f"  {line}" for line in changes)
+            + "\nMake these equal, or leave --start-from out"
+        )
+
+
+def _check_came_from(folder: RunDir, source: RunDir) -> None:
+    for stage in STAGES:
+        if folder.marker(stage, START).exists() and folder.facts(stage, START) != source.facts(stage, START):
+            raise RunError(
+                f"{folder.root}: has begun with another start than that of {source.root}. Choose another --run-dir, "
+                "or start again with --fresh (this deletes what is there)"
+            )
+
+
+def _link(path: Path, to: Path) -> None:
+    """The same file under another name where the file system can (files are replaced, never written into), or a copy."""
+    to.parent.mkdir(parents=True, exist_ok=True)
+    temporary = to.with_name(f".{to.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(path, temporary)
+    except OSError:
+        shutil.copyfile(path, temporary)
+    temporary.replace(to)
