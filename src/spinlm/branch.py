@@ -7,7 +7,7 @@ from pathlib import Path
 
 from spinlm.config import EXECUTION_ONLY, Recipe
 from spinlm.errors import RunError
-from spinlm.files import read_json, write_json
+from spinlm.files import atomic_path, read_json, write_json
 from spinlm.rundir import START, RunDir, differences
 
 log = logging.getLogger("spinlm")
@@ -80,12 +80,11 @@ def _check_came_from(folder: RunDir, source: RunDir) -> None:
 
 
 def _link(path: Path, to: Path) -> None:
-    """The same file under another name where the file system can (files are replaced, never written into), or a copy."""
+    """The same file under another name, or a copy where that cannot be: files are replaced, never written to."""
     to.parent.mkdir(parents=True, exist_ok=True)
-    temporary = to.with_name(f".{to.name}.tmp")
-    temporary.unlink(missing_ok=True)
+    to.unlink(missing_ok=True)
     try:
-        os.link(path, temporary)
+        os.link(path, to)
     except OSError:
-        shutil.copyfile(path, temporary)
-    temporary.replace(to)
+        with atomic_path(to) as temporary:
+            shutil.copyfile(path, temporary)

@@ -174,4 +174,5 @@ def read_pairs(paths: Iterable[Path]) -> Any:
             raise RunError(
                 f"{path}: not a readable pair file ({error}). Delete it and score.done beside it, then run again"
             ) from error
-    return pa.concat_tables(tables) if tables else _pair_schema().empty_table()
+    # A shard of an older version lacks the newest column; null there.
+    return pa.concat_tables(tables, promote_options="default") if tables else _pair_schema().empty_table()

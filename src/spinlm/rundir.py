@@ -110,10 +110,9 @@ class RunDir:
         """Which layout the model takes, and how that was found out."""
         return self.root / "packing.json"
 
-    @property
-    def warmup_curve(self) -> Path:
-        """Held-out NLL by epoch of the warm-up; beside its checkpoints, since it must survive as they do."""
-        return self.checkpoints(START) / "heldout_nll.json"
+    def nll_curve(self, iteration: int) -> Path:
+        """Held-out NLL by epoch of training; beside the checkpoints, since it must survive as they do."""
+        return self.checkpoints(iteration) / "heldout_nll.json"
 
     def promotion(self, iteration: int) -> Path:
         """How an iteration's player was judged."""

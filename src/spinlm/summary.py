@@ -84,8 +84,15 @@ def verdict(run: RunDir) -> str:
     what = "More supervised fine-tuning" if recipe["objective"]["name"] == "sft" else "Self-play"
     noise = f"{errors:g} standard error{'' if errors == 1 else 's'} of the paired difference"
     fallen = last[-1].get("collapse")
-    ending = f" Iteration {last[-1]['iteration']} collapsed and ended the run: {fallen}." if fallen else ""
+    ending = (
+        f" Iteration {last[-1]['iteration']} collapsed and ended the run: {fallen}. Lower "
+        "train.learning_rate in another --run-dir."
+        if fallen
+        else ""
+    )
     if best == START:
+        if any(item.get("better") for item in last):
+            return f"{what} did not help: what was ahead of the starting player's {metric} had collapsed." + ending
         tried = len(last)
         return (
             f"{what} did not help: none of {tried} iteration{'s' if tried > 1 else ''} beat the starting player's "

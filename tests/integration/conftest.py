@@ -107,6 +107,6 @@ UNDO = {
     "generate": ("generations", "generate.done"),
     "score": ("pairs", "score.done"),
     "train": ("checkpoints", "player", "train.done"),
-    "evaluate": ("answers.jsonl", "metrics.json", "evaluate.done"),
+    "evaluate": ("answers.jsonl", "samples.jsonl", "metrics.json", "evaluate.done"),
     "promote": ("promotion.json", "promote.done"),
 }

@@ -355,6 +355,9 @@ def test_a_collapse_ends_training_after_its_epoch_and_the_run_after_its_iteratio
     assert lines[-1]["epoch"] == 1 and lines[-1]["step"] == len(lines) < lines[-1]["steps"]
     assert (run / "best").readlink().name == "start" and not (run / "iteration-1").exists()
     assert (run / "iteration-0" / "player").is_dir() and (run / "iteration-0" / "metrics.json").exists()
+    curve = json.loads((run / "iteration-0" / "train.done").read_text())["heldout_nll_by_epoch"]
+    ended = json.loads((run / "iteration-0" / "metrics.json").read_text())["heldout_nll"]
+    assert curve == {"1": pytest.approx(ended, rel=1e-4)}
     before = contents(run)
     cli("run", world.recipe, *ruin, "--run-dir", run, folder=world.folder)
     assert contents(run) == before

@@ -314,6 +314,19 @@ def test_a_player_that_has_collapsed_is_never_the_best_and_ends_the_run(play, ru
     assert "Iteration 1 collapsed and ended the run: held-out NLL 1.000 at the start, 1.500 now" in verdict(run)
 
 
+def test_a_player_that_is_ahead_and_has_collapsed_is_not_called_behind(play, run):
+    play([0.0, 0.0], [1.0, 1.0])
+    run.marker("promote", 0).unlink()
+    answers = [answer(str(number), task_score=1.0, nll=1.5) for number in range(2)]
+    run.answers(0).write_text("".join(map(to_line, answers)))
+    write_json(run.iteration_metrics(0), summarise(answers))
+    run.complete("evaluate", 0, [run.answers(0), run.iteration_metrics(0)])
+    assert promote(recipe(), run, 0) is False and run.best() == START
+    said = verdict(run)
+    assert "what was ahead of the starting player's task score had collapsed. Iteration 0 collapsed" in said
+    assert "none of" not in said
+
+
 def test_promotion_is_decided_once(play, run):
     play([0] * 4, [1] * 4)
     run.answers(START).write_text("")

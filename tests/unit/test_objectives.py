@@ -2,7 +2,9 @@
 
 import itertools
 import math
+from dataclasses import asdict
 
+import pyarrow as pa
 import pytest
 import torch
 from torch import Tensor
@@ -13,7 +15,8 @@ from spinlm.model.fit import Item
 from spinlm.model.logprobs import LogProbs
 from spinlm.model.objectives import LOSSES, dpo_positive, margin, mean_nll, space, spin, t_spin
 from spinlm.model.trees import Tree, lay_out
-from spinlm.stages.items import pair_indices, pair_objective
+from spinlm.records import Pair, _pair_schema, write_pairs
+from spinlm.stages.items import PairItems, pair_indices, pair_objective
 
 SLOPE_AT_0 = {"logistic": 0.5, "hinge": 1.0, "exponential": 1.0}  # −ℓ'(0)
 AT_0 = {"logistic": math.log(2), "hinge": 1.0, "exponential": 1.0}  # ℓ(0)
@@ -289,3 +292,44 @@ def test_objective_of_a_micro_batch_by_hand(tmp_path) -> None:
     assert logprobs.grad.tolist() == pytest.approx(
         [-pulls[0] - pulls[1] - 0.1, pulls[0], pulls[1], -pulls[2] - 0.1 / 4, pulls[2]]
     )
+
+
+ONE = tuple(torch.tensor([value]) for value in (-4.0, -5.0, -3.0, -4.0))
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"name": "dpo-positive", "penalty": 3.0}, dpo_positive(*ONE, beta=0.1, penalty=3.0)),
+        ({"name": "space", "mu": 2.0}, space(*ONE, mu=2.0)),
+        ({"name": "spin", "loss": "hinge", "beta": 2.0}, spin(*ONE, beta=2.0, loss="hinge")),
+        ({"name": "spin", "per_token": True}, spin(*ONE, beta=0.1, tokens=(torch.tensor([2.0]), torch.tensor([1.0])))),
+        (
+            {"name": "t-spin", "history_weight": 0.3, "loss": "exponential"},
+            t_spin(ONE[0], ONE[1], torch.tensor([-7.0]), beta=0.1, history_weight=0.3, loss="exponential"),
+        ),
+    ],
+)
+def test_the_recipes_settings_reach_the_objective(tmp_path, settings, expected) -> None:
+    """A response of θ_0 stands beside the pair, for the objective that asks for it."""
+    item = Item(Tree([1], ([3, 4], [5], [6])), (-3.0, -4.0, math.nan), ((0, 1),), (2,))
+    total = pair_objective(tiny_recipe(tmp_path, objective=settings), 0)(torch.tensor([-4.0, -5.0, -7.0]), [item])
+    assert total.loss.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_responses_of_the_start_beside_pairs(tmp_path) -> None:
+    """One that is there already is not computed twice; a pair file of before there were any counts as without."""
+    with_start = [
+        Pair("a", 1, 0, [1], [2, 3], [4], -1.0, -2.0, initial_ids=[5, 6]),
+        Pair("a", 0, 0, [1], [2, 3], [5, 6], -1.0, -3.0, initial_ids=[5, 6]),
+    ]
+    write_pairs(tmp_path / "new.arrow", with_start)
+    older = pa.Table.from_pylist([asdict(Pair("b", 0, 0, [1], [2], [4], -1.0, -2.0))], schema=_pair_schema())
+    older = older.drop_columns("initial_ids")
+    with pa.OSFile(str(tmp_path / "old.arrow"), "wb") as sink, pa.ipc.new_stream(sink, older.schema) as writer:
+        writer.write_table(older)
+    items = PairItems([tmp_path / "old.arrow", tmp_path / "new.arrow"], batch_size=8)
+    assert [items[0].tree.responses, items[0].initial] == [([2], [4]), ()]
+    assert items[1].tree.responses == ([2, 3], [4], [5, 6]) and items[1].initial == (2, 2)
+    alone = PairItems([tmp_path / "new.arrow"], batch_size=1)[0]  # the group is split: y₀ is added
+    assert alone.tree.responses == ([2, 3], [4], [5, 6]) and alone.initial == (2,) and math.isnan(alone.opponent[2])

@@ -48,8 +48,8 @@ def discriminability(
     resampled = np.zeros(resamples)
     for won in wins:
         size = len(won)
-        chosen = random.integers(0, size, (resamples, size))
-        resampled += won[chosen[:, :, None], chosen[:, None, :]].mean(axis=(1, 2)) / FOLDS
+        times = random.multinomial(size, np.full(size, 1 / size), resamples)  # [R, p] how often each prompt is drawn
+        resampled += ((times @ won) * times).sum(axis=1) / size**2 / FOLDS
     low, high = np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2])
     return float(np.mean([won.mean() for won in wins])), float(low), float(high)
 

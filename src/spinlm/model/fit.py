@@ -103,8 +103,8 @@ def fit(
         checkpoints: folder to resume from and to save to; the newest checkpoint in it wins.
         what: for the progress display.
         on_step: called after each optimiser step with what was measured.
-        on_epoch: called after each epoch with its number, and once more where a run goes on from there; returns whether
-            to go on.
+        on_epoch: called after each epoch with its number, the checkpoint saved, and once more where a run goes on from
+            there; returns whether to go on.
 
     Raises:
         TrainingError: a loss or gradient was not finite. The last checkpoint is untouched.
@@ -121,7 +121,7 @@ def fit(
     with track(what, len(steps), already=begin) as advance:
         for step in range(begin, len(steps)):
             epoch, chosen = steps[step]
-            if step == begin > 0 and steps[step - 1][0] < epoch:
+            if step > 0 and steps[step - 1][0] < epoch:
                 if not on_epoch(epoch):
                     return step
                 module.train()  # whatever was measured there
@@ -145,15 +145,11 @@ def fit(
             place = {"step": step + 1, "steps": len(steps), "epoch": epoch + 1}
             on_step({**place, **measured, "learning_rate": rate, "grad_norm": norm, **speed})
             advance(1, tokens, f"loss {measured['loss']:.4f}")
-            last = step + 1 == len(steps)
-            go_on = True
-            if last or steps[step + 1][0] > epoch:
-                go_on = on_epoch(epoch + 1)
-                module.train()  # whatever was measured there
-            if last or (step + 1) % how.checkpoint_every == 0:
+            ends = step + 1 == len(steps) or steps[step + 1][0] > epoch  # before anything is measured there
+            if ends or (step + 1) % how.checkpoint_every == 0:
                 save_checkpoint(checkpoints, players, optimizer, step + 1)
-            if not go_on:
-                return step + 1
+    if steps:
+        on_epoch(how.epochs)
     return len(steps)
 
 

@@ -52,11 +52,14 @@ def promote(recipe: Recipe, run: RunDir, iteration: int) -> bool:
         comparison.lead,
         comparison.standard_error,
         "the start" if comparison.against == START else f"iteration {comparison.against}",
-        "the best so far" if best == iteration else "not better beyond the noise",
+        "better" if comparison.better else "not better beyond the noise",
     )
     if collapse:
         log.warning(
-            "iteration %d: collapsed: %s. Stopping; its player does not become the opponent", iteration, collapse
+            "iteration %d: collapsed: %s. Stopping; its player becomes neither the best nor the next opponent. "
+            "Lower train.learning_rate in another --run-dir",
+            iteration,
+            collapse,
         )
     elif not go_on and iteration + 1 < recipe.selfplay.iterations:
         log.info("no better player for %d iterations: stopping", iteration - best)
@@ -67,6 +70,7 @@ def promote(recipe: Recipe, run: RunDir, iteration: int) -> bool:
         "against": comparison.against,
         "lead": comparison.lead,
         "standard_error": comparison.standard_error,
+        "better": comparison.better,
         "collapse": collapse,
     }
     write_json(run.promotion(iteration), facts)

@@ -3,18 +3,15 @@
 import logging
 from collections.abc import Callable
 
-import numpy as np
-
 from spinlm.config import Recipe, at_iteration
 from spinlm.evals.guard import signs_of_collapse
-from spinlm.evals.heldout import judge_real
 from spinlm.files import read_json
 from spinlm.model.fit import Fit, Items, Objective, fit
-from spinlm.model.players import Players, seat
-from spinlm.records import Example, read_lines
+from spinlm.model.players import seat
 from spinlm.rundir import START, RunDir
 from spinlm.seeds import derive_seed
 from spinlm.shards import count_shards
+from spinlm.stages.curve import Curve
 from spinlm.stages.items import PairItems, SftItems, pair_objective, sft_objective
 from spinlm.stages.steps import recorder
 
@@ -42,6 +39,8 @@ def train(recipe: Recipe, run: RunDir, iteration: int) -> None:
         learning_rate=at_iteration(settings.learning_rate, iteration),
         seed=derive_seed(recipe.seed, "train", iteration),
     )
+    curve = Curve(recipe, run, players, iteration, packing)
+    watch = _watch(recipe, run, curve, iteration)
     steps = fit(
         players,
         items,
@@ -51,10 +50,11 @@ def train(recipe: Recipe, run: RunDir, iteration: int) -> None:
         checkpoints=run.checkpoints(iteration),
         what=f"iteration {iteration}: train",
         on_step=recorder(players, run, recipe, "train", iteration),
-        on_epoch=_watch(recipe, run, players, iteration, packing),
+        on_epoch=watch,
     )
     players.save(iteration)
-    run.complete("train", iteration, [run.player(iteration)], steps=steps, pairs=int(items.sizes.sum()))
+    facts = {"steps": steps, "pairs": int(items.sizes.sum()), "heldout_nll_by_epoch": curve.values}
+    run.complete("train", iteration, [run.player(iteration)], **facts)
 
 
 def _lesson(recipe: Recipe, run: RunDir, iteration: int) -> tuple[Items, Objective]:
@@ -66,23 +66,22 @@ def _lesson(recipe: Recipe, run: RunDir, iteration: int) -> tuple[Items, Objecti
     return PairItems(paths, recipe.train.batch_size), pair_objective(recipe, iteration)
 
 
-def _watch(recipe: Recipe, run: RunDir, players: Players, iteration: int, packing: str) -> Callable[[int], bool]:
+def _watch(recipe: Recipe, run: RunDir, curve: Curve, iteration: int) -> Callable[[int], bool]:
     """Looks after each epoch whether the real held-out responses have become too unlikely; training then ends there.
 
-    The player is saved as it is, evaluated, and shown; `promote` stops the run.
+    The player is saved as it is, evaluated, and shown; `promote` stops the run. The last epoch is left to evaluation,
+    which looks closer.
     """
-    guard = recipe.selfplay.guard
-    if guard is None:
+    guard, epochs = recipe.selfplay.guard, recipe.train.epochs
+    if guard is None or epochs == 1:
         return lambda epoch: True
     run.require("evaluate", START)
     start = read_json(run.iteration_metrics(START))
-    heldout = list(read_lines(run.examples("heldout"), Example))
 
     def sound(epoch: int) -> bool:
-        if epoch == recipe.train.epochs:  # evaluation looks at that, and closer
+        if epoch == epochs:
             return True
-        real = judge_real(players, heldout, packing, recipe.train.tokens_per_micro_batch)
-        signs = signs_of_collapse(guard, start, {"heldout_nll": float(np.mean(real.nll))})
+        signs = signs_of_collapse(guard, start, {"heldout_nll": curve.measure(epoch)})
         if signs:
             log.warning("iteration %d: collapsing, training ends after epoch %d: %s", iteration, epoch, signs)
         return not signs

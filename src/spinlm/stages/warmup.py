@@ -2,17 +2,14 @@
 
 import logging
 
-import numpy as np
-
 from spinlm.config import Recipe
-from spinlm.evals.heldout import judge_real
-from spinlm.files import read_json, write_json
 from spinlm.model.fit import Fit, fit
 from spinlm.model.players import seat
 from spinlm.model.trees import Tree
 from spinlm.records import Example, read_lines
 from spinlm.rundir import START, RunDir
 from spinlm.seeds import derive_seed
+from spinlm.stages.curve import Curve
 from spinlm.stages.items import SftItems, sft_objective
 from spinlm.stages.steps import recorder
 
@@ -28,20 +25,12 @@ def warmup(recipe: Recipe, run: RunDir) -> None:
     heldout = list(read_lines(run.examples("heldout"), Example))
     packing = players.packing(_probe(heldout, recipe.train.max_length))
     sft = recipe.warmup_sft
-    curve: dict[str, float] = {}
+    curve = Curve(recipe, run, players, START, packing)
     if sft is not None:
         split = "train" if sft.prompts is None else "warmup"
 
-        noted = run.warmup_curve
-        curve = read_json(noted) if noted.exists() else {}
-
         def measure(epoch: int) -> bool:
-            if str(epoch) in curve:
-                return True
-            real = judge_real(players, heldout, packing, recipe.train.tokens_per_micro_batch)
-            curve[str(epoch)] = float(np.mean(real.nll))
-            write_json(noted, curve)
-            log.info("warm-up: held-out NLL %.4f after %d epochs", curve[str(epoch)], epoch)
+            log.info("warm-up: held-out NLL %.4f after %d epochs", curve.measure(epoch), epoch)
             return True
 
         measure(0)
@@ -65,7 +54,7 @@ def warmup(recipe: Recipe, run: RunDir) -> None:
             on_epoch=measure,
         )
     players.save(START)
-    run.complete("warmup", START, [run.player(START)], heldout_nll_by_epoch=curve, packing=packing)
+    run.complete("warmup", START, [run.player(START)], heldout_nll_by_epoch=curve.values, packing=packing)
 
 
 def _probe(examples: list[Example], max_length: int) -> list[Tree]:

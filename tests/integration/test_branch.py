@@ -1,0 +1,102 @@
+"""A run that begins with the start of another one must go on as if it had made that start itself."""
+
+import json
+import shutil
+
+import pytest
+from runs import contents
+
+from spinlm import load_recipe
+from spinlm.branch import branch as take_start
+from spinlm.rundir import RunDir
+
+
+def played(run):
+    """What the iterations of a run left, and its starting player."""
+    found = contents(run)
+    kept = {name: digest for name, digest in found.items() if name.startswith(("iteration-", "examples/", "base/"))}
+    start = {name: found[name] for name in ("start/answers.jsonl", "start/metrics.json", "start/evaluate.done")}
+    return kept | start
+
+
+@pytest.fixture
+def branch(world, cli, tmp_path, reference):
+    def run(*arguments, code=0, name="branch", source=reference):
+        command = ("run", world.recipe, *arguments, "--run-dir", tmp_path / name, "--start-from", source)
+        return cli(*command, folder=world.folder, code=code)
+
+    return run
+
+
+def test_a_branch_plays_on_as_the_run_it_left(branch, reference, tmp_path):
+    branch()
+    assert played(tmp_path / "branch") == played(reference)
+    assert json.loads((tmp_path / "branch" / "provenance.json").read_text())["start_from"] == str(reference)
+    lines = (tmp_path / "branch" / "metrics.jsonl").read_text().splitlines()
+    assert {json.loads(line)["stage"] for line in lines} == {"train"}  # the warm-up was not done again
+    before = contents(tmp_path / "branch")
+    branch()
+    assert contents(tmp_path / "branch") == before
+
+
+def test_a_branch_may_play_otherwise(branch, reference, tmp_path):
+    changes = ("objective={name: sft}", "selfplay.iterations=1", "train.epochs=1", "train.learning_rate=1e-3")
+    branch(*changes)
+    ours, theirs = played(tmp_path / "branch"), played(reference)
+    assert ours["start/answers.jsonl"] == theirs["start/answers.jsonl"]
+    name = "iteration-0/player/adapter_model.safetensors"
+    assert ours[name] != theirs[name]
+
+
+def test_a_branch_leaves_the_other_run_alone(branch, reference, tmp_path):
+    source = shutil.copytree(reference, tmp_path / "source", symlinks=True)
+    before = contents(source)
+    branch("selfplay.iterations=1", source=source)
+    assert contents(source) == before
+
+
+def test_a_branch_that_was_cut_short_is_completed(branch, reference, tmp_path):
+    """Markers come last, so a folder without one is filled again."""
+    branch("selfplay.iterations=1")
+    run = tmp_path / "branch"
+    shutil.rmtree(run / "iteration-0")
+    (run / "best").unlink()
+    for name in ("evaluate.done", "warmup.done", "answers.jsonl"):
+        (run / "start" / name).unlink()
+    branch()
+    assert played(run) == played(reference)
+
+
+@pytest.mark.parametrize(
+    "change", ["data.heldout=9", "seed=1", "lora.r=2", "warmup_sft.epochs=2", "train.max_length=63", "lora=null"]
+)
+def test_another_start_is_refused(branch, tmp_path, change):
+    said = branch(change, code=2).message
+    assert "its start was made with other settings" in said
+    assert f"\n  {change.partition('=')[0]}" in said
+
+
+def test_a_run_without_a_start_is_refused(branch, tmp_path):
+    assert "prepare has not been completed" in branch(source=tmp_path / "nothing", code=2).message
+
+
+def test_a_folder_that_has_another_start_is_refused(branch, world, cli, reference, tmp_path):
+    source = shutil.copytree(reference, tmp_path / "source", symlinks=True)
+    marker = json.loads((source / "start" / "warmup.done").read_text())
+    branch("selfplay.iterations=1")
+    (tmp_path / "branch" / "start" / "warmup.done").write_text(json.dumps(marker | {"packing": "pair"}))
+    assert "has begun with another start than that of" in branch(source=source, code=2).message
+
+
+def test_a_branch_is_copied_where_files_cannot_be_linked(reference, world, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError("another file system")
+
+    monkeypatch.setattr("os.link", refuse)
+    monkeypatch.chdir(world.folder)
+    folder = RunDir(tmp_path / "branch")
+    take_start(load_recipe(world.recipe), folder, RunDir(reference))
+    assert played(folder.root) == {
+        name: digest for name, digest in played(reference).items() if not name.startswith("iteration-")
+    }
+    assert not any(path.name.endswith(".tmp") for path in folder.root.rglob("*"))
