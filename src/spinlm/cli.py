@@ -3,6 +3,7 @@
 import errno
 import logging
 import os
+import shlex
 import shutil
 import sys
 import warnings
@@ -14,7 +15,7 @@ import typer
 from spinlm import __version__
 from spinlm.errors import RunError, SpinError
 from spinlm.files import read_json, write_text
-from spinlm.rundir import RunDir
+from spinlm.rundir import START, RunDir
 
 if TYPE_CHECKING:
     from spinlm.config import Recipe
@@ -69,10 +70,13 @@ def plan(recipe: RecipePath, overrides: Overrides = None, run_dir: RunOption = N
     """Show what a recipe will take. Pairs, steps, tokens, memory, disk, time: without weights, without network."""
     from rich.console import Console
 
-    from spinlm.plan import make_plan, render
+    from spinlm.plan import make_plan, refusals, render
 
     loaded = _load(recipe, overrides)
-    Console().print(render(make_plan(loaded, RunDir(_run_folder(recipe, run_dir)))))
+    found = make_plan(loaded, RunDir(_run_folder(recipe, run_dir)))
+    Console().print(render(found))
+    if any(refusals(found)):
+        raise typer.Exit(RunError.exit_code)
 
 
 @app.command()
@@ -127,7 +131,8 @@ def export(
     folder, recipe = _open_run(run)
     chosen = which_player(folder, iteration)
     export_player(recipe, folder, chosen, to, merge=merge)
-    print(f"wrote {to} ({folder.iteration(chosen).name})")
+    beaten = "; no iteration beat the start" if iteration == "best" and chosen == START else ""
+    print(f"wrote {to} ({folder.iteration(chosen).name}{beaten})")
     if push_to_hub:
         print(f"pushed to {push(to, push_to_hub)}")
 
@@ -137,6 +142,7 @@ def chat(
     run: RunPath,
     iterations: Annotated[str, typer.Option(help="Players to ask: numbers, `start`, `best`.")] = "start,best",
     prompt: Annotated[str | None, typer.Option(help="Ask this and exit; without it, ask on the terminal.")] = None,
+    system: Annotated[str | None, typer.Option(help="System prompt, as your data has it.")] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
 ) -> None:
     """Put the same prompt to several players of a run, side by side."""
@@ -150,7 +156,9 @@ def chat(
         names.setdefault(which_player(folder, name.strip()), name.strip())
     chosen = list(names)
     if len(names) < iterations.count(",") + 1:
-        print("(two of these names mean the same player; it answers once)")
+        best = "the best player is the start" if folder.best() == START else "two of these names mean the same player"
+        print(f"({best}; it answers once)")
+    before = [{"role": "system", "content": system}] if system else []
     while True:
         try:
             text = prompt if prompt is not None else input("you> ")
@@ -158,7 +166,12 @@ def chat(
             return
         try:
             answers = ask(
-                recipe, folder, chosen, [{"role": "user", "content": text}], temperature=temperature, seed=recipe.seed
+                recipe,
+                folder,
+                chosen,
+                [*before, {"role": "user", "content": text}],
+                temperature=temperature,
+                seed=recipe.seed,
             )
         except RowError as error:
             if prompt is not None:
@@ -255,7 +268,7 @@ def _stage(name: str, path: Path, iteration: int) -> None:
 def _print_result(run: RunDir) -> None:
     from rich.console import Console
 
-    from spinlm.summary import side_by_side, table, verdict
+    from spinlm.summary import side_by_side, system_prompt, table, verdict
 
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 100)
     for prompt, real, answers in side_by_side(run, prompts=3):
@@ -265,10 +278,12 @@ def _print_result(run: RunDir) -> None:
             console.print(f"{name:<11} {answer}", markup=False)
     console.print(table(run))
     console.print(verdict(run), markup=False)
+    asked = system_prompt(run)  # without it, a prompt would be another task
+    system = f" --system {shlex.quote(asked)}" if asked else ""
     spinlm = "spinlm" if shutil.which("spinlm") else sys.argv[0]
     console.print(
         f"\nThe run is in {run.root}; the best player is {run.best_link}/player. Next:\n"
-        f"  {spinlm} chat {run.root}    # the same prompt to the start and to the best player\n"
+        f"  {spinlm} chat {run.root}{system}    # the same prompt to the start and to the best player\n"
         f"  {spinlm} export {run.root} --merge --to my-model    # take the best player away\n"
         f"  {spinlm} init    # a recipe for your own model and data",
         markup=False,

@@ -190,7 +190,7 @@ class Objective(Section):
     penalty: NonNegative = 50.0
     """How strongly a real response that has become less likely counts against the margin. For dpo-positive."""
     mu: Positive = 1.0
-    """How much a synthetic response counts beside a real one. For space."""
+    """How much a synthetic response counts beside a real one. For space, which is best without `selfplay.replay`."""
     history_weight: NonNegative = 1.0
     """Weight of the advantage of the newer synthetic response over θ_0's; the paper's β. For t-spin."""
     nll_weight: NonNegative = 0.0
@@ -204,9 +204,9 @@ class Objective(Section):
     @model_validator(mode="after")
     def _no_dead_settings(self) -> "Objective":
         defaults = Objective.model_fields
-        for key in defaults.keys() - {"name", *self.reads}:
+        for key in (key for key in defaults if key not in ("name", *self.reads)):
             if getattr(self, key) != defaults[key].default:
-                readers = " and ".join(name for name, keys in READ_BY.items() if key in keys)
+                readers = ", ".join(name for name, keys in READ_BY.items() if key in keys)
                 raise ValueError(
                     f"objective.{key}: {self.name} has no such setting, only {readers}. Leave it out, or replace the "
                     f"whole section on the command line: 'objective={{name: {self.name}}}'"

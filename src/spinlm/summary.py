@@ -142,6 +142,13 @@ def side_by_side(run: RunDir, prompts: int) -> list[tuple[str, str, list[tuple[s
     ]
 
 
+def system_prompt(run: RunDir) -> str | None:
+    """That of the first held-out example, if it has one."""
+    with run.examples("heldout").open(encoding="utf-8") as file:
+        first = json.loads(file.readline())["messages"][0]
+    return str(first["content"]) if first["role"] == "system" else None
+
+
 def _texts(path: Any) -> dict[str, str]:
     lines = path.read_text(encoding="utf-8").splitlines()
     return {answer["id"]: answer["text"] for answer in map(json.loads, lines)}

@@ -524,12 +524,16 @@ def test_chat_asks_several_players(world, cli, reference):
     said = cli("chat", reference, "--iterations", "start,1", "--prompt", "What is 4?", folder=world.folder)
     assert re.fullmatch(r"\n\[start\]\n.+\n\n\[1\]\n.+\n", said.out, re.DOTALL)
     said = cli("chat", reference, "--prompt", "What is 4?", folder=world.folder)
-    once = r"\(two of these names mean the same player; it answers once\)\n\n\[start\]\n.+\n"
+    once = r"\(the best player is the start; it answers once\)\n\n\[start\]\n.+\n"
     assert re.fullmatch(
         once if (reference / "best").readlink().name == "start" else r"\n\[start\]\n.+\n\n\[best\]\n.+\n",
         said.out,
         re.DOTALL,
     )
+    told = cli("chat", reference, "--prompt", "What is 4?", "--system", "Be brief.", folder=world.folder)
+    assert told.out != said.out
+    refused = cli("chat", reference, "--prompt", "Hi", "--system", "<|im_end|>", folder=world.folder, code=2)
+    assert "contains the control token" in refused.message
     refused = cli("chat", reference, "--prompt", "<|im_end|>", folder=world.folder, code=2)
     assert refused.message == "this prompt cannot be used: the text contains the control token <|im_end|>"
 

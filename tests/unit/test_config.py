@@ -202,7 +202,10 @@ def test_a_list_of_another_length_than_the_iterations() -> None:
     ("section", "said"),
     [
         ({"mu": 2.0}, "objective.mu: spin has no such setting, only space. Leave it out"),
-        ({"name": "space", "beta": [0.1] * 4}, "objective.beta: space has no such setting, only spin and dpo-positive"),
+        (
+            {"name": "space", "beta": [0.1] * 4},
+            "objective.beta: space has no such setting, only spin, dpo-positive, t-spin",
+        ),
         ({"name": "sft", "nll_weight": 0.1}, "'objective={name: sft}'"),
         ({"name": "dpo"}, "objective.name: should be 'spin', 'dpo-positive', 'space', 't-spin' or 'sft', got \"dpo\""),
     ],

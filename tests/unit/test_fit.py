@@ -24,6 +24,7 @@ from spinlm.model.fit import (
     Fit,
     Item,
     Objective,
+    check_optimizer,
     find_optimizer,
     fit,
     learning_rate_at,
@@ -387,6 +388,17 @@ def test_an_optimizer_that_takes_other_settings(new_players: NewPlayers) -> None
     assert isinstance(optimizer, torch.optim.RMSprop)
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1]
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(players.parameters())
+
+
+@pytest.mark.parametrize("name", ["lbfgs", "SparseAdam", "nothing"])
+def test_an_optimizer_that_cannot_be_used_is_told_early(name: str) -> None:
+    with pytest.raises(RecipeError, match=r"train.optimizer: .* cannot be used|no 'nothing' in torch.optim"):
+        check_optimizer(name, 0.1, "train.optimizer")
+
+
+@pytest.mark.parametrize("name", ["adamw", "rmsprop", "sgd", "adafactor", "muon"])
+def test_an_optimizer_that_can_be_used(name: str) -> None:
+    check_optimizer(name, 0.1, "train.optimizer")
 
 
 # Checkpoints

@@ -18,7 +18,7 @@ from spinlm.plan.estimate import LOGITS_BYTES
 from spinlm.plan.lengths import find_lengths
 from spinlm.plan.lookup import find_shape
 from spinlm.plan.shapes import Shape, shape_from_config
-from spinlm.plan.show import facts, notes
+from spinlm.plan.show import facts, notes, refusals
 from spinlm.recipe import load_recipe, parse_recipe
 from spinlm.rundir import START, RunDir
 
@@ -432,22 +432,22 @@ def test_lengths_are_estimated_from_a_local_file(tmp_path: Path) -> None:
     assert plan.work[2].trained.rows == 2 * 15 * 3 * 30
 
 
-def test_too_few_rows_are_noted(tmp_path: Path) -> None:
+def test_too_few_rows_are_refused(tmp_path: Path) -> None:
     path = data_file(tmp_path, [{"prompt": "p", "response": "r"}] * 20)
     plan = make_plan(recipe(data={"path": path, "heldout": 5, "prompts": 16}))
-    assert plan.prompts == 15 and "20 examples: too few for 16 prompts beside 5" in next(notes(plan))
+    assert plan.prompts == 15 and "20 examples: too few for 16 prompts beside 5" in next(refusals(plan))
     plan = make_plan(recipe(data={"path": path, "heldout": 20}))
-    assert plan.prompts == 0 and "too few for 1 prompts" in next(notes(plan))
+    assert plan.prompts == 0 and "too few for 1 prompts" in next(refusals(plan))
     assert "0" in text(plan)
 
 
-def test_data_that_is_not_there_is_noted(tmp_path: Path) -> None:
+def test_data_that_is_not_there_is_refused(tmp_path: Path) -> None:
     path = str(tmp_path / "data.parquet")
-    noted = f"{path}: no such file, so the run will refuse it. Set data.path."
-    assert noted in notes(make_plan(recipe(data={"path": path})))
+    noted = f"{path}: no such file. Set data.path."
+    assert noted in refusals(make_plan(recipe(data={"path": path})))
     Path(path).touch()
-    assert noted not in notes(make_plan(recipe(data={"path": path})))
-    assert not any("no such file" in note for note in notes(make_plan(paper())))
+    assert noted not in refusals(make_plan(recipe(data={"path": path})))
+    assert not any("no such file" in note for note in refusals(make_plan(paper())))
 
 
 @pytest.mark.parametrize(

@@ -3,11 +3,12 @@
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from spinlm.evals.probe import discriminability
 from spinlm.interrupt import stop_if_asked
 from spinlm.model.players import Players
 from spinlm.model.trees import Tree, micro_batches
@@ -22,6 +23,7 @@ class RealAnswers:
 
     nll: list[float]  # of each example, nats per token
     margins: list[list[float]]  # r(y) − r(y') of each example's pairs with the opponent's responses, in nats
+    sampled: list[float] = field(default_factory=list)  # log-probability of each example's sampled response, if any
 
     def pair_metrics(self) -> "Metrics":
         """Share of pairs with a positive margin, and the mean margin; empty where there are no pairs."""
@@ -36,7 +38,12 @@ class RealAnswers:
 
 
 def judge_real(
-    players: Players, examples: Sequence[Example], packing: str, budget: int, pairs: Any = None
+    players: Players,
+    examples: Sequence[Example],
+    packing: str,
+    budget: int,
+    pairs: Any = None,
+    sampled: Sequence[Sequence[int]] = (),
 ) -> RealAnswers:
     """How likely the current player finds the real responses, and how well it tells them from its opponent's.
 
@@ -46,15 +53,17 @@ def judge_real(
         packing: `tree` or `pair`.
         budget: tokens in one forward pass.
         pairs: table as `read_pairs` gives it, of these examples; absent means no margins.
+        sampled: a sampled response to each example, to be judged in the same pass.
     """
     by_id: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in pairs.to_pylist() if pairs is not None else []:
         by_id[row["id"]].append(row)
+    more: list[list[Sequence[int]]] = [[ids] for ids in sampled] or [[] for _ in examples]
     trees = [
-        Tree(example.prompt_ids, (example.response_ids, *(row["synthetic_ids"] for row in by_id[example.id])))
-        for example in examples
+        Tree(example.prompt_ids, (example.response_ids, *(row["synthetic_ids"] for row in by_id[example.id]), *also))
+        for example, also in zip(examples, more, strict=True)
     ]
-    nll = [math.nan] * len(trees)
+    nll, own = [math.nan] * len(trees), [math.nan] * len(sampled)
     margins: list[list[float]] = [[] for _ in trees]
     for chosen in micro_batches(trees, budget, packing):
         stop_if_asked()
@@ -64,7 +73,9 @@ def judge_real(
             nll[index] = -real / len(example.response_ids)
             for row in by_id[example.id]:
                 margins[index].append((real - row["opponent_real"]) - (next(values) - row["opponent_synthetic"]))
-    return RealAnswers(nll, margins)
+            if sampled:
+                own[index] = next(values)
+    return RealAnswers(nll, margins, own)
 
 
 @dataclass(frozen=True)
@@ -151,6 +162,12 @@ def summarise_samples(samples: Sequence[HeldOutSample]) -> Metrics:
     if scores:
         measures["sampled_task_score"] = scores, None
     return with_intervals(**measures) | {"distinct_2": distinct([sample.token_ids for sample in samples])}
+
+
+def summarise_probe(reading: Reading) -> Metrics:
+    """How well θ_0's features tell the sampled responses from the real ones; empty for too few prompts."""
+    auc, low, high = discriminability(reading.real, reading.sampled)
+    return {} if math.isnan(auc) else {"discriminability": auc, "intervals": {"discriminability": [low, high]}}
 
 
 def with_intervals(**measures: tuple[Sequence[float], Sequence[float] | None]) -> Metrics:

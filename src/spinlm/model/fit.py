@@ -250,6 +250,28 @@ def find_optimizer(name: str) -> type[torch.optim.Optimizer]:
     return known[name.lower()]
 
 
+def check_optimizer(name: str, weight_decay: float, where: str) -> None:
+    """Try an optimiser on a small matrix, so that one that cannot be used is told before hours of other work.
+
+    Args:
+        name: of the optimiser.
+        weight_decay: the recipe's.
+        where: the recipe's field that names it, for the message.
+
+    Raises:
+        RecipeError: there is no such optimiser, or it needs what training does not give (settings, a closure, …).
+    """
+    make: Any = find_optimizer(name)
+    weight = torch.nn.Parameter(torch.ones(2, 2))
+    weight.grad = torch.ones(2, 2)
+    try:
+        make([weight], lr=1e-3, weight_decay=weight_decay).step()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise RecipeError(
+            f"{where}: {name} cannot be used: {error}; choose another, such as adamw or rmsprop"
+        ) from error
+
+
 def make_optimizer(how: Fit, players: Players) -> torch.optim.Optimizer:
     """A fresh optimiser over what is trained.
 

@@ -78,8 +78,10 @@ def space(real: Tensor, synthetic: Tensor, opponent_real: Tensor, opponent_synth
     """SPACE, −log σ_μ(r(y)) − μ log σ_1/μ(−r(y')) with σ_μ(x) = 1 / (1 + μ e^−x).
 
     SPACE (arXiv 2512.07175), section 3: noise contrastive estimation, which asks of each response alone whether it is
-    real. With μ synthetic responses to a real one, σ_μ(r(y)) is the probability that y is real, and σ_1/μ(−r(y')) that
-    y' is not. Shapes and arguments as in `spin`.
+    real. With μ synthetic responses to a real one, all by θ_t, σ_μ(r(y)) is the probability that y is real, and
+    σ_1/μ(−r(y')) that y' is not. That holds for one new response to a prompt: with replayed ones (`selfplay.replay`),
+    which other opponents wrote, or several samples, the minimum is no longer the data. Shapes and arguments as in
+    `spin`.
     """
     ratio, other = real - opponent_real, synthetic - opponent_synthetic  # r(y), r(y')
     shift = math.log(mu)

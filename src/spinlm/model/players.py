@@ -203,6 +203,8 @@ def _card(recipe: Recipe, iteration: int) -> str:
     model, library = recipe.model, "transformers" if recipe.lora is None else "peft"
     base = [f"base_model: {model.path}"] if model.path.count("/") == 1 and not Path(model.path).exists() else []
     settings = recipe.objective.model_dump(include=set(recipe.objective.reads))
+    sft = recipe.objective.name == "sft"
+    game = "more supervised fine-tuning" if sft else "self-play fine-tuning (SPIN, arXiv 2401.01335)"
     what = "The starting player" if iteration == START else f"The player that iteration {iteration} made"
     lines = [
         *(
@@ -210,10 +212,10 @@ def _card(recipe: Recipe, iteration: int) -> str:
             *base,
             f"library_name: {library}",
             "pipeline_tag: text-generation",
-            "tags: [spin, self-play]",
+            *(() if sft else ("tags: [spin, self-play]",)),
             "---\n",
         ),
-        f"{what} in self-play fine-tuning (SPIN, arXiv 2401.01335) with spinlm {__version__}.\n",
+        f"{what} in {game} with spinlm {__version__}.\n",
         f"- weights: {'the whole model' if recipe.lora is None else 'a LoRA adapter'}",
         f"- began from: {public(model.path)}{f' at {model.revision}' if model.revision else ''}",
         f"- data: {public(recipe.data.path)}",

@@ -101,13 +101,14 @@ class Plan:
         train, opponent, heldout = self.recipe.train, self.recipe.opponent, self.recipe.data.heldout
         prompts, samples, used = self.prompts, opponent.samples_per_prompt, self.recipe.used(iteration)
         asked = 0 if self.recipe.objective.name == "sft" else prompts  # for responses to learn from
+        watched = (train.epochs - 1) * heldout if self.recipe.selfplay.guard else 0
         return Work(
             iteration=iteration,
             prompts=prompts,
             # All pairs of a prompt are in one step; ⌈pairs / batch_size⌉ where their number divides the batch.
             steps=train.epochs * math.ceil(prompts / max(1, train.batch_size // used)),
             replies=(((asked + heldout) * samples, opponent.max_new_tokens), self._answers()),
-            scored=self.lengths.tokens((asked, used), (2 * heldout, samples), (2 * heldout, 1)),
+            scored=self.lengths.tokens((asked, used), (2 * heldout, samples), (2 * heldout, 1), (watched, 0)),
             trained=self.lengths.tokens((train.epochs * prompts, self.recipe.beside(iteration))),
             responses=asked * samples,
             pairs=asked * used,

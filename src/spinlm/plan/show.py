@@ -21,13 +21,11 @@ def render(plan: Plan) -> "RenderableType":
     from rich.text import Text
 
     parts: list[RenderableType] = [Text(f"{plan.recipe.model.path} on {plan.recipe.data.path}", style="bold")]
+    parts += [Text(f"This run will be refused: {reason}", style="red") for reason in refusals(plan)]
     for title, table in _tables(plan):
         parts += [Text(f"\n{title}", style="bold"), table]
     parts += [Text(f"note: {note}", style="yellow") for note in notes(plan)]
-    if plan.changed:
-        parts += [Text("The run folder was made with a different recipe and will be refused:", style="red")]
-        parts += [Text(f"  {line}", style="red") for line in plan.changed]
-    elif plan.finished:
+    if plan.finished and not plan.changed:
         parts += [Text(f"done already, will not be repeated: {', '.join(plan.finished)}", style="green")]
     return Group(*parts)
 
@@ -137,22 +135,29 @@ def _prompts_source(plan: Plan) -> str:
     return f"{examples:,} less {plan.set_apart:,} set apart ({counted})"
 
 
-def notes(plan: Plan) -> Iterator[str]:
-    """What makes the numbers less than certain, or the run impossible."""
+def refusals(plan: Plan) -> Iterator[str]:
+    """Why the run cannot begin, as far as that shows without loading anything."""
     recipe, examples, asked = plan.recipe, plan.lengths.examples, plan.recipe.data.prompts or 1
     if names_a_file(recipe.data.path) and not Path(recipe.data.path).expanduser().is_file():
-        yield f"{recipe.data.path}: no such file, so the run will refuse it. Set data.path."
+        yield f"{recipe.data.path}: no such file. Set data.path."
+    if examples is not None and asked > examples - plan.set_apart:
+        yield (
+            f"{recipe.data.path} has {examples:,} examples: too few for {asked:,} prompts beside {plan.set_apart:,} "
+            f"that are set apart. Lower data.heldout or data.prompts. Counted with {plan.prompts:,}."
+        )
+    if plan.changed:
+        yield "\n  ".join(("the run folder was made with a different recipe:", *plan.changed))
+
+
+def notes(plan: Plan) -> Iterator[str]:
+    """What makes the numbers less than certain."""
+    recipe, examples = plan.recipe, plan.lengths.examples
     if plan.shape is None:
         yield f"Memory, disk for players and time are missing: {plan.shape_source}."
     if examples is None and recipe.data.prompts is None:
         yield (
             "data.prompts is not set, and only the rows of a local .jsonl file are counted: for every "
             f"{plan.prompts:,} prompts the run does what is shown here."
-        )
-    if examples is not None and asked > examples - plan.set_apart:
-        yield (
-            f"{recipe.data.path} has {examples:,} examples: too few for {asked:,} prompts beside {plan.set_apart:,} "
-            f"that are set apart, so the run will refuse it. Counted with {plan.prompts:,}."
         )
     if plan.lengths.limits:
         yield (

@@ -1,7 +1,6 @@
 """Evaluate: what the player that an iteration made does on held-out prompts."""
 
 import logging
-import math
 
 from spinlm.config import Recipe
 from spinlm.evals.heldout import (
@@ -11,9 +10,9 @@ from spinlm.evals.heldout import (
     read_samples,
     repetition,
     summarise,
+    summarise_probe,
     summarise_samples,
 )
-from spinlm.evals.probe import discriminability
 from spinlm.evals.scorers import get_scorer
 from spinlm.files import atomic_file, write_json
 from spinlm.model.players import Players, seat
@@ -44,10 +43,43 @@ def evaluate(recipe: Recipe, run: RunDir, iteration: int) -> None:
     if iteration != START:
         files = count_shards(run.examples("heldout"), recipe.opponent.shard_size)
         pairs = read_pairs(run.pairs(iteration, "heldout", shard) for shard in range(files))
-    packing = run.facts("warmup", START)["packing"]
-    real = judge_real(players, examples, packing, recipe.train.tokens_per_micro_batch, pairs)
-    answers = _answer(recipe, players, examples, real.nll, iteration, packing)
-    samples, told_apart = _sample(recipe, players, examples, iteration, packing)
+    packing, budget = run.facts("warmup", START)["packing"], recipe.train.tokens_per_micro_batch
+    given = _ask(recipe, players, examples, recipe.evaluate.temperature, "evaluate", iteration, packing)
+    drawn = _ask(recipe, players, examples, 1.0, "sample", iteration, packing)
+    ids = [answer.token_ids for answer in drawn]
+    real = judge_real(players, examples, packing, budget, pairs, ids)
+    players.become(START)
+    start = read_samples(players, examples, ids, packing, budget)
+    answers = [
+        HeldOutAnswer(
+            id=example.id,
+            token_ids=answer.token_ids,
+            text=text,
+            finished=answer.finished,
+            identical=answer.token_ids == example.response_ids,
+            repetition=repetition(answer.token_ids),
+            nll=nll,
+            task_score=score,
+        )
+        for example, answer, nll, (text, score) in zip(
+            examples, given, real.nll, _scored(recipe, players, examples, given), strict=True
+        )
+    ]
+    samples = [
+        HeldOutSample(
+            id=example.id,
+            token_ids=answer.token_ids,
+            text=text,
+            finished=answer.finished,
+            logprob=start.logprobs[number] if iteration == START else real.sampled[number],
+            start_logprob=start.logprobs[number],
+            task_score=score,
+        )
+        for number, (example, answer, (text, score)) in enumerate(
+            zip(examples, drawn, _scored(recipe, players, examples, drawn), strict=True)
+        )
+    ]
+    told_apart = summarise_probe(start)
     metrics = merged(summarise(answers), real.pair_metrics(), summarise_samples(samples), told_apart)
     for path, records in ((run.answers(iteration), answers), (run.samples(iteration), samples)):
         with atomic_file(path, "w") as file:
@@ -63,65 +95,26 @@ def _name(iteration: int) -> str:
 
 
 def _about(metrics: Metrics) -> str:
-    low, high = metrics["intervals"].get("discriminability", (math.nan, math.nan))
-    told = f"AUC {metrics['discriminability']:.2f} [{low:.2f}, {high:.2f}]" if low == low else "too few prompts to say"
+    drift = f"drift from the start {metrics['drift']:+.4f} nats per token"
+    if "discriminability" not in metrics:
+        return f"too few prompts to say how well its responses are told from the real ones; {drift}"
+    low, high = metrics["intervals"]["discriminability"]
     return (
-        f"its own responses are told from the real ones with {told} (0.5: not at all); drift from the start "
-        f"{metrics['drift']:+.4f} nats per token"
+        f"its responses are told from the real ones with AUC {metrics['discriminability']:.2f} "
+        f"[{low:.2f}, {high:.2f}] (0.5: not at all); {drift}"
     )
 
 
-def _answer(
-    recipe: Recipe, players: Players, examples: list[Example], nll: list[float], iteration: int, packing: str
-) -> list[HeldOutAnswer]:
-    """The answers that are scored, greedy ones by default."""
+def _scored(
+    recipe: Recipe, players: Players, examples: list[Example], given: list[Answer]
+) -> list[tuple[str, float | None]]:
+    """The text of each answer, and its task score where the recipe names a scorer."""
     scorer = get_scorer(recipe.evaluate.scorer) if recipe.evaluate.scorer else None
-    given = _ask(recipe, players, examples, recipe.evaluate.temperature, "evaluate", iteration, packing)
-    answers = []
-    for example, answer, value in zip(examples, given, nll, strict=True):
-        text = players.renderer.decode(answer.token_ids)
-        answers.append(
-            HeldOutAnswer(
-                id=example.id,
-                token_ids=answer.token_ids,
-                text=text,
-                finished=answer.finished,
-                identical=answer.token_ids == example.response_ids,
-                repetition=repetition(answer.token_ids),
-                nll=value,
-                task_score=scorer(text, example.response) if scorer else None,
-            )
-        )
-    return answers
-
-
-def _sample(
-    recipe: Recipe, players: Players, examples: list[Example], iteration: int, packing: str
-) -> tuple[list[HeldOutSample], Metrics]:
-    """Responses from the player's own distribution, and how well θ_0's features tell them from the real ones."""
-    scorer = get_scorer(recipe.evaluate.scorer) if recipe.evaluate.scorer else None
-    given = _ask(recipe, players, examples, 1.0, "sample", iteration, packing)
-    ids, budget = [answer.token_ids for answer in given], recipe.train.tokens_per_micro_batch
-    own = start = read_samples(players, examples, ids, packing, budget)
-    if iteration != START:
-        players.become(START)
-        start = read_samples(players, examples, ids, packing, budget)
-    samples = []
-    for number, (example, answer) in enumerate(zip(examples, given, strict=True)):
-        text = players.renderer.decode(answer.token_ids)
-        samples.append(
-            HeldOutSample(
-                id=example.id,
-                token_ids=answer.token_ids,
-                text=text,
-                finished=answer.finished,
-                logprob=own.logprobs[number],
-                start_logprob=start.logprobs[number],
-                task_score=scorer(text, example.response) if scorer else None,
-            )
-        )
-    auc, low, high = discriminability(start.real, start.sampled)
-    return samples, {} if math.isnan(auc) else {"discriminability": auc, "intervals": {"discriminability": [low, high]}}
+    texts = [players.renderer.decode(answer.token_ids) for answer in given]
+    return [
+        (text, scorer(text, example.response) if scorer else None)
+        for text, example in zip(texts, examples, strict=True)
+    ]
 
 
 def _ask(

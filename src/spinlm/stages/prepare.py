@@ -14,9 +14,10 @@ from typing import Any
 from spinlm import __version__
 from spinlm.config import Recipe
 from spinlm.data.examples import SPLITS, select_examples
+from spinlm.errors import DataError
 from spinlm.evals.scorers import get_scorer
-from spinlm.files import atomic_file, write_json
-from spinlm.model.fit import find_optimizer
+from spinlm.files import atomic_file, file_digest, write_json
+from spinlm.model.fit import check_optimizer
 from spinlm.model.loading import ensure_base, locate
 from spinlm.model.players import check_trackers, seat
 from spinlm.records import Example, to_line
@@ -74,9 +75,9 @@ def _check_names(recipe: Recipe) -> None:
         RecipeError: there is no such optimiser, tracker or scorer.
         MissingPackageError: a tracker's package is not installed.
     """
-    find_optimizer(recipe.train.optimizer)
+    check_optimizer(recipe.train.optimizer, recipe.train.weight_decay, "train.optimizer")
     if recipe.warmup_sft is not None:
-        find_optimizer(recipe.warmup_sft.optimizer)
+        check_optimizer(recipe.warmup_sft.optimizer, recipe.train.weight_decay, "warmup_sft.optimizer")
     if recipe.evaluate.scorer is not None:
         get_scorer(recipe.evaluate.scorer)
     check_trackers(recipe.tracking)
@@ -88,8 +89,10 @@ _ORDER = ("train", "heldout", "warmup")
 def _data_fingerprint(recipe: Recipe) -> dict[str, Any]:
     path = Path(recipe.data.path).expanduser()
     if path.is_file():
-        with path.open("rb") as file:
-            return {"sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+        try:
+            return {"sha256": file_digest(path)}
+        except OSError as error:
+            raise DataError(f"{recipe.data.path}: cannot be read: {error.strerror}") from error
     return {"id": recipe.data.path, "revision": recipe.data.revision, "split": recipe.data.split}
 
 

@@ -1,0 +1,127 @@
+"""Play every arm of a replication on every data set and seed, then write what came out.
+
+    python benchmarks/replication/play.py small.yaml [--to runs/replication] [--jobs 2] [--data gsm8k=FILE.jsonl]
+
+A plan (small.yaml, full.yaml) names data sets, seeds, arms and questions. An arm is a recipe with changes; the arms of
+a data set and seed begin with the same starting player, unless their `start` says otherwise. Run it again and it goes
+on: runs that are complete are left alone. A data set whose file is not given is left out, and that is said.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from results import write_report
+
+HERE = Path(__file__).resolve().parent
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A way to play: changes to the data set's recipe."""
+
+    name: str
+    settings: tuple[str, ...] = ()
+    start: str = "shared"  # or "own": made by this run, where the changes concern the start
+
+    @classmethod
+    def of(cls, name: str, settings: dict[str, Any]) -> "Arm":
+        return cls(name, tuple(settings["settings"]), settings.get("start", "shared"))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is played: every arm on every data set and seed."""
+
+    title: str
+    seeds: tuple[int, ...]
+    datasets: dict[str, tuple[str, ...]]  # changes to the recipe
+    arms: tuple[Arm, ...]
+    questions: tuple[tuple[str, str, str], ...]  # text, arm, and what it is compared with: an arm or `start`
+    recipe: Path
+    given: dict[str, Path] = field(default_factory=dict)  # data files
+
+    @classmethod
+    def read(cls, path: Path, given: dict[str, Path]) -> "Plan":
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        datasets = {}
+        for name, part in values["datasets"].items():
+            if part.get("file") == "own" or name in given:
+                datasets[name] = tuple(part.get("settings", ()))
+            else:
+                print(f"{name} is left out: give its file with --data {name}=FILE.jsonl", flush=True)
+        return cls(
+            title=values["title"],
+            seeds=tuple(values["seeds"]),
+            datasets=datasets,
+            arms=tuple(Arm.of(name, settings) for name, settings in values["arms"].items()),
+            questions=tuple((one["ask"], one["arm"], one["against"]) for one in values["questions"]),
+            recipe=HERE.parent.parent / values["recipe"],
+            given=given,
+        )
+
+    def command(self, to: Path, dataset: str, seed: int, arm: Arm) -> list[str]:
+        """The command of one run, as a user would type it."""
+        settings = [*self.datasets[dataset], f"seed={seed}", f"data.seed={seed}", *arm.settings]
+        if dataset in self.given:
+            settings.append(f"data.path={self.given[dataset].resolve()}")
+        first = self.arms[0]
+        shared = arm is not first and arm.start == "shared"
+        return [
+            *(sys.executable, "-m", "spinlm", "run", str(self.recipe), *settings),
+            *("--run-dir", str(to / dataset / f"seed-{seed}" / arm.name)),
+            *(("--start-from", str(to / dataset / f"seed-{seed}" / first.name)) if shared else ()),
+        ]
+
+
+def play(plan: Plan, to: Path, jobs: int) -> None:
+    """All runs, `jobs` at a time, each with its share of the cores; one that fails does not stop the others."""
+    cores = os.cpu_count() or 1
+    environment = os.environ | {"OMP_NUM_THREADS": str(max(cores // jobs, 1))}
+
+    def one(dataset: str, seed: int, arm: Arm) -> tuple[str, float, int]:
+        name = f"{dataset}/seed-{seed}/{arm.name}"
+        log = to / f"{name}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        began = time.monotonic()
+        with log.open("w", encoding="utf-8") as file:
+            code = subprocess.run(
+                plan.command(to, dataset, seed, arm), env=environment, stdout=file, stderr=subprocess.STDOUT
+            ).returncode
+        return name, time.monotonic() - began, code
+
+    with ThreadPoolExecutor(jobs) as pool:
+        cases = [(dataset, seed) for seed in plan.seeds for dataset in plan.datasets]
+        for arms in (plan.arms[:1], plan.arms[1:]):  # the first arms make the starts that the others take
+            runs = [pool.submit(one, dataset, seed, arm) for dataset, seed in cases for arm in arms]
+            for run in as_completed(runs):
+                name, seconds, code = run.result()
+                said = "" if code == 0 else f" FAILED with exit code {code}: see {to / name}.log"
+                print(f"{name}: {seconds:.0f} s{said}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("plan", help="a file in this folder, or a path")
+    parser.add_argument("--to", type=Path, default=Path("runs/replication"))
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time")
+    parser.add_argument("--data", action="append", default=[], help="NAME=FILE.jsonl, for a data set that needs one")
+    parser.add_argument("--report", type=Path, help="write the report here; the default is report.md in --to")
+    args = parser.parse_args()
+    path = HERE / args.plan if (HERE / args.plan).exists() else Path(args.plan)
+    plan = Plan.read(path, {name: Path(file) for name, _, file in (given.partition("=") for given in args.data)})
+    folder = args.to / path.stem
+    began = time.monotonic()
+    play(plan, folder, args.jobs)
+    print(write_report(plan, folder, args.report or folder / "report.md", time.monotonic() - began, args.jobs))
+
+
+if __name__ == "__main__":
+    main()

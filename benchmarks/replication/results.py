@@ -1,0 +1,186 @@
+"""What a replication found: paired comparisons with intervals, as Markdown and pictures.
+
+Everything is read from the run folders. A run's value on a measure is that of its last player, or of its selected one:
+chosen by the run's own rule on one half of the held-out prompts and measured on the other half, both ways round, so
+that the choice cannot flatter the result.
+"""
+
+import datetime
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from play import Plan
+
+T_95 = (math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+"""Student's t at 97.5% for 1 … 10 degrees of freedom."""
+
+PACKAGES = ("spinlm", "torch", "transformers", "peft")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder that is complete as far as it goes."""
+
+    folder: Path
+
+    @cached_property
+    def players(self) -> list[str]:
+        """Folders of the players that were evaluated, the start first."""
+        names = ["start", *(f"iteration-{number}" for number in range(100))]
+        return [name for name in names if (self.folder / name / "evaluate.done").exists()]
+
+    def metrics(self, player: str) -> dict[str, Any]:
+        return dict(json.loads((self.folder / player / "metrics.json").read_text(encoding="utf-8")))
+
+    def values(self, player: str, measure: str) -> dict[str, float]:
+        """Task score or NLL of each held-out prompt."""
+        lines = (self.folder / player / "answers.jsonl").read_text(encoding="utf-8").splitlines()
+        return {row["id"]: float(row[measure]) for row in map(json.loads, lines)}
+
+    @cached_property
+    def selected(self) -> float:
+        """Mean task score where the player is chosen on the other half of the prompts."""
+        scores = {player: self.values(player, "task_score") for player in self.players}
+        prompts = sorted(scores["start"])
+        halves = prompts[::2], prompts[1::2]
+        errors = json.loads((self.folder / "recipe.resolved.json").read_text())["selfplay"]["select"]["standard_errors"]
+        found = []
+        for chosen_on, measured_on in (halves, halves[::-1]):
+            best = "start"
+            for player in self.players[1:]:
+                ahead = [scores[player][prompt] - scores[best][prompt] for prompt in chosen_on]
+                if statistics.fmean(ahead) > errors * statistics.stdev(ahead) / math.sqrt(len(ahead)):
+                    best = player
+            found += [scores[best][prompt] for prompt in measured_on]
+        return statistics.fmean(found)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Mean difference over seeds; the interval is Student's t over the seeds' own differences."""
+
+    each: list[float]
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.each)
+
+    @property
+    def half(self) -> float:
+        """Half the width of the 95% interval; infinite for one seed."""
+        count = len(self.each)
+        if count < 2:
+            return math.inf
+        return T_95[min(count - 1, len(T_95) - 1)] * statistics.stdev(self.each) / math.sqrt(count)
+
+    def __str__(self) -> str:
+        if not self.each:
+            return "–"
+        interval = f" [{self.mean - self.half:+.3f}, {self.mean + self.half:+.3f}]" if len(self.each) > 1 else ""
+        return f"{self.mean:+.3f}{interval}"
+
+
+def find(plan: "Plan", folder: Path, dataset: str, arm: str) -> dict[int, Run]:
+    """The runs of an arm by seed, as far as they have a player beside the start."""
+    runs = {seed: Run(folder / dataset / f"seed-{seed}" / arm) for seed in plan.seeds}
+    return {seed: run for seed, run in runs.items() if len(run.players) > 1}
+
+
+def write_report(plan: "Plan", folder: Path, target: Path, seconds: float, jobs: int) -> str:
+    """Write the report, and return it."""
+    lines = [f"# {plan.title}", "", *_made_how(folder, seconds, jobs), ""]
+    for dataset in plan.datasets:
+        lines += [f"## {dataset}", "", *_players(plan, folder, dataset), "", *_answers(plan, folder, dataset), ""]
+    text = "\n".join(lines)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(text, encoding="utf-8")
+    return text
+
+
+def _made_how(folder: Path, seconds: float, jobs: int) -> list[str]:
+    names = {
+        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
+    }
+    here = Path(__file__).parent
+    commit = subprocess.run(
+        ["git", "-C", here, "describe", "--always", "--dirty"], capture_output=True, text=True
+    ).stdout.strip()
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
+    return [
+        f"Written on {datetime.date.today()} at commit {commit}: {', '.join(names)}, {os.cpu_count()} virtual cores, "
+        f"{jobs} runs at a time, Python {platform.python_version()}, {versions}. This call took {seconds / 60:.0f} "
+        "minutes; runs that were there before are not counted.",
+    ]
+
+
+def _players(plan: "Plan", folder: Path, dataset: str) -> Iterator[str]:
+    """A row for each arm and player: means over the seeds."""
+    yield "| arm | player | seeds | task score | NLL | pair accuracy | unfinished | repeated | AUC | drift |"
+    yield "|---|---|---|---|---|---|---|---|---|---|"
+    for number, arm in enumerate(plan.arms):
+        runs = find(plan, folder, dataset, arm.name)
+        players = sorted(
+            {player for run in runs.values() for player in run.players}, key=lambda name: (len(name), name)
+        )
+        for player in players:
+            if player == "start" and number > 0 and arm.start == "shared":
+                continue
+            found = [run.metrics(player) for run in runs.values() if player in run.players]
+            cells = [
+                _mean(found, "task_score", "{:.3f}"),
+                _mean(found, "heldout_nll", "{:.3f}"),
+                _mean(found, "pair_accuracy", "{:.2f}"),
+                _mean(found, "unfinished_share", "{:.1%}"),
+                _mean(found, "repetition", "{:.1%}"),
+                _mean(found, "discriminability", "{:.2f}"),
+                _mean(found, "drift", "{:+.3f}"),
+            ]
+            name = "all" if player == "start" and arm.start == "shared" else arm.name
+            yield f"| {name} | {player} | {len(found)} | " + " | ".join(cells) + " |"
+
+
+def _mean(found: list[dict[str, Any]], key: str, form: str) -> str:
+    values = [metrics[key] for metrics in found if key in metrics]
+    return form.format(statistics.fmean(values)) if values else "–"
+
+
+def _answers(plan: "Plan", folder: Path, dataset: str) -> Iterator[str]:
+    """A row for each question: differences between two arms, from the same starts, on the same held-out prompts."""
+    yield "| question | seeds | task score, last player | each seed | task score, selected player | NLL, last player |"
+    yield "|---|---|---|---|---|---|"
+    for ask, arm, against in plan.questions:
+        ours = find(plan, folder, dataset, arm)
+        theirs = ours if against == "start" else find(plan, folder, dataset, against)
+        both = sorted(ours.keys() & theirs.keys())
+        if not both:
+            continue
+        score, nll, selected = [], [], []
+        for seed in both:
+            mine, other = ours[seed], theirs[seed]
+            last, its = mine.players[-1], "start" if against == "start" else other.players[-1]
+            score.append(_paired(mine.values(last, "task_score"), other.values(its, "task_score")))
+            nll.append(_paired(mine.values(last, "nll"), other.values(its, "nll")))
+            start = statistics.fmean(other.values("start", "task_score").values())
+            selected.append(mine.selected - (start if against == "start" else other.selected))
+        seeds = ", ".join(f"{value:+.3f}" for value in score)
+        cells = (str(Difference(score)), seeds, str(Difference(selected)), str(Difference(nll)))
+        yield f"| {ask} | {len(both)} | " + " | ".join(cells) + " |"
+
+
+def _paired(ours: dict[str, float], theirs: dict[str, float]) -> float:
+    """Mean difference over the held-out prompts that both have; runs with other starts may have drawn others."""
+    shared = ours.keys() & theirs.keys()
+    if not shared:
+        return statistics.fmean(ours.values()) - statistics.fmean(theirs.values())
+    return statistics.fmean(ours[prompt] - theirs[prompt] for prompt in shared)
