@@ -2,6 +2,7 @@
 
 import math
 import resource
+import statistics
 import tempfile
 import time
 from collections.abc import Iterator
@@ -10,13 +11,15 @@ from pathlib import Path
 import torch
 
 from spinlm.config import Objective, Recipe
-from spinlm.errors import ModelError
+from spinlm.errors import DataError, ModelError
+from spinlm.evals.heldout import judge_real
 from spinlm.files import read_json
 from spinlm.model.fit import Item
 from spinlm.model.loading import add_adapter, load_model, silence_dropout
 from spinlm.model.logprobs import LogProbs
 from spinlm.model.players import Players, seat
 from spinlm.model.trees import lay_out, micro_batches
+from spinlm.plan import make_plan, refusals
 from spinlm.records import Example, Generation, read_lines
 from spinlm.rundir import START, RunDir
 from spinlm.stages.generate import generate
@@ -26,6 +29,8 @@ from spinlm.stages.score import score
 from spinlm.stages.warmup import warmup
 
 EXAMPLES = 8
+REPEATED = 0.5  # share of identical, or of unfinished, responses from which a warning is due
+UNDERTRAINED = 2.0  # so many times the NLL of its own samples: the real responses are foreign to the model
 NOISE = 0.05  # share of the margins' size at which a precision is worth a warning
 
 
@@ -35,9 +40,15 @@ def check(recipe: Recipe) -> Iterator[str]:
     Raises:
         SpinError: with the first thing that is wrong.
     """
+    for reason in refusals(make_plan(recipe)):
+        raise DataError(reason)
+    few = {
+        "prompts": min(EXAMPLES, recipe.data.prompts or EXAMPLES),
+        "heldout": min(EXAMPLES, recipe.data.heldout),
+    }
     small = recipe.model_copy(
         update={
-            "data": recipe.data.model_copy(update={"prompts": EXAMPLES, "heldout": EXAMPLES}),
+            "data": recipe.data.model_copy(update=few),
             "warmup_sft": None,
             "objective": Objective() if recipe.objective.name == "sft" else recipe.objective,
             "tracking": [],
@@ -76,6 +87,7 @@ def check(recipe: Recipe) -> Iterator[str]:
             f"{facts['sampler_gap_worst']:.1e} at worst; {facts['identical_share']:.0%} of the responses equal the "
             f"real one, {facts['unfinished_share']:.0%} did not end"
         )
+        yield from _about_regime(small, players, run, warm=recipe.warmup_sft is None)
         pairs = PairItems([run.pairs(0, "train", 0)], recipe.train.batch_size)
         items = [pairs[index] for index in range(len(pairs.sizes))]
         if not items:
@@ -84,6 +96,9 @@ def check(recipe: Recipe) -> Iterator[str]:
         yield _about_first_step(small, players, items, noted["packing"])
         yield _about_precision(small, players, items, noted["packing"])
         yield _about_memory(small, players, items, noted["packing"])
+        if recipe.objective.name == "sft":
+            yield "the sft control was tried as self-play, which takes more memory and time"
+        yield "ready: nothing stands in the way of `spinlm run`"
 
 
 def _about_text(players: Players, run: RunDir) -> Iterator[str]:
@@ -103,6 +118,37 @@ def _about_answers(run: RunDir, generations: list[Generation]) -> Iterator[str]:
             f"  prompt     {_line(example.messages[-1]['content'])}\n  real       {_line(example.response)}\n"
             f"  synthetic  {_line(generation.text)}"
         )
+
+
+def _about_regime(recipe: Recipe, players: Players, run: RunDir, *, warm: bool) -> Iterator[str]:
+    """Whether self-play has something to learn from these prompts, and whether something cheaper should come first."""
+    if not warm:
+        yield "regime: not looked at, since the warm-up, which this check leaves out, decides it"
+        return
+    packing, budget = run.facts("warmup", START)["packing"], recipe.train.tokens_per_micro_batch
+    nll, own = {}, {}
+    for split in ("train", "heldout"):
+        examples = list(read_lines(run.examples(split), Example))
+        nll[split] = statistics.fmean(judge_real(players, examples, packing, budget).nll)
+        drawn = list(read_lines(run.generations(0, split, 0), Generation))
+        own[split] = -sum(one.logprob for one in drawn) / sum(len(one.token_ids) for one in drawn)
+    yield (
+        f"regime: real responses have {nll['train']:.2f} nats per token on prompts of self-play and "
+        f"{nll['heldout']:.2f} on held-out ones; the model's own samples {statistics.fmean(own.values()):.2f}"
+    )
+    facts = run.facts("score", 0)["train"]
+    if facts["identical_share"] >= REPEATED:
+        yield (
+            f"  {facts['identical_share']:.0%} of the responses repeat the real one: little is left to learn. Take "
+            "prompts that the model was not tuned on, or a model tuned for fewer epochs"
+        )
+    if nll["heldout"] > UNDERTRAINED * own["heldout"]:
+        yield (
+            "  the real responses are much less likely to it than its own: it has not learned this data yet. More "
+            "supervised fine-tuning is cheaper than self-play and gains more here; compare with objective={name: sft}"
+        )
+    if facts["unfinished_share"] >= REPEATED:
+        yield "  most responses do not end: raise opponent.max_new_tokens, or fine-tune on this data first"
 
 
 def _about_first_step(recipe: Recipe, players: Players, items: list[Item], packing: str) -> str:
