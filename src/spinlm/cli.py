@@ -102,9 +102,56 @@ def train(run: RunPath, iteration: Iteration) -> None:
 
 
 @app.command()
-def evaluate(run: RunPath, iteration: Iteration) -> None:
-    """Measure the player of an iteration on the held-out prompts."""
-    _stage("evaluate", run, iteration)
+def evaluate(
+    run: RunPath,
+    iteration: Annotated[
+        str | None,
+        typer.Option(help="Players: numbers, `start`, `best`, with commas; benchmarks measure start,best by default."),
+    ] = None,
+    suite: Annotated[str | None, typer.Option(help="open-llm-leaderboard, big-bench, or mt-bench.")] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Tasks of lm-evaluation-harness, with commas: NAME, or NAME:FEWSHOTS.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only so many examples (questions) of each task.")] = None,
+    task_data: Annotated[
+        list[str] | None, typer.Option(help="NAME=FILE.jsonl: a task's examples, where they cannot be fetched.")
+    ] = None,
+    task_folder: Annotated[Path | None, typer.Option(help="Folder with task YAML files of your own.")] = None,
+    questions: Annotated[Path | None, typer.Option(help="MT-Bench's question.jsonl.")] = None,
+    references: Annotated[Path | None, typer.Option(help="MT-Bench's reference answers, a .jsonl file.")] = None,
+    judge_url: Annotated[
+        str | None, typer.Option(help="OpenAI-compatible endpoint; its key comes from SPINLM_JUDGE_KEY.")
+    ] = None,
+    judge_model: Annotated[str | None, typer.Option(help="Name of the judge's model.")] = None,
+    judge_prompts: Annotated[Path | None, typer.Option(help="MT-Bench's judge_prompts.jsonl, or your own.")] = None,
+    pairwise: Annotated[bool, typer.Option("--pairwise", help="MT-Bench: two players against each other.")] = False,
+) -> None:
+    """Measure players. On the held-out prompts, or with --suite or --tasks on benchmarks."""
+    if suite is None and tasks is None:
+        if iteration is None or not iteration.isdecimal():
+            raise RunError("--iteration: name the number of one iteration, or a benchmark with --suite or --tasks")
+        _stage("evaluate", run, int(iteration))
+        return
+    from rich.console import Console
+
+    from spinlm.evals import benchmarks
+    from spinlm.export import which_player
+    from spinlm.interrupt import gentle_stop
+
+    folder, loaded = _open_run(run)
+    names = (iteration or "start,best").split(",")
+    players = list(dict.fromkeys(which_player(folder, name.strip()) for name in names))
+    with folder.locked(), gentle_stop():
+        if suite == "mt-bench":
+            from spinlm.evals.judge import Judge, mt_bench
+
+            judge = Judge.of(judge_url, judge_model, judge_prompts)
+            mt_bench(loaded, folder, players, judge, questions, references, limit=limit, pairwise=pairwise)
+        else:
+            from spinlm.evals.harness import harness
+
+            harness(loaded, folder, players, suite, tasks, limit=limit, data=task_data or (), folder=task_folder)
+    Console(highlight=False).print(benchmarks.table(folder, players, suite or "tasks"))
 
 
 @app.command()

@@ -121,8 +121,10 @@ def fit(
     with track(what, len(steps), already=begin) as advance:
         for step in range(begin, len(steps)):
             epoch, chosen = steps[step]
-            if step == begin > 0 and steps[step - 1][0] < epoch and not on_epoch(epoch):
-                return step
+            if step == begin > 0 and steps[step - 1][0] < epoch:
+                if not on_epoch(epoch):
+                    return step
+                module.train()  # whatever was measured there
             began = time.perf_counter()
             rate = set_learning_rate(optimizer, learning_rate_at(step, len(steps), how))
             batch = [items[index] for index in chosen]
