@@ -124,7 +124,11 @@ def evaluate(
     ] = None,
     judge_model: Annotated[str | None, typer.Option(help="Name of the judge's model.")] = None,
     judge_prompts: Annotated[Path | None, typer.Option(help="MT-Bench's judge_prompts.jsonl, or your own.")] = None,
-    pairwise: Annotated[bool, typer.Option("--pairwise", help="MT-Bench: two players against each other.")] = False,
+    judge_tokens: Annotated[int, typer.Option(min=1, help="Longest reply of the judge.")] = 2048,
+    judge_parallel: Annotated[int, typer.Option(min=1, help="Requests to the judge at once.")] = 4,
+    judge_timeout: Annotated[float, typer.Option(min=1, help="Seconds until the judge has to have replied.")] = 300,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="MT-Bench: longest answer of a player.")] = 1024,
+    pairwise: Annotated[bool, typer.Option("--pairwise", help="MT-Bench: players against the first one.")] = False,
 ) -> None:
     """Measure players. On the held-out prompts, or with --suite or --tasks on benchmarks."""
     if suite is None and tasks is None:
@@ -141,17 +145,29 @@ def evaluate(
     folder, loaded = _open_run(run)
     names = (iteration or "start,best").split(",")
     players = list(dict.fromkeys(which_player(folder, name.strip()) for name in names))
+    remarks: list[str] = []
     with folder.locked(), gentle_stop():
         if suite == "mt-bench":
-            from spinlm.evals.judge import Judge, mt_bench
+            from spinlm.evals.judge import Judge
+            from spinlm.evals.mt_bench import PAIRWISE_SUITE, mt_bench
 
-            judge = Judge.of(judge_url, judge_model, judge_prompts)
-            mt_bench(loaded, folder, players, judge, questions, references, limit=limit, pairwise=pairwise)
+            asking = {"max_tokens": judge_tokens, "parallel": judge_parallel, "timeout": judge_timeout}
+            judge = Judge.of(judge_url, judge_model, judge_prompts, **asking)
+            remarks = mt_bench(
+                *(loaded, folder, players, judge, questions, references),
+                limit=limit,
+                pairwise=pairwise,
+                max_new_tokens=max_new_tokens,
+            )
+            suite = PAIRWISE_SUITE if pairwise else suite
         else:
             from spinlm.evals.harness import harness
 
             harness(loaded, folder, players, suite, tasks, limit=limit, data=task_data or (), folder=task_folder)
-    Console(highlight=False).print(benchmarks.table(folder, players, suite or "tasks"))
+    console = Console(highlight=False)
+    console.print(benchmarks.table(folder, players, suite or "tasks"))
+    for remark in remarks:
+        console.print(remark, markup=False)
 
 
 @app.command()

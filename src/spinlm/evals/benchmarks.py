@@ -27,15 +27,16 @@ def read_scores(run: RunDir, iteration: int) -> dict[str, dict[str, Score]]:
     path = run.benchmarks(iteration)
     if not path.exists():
         return {}
-    return {
-        suite: {task: Score(**score) for task, score in tasks.items()} for suite, tasks in read_json(path).items()
-    }
+    return {suite: {task: Score(**score) for task, score in tasks.items()} for suite, tasks in read_json(path).items()}
 
 
-def add_scores(run: RunDir, iteration: int, suite: str, scores: dict[str, Score]) -> None:
-    """Keep scores beside those that are there; a task measured again gets its new score."""
+def add_scores(run: RunDir, iteration: int, suite: str, scores: dict[str, Score], *, anew: bool = False) -> None:
+    """Keep scores beside those that are there; a task measured again gets its new score.
+
+    With `anew` the suite was measured as a whole, so that its older scores go.
+    """
     kept = read_scores(run, iteration)
-    kept[suite] = kept.get(suite, {}) | scores
+    kept[suite] = scores if anew else kept.get(suite, {}) | scores
     write_json(
         run.benchmarks(iteration),
         {name: {task: asdict(score) for task, score in tasks.items()} for name, tasks in kept.items()},
