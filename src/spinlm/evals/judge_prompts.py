@@ -100,20 +100,20 @@ _SINGLE = """\
 You are to mark an answer that a language model gave to a user. Ask yourself whether it does what the user wanted, \
 whether what it says is true, whether anything important is missing and whether anything in it is in the way.{extra}
 
-Explain your opinion in two to five sentences. After that, end with a whole mark from 1 (of no use) to 10 (you would \
-not change a thing), inside two pairs of square brackets, in this form: [[MARK]]
+{material}
 
-{material}"""
+Explain your opinion in two to five sentences. After that, end with a whole mark from 1 (of no use) to 10 (you would \
+not change a thing), inside two pairs of square brackets, in this form: [[MARK]]"""
 
 _PAIR = """\
 Two language models, A and B, were given the same task by a user. Decide whose work the user is better served by. Look \
 at whether each does what was wanted and whether what it says is true. Which of them is shown first means nothing, and \
 a longer text is not a better one.{extra}
 
-Explain your opinion in two to five sentences. After that, end with your decision inside two pairs of square brackets: \
-[[A]] when A is better, [[B]] when B is better, [[C]] when neither is.
+{material}
 
-{material}"""
+Explain your opinion in two to five sentences. After that, end with your decision inside two pairs of square brackets: \
+[[A]] when A is better, [[B]] when B is better, [[C]] when neither is."""
 
 _CHECKED = " A solution that is known to be right is given: hold every result against it, and say where it differs."
 _SECOND = " The user wrote twice. Only what came in reply to the second message counts; the first is there to \

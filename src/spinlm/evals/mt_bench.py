@@ -110,7 +110,9 @@ def mt_bench(
         sitting.remarks.extend(exam.remarks(player, answers[player]))
     if without:
         categories = ", ".join(sorted({question.category for question in without}))
-        sitting.remarks.append(f"without a reference answer, so the judge had to know: {len(without)} of {categories}")
+        sitting.remarks.append(
+            f"no reference answer to {len(without)} of the questions ({categories}): there the judge is on its own"
+        )
     if pairwise:
         for player in players[1:]:
             _compare(sitting, player, players[0])
@@ -221,16 +223,16 @@ def _compare(sitting: _Sitting, player: int, other: int) -> None:
     verdicts = collect(journal, judge, asked, read_choice, f"{what}: judge")
     choices = [verdict.value for verdict in verdicts]
     games = list(zip(choices[::2], choices[1::2], strict=True))
-    results |= {item.place: outcome(*game) for item, game in zip(asked[::2], games, strict=True)}
-
+    decided = [outcome(*game) for game in games]
+    results |= {item.place: result for item, result in zip(asked[::2], decided, strict=True)}
+    if not results:
+        raise DataError(f"{what}: there is no question that both answered")
+    if games and all(result is None for result in decided):
+        raise _nothing_readable(judge, journal)
     groups: dict[int | str, list[float]] = defaultdict(list)
     for (question_id, _), result in results.items():
         if result is not None:
             groups[question_id].append(result)
-    if not results:
-        raise DataError(f"{what}: there is no question that both answered")
-    if not groups:
-        raise _nothing_readable(judge, journal)
     tally = Counter(results.values())
     settings = {
         **sitting.settings,
@@ -287,7 +289,8 @@ def _remark_unreadable(sitting: _Sitting, what: str, values: Sequence[object]) -
 
 
 def _nothing_readable(judge: Judge, journal: Journal) -> JudgeError:
-    reply = " ".join(str(journal.records[0]["replies"][0]).split())
+    unread = next(record for record in journal.records if record["verdict"] is None)
+    reply = " ".join(unread["replies"][0].split())
     begun = f"begins with {reply[:120]!r}" if reply else "is empty"
     return JudgeError(
         f"{judge.model}: its verdicts could not be read, so there is no score. The first reply {begun}; all are in "

@@ -82,7 +82,7 @@ def collect(
         raise RunError(f"{journal.path}: not verdicts ({error!r}). Delete it, and run again to make it anew") from error
     new = list({item.digest: item for item in asked if item.digest not in done}.values())
 
-    with track(what, len(asked), already=len(asked) - len(new), unit="verdicts") as advance:
+    with track(what, len(asked), already=len(asked) - len(new), unit="characters") as advance:
 
         def record(number: int, verdict: Verdict[Value]) -> None:
             item = new[number]
@@ -98,7 +98,7 @@ def collect(
                 }
             )
             done[item.digest] = verdict
-            advance(1, 1)
+            advance(1, sum(len(reply) for reply in verdict.replies))
 
         if new:
             judge.ask([item.messages for item in new], read, record)
