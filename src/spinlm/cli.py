@@ -109,9 +109,72 @@ def train(run: RunPath, iteration: Iteration) -> None:
 
 
 @app.command()
-def evaluate(run: RunPath, iteration: Iteration) -> None:
-    """Measure the player of an iteration on the held-out prompts."""
-    _stage("evaluate", run, iteration)
+def evaluate(
+    run: RunPath,
+    iteration: Annotated[
+        str | None,
+        typer.Option(help="Players: numbers, `start`, `best`, with commas; benchmarks measure start,best by default."),
+    ] = None,
+    suite: Annotated[str | None, typer.Option(help="open-llm-leaderboard, big-bench, or mt-bench.")] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Tasks of lm-evaluation-harness, with commas: NAME, or NAME:FEWSHOTS.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only so many examples (questions) of each task.")] = None,
+    task_data: Annotated[
+        list[str] | None, typer.Option(help="NAME=FILE.jsonl: a task's examples, where they cannot be fetched.")
+    ] = None,
+    task_folder: Annotated[Path | None, typer.Option(help="Folder with task YAML files of your own.")] = None,
+    questions: Annotated[Path | None, typer.Option(help="MT-Bench's question.jsonl.")] = None,
+    references: Annotated[Path | None, typer.Option(help="MT-Bench's reference answers, a .jsonl file.")] = None,
+    judge_url: Annotated[
+        str | None, typer.Option(help="OpenAI-compatible endpoint; its key comes from SPINLM_JUDGE_KEY.")
+    ] = None,
+    judge_model: Annotated[str | None, typer.Option(help="Name of the judge's model.")] = None,
+    judge_prompts: Annotated[Path | None, typer.Option(help="MT-Bench's judge_prompts.jsonl, or your own.")] = None,
+    judge_tokens: Annotated[int, typer.Option(min=1, help="Longest reply of the judge.")] = 2048,
+    judge_parallel: Annotated[int, typer.Option(min=1, help="Requests to the judge at once.")] = 4,
+    judge_timeout: Annotated[float, typer.Option(min=1, help="Seconds until the judge has to have replied.")] = 300,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="MT-Bench: longest answer of a player.")] = 1024,
+    pairwise: Annotated[bool, typer.Option("--pairwise", help="MT-Bench: players against the first one.")] = False,
+) -> None:
+    """Measure players. On the held-out prompts, or with --suite or --tasks on benchmarks."""
+    if suite is None and tasks is None:
+        if iteration is None or not iteration.isdecimal():
+            raise RunError("--iteration: name the number of one iteration, or a benchmark with --suite or --tasks")
+        _stage("evaluate", run, int(iteration))
+        return
+    from rich.console import Console
+
+    from spinlm.evals import benchmarks
+    from spinlm.export import which_player
+    from spinlm.interrupt import gentle_stop
+
+    folder, loaded = _open_run(run)
+    names = (iteration or "start,best").split(",")
+    players = list(dict.fromkeys(which_player(folder, name.strip()) for name in names))
+    remarks: list[str] = []
+    with folder.locked(), gentle_stop():
+        if suite == "mt-bench":
+            from spinlm.evals.judge import Judge
+            from spinlm.evals.mt_bench import PAIRWISE_SUITE, mt_bench
+
+            asking = {"max_tokens": judge_tokens, "parallel": judge_parallel, "timeout": judge_timeout}
+            judge = Judge.of(judge_url, judge_model, judge_prompts, **asking)
+            remarks = mt_bench(
+                *(loaded, folder, players, judge, questions, references),
+                limit=limit,
+                pairwise=pairwise,
+                max_new_tokens=max_new_tokens,
+            )
+            suite = PAIRWISE_SUITE if pairwise else suite
+        else:
+            from spinlm.evals.harness import harness
+
+            harness(loaded, folder, players, suite, tasks, limit=limit, data=task_data or (), folder=task_folder)
+    console = Console(highlight=False)
+    console.print(benchmarks.table(folder, players, suite or "tasks"))
+    for remark in remarks:
+        console.print(remark, markup=False)
 
 
 @app.command()

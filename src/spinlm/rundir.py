@@ -68,6 +68,10 @@ class RunDir:
         """Responses to the held-out prompts from the distribution of an iteration's player."""
         return self.iteration(iteration) / "samples.jsonl"
 
+    def benchmarks(self, iteration: int) -> Path:
+        """Benchmark scores of an iteration's player; beside metrics.json, which its stage's marker seals."""
+        return self.iteration(iteration) / "benchmarks.json"
+
     def iteration_metrics(self, iteration: int) -> Path:
         return self.iteration(iteration) / "metrics.json"
 
