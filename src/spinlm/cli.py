@@ -8,7 +8,7 @@ import shutil
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -134,6 +134,9 @@ def evaluate(
     judge_tokens: Annotated[int, typer.Option(min=1, help="Longest reply of the judge.")] = 2048,
     judge_parallel: Annotated[int, typer.Option(min=1, help="Requests to the judge at once.")] = 4,
     judge_timeout: Annotated[float, typer.Option(min=1, help="Seconds until the judge has to have replied.")] = 300,
+    judge_options: Annotated[
+        str | None, typer.Option(help="JSON: more fields of a request to the judge; null leaves one out.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="MT-Bench: longest answer of a player.")] = 1024,
     pairwise: Annotated[bool, typer.Option("--pairwise", help="MT-Bench: players against the first one.")] = False,
 ) -> None:
@@ -155,10 +158,11 @@ def evaluate(
     remarks: list[str] = []
     with folder.locked(), gentle_stop():
         if suite == "mt-bench":
-            from spinlm.evals.judge import Judge
+            from spinlm.evals.judge import Judge, read_options
             from spinlm.evals.mt_bench import PAIRWISE_SUITE, mt_bench
 
-            asking = {"max_tokens": judge_tokens, "parallel": judge_parallel, "timeout": judge_timeout}
+            asking: dict[str, Any] = {"max_tokens": judge_tokens, "parallel": judge_parallel, "timeout": judge_timeout}
+            asking["options"] = read_options(judge_options)
             judge = Judge.of(judge_url, judge_model, judge_prompts, **asking)
             remarks = mt_bench(
                 *(loaded, folder, players, judge, questions, references),

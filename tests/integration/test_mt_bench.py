@@ -22,7 +22,7 @@ from runs import assert_whole, read_rows, write_rows
 import spinlm.evals.judge
 from spinlm.errors import DataError, RunError, SpinError
 from spinlm.evals.benchmarks import read_scores
-from spinlm.evals.judge import REMINDER, Judge, JudgeError, read_mark
+from spinlm.evals.judge import REMINDER, Judge, JudgeError, read_mark, read_options
 from spinlm.evals.mt_bench import mt_bench
 from spinlm.files import read_json
 from spinlm.recipe import parse_recipe
@@ -206,6 +206,22 @@ def test_scores_of_a_judge_with_a_known_rule(bench, judge, endpoint, tmp_path):
         word, turn = turn_of(text)
         answer = answers[{"alpha": 1, "beta": 2, "gamma": 3}[word]]["choices"][0]["turns"]
         assert all(f"\n{given}\n" in text for given in answer[:turn])
+
+
+def test_options_are_sent_and_belong_to_what_was_asked(bench, judge, endpoint):
+    bench(judge)
+    before = len(endpoint.asked)
+    options = read_options('{"grammar": "root ::= digit", "temperature": null, "max_tokens": 7}')
+    bench(replace(judge, options=options))
+    assert len(endpoint.asked) == 2 * before  # verdicts of before were asked for otherwise
+    assert endpoint.bodies[-1].keys() == {"model", "messages", "max_tokens", "grammar"}
+    assert (endpoint.bodies[-1]["max_tokens"], endpoint.bodies[-1]["grammar"]) == (7, "root ::= digit")
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", '{"model": "other"}'])
+def test_options_that_cannot_be_sent(text):
+    with pytest.raises(JudgeError, match="--judge-options"):
+        read_options(text)
 
 
 def test_the_second_turn_sees_the_first_answer(bench, judge, endpoint):

@@ -10,7 +10,7 @@ import os
 import re
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -83,6 +83,7 @@ class Judge:
     max_tokens: int = 2048  # of a reply
     parallel: int = 4  # requests at once
     timeout: float = 300.0  # seconds until a reply has to be there
+    options: Mapping[str, Any] = field(default_factory=dict)  # further fields of a request; None leaves one out
 
     @classmethod
     def of(cls, url: str | None, model: str | None, prompts: Path | None = None, **how: Any) -> "Judge":
@@ -192,6 +193,23 @@ async def _judge(endpoint: "_Endpoint", messages: list[Message], read: Callable[
     return Verdict(read(second), (first, second))
 
 
+def read_options(text: str | None) -> dict[str, Any]:
+    """Further fields of a request, from a JSON object.
+
+    Raises:
+        JudgeError: it is none, or names what has a place of its own.
+    """
+    if not text:
+        return {}
+    try:
+        options = json.loads(text)
+    except ValueError as error:
+        raise JudgeError(f"--judge-options: not JSON ({error}). Write it like '{{\"seed\": 1}}'") from error
+    if not isinstance(options, dict) or options.keys() & {"model", "messages", "stream", "n"}:
+        raise JudgeError("--judge-options: write a JSON object, without model, messages, stream or n")
+    return options
+
+
 def _key() -> str:
     """The endpoint's key; empty where there is none."""
     for name in KEYS:
@@ -222,7 +240,8 @@ class _Endpoint:
         import httpx
 
         judge = self.judge
-        body = {"model": judge.model, "messages": messages, "temperature": 0, "max_tokens": judge.max_tokens}
+        asked = {"model": judge.model, "messages": messages, "temperature": 0, "max_tokens": judge.max_tokens}
+        body = {name: value for name, value in (asked | dict(judge.options)).items() if value is not None}
         problem = ""
         for attempt in range(ATTEMPTS):
             wait = BACKOFF * 2**attempt

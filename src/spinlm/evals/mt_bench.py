@@ -98,6 +98,7 @@ def mt_bench(
         "endpoint": judge.host,
         "prompts": judge.prompts_digest,
         "judge_tokens": judge.max_tokens,
+        "judge_options": dict(judge.options),
         "questions": short_digest([question.plain() for question in everything]),
         "references": short_digest(sorted((str(key), turns) for key, turns in known.items())) if known else None,
         "without_reference": len(without),

@@ -60,7 +60,7 @@ def verdicts_file(kind: str, judge: Judge, exam: Exam, players: Sequence[int]) -
     """Name of a file of verdicts; all that they depend on has a share in it."""
     made_from = [
         *(exam.fingerprint(player) for player in players),
-        [judge.host, judge.model, judge.max_tokens, judge.prompts_digest],
+        [judge.host, judge.model, judge.max_tokens, judge.prompts_digest, dict(judge.options)],
     ]
     model = re.sub(r"[^A-Za-z0-9.]+", "-", judge.model).strip("-.")[-60:]
     return f"{kind}-{model}-{short_digest(made_from)}.jsonl"
