@@ -167,7 +167,8 @@ def evaluate(
                 chat_template=apply_chat_template,
                 batch_size=batch_size,
             )
-    Console(highlight=False).print(benchmarks.table(folder, players, suite or "tasks"))
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
+    console.print(benchmarks.table(folder, players, suite or "tasks"))
 
 
 @app.command()

@@ -91,7 +91,7 @@ def table(run: RunDir, iterations: Sequence[int], suite: str) -> "Table":
         odd = [score is not None and not comparable(score, first) for score in row]
         marked = marked or any(odd)
         cells = (_cell(score) + " *" * differs for score, differs in zip(row, odd, strict=True))
-        grid.add_row(task, first.metric, str(first.examples), *cells)
+        grid.add_row(task.removesuffix(f" {first.metric}"), first.metric, str(first.examples), *cells)
     if marked:
         grid.caption = "* measured with other settings than the first score of its row: do not compare the two"
     return grid

@@ -70,17 +70,17 @@ class SeatedModel(HFLM):
     def _progress(self, requests: list[Instance]) -> Iterator[None]:
         """Show how far the harness has come, and stop between batches if the user asks for that."""
         stop_if_asked()
-        with track(self.what, len(requests), unit="requests") as advance:
+        with track(self.what, len(requests), unit="characters") as advance:
             self.set_cache_hook(_Hook(advance))
             yield
 
 
 class _Hook:
-    """The harness hands each answer to its cache; here it is only counted."""
+    """The harness hands each answer to its cache, with what was asked; here they are only counted."""
 
     def __init__(self, advance: Advance):
         self._advance = advance
 
     def add_partial(self, attr: str, req: Any, res: Any) -> None:
-        self._advance(amount=1)
+        self._advance(amount=sum(len(part) for part in req if isinstance(part, str)))
         stop_if_asked()

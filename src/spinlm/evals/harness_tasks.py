@@ -1,6 +1,7 @@
 """Which tasks of lm-evaluation-harness are measured, with how many few-shots, on what data."""
 
 import difflib
+import functools
 import json
 import os
 import re
@@ -110,7 +111,7 @@ def wanted_tasks(suite: str | None, tasks: str | None) -> list[Wanted]:
     asked: dict[str, Wanted] = {}
     for text in tasks.split(","):
         # A name may hold colons itself: members of some groups are GROUP::TASK.
-        match = re.fullmatch(r"(?P<name>[^\s=]*[^\s=:])(?::(?P<shots>\d+))?", text.strip())
+        match = re.fullmatch(r"(?P<name>[^\s=]*?[^\s=:])(?::(?P<shots>\d+))?", text.strip())
         if match is None:
             raise RunError(f"--tasks: {text!r} is no task. Write NAME or NAME:FEWSHOTS, with commas between tasks")
         name, shots = match["name"], match["shots"]
@@ -139,7 +140,7 @@ def local_data(given: Sequence[str]) -> dict[str, LocalData]:
     """
     found: dict[str, dict[str, Path]] = {}
     for text in given:
-        match = re.fullmatch(r"(?P<name>[^=]*[^=:])(?P<part>:fewshot)?=(?P<path>.+)", text)
+        match = re.fullmatch(r"(?P<name>[^=]*?[^=:])(?P<part>:fewshot)?=(?P<path>.+)", text)
         if match is None or re.search(r"\s", match["name"]):
             raise RunError(
                 f"--task-data: {text!r} cannot be read. Write NAME=FILE.jsonl for a task's questions, and "
@@ -194,8 +195,8 @@ def open_units(wanted: Sequence[Wanted], data: dict[str, LocalData], folder: Pat
         DataError: a file of the user's does not fit its task.
     """
     own = _own_names(folder) if folder is not None else {}
-    shipped = _shipped_names()
     names = [one.name for one in wanted]
+    shipped = {} if all(name in own for name in names) else _shipped_names()
 
     def unknown(name: str) -> RunError:
         hint = " Tasks of your own are found with --task-folder" if folder is None else ""
@@ -206,8 +207,6 @@ def open_units(wanted: Sequence[Wanted], data: dict[str, LocalData], folder: Pat
             raise unknown(name)
     manager = _manager(names, own, shipped, folder)
     for name in names:
-        if name in own and name not in manager.task_index:  # it passes over a file that it cannot read
-            raise RunError(f"{own[name]}: lm-evaluation-harness cannot read this file. Is what it includes there?")
         if name not in manager.task_index:
             raise unknown(name)
     _replace_data(manager, data, scratch)
@@ -220,6 +219,7 @@ def open_units(wanted: Sequence[Wanted], data: dict[str, LocalData], folder: Pat
     return units
 
 
+@functools.cache
 def _shipped_names() -> dict[str, Path]:
     """Every task, group and tag of the harness, with its file (a few words too many, of comments).
 
@@ -287,6 +287,9 @@ def _manager(
     theirs = {root / shipped[name].relative_to(root).parts[0] for name in names if name not in own}
     mine = [] if folder is None else [folder.absolute()]
     small = TaskManager(include_defaults=False, include_path=[*sorted(theirs), *mine])
+    for name in names:
+        if name in own and name not in small.task_index:  # it passes over a file that it cannot read
+            raise RunError(f"{own[name]}: lm-evaluation-harness cannot read this file. Is what it includes there?")
     return small if _complete(small.task_index, names) else TaskManager(include_path=list(mine))
 
 
