@@ -323,6 +323,20 @@ def test_question_is_never_among_its_own_examples(
         assert sorted(asked) == sorted(f"Question: {row['question']}" for row in ROWS)
 
 
+def test_every_player_sees_the_same_examples(measure: Any, tasks: Path, rows: Path, tmp_path: Path) -> None:
+    """Measured one after the other, or alone. A likelihood tells any difference between two prompts."""
+    text = (
+        SAY.replace("task: say", "task: read")
+        .replace("generate_until", "loglikelihood")
+        .replace("exact_match", "perplexity")
+    )
+    text = "".join(line + "\n" for line in text.splitlines() if not line.startswith("generation_kwargs"))
+    (tasks / "read.yaml").write_text(text.replace("aggregation: mean", "aggregation: perplexity"))
+    both = measure("read:3", f"read={rows}", players=(START, 0))["tasks"]["read"]
+    (tmp_path / "run" / "iteration-0" / "benchmarks.json").unlink()
+    assert measure("read:3", f"read={rows}")["tasks"]["read"].value == pytest.approx(both.value, rel=1e-6)
+
+
 def test_examples_come_from_their_own_file(tasks: Path, rows: Path, tmp_path: Path) -> None:
     shots = write(tmp_path / "shots.jsonl", [row | {"question": f"Which is {n}?"} for n, row in enumerate(ROWS)])
     (unit,) = units("say:9", tasks, tmp_path / "scratch", f"say={rows}", f"say:fewshot={shots}")
@@ -348,7 +362,7 @@ def test_package_is_missing(monkeypatch: Any) -> None:
         raise PackageNotFoundError(name)
 
     monkeypatch.setattr(harness_tasks, "version", missing)
-    with pytest.raises(MissingPackageError, match=r"Run: pip install 'spinlm\[lm-eval\]'"):
+    with pytest.raises(MissingPackageError, match=r"Run: pip install 'lm-eval>=0\.4\.13'$"):
         harness_tasks.harness_version()
 
 

@@ -164,7 +164,7 @@ def _evaluate(model: "SeatedModel", name: str, task: "Task", limit: int | None, 
             apply_chat_template=chat_template,
             fewshot_as_multiturn=chat_template,
         )
-    except (SpinError, OSError):
+    except SpinError:
         raise
     except Exception as error:  # a task is a program: anything may come out of it
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):

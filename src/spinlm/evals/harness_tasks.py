@@ -87,8 +87,7 @@ def harness_version() -> str:
         return version("lm_eval")
     except PackageNotFoundError as error:
         raise MissingPackageError(
-            "this benchmark needs lm-evaluation-harness, which is not installed. Run: pip install 'spinlm[lm-eval]' "
-            "(in a clone: pip install -e '.[lm-eval]')"
+            "this benchmark needs lm-evaluation-harness, which is not installed. Run: pip install 'lm-eval>=0.4.13'"
         ) from error
 
 
