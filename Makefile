@@ -29,7 +29,11 @@ bench: $(VENV)/model
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	$(BIN)/python benchmarks/report.py $(if $(GSM8K),--data $(GSM8K))
 
-test: $(VENV)/model
+$(VENV)/extras: $(VENV)/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,lm-eval]'
+	touch $@
+
+test: $(VENV)/model $(VENV)/extras
 	$(BIN)/pytest
 
 check: $(VENV)/installed

@@ -121,9 +121,14 @@ def evaluate(
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many examples (questions) of each task.")] = None,
     task_data: Annotated[
-        list[str] | None, typer.Option(help="NAME=FILE.jsonl: a task's examples, where they cannot be fetched.")
+        list[str] | None,
+        typer.Option(help="NAME=FILE.jsonl: a task's examples. NAME:fewshot=FILE.jsonl: its few-shots."),
     ] = None,
     task_folder: Annotated[Path | None, typer.Option(help="Folder with task YAML files of your own.")] = None,
+    apply_chat_template: Annotated[
+        bool, typer.Option("--apply-chat-template", help="Put a task's prompts into the player's chat template.")
+    ] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Requests of a task that run at once.")] = 8,
     questions: Annotated[Path | None, typer.Option(help="MT-Bench's question.jsonl.")] = None,
     references: Annotated[Path | None, typer.Option(help="MT-Bench's reference answers, a .jsonl file.")] = None,
     judge_url: Annotated[
@@ -174,8 +179,19 @@ def evaluate(
         else:
             from spinlm.evals.harness import harness
 
-            harness(loaded, folder, players, suite, tasks, limit=limit, data=task_data or (), folder=task_folder)
-    console = Console(highlight=False)
+            harness(
+                loaded,
+                folder,
+                players,
+                suite,
+                tasks,
+                limit=limit,
+                data=task_data or (),
+                folder=task_folder,
+                chat_template=apply_chat_template,
+                batch_size=batch_size,
+            )
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
     console.print(benchmarks.table(folder, players, suite or "tasks"))
     for remark in remarks:
         console.print(remark, markup=False)
@@ -272,7 +288,7 @@ def main() -> None:
     os.environ.setdefault("TQDM_DISABLE", "1")  # spinlm shows its own progress
     warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries, about each other
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
-    for noisy in ("transformers", "httpx", "accelerate", "datasets", "peft"):
+    for noisy in ("transformers", "httpx", "accelerate", "datasets", "peft", "lm_eval"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     try:
         app()

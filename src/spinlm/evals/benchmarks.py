@@ -1,5 +1,6 @@
 """Benchmark scores: where they are kept, and the table they make. Imports no torch."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,12 @@ from spinlm.rundir import START, RunDir
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+
+AVERAGED = {
+    "open-llm-leaderboard": ("arc_challenge", "truthfulqa_mc2", "winogrande", "gsm8k", "hellaswag", "mmlu"),
+}
+"""Suites whose mean over these tasks is a number of its own, as in the paper."""
 
 
 @dataclass(frozen=True)
@@ -43,21 +50,59 @@ def add_scores(run: RunDir, iteration: int, suite: str, scores: dict[str, Score]
     )
 
 
+def average(scores: dict[str, Score], tasks: Sequence[str]) -> Score | None:
+    """The mean of several tasks, each counting the same; None unless all were measured.
+
+    The tasks share no examples, so the variances of their scores add up: the standard error is √(Σ se²) / n. Without
+    one of them there is none.
+    """
+    if not all(task in scores for task in tasks):
+        return None
+    parts = [scores[task] for task in tasks]
+    errors = [part.standard_error for part in parts if part.standard_error is not None]
+    return Score(
+        value=sum(part.value for part in parts) / len(parts),
+        standard_error=math.hypot(*errors) / len(parts) if len(errors) == len(parts) else None,
+        metric="mean",
+        examples=sum(part.examples for part in parts),
+        settings={task: scores[task].settings for task in tasks},
+    )
+
+
 def table(run: RunDir, iterations: Sequence[int], suite: str) -> "Table":
-    """A rich table with a row for each task of a suite and a column for each player, value ± standard error."""
+    """A rich table with a row for each task of a suite and a column for each player, value ± standard error.
+
+    A score that was measured in another way than the first one of its row is marked: the two cannot be compared.
+    """
     from rich.box import SIMPLE
     from rich.table import Table
 
     measured = {iteration: read_scores(run, iteration).get(suite, {}) for iteration in iterations}
-    grid = Table(box=SIMPLE, pad_edge=False, padding=(0, 1))
+    for scores in measured.values():
+        if suite in AVERAGED and (mean := average(scores, AVERAGED[suite])):
+            scores["average"] = mean
+    grid = Table(box=SIMPLE, pad_edge=False, padding=(0, 1), caption_justify="left")
     for title in (suite, "metric"):
         grid.add_column(title, no_wrap=True)
+    grid.add_column("examples", justify="right", no_wrap=True)
     for iteration in iterations:
         grid.add_column("start" if iteration == START else f"iteration {iteration}", justify="right", no_wrap=True)
+    marked = False
     for task in dict.fromkeys(task for scores in measured.values() for task in scores):
-        metric = next(scores[task].metric for scores in measured.values() if task in scores)
-        grid.add_row(task, metric, *(_cell(scores.get(task)) for scores in measured.values()))
+        row = [scores.get(task) for scores in measured.values()]
+        first = next(score for score in row if score is not None)
+        odd = [score is not None and not comparable(score, first) for score in row]
+        marked = marked or any(odd)
+        cells = (_cell(score) + " *" * differs for score, differs in zip(row, odd, strict=True))
+        grid.add_row(task.removesuffix(f" {first.metric}"), first.metric, str(first.examples), *cells)
+    if marked:
+        grid.caption = "* measured with other settings than the first score of its row: do not compare the two"
     return grid
+
+
+def comparable(one: Score, other: Score) -> bool:
+    """Whether two scores of a task were measured in the same way."""
+    return (one.metric, one.settings) == (other.metric, other.settings)
 
 
 def _cell(score: Score | None) -> str:
