@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import multiprocessing
 import shutil
 import socket
 from collections.abc import Callable
@@ -323,18 +324,32 @@ def test_question_is_never_among_its_own_examples(
         assert sorted(asked) == sorted(f"Question: {row['question']}" for row in ROWS)
 
 
-def test_every_player_sees_the_same_examples(measure: Any, tasks: Path, rows: Path, tmp_path: Path) -> None:
-    """Measured one after the other, or alone. A likelihood tells any difference between two prompts."""
-    text = (
-        SAY.replace("task: say", "task: read")
-        .replace("generate_until", "loglikelihood")
-        .replace("exact_match", "perplexity")
-    )
-    text = "".join(line + "\n" for line in text.splitlines() if not line.startswith("generation_kwargs"))
+@pytest.fixture
+def read(tasks: Path) -> str:
+    """A task that tells the slightest difference between two prompts, by name."""
+    lines = [line for line in SAY.replace("task: say", "task: read").splitlines() if "generation" not in line]
+    text = "\n".join(lines).replace("generate_until", "loglikelihood").replace("exact_match", "perplexity")
     (tasks / "read.yaml").write_text(text.replace("aggregation: mean", "aggregation: perplexity"))
-    both = measure("read:3", f"read={rows}", players=(START, 0))["tasks"]["read"]
+    return "read"
+
+
+def test_every_player_sees_the_same_examples(measure: Any, read: str, rows: Path, tmp_path: Path) -> None:
+    """Measured one after the other, or alone."""
+    both = measure(f"{read}:3", f"read={rows}", players=(START, 0))["tasks"]["read"]
     (tmp_path / "run" / "iteration-0" / "benchmarks.json").unlink()
-    assert measure("read:3", f"read={rows}")["tasks"]["read"].value == pytest.approx(both.value, rel=1e-6)
+    assert measure(f"{read}:3", f"read={rows}")["tasks"]["read"].value == pytest.approx(both.value, rel=1e-6)
+
+
+def test_bootstrap_starts_no_processes(measure: Any, read: str, rows: Path, monkeypatch: Any) -> None:
+    """They would take over how spinlm treats SIGTERM, by which their pool ends them."""
+
+    def forbidden(*_: Any) -> Any:
+        raise AssertionError("a pool of processes")
+
+    monkeypatch.delenv("DISABLE_MULTIPROC", raising=False)
+    monkeypatch.setattr(multiprocessing, "Pool", forbidden)
+    score = measure(read, f"read={rows}")["tasks"]["read"]
+    assert score.metric == "perplexity" and score.standard_error is not None and score.standard_error > 0
 
 
 def test_examples_come_from_their_own_file(tasks: Path, rows: Path, tmp_path: Path) -> None:

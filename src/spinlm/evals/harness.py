@@ -155,6 +155,9 @@ def _evaluate(model: "SeatedModel", name: str, task: "Task", limit: int | None, 
     np.random.seed(DEFAULT_OTHER_SEED)
     torch.manual_seed(DEFAULT_OTHER_SEED)
     task.set_fewshot_seed(DEFAULT_OTHER_SEED)
+    # Bootstraps go through a pool of processes otherwise, which take over how `gentle_stop` treats SIGTERM: then
+    # the pool waits for ever for one that has to be told to end.
+    os.environ["DISABLE_MULTIPROC"] = "1"
     try:
         found = evaluate(
             model,
