@@ -8,6 +8,7 @@ on: runs that are complete are left alone. A data set whose file is not given is
 """
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -103,6 +104,8 @@ def play(plan: Plan, to: Path, jobs: int) -> None:
             runs = [pool.submit(one, dataset, seed, arm) for dataset, seed in cases for arm in arms]
             for run in as_completed(runs):
                 name, seconds, code = run.result()
+                with (to / "times.jsonl").open("a", encoding="utf-8") as file:
+                    file.write(json.dumps({"run": name, "seconds": round(seconds)}) + "\n")
                 said = "" if code == 0 else f" FAILED with exit code {code}: see {to / name}.log"
                 print(f"{name}: {seconds:.0f} s{said}", flush=True)
 
@@ -118,9 +121,8 @@ def main() -> None:
     path = HERE / args.plan if (HERE / args.plan).exists() else Path(args.plan)
     plan = Plan.read(path, {name: Path(file) for name, _, file in (given.partition("=") for given in args.data)})
     folder = args.to / path.stem
-    began = time.monotonic()
     play(plan, folder, args.jobs)
-    print(write_report(plan, folder, args.report or folder / "report.md", time.monotonic() - began, args.jobs))
+    print(write_report(plan, folder, args.report or folder / "report.md", args.jobs))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ import math
 import os
 import platform
 import statistics
-import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -97,30 +96,37 @@ def find(plan: "Plan", folder: Path, dataset: str, arm: str) -> dict[int, Run]:
     return {seed: run for seed, run in runs.items() if len(run.players) > 1}
 
 
-def write_report(plan: "Plan", folder: Path, target: Path, seconds: float, jobs: int) -> str:
+def write_report(plan: "Plan", folder: Path, target: Path, jobs: int) -> str:
     """Write the report, and return it."""
-    lines = [f"# {plan.title}", "", *_made_how(folder, seconds, jobs), ""]
-    for dataset in plan.datasets:
-        lines += [f"## {dataset}", "", *_players(plan, folder, dataset), "", *_answers(plan, folder, dataset), ""]
-    text = "\n".join(lines)
+    lines = [f"# {plan.title}", "", *_made_how(plan, folder, jobs), ""]
     target.parent.mkdir(parents=True, exist_ok=True)
+    for dataset in plan.datasets:
+        picture = draw(plan, folder, dataset, target.with_name(f"{target.stem}-{dataset}.svg"))
+        shown = [f"![{dataset}: task score and held-out NLL by iteration]({picture.name})", ""] if picture else []
+        lines += [f"## {dataset}", "", *shown]
+        lines += [*_players(plan, folder, dataset), "", *_answers(plan, folder, dataset), ""]
+    text = "\n".join(lines)
     target.write_text(text, encoding="utf-8")
     return text
 
 
-def _made_how(folder: Path, seconds: float, jobs: int) -> list[str]:
+def _made_how(plan: "Plan", folder: Path, jobs: int) -> list[str]:
     names = {
         line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
     }
-    here = Path(__file__).parent
-    commit = subprocess.run(
-        ["git", "-C", here, "describe", "--always", "--dirty"], capture_output=True, text=True
-    ).stdout.strip()
+    made = [json.loads(path.read_text()) for path in sorted(folder.glob("*/seed-*/*/provenance.json"))]
+    commits = ", ".join(sorted({str(one["commit"]) for one in made}))
+    times = [json.loads(line)["seconds"] for line in (folder / "times.jsonl").read_text().splitlines()]
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
     return [
-        f"Written on {datetime.date.today()} at commit {commit}: {', '.join(names)}, {os.cpu_count()} virtual cores, "
-        f"{jobs} runs at a time, Python {platform.python_version()}, {versions}. This call took {seconds / 60:.0f} "
-        "minutes; runs that were there before are not counted.",
+        f"Played at commit {commits}, written on {datetime.date.today()}: {', '.join(names)}, {os.cpu_count()} virtual "
+        f"cores, {jobs} runs at a time, Python {platform.python_version()}, {versions}. The runs took "
+        f"{sum(times) / 60:.0f} minutes, one after the other. Seeds {', '.join(map(str, plan.seeds))} decide the data "
+        "drawn, the warm-up and every random number.",
+        "",
+        "Differences are paired, on the same held-out prompts; in brackets the 95% interval of Student's t over the "
+        "seeds. The selected player is chosen by the run's own rule on one half of the prompts and measured on the "
+        "other, both ways round.",
     ]
 
 
@@ -176,6 +182,38 @@ def _answers(plan: "Plan", folder: Path, dataset: str) -> Iterator[str]:
         seeds = ", ".join(f"{value:+.3f}" for value in score)
         cells = (str(Difference(score)), seeds, str(Difference(selected)), str(Difference(nll)))
         yield f"| {ask} | {len(both)} | " + " | ".join(cells) + " |"
+
+
+def draw(plan: "Plan", folder: Path, dataset: str, target: Path) -> Path | None:
+    """Task score and held-out NLL by iteration: a line for each arm's mean over seeds, a dot for each seed."""
+    try:
+        from matplotlib import rcParams
+        from matplotlib.figure import Figure
+    except ImportError:
+        print("no pictures: they need matplotlib (pip install -e '.[bench]')", flush=True)
+        return None
+    rcParams["svg.hashsalt"] = "spinlm"  # the same picture for the same numbers
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    for axes, measure, title in zip(
+        figure.subplots(1, 2),
+        ("task_score", "heldout_nll"),
+        ("task score", "held-out NLL, nats per token"),
+        strict=True,
+    ):
+        for number, arm in enumerate(plan.arms):
+            runs = find(plan, folder, dataset, arm.name).values()
+            curves = [[run.metrics(player).get(measure) for player in run.players] for run in runs]
+            curves = [curve for curve in curves if None not in curve]
+            longest = max(map(len, curves), default=0)
+            means = [statistics.fmean(curve[at] for curve in curves if len(curve) > at) for at in range(longest)]
+            axes.plot(range(longest), means, color=f"C{number % 10}", label=arm.name)
+            for curve in curves:
+                axes.plot(range(len(curve)), curve, ".", color=f"C{number % 10}", markersize=4, alpha=0.6)
+        axes.set(title=title, xlabel="iterations played (0: the start)")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend(fontsize="small")
+    figure.savefig(target, metadata={"Date": None})
+    return target
 
 
 def _paired(ours: dict[str, float], theirs: dict[str, float]) -> float:
