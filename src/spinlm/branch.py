@@ -1,5 +1,6 @@
 """Branch: begin a run with the start of another one, so that both are compared from the same player."""
 
+import contextlib
 import logging
 import os
 import shutil
@@ -48,10 +49,10 @@ def branch(recipe: Recipe, folder: RunDir, source: RunDir) -> None:
     for part in (source.base, source.packing, source.examples("train").parent, source.iteration(START)):
         for path in (path for path in [part, *part.rglob("*")] if path.is_file()):
             if path not in markers and source.checkpoints(START) not in path.parents:
-                _link(path, folder.root / path.relative_to(source.root))
+                _take(path, folder.root / path.relative_to(source.root), link=part == source.base)
     write_json(folder.provenance, read_json(source.provenance) | {"start_from": str(source.root.absolute())})
     for stage in STAGES:  # last, and in order: what a marker stands for is there
-        _link(source.marker(stage, START), folder.marker(stage, START))
+        _take(source.marker(stage, START), folder.marker(stage, START))
     log.info("the start is that of %s", source.root)
 
 
@@ -79,12 +80,13 @@ def _check_came_from(folder: RunDir, source: RunDir) -> None:
             )
 
 
-def _link(path: Path, to: Path) -> None:
-    """The same file under another name, or a copy where that cannot be: files are replaced, never written to."""
+def _take(path: Path, to: Path, *, link: bool = False) -> None:
+    """A copy of a file; or where that is possible the same file under another name, for one that nobody will change."""
     to.parent.mkdir(parents=True, exist_ok=True)
     to.unlink(missing_ok=True)
-    try:
-        os.link(path, to)
-    except OSError:
-        with atomic_path(to) as temporary:
-            shutil.copyfile(path, temporary)
+    if link:
+        with contextlib.suppress(OSError):
+            os.link(path, to)
+            return
+    with atomic_path(to) as temporary:
+        shutil.copyfile(path, temporary)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from unittest.mock import Mock
 
 import pytest
 from runs import contents
@@ -88,15 +89,29 @@ def test_a_folder_that_has_another_start_is_refused(branch, world, cli, referenc
     assert "has begun with another start than that of" in branch(source=source, code=2).message
 
 
-def test_a_branch_is_copied_where_files_cannot_be_linked(reference, world, tmp_path, monkeypatch):
-    def refuse(*_):
-        raise OSError("another file system")
+def test_what_is_written_into_a_branch_is_not_written_into_the_run_it_left(branch, reference, tmp_path):
+    before = contents(reference)
+    branch("selfplay.iterations=1")
+    for path in (tmp_path / "branch").rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            with path.open("a") as file:
+                file.write("edited")
+    assert contents(reference) == before
 
-    monkeypatch.setattr("os.link", refuse)
+
+def test_an_unpacked_model_is_not_copied_where_it_can_be_linked(reference, world, tmp_path, monkeypatch):
     monkeypatch.chdir(world.folder)
-    folder = RunDir(tmp_path / "branch")
-    take_start(load_recipe(world.recipe), folder, RunDir(reference))
-    assert played(folder.root) == {
-        name: digest for name, digest in played(reference).items() if not name.startswith("iteration-")
-    }
-    assert not any(path.name.endswith(".tmp") for path in folder.root.rglob("*"))
+    source = RunDir(shutil.copytree(reference, tmp_path / "source", symlinks=True))
+    source.base.mkdir()
+    (source.base / "model.safetensors").write_bytes(b"weights")
+    inodes = []
+    for refuse in (False, True):
+        folder = RunDir(tmp_path / f"branch-{refuse}")
+        if refuse:
+            monkeypatch.setattr("os.link", Mock(side_effect=OSError("another file system")))
+        take_start(load_recipe(world.recipe), folder, source)
+        assert (folder.base / "model.safetensors").read_bytes() == b"weights"
+        inodes.append((folder.base / "model.safetensors").stat().st_ino)
+        assert not any(path.name.endswith(".tmp") for path in folder.root.rglob("*"))
+    original = (source.base / "model.safetensors").stat().st_ino
+    assert inodes[0] == original != inodes[1]
