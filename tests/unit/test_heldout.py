@@ -373,7 +373,8 @@ def test_verdict_of_the_control(play, run):
 def test_verdict_names_the_player_that_the_lead_is_over(play, run):
     play([3.0, 3.0], [2.0, 2.0], [1.5, 1.25], metric="heldout_nll")
     assert verdict(run).startswith(
-        "Self-play helped: held-out NLL 3.000 at the start, 1.375 after iteration 1, the best player. It is ahead of "
+        "Self-play made the real held-out answers likelier: held-out NLL 3.000 at the start, 1.375 after iteration 1, "
+        "the best player. It is ahead of "
         "iteration 0 by 0.625 ± 0.125 ("
     )
 

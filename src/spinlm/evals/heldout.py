@@ -120,7 +120,10 @@ def repetition(token_ids: Sequence[int]) -> float:
 
 
 def distinct(responses: Sequence[Sequence[int]], n: int = 2) -> float:
-    """distinct-n (arXiv 1510.03055): the share of different n-grams among all in these responses; 0 without any."""
+    """distinct-n (arXiv 1510.03055): the share of different n-grams among all in these responses; 0 without any.
+
+    It falls as responses get longer, so compare it where their lengths are alike.
+    """
     grams = [tuple(ids[start : start + n]) for ids in responses for start in range(len(ids) - n + 1)]
     return len(set(grams)) / len(grams) if grams else 0.0
 
