@@ -147,7 +147,7 @@ class Select(Section):
 class Guard(Section):
     """Bounds on how far a player may fall behind the starting one before the run is stopped."""
 
-    nll_rise: Positive = 0.2
+    nll_rise: Positive = 0.1
     """Held-out NLL, nats per token. Also looked at after each epoch of training, which then ends there."""
     unfinished_rise: Positive = 0.2
     """Share of unfinished answers."""
