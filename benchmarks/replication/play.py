@@ -13,7 +13,7 @@ import os
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -100,14 +100,18 @@ def play(plan: Plan, to: Path, jobs: int) -> None:
 
     with ThreadPoolExecutor(jobs) as pool:
         cases = [(dataset, seed) for seed in plan.seeds for dataset in plan.datasets]
-        for arms in (plan.arms[:1], plan.arms[1:]):  # the first arms make the starts that the others take
-            runs = [pool.submit(one, dataset, seed, arm) for dataset, seed in cases for arm in arms]
-            for run in as_completed(runs):
+        waiting = {pool.submit(one, *case, plan.arms[0]): case for case in cases}
+        running: set[Future[tuple[str, float, int]]] = set(waiting)
+        while running:
+            ended, running = wait(running, return_when=FIRST_COMPLETED)
+            for run in ended:
                 name, seconds, code = run.result()
                 with (to / "times.jsonl").open("a", encoding="utf-8") as file:
                     file.write(json.dumps({"run": name, "seconds": round(seconds)}) + "\n")
                 said = "" if code == 0 else f" FAILED with exit code {code}: see {to / name}.log"
                 print(f"{name}: {seconds:.0f} s{said}", flush=True)
+                if case := waiting.pop(run, None):  # the first arm has made the start that the others take
+                    running |= {pool.submit(one, *case, arm) for arm in plan.arms[1:]}
 
 
 def main() -> None:
