@@ -78,14 +78,21 @@ def check(recipe: Recipe) -> Iterator[str]:
         generations = list(read_lines(run.generations(0, "train", 0), Generation))
         tokens = sum(len(generation.token_ids) for generation in generations)
         seconds = time.monotonic() - began
-        yield f"opponent: {tokens} tokens for {len(generations)} prompts in {seconds:.1f} s, for example:"
+        if small.preferences:
+            yield f"rejected responses of the data: {tokens} tokens for {len(generations)} prompts, for example:"
+        else:
+            yield f"opponent: {tokens} tokens for {len(generations)} prompts in {seconds:.1f} s, for example:"
         yield from _about_answers(run, generations)
         score(small, run, 0)
         facts = run.facts("score", 0)["train"]
+        if "sampler_gap_mean" in facts:
+            yield (
+                f"scoring: sampler and scorer differ by {facts['sampler_gap_mean']:.1e} nats per token on average, "
+                f"{facts['sampler_gap_worst']:.1e} at worst"
+            )
         yield (
-            f"scoring: sampler and scorer differ by {facts['sampler_gap_mean']:.1e} nats per token on average, "
-            f"{facts['sampler_gap_worst']:.1e} at worst; {facts['identical_share']:.0%} of the responses equal the "
-            f"real one, {facts['unfinished_share']:.0%} did not end"
+            f"synthetic responses: {facts['identical_share']:.0%} equal the real one, {facts['unfinished_share']:.0%} "
+            "did not end"
         )
         yield from _about_regime(small, players, run, warm=recipe.warmup_sft is None)
         pairs = PairItems([run.pairs(0, "train", 0)], recipe.train.batch_size)
@@ -122,6 +129,9 @@ def _about_answers(run: RunDir, generations: list[Generation]) -> Iterator[str]:
 
 def _about_regime(recipe: Recipe, players: Players, run: RunDir, *, warm: bool) -> Iterator[str]:
     """Whether self-play has something to learn from these prompts, and whether something cheaper should come first."""
+    if recipe.preferences:
+        yield "regime: not looked at, since the data's own pairs are trained on"
+        return
     if not warm:
         yield "regime: not looked at, since the warm-up, which this check leaves out, decides it"
         return
@@ -131,7 +141,7 @@ def _about_regime(recipe: Recipe, players: Players, run: RunDir, *, warm: bool) 
         examples = list(read_lines(run.examples(split), Example))
         nll[split] = statistics.fmean(judge_real(players, examples, packing, budget).nll)
         drawn = list(read_lines(run.generations(0, split, 0), Generation))
-        own[split] = -sum(one.logprob for one in drawn) / sum(len(one.token_ids) for one in drawn)
+        own[split] = -sum(one.logprob or 0.0 for one in drawn) / sum(len(one.token_ids) for one in drawn)
     yield (
         f"regime: real responses have {nll['train']:.2f} nats per token on prompts of self-play and "
         f"{nll['heldout']:.2f} on held-out ones; the model's own samples {statistics.fmean(own.values()):.2f}"

@@ -65,6 +65,9 @@ class Columns(Section):
     """Column with the prompt: text, or a list of messages."""
     response: str | None = None
     """Column with the response: text, or a list with one assistant message."""
+    rejected: str | None = None
+    """Column of a preference data set with the worse response, in the same form as the better one. It takes the place
+    of the opponent's response, so that the objective `spin` is plain DPO."""
     system: str | None = None
     """Column with a system prompt for conversations that do not begin with one."""
     id: str | None = None
@@ -307,7 +310,22 @@ class Recipe(Section):
                 )
         if self.selfplay.select.metric == "task_score" and self.evaluate.scorer is None:
             raise ValueError("selfplay.select.metric is task_score, but evaluate.scorer names no scorer")
+        if self.preferences and self.selfplay.iterations * self.opponent.samples_per_prompt > 1:
+            raise ValueError(
+                "data.columns.rejected: a prompt has one rejected response, the same in every iteration: set "
+                "selfplay.iterations and opponent.samples_per_prompt to 1"
+            )
         return self
+
+    @property
+    def preferences(self) -> bool:
+        """Whether the synthetic responses are the data's rejected ones, and no opponent's."""
+        return self.data.columns.rejected is not None
+
+    @property
+    def longest_synthetic(self) -> int:
+        """The most tokens of a synthetic response."""
+        return self.train.max_length if self.preferences else self.opponent.max_new_tokens
 
     def used(self, iteration: int) -> int:
         """Synthetic responses in use for each prompt: the newest, and those of up to `replay` iterations before."""
@@ -326,7 +344,7 @@ class Recipe(Section):
     def most_tokens(self, packing: str) -> int:
         """The most tokens a micro-batch can have: its budget, or those of a single prompt that takes more."""
         used, longest = self.beside(self.selfplay.iterations - 1), self.train.max_length
-        tree = longest + used * self.opponent.max_new_tokens
+        tree = longest + used * self.longest_synthetic
         return max(self.train.tokens_per_micro_batch, tree if packing == "tree" else (1 + used) * longest)
 
     def fingerprint(self) -> dict[str, Any]:

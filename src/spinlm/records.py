@@ -25,6 +25,7 @@ class Example:
     prompt_ids: list[int]  # exactly what the opponent sees
     response_ids: list[int]  # ends with the end-of-turn token, unless it was cut at the length limit
     source: str  # file and row, for messages to the user
+    rejected_ids: list[int] | None = None  # a worse response, where the data are preferences
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +38,7 @@ class Generation:
     token_ids: list[int]  # with the end-of-turn token if there was one
     text: str
     finished: bool  # ended by an end-of-turn token, not by the limit
-    logprob: float  # sum over tokens, as the sampler saw it
+    logprob: float | None  # sum over tokens, as the sampler saw it; None for one that the data gave
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from runs import HELDOUT, PROMPTS, SHARDS, contents, read_jsons, read_pairs, read_rows, steps
+from runs import HELDOUT, PROMPTS, SHARDS, contents, read_jsons, read_pairs, read_rows, rows, steps, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from models import save_tiny_model
@@ -341,6 +341,39 @@ def test_the_sft_control_learns_from_the_real_responses_alone(variant, reference
         assert abs(ours[-1]["steps"] - theirs[-1]["steps"]) <= 1  # self-play leaves pairs of equals out
         assert ours[-1]["loss"] < ours[0]["loss"]
         assert "margin" in json.loads((run / f"iteration-{iteration}" / "metrics.json").read_text())
+
+
+PREFER = ("data.columns.rejected=rejected", "selfplay.iterations=1")
+
+
+@pytest.fixture(scope="module")
+def preferences(world, tmp_path_factory) -> Path:
+    """The tiny data with a rejected response in every row."""
+    folder = tmp_path_factory.mktemp("preferences")
+    worse = [{"prompt": row["prompt"], "chosen": row["response"], "rejected": "blue"} for row in rows()]
+    return write_rows(folder / "preferences.jsonl", worse)
+
+
+def test_preference_data_are_trained_on_as_they_are(variant, preferences):
+    """Plain DPO: the data's own pairs, the start as the reference, and nothing generated to train on."""
+    run = variant("lora.dropout=0.0", f"data.path={preferences}", *PREFER)
+    for split, count in (("train", 24), ("heldout", 10)):
+        generations = read_jsons(run, f"iteration-0/generations/{split}-*.jsonl")
+        assert len(generations) == count
+        assert {(row["text"], row["finished"], row["logprob"]) for row in generations} == {("blue", True, None)}
+        assert {tuple(pair["synthetic_ids"]) for pair in read_pairs(run, 0, split)} == {
+            tuple(generations[0]["token_ids"])
+        }
+    lines = [line for line in steps(run) if line["stage"] == "train"]
+    assert lines[0]["loss"] == pytest.approx(LN2, abs=1e-5)
+    assert lines[-1]["margin"] > 0.1
+    assert json.loads((run / "iteration-0" / "metrics.json").read_text())["pair_accuracy"] > 0.5
+
+
+def test_check_of_preference_data(world, cli, preferences, tmp_path):
+    said = cli("check", world.recipe, f"data.path={preferences}", *PREFER, folder=tmp_path).out
+    assert "rejected responses of the data: " in said and "synthetic  blue" in said
+    assert "sampler and scorer" not in said and "ready: " in said
 
 
 def test_a_collapse_ends_training_after_its_epoch_and_the_run_after_its_iteration(world, cli, tmp_path):

@@ -198,6 +198,14 @@ def test_a_list_of_another_length_than_the_iterations() -> None:
     )
 
 
+def test_preferences_last_one_iteration() -> None:
+    data = {"path": "d", "columns": {"rejected": "worse"}}
+    said = with_section(data=data)
+    assert said.startswith("recipe: data.columns.rejected: a prompt has one rejected response")
+    two = with_section(data=data, selfplay={"iterations": 1}, opponent={"samples_per_prompt": 2})
+    assert two == said
+
+
 @pytest.mark.parametrize(
     ("section", "said"),
     [

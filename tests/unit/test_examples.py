@@ -167,6 +167,69 @@ def test_named_columns(select: Any) -> None:
     assert by_source(splits)[0] == ([user("Add 0\n\n1")], "2")  # named or not, the input belongs to it
 
 
+PREFERENCES: dict[str, Row] = {
+    "text": {"prompt": "Hi", "chosen": "Yo", "rejected": "No"},
+    "messages": {"prompt": [user("Hi")], "chosen": [assistant("Yo")], "rejected": [assistant("No")]},
+    "whole conversations": {"chosen": [user("Hi"), assistant("Yo")], "rejected": [user("Hi"), assistant("No")]},
+    "whole conversations beside the prompt": {
+        "prompt": "Hi",
+        "chosen": [user("Hi"), assistant("Yo")],
+        "rejected": [user("Hi"), assistant("No")],
+        "messages": [user("Hi"), assistant("Yo")],
+    },
+    "a named response": {"prompt": "Hi", "response": "Yo", "rejected": "No"},
+}
+
+
+@pytest.mark.parametrize("name", PREFERENCES)
+@pytest.mark.parametrize("instruction", [{}, {"system": "Be kind"}])
+def test_preferences(name: str, instruction: Row, select: Any, renderer: Renderer) -> None:
+    row = {**PREFERENCES[name], **instruction}
+    other = json.loads(json.dumps(row).replace("Hi", "Bye"))
+    _, splits = select([row, other], columns={"rejected": "rejected"})
+    messages = [*([system("Be kind")] if instruction else []), user("Hi")]
+    example = next(example for example in everything(splits) if example.source.endswith(":1"))
+    assert (example.messages, example.response) == (messages, "Yo")
+    assert example.rejected_ids == renderer.encode(messages, "No", 1000).response_ids
+
+
+def test_without_the_column_named_a_rejected_response_is_not_read(select: Any) -> None:
+    _, splits = select([{**row, "rejected": "No"} for row in rows(3)])
+    assert [example.rejected_ids for example in everything(splits)] == [None] * 3
+
+
+def test_preferences_that_differ_in_the_rejected_response_alone_are_two(select: Any) -> None:
+    prompt = {"prompt": "Hi", "chosen": "Yo"}
+    pairs = [{**prompt, "rejected": text} for text in ("No", "Nay", "No")]
+    selection, splits = select(
+        [*pairs, {**pairs[0], "prompt": "Bye"}], heldout=2, seed=7, columns={"rejected": "rejected"}
+    )
+    assert len(everything(splits)) == 3 and selection.dropped == {"duplicate": 1}
+    assert len({example.id for example in everything(splits)}) == 3
+
+
+@pytest.mark.parametrize(
+    ("reason", "rejected", "detail"),
+    [
+        ("empty_response", " ", "the response is empty"),
+        ("not_text", None, "'rejected' is null, not text"),
+        ("control_token", "<|im_end|>", "the text contains the control token <|im_end|>"),
+        (
+            "not_messages",
+            [user("Other"), assistant("No")],
+            "'rejected' must be text or a list of one assistant message",
+        ),
+        ("not_messages", [], "'rejected' must be text or a list of one assistant message"),
+    ],
+)
+def test_a_rejected_response_that_cannot_be_used(reason: str, rejected: Any, detail: str, select: Any) -> None:
+    good = [{"prompt": f"p{n}", "chosen": "Yo", "rejected": "No"} for n in range(3)]
+    bad = {"prompt": "p", "chosen": "Yo", "rejected": rejected}
+    selection, _ = select([*good, bad], on_bad_row="skip", columns={"rejected": "rejected"})
+    assert selection.dropped == {reason: 1}
+    assert selection.dropped_rows[0].startswith(f"rows.jsonl:4: {reason}: {detail}")
+
+
 @pytest.mark.parametrize(
     ("columns", "message"),
     [

@@ -125,6 +125,22 @@ def test_the_sft_control_takes_as_many_steps_and_answers_held_out_prompts_alone(
     assert spin[0] == sft[0]
 
 
+def test_preferences_are_answered_by_the_data(tmp_path: Path) -> None:
+    """Pairs as in one iteration of self-play; what is generated are held-out answers alone."""
+    row = {
+        "prompt": "p" * 40,
+        "chosen": [{"role": "user", "content": "p" * 40}, {"role": "assistant", "content": "xxxx"}],
+    }
+    path = data_file(tmp_path, [{**row, "rejected": "x"}] * 20)
+    columns = {"prompt": "prompt", "response": "chosen", "rejected": "rejected"}
+    plan = make_plan(recipe(data={"path": path, "heldout": 5, "columns": columns}, selfplay={"iterations": 1}))
+    assert (plan.lengths.prompt, plan.lengths.real, plan.prompts) == (10, 1, 15)
+    assert plan.work[1].pairs == 15
+    assert plan.work[1].generated == plan.work[0].generated == 2 * 5 * 256
+    assert fact(plan, "synthetic response")[1].endswith("train.max_length")
+    assert plan.recipe.most_tokens("tree") == 2 * 2048
+
+
 def test_t_spin_computes_the_starting_players_response_too() -> None:
     """A full row, what is in use, and y₀ where it is not among that already."""
     one = make_plan(paper().model_copy(update={"objective": Objective(name="t-spin")}))

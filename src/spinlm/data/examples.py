@@ -25,7 +25,9 @@ Turns = Literal["first", "last", "every"]
 SPLITS = ("heldout", "warmup", "train")  # in the order they are filled
 
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+_PROMPTS = ("prompt", "instruction", "question")
 _RESPONSES = ("response", "completion", "output", "answer")
+_PREFERRED = ("chosen", *_RESPONSES)
 _ROWS_TO_RECOGNISE = 100
 _DROPS_TO_LIST = 100
 
@@ -78,7 +80,7 @@ class _Draw:
         self.source, self.renderer, self.max_length, self.write = source, renderer, max_length, write
         self.layout = _recognise(source, data.columns)
         # A prompt column may hold a conversation; its response is one turn.
-        self.turns: Turns = data.turns if self.layout.messages else "last"
+        self.turns: Turns = data.turns if self.layout.messages and not self.layout.rejected else "last"
         self.wanted = {"heldout": data.heldout, "warmup": warmup or 0, "train": data.prompts or math.inf}
         self.counts = dict.fromkeys(SPLITS, 0)
         self.drops = _Drops(source, strict=data.on_bad_row == "error")
@@ -103,6 +105,7 @@ class _Draw:
             conversation = self.layout.conversation(row)
             row_id = self.layout.row_id(row)
             targets = _targets(conversation, self.turns)
+            rejected = self.layout.rejected_text(row, conversation[:-1])
         except RowError as error:
             self.drops.bad_row(number, error)
             return
@@ -110,13 +113,21 @@ class _Draw:
             if self.counts[split] >= self.wanted[split]:
                 return
             suffix = f"-{position}" if len(targets) > 1 else ""
-            self._example(split, number, row_id, suffix, conversation[:target], conversation[target]["content"])
+            texts = (conversation[target]["content"], *rejected)
+            self._example(split, number, row_id, suffix, conversation[:target], *texts)
 
     def _example(
-        self, split: str, number: int, row_id: str | None, suffix: str, messages: list[Message], response: str
+        self,
+        split: str,
+        number: int,
+        row_id: str | None,
+        suffix: str,
+        messages: list[Message],
+        response: str,
+        *rejected: str,
     ) -> None:
-        """Take one prompt and response, or count why not."""
-        prompt_digest, digest = _digest(messages), _digest([messages, response])
+        """Take one prompt, its response and, where the data are preferences, the rejected one; or count why not."""
+        prompt_digest, digest = _digest(messages), _digest([messages, response, *rejected])
         if digest in self.contents:
             self.drops.add(number, "duplicate", "the same prompt and response as an earlier row")
             return
@@ -124,8 +135,8 @@ class _Draw:
             self.drops.add(number, "prompt_in_heldout", "its prompt is one of the held-out ones")
             return
         try:
-            _check_not_empty(messages, response)
-            encoded = self.renderer.encode(messages, response, self.max_length)
+            _check_not_empty(messages, response, *rejected)
+            encoded, *worse = (self.renderer.encode(messages, text, self.max_length) for text in (response, *rejected))
         except RowError as error:
             self.drops.bad_row(number, error)
             return
@@ -139,7 +150,9 @@ class _Draw:
         self.counts[split] += 1
         self.cut += encoded.cut
         source_row = f"{self.source.name}:{number}"
-        self.write(split, Example(example_id, messages, response, encoded.prompt_ids, encoded.response_ids, source_row))
+        rejected_ids = worse[0].response_ids if worse else None
+        ids = encoded.prompt_ids, encoded.response_ids
+        self.write(split, Example(example_id, messages, response, *ids, source_row, rejected_ids))
 
     def selection(self) -> Selection:
         """What came of it.
@@ -198,6 +211,7 @@ class _Layout:
     prompt: str | None = None
     addition: str | None = None  # Alpaca's input, which belongs to the prompt
     response: str | None = None
+    rejected: str | None = None
     system: str | None = None
     id: str | None = None
 
@@ -207,12 +221,19 @@ class _Layout:
             conversation = _messages(_field(row, self.messages), self.messages)
         else:
             assert self.prompt and self.response
-            conversation = [*self._prompt(row, self.prompt), _response(_field(row, self.response), self.response)]
+            prompt = self._prompt(row, self.prompt)
+            conversation = [*prompt, _response(_field(row, self.response), self.response, prompt)]
         system = row.get(self.system) if self.system else None
         if self.system and system is not None and (text := _text(system, self.system)).strip():
             has_one = bool(conversation) and conversation[0]["role"] == "system"
             conversation = conversation if has_one else [{"role": "system", "content": text}, *conversation]
         return conversation
+
+    def rejected_text(self, row: dict[str, Any], prompt: list[Message]) -> list[str]:
+        """The worse response to a prompt; none where the data are no preferences."""
+        if not self.rejected:
+            return []
+        return [_response(_field(row, self.rejected), self.rejected, prompt)["content"]]
 
     def row_id(self, row: dict[str, Any]) -> str | None:
         """The id the data gives the row, if any."""
@@ -252,11 +273,16 @@ def _recognise(source: Source, named: Columns) -> _Layout:
 
     prompt, response = named.prompt, named.response
     system = named.system or present("system", "system_prompt")
+    messages = named.messages or present("messages")
+    if named.rejected and not messages:
+        prompt, response = prompt or present(*_PROMPTS), response or present(*_PREFERRED)
+        if response and not prompt:  # both columns hold whole conversations
+            return _Layout(messages=response, rejected=named.rejected, system=system, id=named.id)
     if prompt or response:
-        prompt = prompt or present("prompt", "instruction", "question")
+        prompt = prompt or present(*_PROMPTS)
         response = response or present(*_RESPONSES)
-    elif messages := named.messages or present("messages"):
-        return _Layout(messages=messages, system=system, id=named.id or present("prompt_id"))
+    elif messages:
+        return _Layout(messages=messages, rejected=named.rejected, system=system, id=named.id or present("prompt_id"))
     elif present("prompt") and present(*_RESPONSES):
         prompt, response = "prompt", present(*_RESPONSES)
     elif present("instruction") and present("output"):
@@ -270,7 +296,9 @@ def _recognise(source: Source, named: Columns) -> _Layout:
             "data.columns.messages for a list of messages"
         )
     addition = present("input") if prompt == "instruction" and response != "input" else None
-    return _Layout(prompt=prompt, addition=addition, response=response, system=system, id=named.id)
+    return _Layout(
+        prompt=prompt, addition=addition, response=response, rejected=named.rejected, system=system, id=named.id
+    )
 
 
 def _columns(source: Source) -> list[str]:
@@ -336,13 +364,18 @@ def _parts(parts: list[Any], name: str) -> Iterator[str]:
         yield _text(part.get("text"), f"{name}.content")
 
 
-def _response(value: Any, name: str) -> Message:
+def _response(value: Any, name: str, prompt: list[Message]) -> Message:
+    """A response as text, as a list of one message, or as the last message of the whole conversation."""
     if not isinstance(value, list):
         return {"role": "assistant", "content": _text(value, name)}
     messages = _messages(value, name)
-    if len(messages) != 1 or messages[0]["role"] != "assistant":
-        raise RowError("not_messages", f"{name!r} must be text or a list of one assistant message")
-    return messages[0]
+    spoken = [message for message in prompt if message["role"] != "system"]  # which may have a column of its own
+    if not messages or messages[-1]["role"] != "assistant" or messages[:-1] not in ([], prompt, spoken):
+        raise RowError(
+            "not_messages",
+            f"{name!r} must be text or a list of one assistant message, which the prompt's messages may stand before",
+        )
+    return messages[-1]
 
 
 def _targets(conversation: list[Message], turns: Turns) -> list[int]:
@@ -357,8 +390,8 @@ def _targets(conversation: list[Message], turns: Turns) -> list[int]:
     return {"first": targets[:1], "last": targets[-1:], "every": targets}[turns]
 
 
-def _check_not_empty(messages: list[Message], response: str) -> None:
-    if not response.strip():
+def _check_not_empty(messages: list[Message], *responses: str) -> None:
+    if not all(response.strip() for response in responses):
         raise RowError("empty_response", "the response is empty")
     if not any(message["content"].strip() for message in messages if message["role"] == "user"):
         raise RowError("empty_prompt", "the prompt is empty")

@@ -101,13 +101,14 @@ class Plan:
         train, opponent, heldout = self.recipe.train, self.recipe.opponent, self.recipe.data.heldout
         prompts, samples, used = self.prompts, opponent.samples_per_prompt, self.recipe.used(iteration)
         asked = 0 if self.recipe.objective.name == "sft" else prompts  # for responses to learn from
+        drawn = 0 if self.recipe.preferences else (asked + heldout) * samples
         watched = (train.epochs - 1) * heldout if self.recipe.selfplay.guard else 0
         return Work(
             iteration=iteration,
             prompts=prompts,
             # All pairs of a prompt are in one step; ⌈pairs / batch_size⌉ where their number divides the batch.
             steps=train.epochs * math.ceil(prompts / max(1, train.batch_size // used)),
-            replies=(((asked + heldout) * samples, opponent.max_new_tokens), self._answers()),
+            replies=((drawn, opponent.max_new_tokens), self._answers()),
             scored=self.lengths.tokens((asked, used), (2 * heldout, samples), (2 * heldout, 1), (watched, 0)),
             trained=self.lengths.tokens((train.epochs * prompts, self.recipe.beside(iteration))),
             responses=asked * samples,
@@ -183,10 +184,11 @@ class Plan:
         heldout = recipe.data.heldout * recipe.opponent.samples_per_prompt * recipe.selfplay.iterations
         pairs = heldout + sum(one.pairs for one in self.work)
         trained = shape.trained(recipe.lora) if shape else None
+        rejected = (self.prompts + self.set_apart) * lengths.synthetic * text if recipe.preferences else 0
         whole: dict[str, int | None] = {"base": 4 * shape.parameters if shape else None}
         return {
-            "examples": (self.prompts + self.set_apart) * (lengths.prompt + lengths.real) * text,
-            "generations": sum(one.generated for one in self.work) * text,
+            "examples": (self.prompts + self.set_apart) * (lengths.prompt + lengths.real) * text + rejected,
+            "generations": sum(one.generated for one in self.work) * text + rejected,
             "pairs": pairs * (lengths.prompt + lengths.real + lengths.synthetic) * 4,
             **(whole if recipe.model.path.endswith(".gguf") else {}),
             "players": trained and 4 * trained * len(self.work),  # θ_0 and each iteration's, in float32

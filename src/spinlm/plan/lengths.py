@@ -41,7 +41,7 @@ class Lengths:
 
 def find_lengths(recipe: Recipe) -> Lengths:
     """How long prompts and responses are: estimated from a local .jsonl file, else the recipe's limits."""
-    limit, new = recipe.train.max_length, recipe.opponent.max_new_tokens
+    limit, new = recipe.train.max_length, recipe.longest_synthetic
     path = Path(recipe.data.path).expanduser()
     count, counted, sizes = None, "", []
     if path.suffix == ".jsonl" and path.is_file():
@@ -82,7 +82,7 @@ def _sample_lines(path: Path) -> tuple[int, list[bytes]]:
 
 
 _PROMPTS = ("prompt", "instruction", "question")
-_RESPONSES = ("response", "completion", "output", "answer")
+_RESPONSES = ("response", "completion", "output", "answer", "chosen")
 
 
 def _sizes(line: bytes, data: Data) -> list[tuple[int, int]]:
@@ -96,7 +96,10 @@ def _sizes(line: bytes, data: Data) -> list[tuple[int, int]]:
     columns = data.columns
     messages = row.get(columns.messages or "messages")
     if columns.prompt or not isinstance(messages, list):
-        texts = {"user": _text(row, columns.prompt, _PROMPTS), "assistant": _text(row, columns.response, _RESPONSES)}
+        response = _text(row, columns.response, _RESPONSES)
+        if isinstance(response, list):  # the prompt may stand before it there, too
+            response = response[-1:]
+        texts = {"user": _text(row, columns.prompt, _PROMPTS), "assistant": response}
         turns = [{"role": role, "content": text} for role, text in texts.items() if text is not None]
         messages = [row.get(columns.system or "system"), *turns]
     tokens = [_characters(message) / CHARACTERS_PER_TOKEN for message in messages]

@@ -104,7 +104,8 @@ def facts(plan: Plan) -> Iterator[tuple[str, str, str]]:
     yield "prompts", f"{plan.prompts:,}, and {recipe.data.heldout:,} held out", _prompts_source(plan)
     yield "prompt + response", f"{lengths.prompt:,} + {lengths.real:,} tokens", lengths.source
     source = "at most: " if lengths.limits else "assumed: as long as the real ones, at most "
-    yield "synthetic response", f"{lengths.synthetic:,} tokens", f"{source}opponent.max_new_tokens"
+    limit = "train.max_length" if recipe.preferences else "opponent.max_new_tokens"
+    yield "synthetic response", f"{lengths.synthetic:,} tokens", f"{source}{limit}"
     if plan.shape and recipe.lora:
         yield "trained", f"{plan.shape.trained(recipe.lora):,} parameters", "the LoRA adapter, from the shape"
     if recipe.train.packing != "pair":

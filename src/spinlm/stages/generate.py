@@ -1,4 +1,5 @@
-"""Generate: the opponent θ_t answers every training and held-out prompt."""
+"""Generate: the opponent θ_t answers every training and held-out prompt. Where the data are preferences, their rejected
+responses stand for its answers."""
 
 import logging
 
@@ -28,7 +29,8 @@ def generate(recipe: Recipe, run: RunDir, iteration: int) -> None:
     run.begin("generate", iteration, run.generations(iteration, "train", 0).parent)
     players = seat(recipe, run)
     players.become(iteration - 1)
-    opponent = open_opponent(recipe, players, run.facts("warmup", START)["packing"])
+    packing = run.facts("warmup", START)["packing"]
+    opponent = None if recipe.preferences else open_opponent(recipe, players, packing)
     sampling = opponent_sampling(recipe, players)
     size = recipe.opponent.shard_size
     outputs = []
@@ -41,8 +43,12 @@ def generate(recipe: Recipe, run: RunDir, iteration: int) -> None:
                 if path.exists():
                     advance(len(examples) * sampling.samples)
                     continue
-                seed = derive_seed(recipe.seed, "generate", iteration, split, shard)
-                rows = _answer(players, opponent, examples, sampling, seed, iteration, advance)
+                if opponent is None:
+                    rows = _rejected(players, examples, iteration)
+                    advance(len(examples))
+                else:
+                    seed = derive_seed(recipe.seed, "generate", iteration, split, shard)
+                    rows = _answer(players, opponent, examples, sampling, seed, iteration, advance)
                 with atomic_file(path, "w") as file:
                     file.writelines(to_line(row) for row in rows)
     run.complete("generate", iteration, outputs)
@@ -84,3 +90,14 @@ def _answer(
         for example, given in zip(examples, answers, strict=True)
         for sample, answer in enumerate(given)
     ]
+
+
+def _rejected(players: Players, examples: list[Example], iteration: int) -> list[Generation]:
+    """The data's rejected responses, as an opponent's answers."""
+    rows = []
+    for example in examples:
+        ids = example.rejected_ids
+        assert ids, "examples of a preference data set have a rejected response"
+        text, finished = players.renderer.decode(ids), ids[-1] in players.renderer.stop_ids
+        rows.append(Generation(example.id, iteration, 0, ids, text, finished, logprob=None))
+    return rows

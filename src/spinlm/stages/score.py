@@ -67,7 +67,7 @@ def score(recipe: Recipe, run: RunDir, iteration: int) -> None:
                 tally.add(split, iteration, examples, generations, pairs)
     facts = tally.facts()
     log.info("iteration %d: %s", iteration, tally.summary())
-    gap = max(counts["sampler_gap_mean"] for counts in facts.values())
+    gap = max(counts.get("sampler_gap_mean", 0.0) for counts in facts.values())
     if gap > GAP:
         log.warning(
             "iteration %d: the sampler's log-probabilities differ from ours by %.2f nats per token: another template, "
@@ -148,7 +148,11 @@ class _Tally:
         newest = [generation for generation in generations if generation.iteration == iteration]
         ours = {(pair.id, pair.sample): pair for pair in pairs if pair.source_iteration == iteration}
         sampled = {(g.id, g.sample): g for g in newest}
-        gaps = [abs(p.opponent_synthetic - sampled[key].logprob) / len(p.synthetic_ids) for key, p in ours.items()]
+        gaps = [
+            abs(pair.opponent_synthetic - sampled_as) / len(pair.synthetic_ids)
+            for key, pair in ours.items()
+            if (sampled_as := sampled[key].logprob) is not None
+        ]
         count = self.counts.setdefault(split, defaultdict(float))
         count["pairs"] += len(pairs)
         count["responses"] += len(newest)
@@ -160,7 +164,7 @@ class _Tally:
         count["worst"] = max([count["worst"], *gaps])
 
     def facts(self) -> dict[str, dict[str, float]]:
-        """Per split: counts, shares, and how far the sampler's log-probabilities are from ours, per token."""
+        """Per split: counts, shares, and how far a sampler's log-probabilities are from ours, per token."""
         return {
             split: {
                 "pairs": int(count["pairs"]),
@@ -168,9 +172,12 @@ class _Tally:
                 "identical_share": count["identical"] / count["responses"],
                 "unfinished_share": count["unfinished"] / count["responses"],
                 "mean_tokens": count["tokens"] / count["responses"],
-                "sampler_gap_mean": count["gap"] / max(count["gaps"], 1),
-                "sampler_gap_worst": count["worst"],
             }
+            | (
+                {"sampler_gap_mean": count["gap"] / count["gaps"], "sampler_gap_worst": count["worst"]}
+                if count["gaps"]
+                else {}
+            )
             for split, count in self.counts.items()
         }
 
@@ -178,8 +185,9 @@ class _Tally:
         """One line about the training split, or where there is none the held-out one."""
         split, facts = next(iter(self.facts().items()))
         pairs = "pairs" if split == "train" else "held-out pairs"
+        gap = facts.get("sampler_gap_mean")
         return (
             f"{facts['pairs']} {pairs}; {facts['identical_share']:.1%} of the responses equal the real one, "
-            f"{facts['unfinished_share']:.1%} did not end; sampler and scorer differ by "
-            f"{facts['sampler_gap_mean']:.1e} nats per token"
+            f"{facts['unfinished_share']:.1%} did not end"
+            + ("" if gap is None else f"; sampler and scorer differ by {gap:.1e} nats per token")
         )
