@@ -10,6 +10,7 @@ from spinlm.config import EXECUTION_ONLY, Recipe
 from spinlm.errors import RunError
 from spinlm.files import atomic_path, read_json, write_json
 from spinlm.rundir import START, RunDir, differences
+from spinlm.stages.prepare import provenance
 
 log = logging.getLogger("spinlm")
 
@@ -50,7 +51,8 @@ def branch(recipe: Recipe, folder: RunDir, source: RunDir) -> None:
         for path in (path for path in [part, *part.rglob("*")] if path.is_file()):
             if path not in markers and source.checkpoints(START) not in path.parents:
                 _take(path, folder.root / path.relative_to(source.root), link=part == source.base)
-    write_json(folder.provenance, read_json(source.provenance) | {"start_from": str(source.root.absolute())})
+    inputs = read_json(source.provenance)["inputs"]
+    write_json(folder.provenance, {"inputs": inputs, **provenance(), "start_from": str(source.root.absolute())})
     for stage in STAGES:  # last, and in order: what a marker stands for is there
         _take(source.marker(stage, START), folder.marker(stage, START))
     log.info("the start is that of %s", source.root)

@@ -32,7 +32,9 @@ def branch(world, cli, tmp_path, reference):
 def test_a_branch_plays_on_as_the_run_it_left(branch, reference, tmp_path):
     branch()
     assert played(tmp_path / "branch") == played(reference)
-    assert json.loads((tmp_path / "branch" / "provenance.json").read_text())["start_from"] == str(reference)
+    ours, theirs = (json.loads((run / "provenance.json").read_text()) for run in (tmp_path / "branch", reference))
+    assert ours["start_from"] == str(reference) and ours["inputs"] == theirs["inputs"]
+    assert "--start-from" in ours["command"] and "--start-from" not in theirs["command"]
     lines = (tmp_path / "branch" / "metrics.jsonl").read_text().splitlines()
     assert {json.loads(line)["stage"] for line in lines} == {"train"}  # the warm-up was not done again
     before = contents(tmp_path / "branch")

@@ -40,7 +40,7 @@ def prepare(recipe: Recipe, run: RunDir) -> None:
     run.bind_inputs(inputs)
     if run.done("prepare", START):
         return
-    write_json(run.provenance, {"inputs": inputs, **_provenance()})
+    write_json(run.provenance, {"inputs": inputs, **provenance()})
     ensure_base(recipe.model, run)
     players = seat(recipe, run)
     own = recipe.warmup_sft.prompts if recipe.warmup_sft else None
@@ -112,7 +112,8 @@ def _model_fingerprint(recipe: Recipe) -> dict[str, Any]:
     return prints
 
 
-def _provenance() -> dict[str, Any]:
+def provenance() -> dict[str, Any]:
+    """What a run is carried out with: versions, command, machine."""
     import torch
 
     return {
