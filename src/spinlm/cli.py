@@ -351,7 +351,7 @@ def _stage(name: str, path: Path, iteration: int) -> None:
 def _print_result(run: RunDir) -> None:
     from rich.console import Console
 
-    from spinlm.summary import side_by_side, system_prompt, table, verdict
+    from spinlm.summary import is_control, side_by_side, system_prompt, table, verdict
 
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 100)
     for prompt, real, answers in side_by_side(run, prompts=3):
@@ -364,10 +364,16 @@ def _print_result(run: RunDir) -> None:
     asked = system_prompt(run)  # without it, a prompt would be another task
     system = f" --system {shlex.quote(asked)}" if asked else ""
     spinlm = "spinlm" if shutil.which("spinlm") else sys.argv[0]
-    console.print(
-        f"\nThe run is in {run.root}; the best player is {run.best_link}/player. Next:\n"
-        f"  {spinlm} chat {run.root}{system}    # the same prompt to the start and to the best player\n"
-        f"  {spinlm} export {run.root} --merge --to my-model    # take the best player away\n"
-        f"  {spinlm} init    # a recipe for your own model and data",
-        markup=False,
-    )
+    folder, recipe, other = (shlex.quote(f"{run.root}{end}") for end in ("", "/recipe.yaml", "-control"))
+    control = f"run {recipe} 'objective={{name: sft}}' --start-from {folder} --run-dir {other}"
+    commands = {
+        control: "does as much fine-tuning gain as much?",
+        f"chat {folder}{system}": "the same prompt to the start and to the best player",
+        f"export {folder} --merge --to my-model": "take the best player away",
+        "init": "a recipe for your own model and data",
+    }
+    if is_control(run):
+        del commands[control]
+    console.print(f"\nThe run is in {run.root}; the best player is {run.best_link}/player. Next:", markup=False)
+    for command, purpose in commands.items():
+        console.print(f"  {spinlm} {command}    # {purpose}", markup=False, soft_wrap=True)

@@ -81,7 +81,7 @@ def verdict(run: RunDir) -> str:
     metric = METRIC_NAMES[last[-1]["metric"]]
     recipe = read_json(run.recipe)
     errors = recipe["selfplay"]["select"]["standard_errors"]
-    what = "More supervised fine-tuning" if recipe["objective"]["name"] == "sft" else "Self-play"
+    what = "More supervised fine-tuning" if is_control(run) else "Self-play"
     noise = f"{errors:g} standard error{'' if errors == 1 else 's'} of the paired difference"
     fallen = last[-1].get("collapse")
     ending = (
@@ -109,6 +109,11 @@ def verdict(run: RunDir) -> str:
         f"is ahead of {against} by {won['lead']:.3f} ± {won['standard_error']:.3f} (standard error of the paired "
         "difference on the held-out prompts of this one run; another seed may differ)." + caveat + ending
     )
+
+
+def is_control(run: RunDir) -> bool:
+    """Whether a run fine-tunes on the real responses alone, and plays no game."""
+    return bool(read_json(run.recipe)["objective"]["name"] == "sft")
 
 
 def _promotions(run: RunDir) -> list[dict[str, Any]]:

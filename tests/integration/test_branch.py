@@ -1,6 +1,7 @@
 """A run that begins with the start of another one must go on as if it had made that start itself."""
 
 import json
+import shlex
 import shutil
 from unittest.mock import Mock
 
@@ -40,6 +41,16 @@ def test_a_branch_plays_on_as_the_run_it_left(branch, reference, tmp_path):
     before = contents(tmp_path / "branch")
     branch()
     assert contents(tmp_path / "branch") == before
+
+
+def test_the_control_that_a_run_names_can_be_run(world, cli, reference, tmp_path):
+    source = shutil.copytree(reference, tmp_path / "a run", symlinks=True)
+    said = cli("run", world.recipe, "--run-dir", source, folder=world.folder).out
+    line = next(line for line in said.splitlines() if "objective={name: sft}" in line)
+    _, *command = shlex.split(line, comments=True)
+    said = cli(*command, "selfplay.iterations=1", folder=tmp_path).out
+    assert (tmp_path / "a run-control" / "iteration-0" / "promote.done").exists()
+    assert "More supervised fine-tuning" in said and "objective=" not in said
 
 
 def test_a_branch_may_play_otherwise(branch, reference, tmp_path):
