@@ -308,13 +308,16 @@ def test_objectives(variant, overrides, nll_weight, expected):
     assert lines[-1]["loss"] < lines[0]["loss"]
 
 
-def test_t_spin_keeps_the_starting_players_responses(variant):
-    run = variant("lora.dropout=0.0", "objective.name=t-spin", "selfplay.replay=0", "warmup_sft.epochs=1")
-    first = {row["id"]: row["token_ids"] for row in read_jsons(run, "iteration-0/generations/train-*.jsonl")}
+@pytest.mark.parametrize("samples", [1, 2])
+def test_t_spin_keeps_the_starting_players_responses(variant, samples):
+    settings = ("selfplay.replay=0", "warmup_sft.epochs=1", f"opponent.samples_per_prompt={samples}")
+    run = variant("lora.dropout=0.0", "objective.name=t-spin", *settings)
+    rows = read_jsons(run, "iteration-0/generations/train-*.jsonl")
+    first = {(row["id"], row["sample"]): row["token_ids"] for row in rows}
     for iteration in range(2):
         for pair in read_pairs(run, iteration, "train"):
-            own = first[pair["id"]] == pair["real_ids"]
-            assert pair["initial_ids"] == (pair["synthetic_ids"] if own else first[pair["id"]])
+            initial = first[pair["id"], pair["sample"]]
+            assert pair["initial_ids"] == (pair["synthetic_ids"] if initial == pair["real_ids"] else initial)
     pairs = read_pairs(run, 1, "train")
     assert any(pair["initial_ids"] != pair["synthetic_ids"] for pair in pairs)
     assert {pair["initial_ids"] for pair in read_pairs(run, 1, "heldout")} == {None}
