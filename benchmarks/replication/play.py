@@ -73,13 +73,19 @@ class Plan:
         settings = [*self.datasets[dataset], f"seed={seed}", f"data.seed={seed}", *arm.settings]
         if dataset in self.given:
             settings.append(f"data.path={self.given[dataset].resolve()}")
-        first = self.arms[0]
-        shared = arm is not first and arm.start == "shared"
         return [
             *(sys.executable, "-m", "spinlm", "run", str(self.recipe), *settings),
             *("--run-dir", str(to / dataset / f"seed-{seed}" / arm.name)),
-            *(("--start-from", str(to / dataset / f"seed-{seed}" / first.name)) if shared else ()),
+            *(
+                ("--start-from", str(to / dataset / f"seed-{seed}" / self.arms[0].name))
+                if self.takes_start(arm)
+                else ()
+            ),
         ]
+
+    def takes_start(self, arm: Arm) -> bool:
+        """Whether an arm begins with the start that the first one made."""
+        return arm is not self.arms[0] and arm.start == "shared"
 
 
 def play(plan: Plan, to: Path, jobs: int) -> None:
@@ -98,20 +104,25 @@ def play(plan: Plan, to: Path, jobs: int) -> None:
             ).returncode
         return name, time.monotonic() - began, code
 
+    # Arm by arm, so that what there is after some hours is on all seeds.
+    todo = [(dataset, seed, arm) for arm in plan.arms for seed in plan.seeds for dataset in plan.datasets]
+    started: set[tuple[str, int]] = set()  # the data sets and seeds whose shared start is there
+    running: dict[Future[tuple[str, float, int]], tuple[str, int, Arm]] = {}
     with ThreadPoolExecutor(jobs) as pool:
-        cases = [(dataset, seed) for seed in plan.seeds for dataset in plan.datasets]
-        waiting = {pool.submit(one, *case, plan.arms[0]): case for case in cases}
-        running: set[Future[tuple[str, float, int]]] = set(waiting)
-        while running:
-            ended, running = wait(running, return_when=FIRST_COMPLETED)
-            for run in ended:
-                name, seconds, code = run.result()
+        while todo or running:
+            ready = [run for run in todo if not plan.takes_start(run[2]) or run[:2] in started]
+            for run in ready[: jobs - len(running)]:
+                todo.remove(run)
+                running[pool.submit(one, *run)] = run
+            for ended in wait(running, return_when=FIRST_COMPLETED).done:
+                dataset, seed, arm = running.pop(ended)
+                if arm is plan.arms[0]:
+                    started.add((dataset, seed))
+                name, seconds, code = ended.result()
                 with (to / "times.jsonl").open("a", encoding="utf-8") as file:
                     file.write(json.dumps({"run": name, "seconds": round(seconds)}) + "\n")
                 said = "" if code == 0 else f" FAILED with exit code {code}: see {to / name}.log"
                 print(f"{name}: {seconds:.0f} s{said}", flush=True)
-                if case := waiting.pop(run, None):  # the first arm has made the start that the others take
-                    running |= {pool.submit(one, *case, arm) for arm in plan.arms[1:]}
 
 
 def main() -> None:
@@ -121,11 +132,13 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time")
     parser.add_argument("--data", action="append", default=[], help="NAME=FILE.jsonl, for a data set that needs one")
     parser.add_argument("--report", type=Path, help="write the report here; the default is report.md in --to")
+    parser.add_argument("--only-report", action="store_true", help="play nothing: report on the runs that are there")
     args = parser.parse_args()
     path = HERE / args.plan if (HERE / args.plan).exists() else Path(args.plan)
     plan = Plan.read(path, {name: Path(file) for name, _, file in (given.partition("=") for given in args.data)})
     folder = args.to / path.stem
-    play(plan, folder, args.jobs)
+    if not args.only_report:
+        play(plan, folder, args.jobs)
     print(write_report(plan, folder, args.report or folder / "report.md", args.jobs))
 
 
