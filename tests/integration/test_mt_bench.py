@@ -21,7 +21,7 @@ from runs import assert_whole, read_rows, write_rows
 
 import spinlm.evals.judge
 from spinlm.errors import DataError, RunError, SpinError
-from spinlm.evals.benchmarks import read_scores
+from spinlm.evals.benchmarks import comparable, read_scores
 from spinlm.evals.judge import REMINDER, Judge, JudgeError, read_mark, read_options
 from spinlm.evals.mt_bench import mt_bench
 from spinlm.files import read_json
@@ -188,14 +188,10 @@ def test_scores_of_a_judge_with_a_known_rule(bench, judge, endpoint, tmp_path):
     assert (scores["math"].value, scores["math"].standard_error) == (4.0, None)
     assert {score.metric for score in scores.values()} == {"points"}
     assert [score.examples for score in scores.values()] == [3, 3, 2, 2, 1]
-    settings = scores["overall"].settings
-    assert (
-        settings.items()
-        >= {
-            **{"judge": "scripted", "endpoint": judge.host, "limit": None, "max_new_tokens": 8, "unparsable": 0},
-            **{"unanswered": 0, "without_reference": 0, "asked_again": 0},
-        }.items()
-    )
+    settings, counts = scores["overall"].settings, scores["overall"].counts
+    asked_for = {"judge": "scripted", "endpoint": judge.host, "limit": None, "max_new_tokens": 8}
+    assert settings.items() >= {**asked_for, "without_reference": 0}.items()
+    assert counts.items() >= {"unparsable": 0, "unanswered": 0, "asked_again": 0}.items()
 
     assert len(endpoint.asked) == len(set(endpoint.asked)) == 5
     for body in endpoint.bodies:
@@ -247,6 +243,8 @@ def test_the_second_turn_sees_the_first_answer(bench, judge, endpoint):
 
 def test_how_players_compare(bench, judge, endpoint):
     bench(judge, START, 0)
+    ours, theirs = (read_scores(bench.run, player)["mt-bench"] for player in (START, 0))
+    assert all(comparable(score, theirs[task]) for task, score in ours.items())
     bench.set_answers(START, "plain")
     bench.set_answers(0, "better")
     endpoint.script = lambda asked, times: f"[[{MARKS[turn_of(asked)] - 1 + ('better' in asked)}]]"
@@ -267,8 +265,8 @@ def test_a_judge_that_always_says_a_finds_no_winner(bench, judge, endpoint):
     remarks = bench(judge, START, 1, pairwise=True)
     score = read_scores(bench.run, 1)["mt-bench pairwise"]["against start"]
     assert (score.value, score.standard_error, score.metric) == (0.5, 0.0, "win rate")
-    assert score.settings["orders_differ"] == 5
-    assert (score.settings["chose_first"], score.settings["chose_second"]) == (10, 0)
+    assert score.counts["orders_differ"] == 5
+    assert (score.counts["chose_first"], score.counts["chose_second"]) == (10, 0)
     assert len(endpoint.asked) == len(set(endpoint.asked)) == 10
     assert any("contradicted itself in 5 of 5 games" in line for line in remarks)
     assert "mt-bench" in read_scores(bench.run, 1)  # the marks of before are still there
@@ -296,7 +294,7 @@ def test_win_rate_of_a_judge_with_a_known_rule(bench, judge, endpoint):
     assert score.value == 2.5 / 4
     # Sums 1, 1, ½ of 2, 1, 1 games: deviations −¼, ⅜, −⅛.
     assert score.standard_error == pytest.approx((1.5 * (1 / 16 + 9 / 64 + 1 / 64)) ** 0.5 / 4)
-    counted = {name: score.settings[name] for name in ("wins", "ties", "losses", "unparsable", "orders_differ")}
+    counted = {name: score.counts[name] for name in ("wins", "ties", "losses", "unparsable", "orders_differ")}
     assert counted == {"wins": 2, "ties": 1, "losses": 1, "unparsable": 1, "orders_differ": 0}
     assert "iteration 1 against start: 1 of 10 verdicts could not be read and do not count" in remarks
 
@@ -308,7 +306,7 @@ def test_equal_answers_are_a_tie_that_nobody_is_asked_about(bench, judge, endpoi
     endpoint.bodies.clear()
     bench(judge, START, 1, pairwise=True)
     score = read_scores(bench.run, 1)["mt-bench pairwise"]["against start"]
-    assert (score.value, score.settings["identical"], endpoint.bodies) == (0.5, 5, [])
+    assert (score.value, score.counts["identical"], endpoint.bodies) == (0.5, 5, [])
 
 
 # Going on
@@ -543,7 +541,7 @@ def test_a_verdict_that_cannot_be_read_is_asked_for_once_more(bench, judge, endp
     assert endpoint.asked.count(REMINDER) == 4
     score = bench.overall()
     assert score.value == (3 + 3 + 7) / 3
-    assert (score.settings["unparsable"], score.settings["asked_again"], score.examples) == (2, 4, 2)
+    assert (score.counts["unparsable"], score.counts["asked_again"], score.examples) == (2, 4, 2)
     assert "start: 2 of 5 verdicts could not be read and do not count" in remarks
     assert "math" not in read_scores(bench.run, START)["mt-bench"]
     endpoint.bodies.clear()
@@ -580,7 +578,7 @@ def test_a_question_longer_than_the_context_is_counted(bench, judge, endpoint, t
     control = {"question_id": 6, "category": "math", "turns": ["alpha <|im_end|>"]}
     path = write_rows(tmp_path / "long.jsonl", [*QUESTIONS, long, later, control])
     remarks = bench(judge, questions=path)
-    assert bench.overall().settings["unanswered"] == 4
+    assert bench.overall().counts["unanswered"] == 4
     assert len(endpoint.asked) == 6
     (line,) = [line for line in remarks if "could not be answered to the end" in line]
     assert line.startswith("start: 3 of 6 questions could not be answered to the end; question 4: turn 1: it has ")

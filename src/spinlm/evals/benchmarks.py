@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from spinlm.files import read_json, write_json
@@ -27,6 +27,7 @@ class Score:
     metric: str  # as the benchmark calls it
     examples: int  # how many were asked
     settings: dict[str, Any]  # few-shots, limit, versions: two scores are comparable where these are equal
+    counts: dict[str, Any] = field(default_factory=dict)  # of what it is made from, and what it leaves out
 
 
 def read_scores(run: RunDir, iteration: int) -> dict[str, dict[str, Score]]:

@@ -129,7 +129,7 @@ def _mark(sitting: _Sitting, players: Sequence[int]) -> None:
     """Have every answer marked; keep the scores, in points."""
     exam = sitting.exam
     marks: dict[int, Marks] = {}
-    settings: dict[int, dict[str, Any]] = {}
+    counts: dict[int, dict[str, Any]] = {}
     for player in players:
         answers = sitting.answers[player]
         asked = [
@@ -140,18 +140,19 @@ def _mark(sitting: _Sitting, players: Sequence[int]) -> None:
         journal = Journal(exam.folder(player) / verdicts_file("judgements", sitting.judge, exam, [player]))
         verdicts = collect(journal, sitting.judge, asked, read_mark, f"{player_name(player)}: judge")
         marks[player] = {item.place: verdict.value for item, verdict in zip(asked, verdicts, strict=True)}
-        settings[player] = sitting.settings | _counts(exam, verdicts, len(asked), journal)
+        counts[player] = _counts(exam, verdicts, len(asked), journal)
     if all(mark is None for given in marks.values() for mark in given.values()):
         raise _nothing_readable(sitting.judge, journal)
     for player in players:
-        add_scores(exam.run, player, SUITE, _scores(exam, marks[player], settings[player]), anew=True)
+        add_scores(exam.run, player, SUITE, _scores(sitting, marks[player], counts[player]), anew=True)
         _remark_unreadable(sitting, player_name(player), list(marks[player].values()))
     for player in players[1:]:
         sitting.remarks.append(_lead(marks, player, players[0]))
 
 
-def _scores(exam: Exam, marks: Marks, settings: dict[str, Any]) -> dict[str, Score]:
+def _scores(sitting: _Sitting, marks: Marks, counts: dict[str, Any]) -> dict[str, Score]:
     """Mean marks, over all and by turn and category, as far as there are any."""
+    exam = sitting.exam
     categories = dict.fromkeys(question.category for question in exam.questions)
     tasks: dict[str, dict[int | str, list[float]]] = {
         task: defaultdict(list) for task in ("overall", "turn 1", "turn 2", *categories)
@@ -163,7 +164,7 @@ def _scores(exam: Exam, marks: Marks, settings: dict[str, Any]) -> dict[str, Sco
                 for task in ("overall", f"turn {turn}", question.category):
                     tasks[task][question.id].append(mark)
     return {
-        task: Score(*mean_and_error(list(groups.values())), "points", len(groups), settings)
+        task: Score(*mean_and_error(list(groups.values())), "points", len(groups), sitting.settings, counts)
         for task, groups in tasks.items()
         if groups
     }
@@ -235,8 +236,7 @@ def _compare(sitting: _Sitting, player: int, other: int) -> None:
         if result is not None:
             groups[question_id].append(result)
     tally = Counter(results.values())
-    settings = {
-        **sitting.settings,
+    counts = {
         **_counts(exam, verdicts, len(results), journal),
         "wins": tally[1.0],
         "ties": tally[0.5],
@@ -246,12 +246,12 @@ def _compare(sitting: _Sitting, player: int, other: int) -> None:
         "chose_first": choices.count("A"),
         "chose_second": choices.count("B"),
     }
-    score = Score(*mean_and_error(list(groups.values())), "win rate", len(groups), settings)
+    score = Score(*mean_and_error(list(groups.values())), "win rate", len(groups), sitting.settings, counts)
     add_scores(exam.run, player, PAIRWISE_SUITE, {f"against {player_name(other)}": score})
     sitting.remarks.append(
         f"{what}: {tally[1.0]} won, {tally[0.5]} tied ({identical} with the same answer), {tally[0.0]} lost. With the "
-        f"players swapped the judge contradicted itself in {settings['orders_differ']} of {len(games)} games; it chose "
-        f"the answer shown first {settings['chose_first']} times, the second {settings['chose_second']} times"
+        f"players swapped the judge contradicted itself in {counts['orders_differ']} of {len(games)} games; it chose "
+        f"the answer shown first {counts['chose_first']} times, the second {counts['chose_second']} times"
     )
     _remark_unreadable(sitting, what, choices)
 
