@@ -9,7 +9,7 @@ from pathlib import Path
 from spinlm.config import EXECUTION_ONLY, Recipe
 from spinlm.errors import RunError
 from spinlm.files import atomic_path, read_json, write_json
-from spinlm.rundir import START, RunDir, differences
+from spinlm.rundir import START, RunDir, differences, filled
 from spinlm.stages.prepare import provenance
 
 log = logging.getLogger("spinlm")
@@ -36,12 +36,9 @@ def branch(recipe: Recipe, folder: RunDir, source: RunDir) -> None:
     """Take examples, starting player and its evaluation from another run. A folder that has them is left as it is.
 
     Raises:
-        RunError: the other run has no complete start, or one that this recipe would not give; or the folder has
-            begun with another start.
+        RunError: as `check_source`; or the folder has begun with another start.
     """
-    for stage in STAGES:
-        source.require(stage, START)
-    _check_same_start(recipe, source)
+    check_source(recipe, folder, source)
     if folder.begun():
         _check_came_from(folder, source)
         if folder.done("evaluate", START):
@@ -58,8 +55,17 @@ def branch(recipe: Recipe, folder: RunDir, source: RunDir) -> None:
     log.info("the start is that of %s", source.root)
 
 
-def _check_same_start(recipe: Recipe, source: RunDir) -> None:
-    theirs = Recipe.model_validate(read_json(source.recipe)).model_dump(mode="json")
+def check_source(recipe: Recipe, folder: RunDir, source: RunDir) -> None:
+    """Make sure that a run's start can be taken.
+
+    Raises:
+        RunError: the run is the folder itself, has no complete start, or one that this recipe would not give.
+    """
+    if source.root.resolve() == folder.root.resolve():
+        raise RunError(f"--start-from {source.root}: is the run folder itself. Choose another --run-dir")
+    for stage in STAGES:
+        source.require(stage, START)
+    theirs = filled(read_json(source.recipe))
     changes = [
         line
         for line in differences(theirs, recipe.model_dump(mode="json"))

@@ -215,6 +215,16 @@ class RunDir:
                 marker = self.marker(stage, iteration)
                 raise RunError(f"{path}: {what}. Delete it and {marker}, then run again to make it anew")
 
+    def player_digest(self, iteration: int) -> str:
+        """What an iteration's player and all it came from are known by.
+
+        Raises:
+            RunError: it is not there, or not as it was written.
+        """
+        stage = "warmup" if iteration == START else "train"
+        self.require(stage, iteration)
+        return str(self.facts(stage, iteration)["digest"])
+
     def _upstream_digest(self, stage: str, iteration: int) -> str | None:
         before = _upstream(stage, iteration)
         if before is None:
@@ -262,7 +272,7 @@ class RunDir:
 
         More iterations may be asked for, too: they continue the run.
         """
-        old = _filled(read_json(self.recipe))
+        old = filled(read_json(self.recipe))
         found = differences(old, recipe)
         more = recipe["selfplay"]["iterations"] >= old["selfplay"]["iterations"]
         allowed = {*harmless, "selfplay.iterations"} if more else set(harmless)
@@ -343,7 +353,7 @@ def _say(stage: Stage | None) -> str:
     return name if iteration == START else f"{name} of iteration {iteration}"
 
 
-def _filled(recipe: dict[str, Any]) -> dict[str, Any]:
+def filled(recipe: dict[str, Any]) -> dict[str, Any]:
     """A stored recipe with the defaults of settings that are newer than it, so that it compares with today's."""
     from pydantic import ValidationError
 

@@ -6,7 +6,7 @@ tell the real responses from the opponent's, and becomes θ_{t+1}.
 
 from pathlib import Path
 
-from spinlm.branch import branch
+from spinlm.branch import branch, check_source
 from spinlm.config import EXECUTION_ONLY, Recipe
 from spinlm.interrupt import gentle_stop
 from spinlm.model.players import stand_up
@@ -33,13 +33,16 @@ def run(recipe: Recipe, run_dir: Path, *, fresh: bool = False, start_from: Path 
         SpinError: with what went wrong, where, and what to do. What was done so far is kept.
     """
     folder = RunDir(run_dir)
+    source = None if start_from is None else RunDir(start_from)
+    if source is not None:
+        check_source(recipe, folder, source)  # before anything is deleted
     stand_up()  # an earlier run in this process has trained the model it loaded
     with folder.locked(), gentle_stop():
         if fresh:
             folder.clear()
         folder.bind(recipe.model_dump(mode="json"), EXECUTION_ONLY)
-        if start_from is not None:
-            branch(recipe, folder, RunDir(start_from))
+        if source is not None:
+            branch(recipe, folder, source)
         try:
             play(recipe, folder)
         finally:

@@ -81,7 +81,11 @@ def verdict(run: RunDir) -> str:
     metric = METRIC_NAMES[last[-1]["metric"]]
     recipe = read_json(run.recipe)
     errors = recipe["selfplay"]["select"]["standard_errors"]
-    what = "More supervised fine-tuning" if is_control(run) else "Self-play"
+    what = "Self-play"
+    if is_control(run):
+        what = "More supervised fine-tuning"
+    elif recipe["data"]["columns"].get("rejected"):
+        what = "Training on preferences"
     noise = f"{errors:g} standard error{'' if errors == 1 else 's'} of the paired difference"
     fallen = last[-1].get("collapse")
     ending = (

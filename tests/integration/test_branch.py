@@ -69,6 +69,16 @@ def test_a_branch_leaves_the_other_run_alone(branch, reference, tmp_path):
     assert contents(source) == before
 
 
+def test_a_start_that_cannot_be_taken_costs_nothing(world, cli, branch, reference, tmp_path):
+    """Neither with --fresh, which deletes, nor where source and folder are the same."""
+    own = shutil.copytree(reference, tmp_path / "own", symlinks=True)
+    before = contents(own)
+    assert "is the run folder itself" in branch("--fresh", name="own", source=own, code=2).message
+    assert "was made with other settings" in branch("--fresh", "data.prompts=5", name="own", code=2).message
+    assert "has not been completed" in branch("--fresh", name="own", source=tmp_path / "nothing", code=2).message
+    assert contents(own) == before
+
+
 def test_a_branch_that_was_cut_short_is_completed(branch, reference, tmp_path):
     """Markers come last, so a folder without one is filled again."""
     branch("selfplay.iterations=1")

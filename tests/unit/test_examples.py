@@ -208,6 +208,14 @@ def test_preferences_that_differ_in_the_rejected_response_alone_are_two(select: 
     assert len({example.id for example in everything(splits)}) == 3
 
 
+def test_preferences_of_a_conversation_that_ends_with_a_question(select: Any) -> None:
+    """The rejected response would answer another question than the chosen one."""
+    talks = [{"messages": [user(f"p{n}"), assistant("Yo")], "rejected": "No"} for n in range(3)]
+    talks[1]["messages"].append(user("And now?"))  # type: ignore[attr-defined]
+    selection, _ = select(talks, on_bad_row="skip", columns={"rejected": "rejected"})
+    assert selection.dropped == {"no_assistant_turn": 1}
+
+
 @pytest.mark.parametrize(
     ("reason", "rejected", "detail"),
     [

@@ -111,6 +111,8 @@ def measure(world: Any, tasks: Path, tmp_path: Path) -> Callable[..., dict[str, 
     for iteration in (START, 0):
         run.iteration(iteration).mkdir()
         run.player(iteration).symlink_to(RunDir(folder / "run").player(iteration))
+    for stage, iteration in (("prepare", START), ("warmup", START), ("generate", 0), ("score", 0), ("train", 0)):
+        run.complete(stage, iteration, [run.player(iteration)] if stage in ("warmup", "train") else [])
 
     def measure(names: str, *data: str, players: tuple[int, ...] = (0,), **options: Any) -> dict[str, dict[str, Score]]:
         harness(recipe, run, players, options.pop("suite", None), names, data=data, folder=tasks, **options)

@@ -457,6 +457,15 @@ def test_too_few_rows_are_refused(tmp_path: Path) -> None:
     assert "0" in text(plan)
 
 
+def test_an_estimate_refuses_nothing(tmp_path: Path) -> None:
+    """With every turn an example, their number is not known before the rows are read."""
+    turns = [{"role": role, "content": "x"} for role in ("user", "assistant")]
+    path = data_file(tmp_path, [{"messages": turns}] * 5)
+    for how, refused in (("last", True), ("every", False)):
+        plan = make_plan(recipe(data={"path": path, "heldout": 2, "prompts": 4, "turns": how}))
+        assert any("too few" in reason for reason in refusals(plan)) == refused
+
+
 def test_data_that_is_not_there_is_refused(tmp_path: Path) -> None:
     path = str(tmp_path / "data.parquet")
     noted = f"{path}: no such file. Set data.path."

@@ -105,7 +105,7 @@ class _Draw:
             conversation = self.layout.conversation(row)
             row_id = self.layout.row_id(row)
             targets = _targets(conversation, self.turns)
-            rejected = self.layout.rejected_text(row, conversation[:-1])
+            rejected = self.layout.rejected_text(row, conversation)
         except RowError as error:
             self.drops.bad_row(number, error)
             return
@@ -229,10 +229,13 @@ class _Layout:
             conversation = conversation if has_one else [{"role": "system", "content": text}, *conversation]
         return conversation
 
-    def rejected_text(self, row: dict[str, Any], prompt: list[Message]) -> list[str]:
-        """The worse response to a prompt; none where the data are no preferences."""
+    def rejected_text(self, row: dict[str, Any], conversation: list[Message]) -> list[str]:
+        """The worse response in place of a conversation's last message; none where the data are no preferences."""
         if not self.rejected:
             return []
+        *prompt, last = conversation
+        if last["role"] != "assistant":
+            raise RowError("no_assistant_turn", "the conversation does not end with a message of the assistant")
         return [_response(_field(row, self.rejected), self.rejected, prompt)["content"]]
 
     def row_id(self, row: dict[str, Any]) -> str | None:

@@ -27,7 +27,7 @@ class Score:
     metric: str  # as the benchmark calls it
     examples: int  # how many were asked
     settings: dict[str, Any]  # few-shots, limit, versions: two scores are comparable where these are equal
-    counts: dict[str, Any] = field(default_factory=dict)  # of what it is made from, and what it leaves out
+    counts: dict[str, Any] = field(default_factory=dict)  # what it is made from, and what it leaves out
 
 
 def read_scores(run: RunDir, iteration: int) -> dict[str, dict[str, Score]]:

@@ -51,9 +51,8 @@ class Exam:
 
     def fingerprint(self, player: int) -> dict[str, Any]:
         """All that a player's answers depend on."""
-        stage = "warmup" if player == START else "train"
         return {
-            "player": self.run.facts(stage, player)["digest"],
+            "player": self.run.player_digest(player),
             "questions": [question.plain() for question in self.everything],
             "temperatures": [TEMPERATURES, OTHER_TEMPERATURE],
             "max_new_tokens": self.max_new_tokens,

@@ -1,6 +1,7 @@
 """Benchmarks by lm-evaluation-harness: its tasks, prompts, few-shots and metrics, on any player of a run."""
 
 import hashlib
+import inspect
 import json
 import logging
 import os
@@ -94,15 +95,16 @@ def _measure(model: "SeatedModel", run: RunDir, iteration: int, suite: str, unit
     """Measure a unit, unless that has been done. The tasks of a group are kept under SUITE/GROUP."""
     player = "start" if iteration == START else f"iteration {iteration}"
     under = suite if unit.group is None else f"{suite}/{unit.name}"
+    measured = {"player": run.player_digest(iteration)}
     metrics: dict[str, dict[str, Any]] = {}
     settings: dict[str, dict[str, Any]] = {}
     again = 0
     for name, task in unit.tasks.items():
         local = unit.data.get(name)
-        settings[name] = common | _settings(task)
+        settings[name] = common | _settings(task, local is not None)
         settings[name]["data"] = local.digests() if local is not None else task.get_config("dataset_path")
         kept = read_scores(run, iteration).get(under, {})
-        if name in kept and kept[name].settings == settings[name]:
+        if name in kept and (kept[name].settings, kept[name].counts) == (settings[name], measured):
             metrics[name] = _metrics(name, kept)
             again += 1
             continue
@@ -115,7 +117,7 @@ def _measure(model: "SeatedModel", run: RunDir, iteration: int, suite: str, unit
                 name,
                 model.max_length,
             )
-        add_scores(run, iteration, under, _scores(name, metrics[name], unit.metric, settings[name]))
+        add_scores(run, iteration, under, _scores(name, metrics[name], unit.metric, settings[name], measured))
     if again:
         which = unit.name if again == len(unit.tasks) else f"{again} of {len(unit.tasks)} tasks of {unit.name}"
         log.info("%s: %s measured before with the same settings, not measured again", player, which)
@@ -128,19 +130,28 @@ def _measure(model: "SeatedModel", run: RunDir, iteration: int, suite: str, unit
             "definition": _digest(settings),
             "data": {name: settings[name]["data"] for name in unit.data} or "of its tasks",
         }
-        add_scores(run, iteration, suite, _scores(unit.name, dict(whole), unit.metric, about))
+        add_scores(run, iteration, suite, _scores(unit.name, dict(whole), unit.metric, about, measured))
 
 
-def _settings(task: "Task") -> dict[str, Any]:
-    """What decides a task's prompts and metrics; where its data lies is not part of it."""
+def _settings(task: "Task", replaced: bool) -> dict[str, Any]:
+    """What decides a task's prompts and metrics. Where data that was `replaced` lies is not part of it."""
     config = task.dump_config()
-    own = {key: value for key, value in config.items() if key not in ("dataset_kwargs", "metadata")}
+    left_out = ("dataset_kwargs", "metadata") if replaced else ("metadata",)
+    own = {key: value for key, value in config.items() if key not in left_out}
     return {"few_shots": config["num_fewshot"], "task_version": task.VERSION, "definition": _digest(own)}
 
 
 def _digest(value: Any) -> str:
-    text = json.dumps(value, sort_keys=True, default=lambda thing: getattr(thing, "__qualname__", type(thing).__name__))
+    text = json.dumps(value, sort_keys=True, default=_plain)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _plain(thing: Any) -> str:
+    """A function of a task by its source, anything else by its name."""
+    try:
+        return inspect.getsource(thing)
+    except (OSError, TypeError):
+        return str(getattr(thing, "__qualname__", type(thing).__name__))
 
 
 def _evaluate(model: "SeatedModel", name: str, task: "Task", limit: int | None, chat_template: bool) -> dict[str, Any]:
@@ -180,7 +191,9 @@ def _evaluate(model: "SeatedModel", name: str, task: "Task", limit: int | None, 
     return dict(found["results"][name])
 
 
-def _scores(name: str, metrics: dict[str, Any], chosen: str | None, settings: dict[str, Any]) -> dict[str, Score]:
+def _scores(
+    name: str, metrics: dict[str, Any], chosen: str | None, settings: dict[str, Any], counts: dict[str, Any]
+) -> dict[str, Score]:
     """The metrics of a task as scores: the one that counts under the task's name, others beside it."""
     keys = [key for key in metrics if "," in key and "_stderr," not in key]
     if chosen is None or chosen not in keys:
@@ -195,6 +208,7 @@ def _scores(name: str, metrics: dict[str, Any], chosen: str | None, settings: di
             metric=metric,
             examples=int(metrics["sample_len"]),
             settings=settings,
+            counts=counts,
         )
     return scores
 

@@ -246,7 +246,10 @@ class _Endpoint:
         for attempt in range(ATTEMPTS):
             wait = BACKOFF * 2**attempt
             try:
-                response = await self._client.post(self.address, json=body)
+                async with asyncio.timeout(judge.timeout):  # httpx's own begins anew with each piece that arrives
+                    response = await self._client.post(self.address, json=body)
+            except TimeoutError:
+                problem = f"no reply within {judge.timeout:g} seconds; --judge-timeout allows more"
             except httpx.RequestError as error:
                 problem = self._describe(error)
                 if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout) and not self._reached:

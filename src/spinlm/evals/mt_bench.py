@@ -144,7 +144,8 @@ def _mark(sitting: _Sitting, players: Sequence[int]) -> None:
     if all(mark is None for given in marks.values() for mark in given.values()):
         raise _nothing_readable(sitting.judge, journal)
     for player in players:
-        add_scores(exam.run, player, SUITE, _scores(sitting, marks[player], counts[player]), anew=True)
+        if scores := _scores(sitting, marks[player], counts[player]):
+            add_scores(exam.run, player, SUITE, scores, anew=True)
         _remark_unreadable(sitting, player_name(player), list(marks[player].values()))
     for player in players[1:]:
         sitting.remarks.append(_lead(marks, player, players[0]))

@@ -203,8 +203,11 @@ def _card(recipe: Recipe, iteration: int) -> str:
     model, library = recipe.model, "transformers" if recipe.lora is None else "peft"
     base = [f"base_model: {model.path}"] if model.path.count("/") == 1 and not Path(model.path).exists() else []
     settings = recipe.objective.model_dump(include=set(recipe.objective.reads))
-    sft = recipe.objective.name == "sft"
-    game = "more supervised fine-tuning" if sft else "self-play fine-tuning (SPIN, arXiv 2401.01335)"
+    game, tags = "self-play fine-tuning (SPIN, arXiv 2401.01335)", ["tags: [spin, self-play]"]
+    if recipe.objective.name == "sft":
+        game, tags = "more supervised fine-tuning", []
+    elif recipe.preferences:
+        game, tags = "training on preferences", ["tags: [dpo]"]
     what = "The starting player" if iteration == START else f"The player that iteration {iteration} made"
     lines = [
         *(
@@ -212,7 +215,7 @@ def _card(recipe: Recipe, iteration: int) -> str:
             *base,
             f"library_name: {library}",
             "pipeline_tag: text-generation",
-            *(() if sft else ("tags: [spin, self-play]",)),
+            *tags,
             "---\n",
         ),
         f"{what} in {game} with spinlm {__version__}.\n",

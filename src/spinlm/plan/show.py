@@ -141,10 +141,11 @@ def refusals(plan: Plan) -> Iterator[str]:
     recipe, examples, asked = plan.recipe, plan.lengths.examples, plan.recipe.data.prompts or 1
     if names_a_file(recipe.data.path) and not Path(recipe.data.path).expanduser().is_file():
         yield f"{recipe.data.path}: no such file. Set data.path."
-    if examples is not None and asked > examples - plan.set_apart:
+    # With every turn an example, their number is an estimate; otherwise there is at most one in a row.
+    if examples is not None and recipe.data.turns != "every" and asked > examples - plan.set_apart:
         yield (
             f"{recipe.data.path} has {examples:,} examples: too few for {asked:,} prompts beside {plan.set_apart:,} "
-            f"that are set apart. Lower data.heldout or data.prompts. Counted with {plan.prompts:,}."
+            f"that are set apart. Lower data.heldout or data.prompts."
         )
     if plan.changed:
         yield "\n  ".join(("the run folder was made with a different recipe:", *plan.changed))
