@@ -27,9 +27,12 @@ quickstart: $(VENV)/model
 	@echo "This is one seed. Over five, as many steps of supervised fine-tuning gained more: docs/results.md"
 
 # GSM8K=FILE.jsonl takes prompts and lengths from a file of that data set.
-bench: $(VENV)/model
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+bench: $(VENV)/model $(VENV)/bench
 	$(BIN)/python benchmarks/report.py $(if $(GSM8K),--data $(GSM8K))
+
+$(VENV)/bench: $(VENV)/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,bench]'
+	touch $@
 
 $(VENV)/extras: $(VENV)/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,lm-eval]'
@@ -37,8 +40,7 @@ $(VENV)/extras: $(VENV)/installed
 
 # Does self-play help? PLAN is a file in benchmarks/replication; run it again and it goes on.
 PLAN ?= small.yaml
-replication: $(VENV)/model
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+replication: $(VENV)/model $(VENV)/bench
 	$(BIN)/python benchmarks/replication/play.py $(PLAN) $(if $(GSM8K),--data gsm8k=$(GSM8K))
 
 test: $(VENV)/model $(VENV)/extras

@@ -34,6 +34,8 @@ class Arm:
 
     @classmethod
     def of(cls, name: str, settings: dict[str, Any]) -> "Arm":
+        if settings.get("start", "shared") not in ("shared", "own"):
+            raise SystemExit(f"{name}: its start is {settings['start']!r}; write shared, or own")
         return cls(name, tuple(settings["settings"]), settings.get("start", "shared"))
 
 
@@ -52,6 +54,8 @@ class Plan:
     @classmethod
     def read(cls, path: Path, given: dict[str, Path]) -> "Plan":
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if unknown := given.keys() - values["datasets"].keys():
+            raise SystemExit(f"--data {min(unknown)}: {path.name} has no such data set")
         datasets = {}
         for name, part in values["datasets"].items():
             if part.get("file") == "own" or name in given:
@@ -88,8 +92,12 @@ class Plan:
         return arm is not self.arms[0] and arm.start == "shared"
 
 
-def play(plan: Plan, to: Path, jobs: int) -> None:
-    """All runs, `jobs` at a time, each with its share of the cores; one that fails does not stop the others."""
+def play(plan: Plan, to: Path, jobs: int) -> bool:
+    """All runs, `jobs` at a time, each with its share of the cores; one that fails does not stop the others.
+
+    Returns:
+        Whether none has failed.
+    """
     cores = os.cpu_count() or 1
     environment = os.environ | {"OMP_NUM_THREADS": str(max(cores // jobs, 1))}
 
@@ -107,6 +115,7 @@ def play(plan: Plan, to: Path, jobs: int) -> None:
     # Arm by arm, so that what there is after some hours is on all seeds.
     todo = [(dataset, seed, arm) for arm in plan.arms for seed in plan.seeds for dataset in plan.datasets]
     started: set[tuple[str, int]] = set()  # the data sets and seeds whose shared start is there
+    failed = 0
     running: dict[Future[tuple[str, float, int]], tuple[str, int, Arm]] = {}
     with ThreadPoolExecutor(jobs) as pool:
         while todo or running:
@@ -121,8 +130,10 @@ def play(plan: Plan, to: Path, jobs: int) -> None:
                 name, seconds, code = ended.result()
                 with (to / "times.jsonl").open("a", encoding="utf-8") as file:
                     file.write(json.dumps({"run": name, "seconds": round(seconds)}) + "\n")
+                failed += code != 0
                 said = "" if code == 0 else f" FAILED with exit code {code}: see {to / name}.log"
                 print(f"{name}: {seconds:.0f} s{said}", flush=True)
+    return failed == 0
 
 
 def main() -> None:
@@ -135,11 +146,15 @@ def main() -> None:
     parser.add_argument("--only-report", action="store_true", help="play nothing: report on the runs that are there")
     args = parser.parse_args()
     path = HERE / args.plan if (HERE / args.plan).exists() else Path(args.plan)
+    if not path.exists():
+        parser.error(
+            f"{args.plan}: no such plan; there are {', '.join(sorted(one.name for one in HERE.glob('*.yaml')))}"
+        )
     plan = Plan.read(path, {name: Path(file) for name, _, file in (given.partition("=") for given in args.data)})
     folder = args.to / path.stem
-    if not args.only_report:
-        play(plan, folder, args.jobs)
+    sound = args.only_report or play(plan, folder, args.jobs)
     print(write_report(plan, folder, args.report or folder / "report.md", args.jobs))
+    sys.exit(0 if sound else 1)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,13 @@
 """What a replication found: paired comparisons with intervals, as Markdown and pictures.
 
-Everything is read from the run folders. A run's value on a measure is that of its last player, or of its selected one:
-chosen by the run's own rule on one half of the held-out prompts and measured on the other half, both ways round, so
-that the choice cannot flatter the result.
+Everything is read from the run folders; a run that has not ended is left out. A run's value on a measure is that of
+its last player, or of its selected one: chosen by a run's rule (ahead by so many standard errors; the guard aside) on
+one half of the held-out prompts and measured on the other half, both ways round, so that the choice cannot flatter the
+result.
 """
 
-import datetime
-import importlib.metadata
 import json
 import math
-import os
 import platform
 import statistics
 from collections.abc import Iterator
@@ -24,12 +22,12 @@ if TYPE_CHECKING:
 T_95 = (math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 """Student's t at 97.5% for 1 … 10 degrees of freedom."""
 
-PACKAGES = ("spinlm", "torch", "transformers", "peft")
+PACKAGES = ("torch", "transformers", "peft")
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder that is complete as far as it goes."""
+    """A run folder."""
 
     folder: Path
 
@@ -38,6 +36,25 @@ class Run:
         """Folders of the players that were evaluated, the start first."""
         names = ["start", *(f"iteration-{number}" for number in range(100))]
         return [name for name in names if (self.folder / name / "evaluate.done").exists()]
+
+    @cached_property
+    def recipe(self) -> dict[str, Any]:
+        return dict(json.loads((self.folder / "recipe.resolved.json").read_text(encoding="utf-8")))
+
+    @property
+    def ended(self) -> bool:
+        """Whether it was played to its end: all iterations, or until it stopped by itself."""
+        marker = self.folder / self.players[-1] / "promote.done" if self.players else self.folder
+        if not marker.is_file():
+            return False
+        go_on = json.loads(marker.read_text(encoding="utf-8"))["go_on"]
+        return not go_on or len(self.players) == 1 + self.recipe["selfplay"]["iterations"]
+
+    def steps(self, player: str) -> int:
+        """Optimiser steps from the start to a player."""
+        names = self.players[1 : self.players.index(player) + 1]
+        markers = (self.folder / name / "train.done" for name in names)
+        return sum(json.loads(marker.read_text(encoding="utf-8"))["steps"] for marker in markers)
 
     def metrics(self, player: str) -> dict[str, Any]:
         return dict(json.loads((self.folder / player / "metrics.json").read_text(encoding="utf-8")))
@@ -53,7 +70,7 @@ class Run:
         scores = {player: self.values(player, "task_score") for player in self.players}
         prompts = sorted(scores["start"])
         halves = prompts[::2], prompts[1::2]
-        errors = json.loads((self.folder / "recipe.resolved.json").read_text())["selfplay"]["select"]["standard_errors"]
+        errors = self.recipe["selfplay"]["select"]["standard_errors"]
         found = []
         for chosen_on, measured_on in (halves, halves[::-1]):
             best = "start"
@@ -91,9 +108,9 @@ class Difference:
 
 
 def find(plan: "Plan", folder: Path, dataset: str, arm: str) -> dict[int, Run]:
-    """The runs of an arm by seed, as far as they have a player beside the start."""
+    """The runs of an arm by seed, as far as they have ended."""
     runs = {seed: Run(folder / dataset / f"seed-{seed}" / arm) for seed in plan.seeds}
-    return {seed: run for seed, run in runs.items() if len(run.players) > 1}
+    return {seed: run for seed, run in runs.items() if run.ended}
 
 
 def write_report(plan: "Plan", folder: Path, target: Path, jobs: int) -> str:
@@ -111,29 +128,39 @@ def write_report(plan: "Plan", folder: Path, target: Path, jobs: int) -> str:
 
 
 def _made_how(plan: "Plan", folder: Path, jobs: int) -> list[str]:
-    names = {
-        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
-    }
     made = [json.loads(path.read_text()) for path in sorted(folder.glob("*/seed-*/*/provenance.json"))]
-    commits = ", ".join(sorted({str(one["commit"]) for one in made}))
-    times = [json.loads(line)["seconds"] for line in (folder / "times.jsonl").read_text().splitlines()]
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
+    began = sorted(one["started"][:10] for one in made)
+    packages = sorted({f"{name} {one['packages'][name]}" for one in made for name in PACKAGES})
+    commits, pythons, devices = (sorted({str(one[key]) for one in made}) for key in ("commit", "python", "device"))
+    log = folder / "times.jsonl"
+    times: dict[str, float] = {}  # of each run the longest call: others found it done
+    for row in map(json.loads, log.read_text().splitlines() if log.exists() else ()):
+        times[row["run"]] = max(row["seconds"], times.get(row["run"], 0))
     return [
-        f"Played at commit {commits}, written on {datetime.date.today()}: {', '.join(names)}, {os.cpu_count()} virtual "
-        f"cores, {jobs} runs at a time, Python {platform.python_version()}, {versions}. The runs took "
-        f"{sum(times) / 60:.0f} minutes, one after the other. Seeds {', '.join(map(str, plan.seeds))} decide the data "
-        "drawn, the warm-up and every random number.",
+        f"Played from {began[0]} to {began[-1]} at commit {', '.join(commits)} of spinlm, on {processor()}, "
+        f"{' and '.join(devices)} each, {jobs} runs at a time; Python {', '.join(pythons)}, {', '.join(packages)}. The "
+        f"runs took {sum(times.values()) / 60:.0f} minutes, one after the other. Seeds "
+        f"{', '.join(map(str, plan.seeds))} decide the data drawn, the warm-up and every random number.",
         "",
         "Differences are paired, on the same held-out prompts; in brackets the 95% interval of Student's t over the "
-        "seeds. The selected player is chosen by the run's own rule on one half of the prompts and measured on the "
-        "other, both ways round.",
+        "seeds. The selected player is chosen by a run's own rule (the guard aside) on one half of the prompts and "
+        "measured on the other, both ways round. Steps are the optimiser's since the start: self-play has fewer than "
+        "its control, as a response that equals the real one makes no pair.",
     ]
+
+
+def processor() -> str:
+    """The name of this machine's processor."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    names = {line.split(":")[1].strip() for line in lines if "model name" in line}
+    return ", ".join(names) or platform.processor() or platform.machine()
 
 
 def _players(plan: "Plan", folder: Path, dataset: str) -> Iterator[str]:
     """A row for each arm and player: means over the seeds."""
-    yield "| arm | player | seeds | task score | NLL | pair accuracy | unfinished | repeated | AUC | drift |"
-    yield "|---|---|---|---|---|---|---|---|---|---|"
+    yield "| arm | player | seeds | steps | task score | NLL | pair accuracy | unfinished | repeated | AUC | drift |"
+    yield "|---|---|---|---|---|---|---|---|---|---|---|"
     for number, arm in enumerate(plan.arms):
         runs = find(plan, folder, dataset, arm.name)
         players = sorted(
@@ -142,8 +169,10 @@ def _players(plan: "Plan", folder: Path, dataset: str) -> Iterator[str]:
         for player in players:
             if player == "start" and number > 0 and arm.start == "shared":
                 continue
-            found = [run.metrics(player) for run in runs.values() if player in run.players]
+            those = [run for run in runs.values() if player in run.players]
+            found = [run.metrics(player) for run in those]
             cells = [
+                f"{statistics.fmean(run.steps(player) for run in those):.1f}",
                 _mean(found, "task_score", "{:.3f}"),
                 _mean(found, "heldout_nll", "{:.3f}"),
                 _mean(found, "pair_accuracy", "{:.2f}"),
