@@ -24,7 +24,7 @@ $(VENV)/model: $(VENV)/installed
 quickstart: $(VENV)/model
 	$(BIN)/spinlm run recipes/quickstart.yaml
 	@echo
-	@echo "This is one seed. Over five, as many steps of supervised fine-tuning gained more: docs/results.md"
+	@echo "This is one seed. Over five, about as many steps of supervised fine-tuning gained more: docs/results.md"
 
 # GSM8K=FILE.jsonl takes prompts and lengths from a file of that data set.
 bench: $(VENV)/model $(VENV)/bench
