@@ -110,6 +110,7 @@ def train(run: RunPath, iteration: Iteration) -> None:
 
 @app.command()
 def evaluate(
+    context: typer.Context,
     run: RunPath,
     iteration: Annotated[
         str | None,
@@ -146,6 +147,7 @@ def evaluate(
     pairwise: Annotated[bool, typer.Option("--pairwise", help="MT-Bench: players against the first one.")] = False,
 ) -> None:
     """Measure players. On the held-out prompts, or with --suite or --tasks on benchmarks."""
+    _refuse_unread(context, "mt-bench" if suite == "mt-bench" else "harness" if suite or tasks else "held-out")
     if suite is None and tasks is None:
         if iteration is None or not iteration.isdecimal():
             raise RunError("--iteration: name the number of one iteration, or a benchmark with --suite or --tasks")
@@ -195,6 +197,27 @@ def evaluate(
     console.print(benchmarks.table(folder, players, suite or "tasks"))
     for remark in remarks:
         console.print(remark, markup=False)
+
+
+_READ_BY = {
+    "mt-bench": ("questions", "references", "max_new_tokens", "pairwise", "limit"),
+    "harness": ("tasks", "task_data", "task_folder", "apply_chat_template", "batch_size", "limit"),
+    "held-out": (),
+}
+
+
+def _refuse_unread(context: typer.Context, what: str) -> None:
+    """Refuse an option of another kind of measurement, which would change nothing."""
+    for name in context.params:
+        given = context.get_parameter_source(name)
+        mine = name in ("run", "iteration", "suite", *_READ_BY[what]) or (what == "mt-bench" and "judge" in name)
+        if not mine and given is not None and given.name == "COMMANDLINE":
+            where = {
+                "mt-bench": "MT-Bench",
+                "harness": "a task of lm-evaluation-harness",
+                "held-out": "held-out prompts",
+            }
+            raise RunError(f"--{name.replace('_', '-')} has no meaning for {where[what]}. Leave it out")
 
 
 @app.command()

@@ -71,6 +71,9 @@ def test_players_are_measured_and_shown_side_by_side(cli, reference, tasks):
     ("options", "message"),
     [
         (("--suite", "big-bank"), "--suite: there is no suite 'big-bank'. Did you mean big-bench?"),
+        (("--tasks", "pick", "--pairwise"), "--pairwise has no meaning for a task of lm-evaluation-harness"),
+        (("--suite", "mt-bench", "--tasks", "pick"), "--tasks has no meaning for MT-Bench. Leave it out"),
+        (("--batch-size", "3"), "--batch-size has no meaning for held-out prompts. Leave it out"),
         (("--tasks", "pick", "--task-data", "pick"), "--task-data: 'pick' cannot be read. Write NAME=FILE.jsonl"),
         (("--tasks", "pick", "--task-folder", "tasks"), "pick: its dataset cannot be fetched ("),
         (("--tasks", "arc_challenge"), "arc_challenge: its dataset cannot be fetched ("),
