@@ -129,7 +129,7 @@ def write_report(plan: "Plan", folder: Path, target: Path, jobs: int) -> str:
 
 def _made_how(plan: "Plan", folder: Path, jobs: int) -> list[str]:
     made = [json.loads(path.read_text()) for path in sorted(folder.glob("*/seed-*/*/provenance.json"))]
-    began = sorted(one["started"][:10] for one in made)
+    days = sorted({one["started"][:10] for one in made})
     packages = sorted({f"{name} {one['packages'][name]}" for one in made for name in PACKAGES})
     commits, pythons, devices = (sorted({str(one[key]) for one in made}) for key in ("commit", "python", "device"))
     log = folder / "times.jsonl"
@@ -137,7 +137,7 @@ def _made_how(plan: "Plan", folder: Path, jobs: int) -> list[str]:
     for row in map(json.loads, log.read_text().splitlines() if log.exists() else ()):
         times[row["run"]] = max(row["seconds"], times.get(row["run"], 0))
     return [
-        f"Played from {began[0]} to {began[-1]} at commit {', '.join(commits)} of spinlm, on {processor()}, "
+        f"Played on {', '.join(days)} at commit {', '.join(commits)} of spinlm, on {processor()}, "
         f"{' and '.join(devices)} each, {jobs} runs at a time; Python {', '.join(pythons)}, {', '.join(packages)}. The "
         f"runs took {sum(times.values()) / 60:.0f} minutes, one after the other. Seeds "
         f"{', '.join(map(str, plan.seeds))} decide the data drawn, the warm-up and every random number.",
