@@ -216,31 +216,33 @@ def _answers(plan: "Plan", folder: Path, dataset: str) -> Iterator[str]:
 def draw(plan: "Plan", folder: Path, dataset: str, target: Path) -> Path | None:
     """Task score and held-out NLL by iteration: a line for each arm's mean over seeds, a dot for each seed."""
     try:
-        from matplotlib import rcParams
+        from matplotlib import colormaps, rcParams
         from matplotlib.figure import Figure
     except ImportError:
         print("no pictures: they need matplotlib (pip install -e '.[bench]')", flush=True)
         return None
     rcParams["svg.hashsalt"] = "spinlm"  # the same picture for the same numbers
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(12, 4), layout="constrained")
+    arms = [arm for arm in plan.arms if find(plan, folder, dataset, arm.name)]
     for axes, measure, title in zip(
         figure.subplots(1, 2),
         ("task_score", "heldout_nll"),
         ("task score", "held-out NLL, nats per token"),
         strict=True,
     ):
-        for number, arm in enumerate(plan.arms):
+        for number, arm in enumerate(arms):
             runs = find(plan, folder, dataset, arm.name).values()
+            color = colormaps["tab20"](number)
             curves = [[run.metrics(player).get(measure) for player in run.players] for run in runs]
             curves = [curve for curve in curves if None not in curve]
             longest = max(map(len, curves), default=0)
             means = [statistics.fmean(curve[at] for curve in curves if len(curve) > at) for at in range(longest)]
-            axes.plot(range(longest), means, color=f"C{number % 10}", label=arm.name)
+            axes.plot(range(longest), means, color=color, label=arm.name)
             for curve in curves:
-                axes.plot(range(len(curve)), curve, ".", color=f"C{number % 10}", markersize=4, alpha=0.6)
+                axes.plot(range(len(curve)), curve, ".", color=color, markersize=4, alpha=0.6)
         axes.set(title=title, xlabel="iterations played (0: the start)")
         axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.legend(fontsize="small")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right", fontsize="small")
     figure.savefig(target, metadata={"Date": None})
     return target
 
