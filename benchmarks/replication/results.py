@@ -145,7 +145,8 @@ def _made_how(plan: "Plan", folder: Path, jobs: int) -> list[str]:
         "Differences are paired, on the same held-out prompts; in brackets the 95% interval of Student's t over the "
         "seeds. The selected player is chosen by a run's own rule (the guard aside) on one half of the prompts and "
         "measured on the other, both ways round. Steps are the optimiser's since the start: self-play has fewer than "
-        "its control, as a response that equals the real one makes no pair.",
+        "its control, as a response that equals the real one makes no pair. The task score is that of greedy answers; "
+        "sampled, that of answers drawn at temperature 1.",
     ]
 
 
@@ -159,8 +160,11 @@ def processor() -> str:
 
 def _players(plan: "Plan", folder: Path, dataset: str) -> Iterator[str]:
     """A row for each arm and player: means over the seeds."""
-    yield "| arm | player | seeds | steps | task score | NLL | pair accuracy | unfinished | repeated | AUC | drift |"
-    yield "|---|---|---|---|---|---|---|---|---|---|---|"
+    yield (
+        "| arm | player | seeds | steps | task score | sampled | NLL | pair accuracy | unfinished | repeated | AUC "
+        "| drift |"
+    )
+    yield "|---|---|---|---|---|---|---|---|---|---|---|---|"
     for number, arm in enumerate(plan.arms):
         runs = find(plan, folder, dataset, arm.name)
         players = sorted(
@@ -174,6 +178,7 @@ def _players(plan: "Plan", folder: Path, dataset: str) -> Iterator[str]:
             cells = [
                 f"{statistics.fmean(run.steps(player) for run in those):.1f}",
                 _mean(found, "task_score", "{:.3f}"),
+                _mean(found, "sampled_task_score", "{:.3f}"),
                 _mean(found, "heldout_nll", "{:.3f}"),
                 _mean(found, "pair_accuracy", "{:.2f}"),
                 _mean(found, "unfinished_share", "{:.1%}"),
