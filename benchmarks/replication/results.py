@@ -13,8 +13,13 @@ import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import count, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from spinlm.evals.heldout import is_ahead
+from spinlm.files import read_json
+from spinlm.rundir import START, RunDir, player_name
 
 if TYPE_CHECKING:
     from play import Plan
@@ -27,56 +32,50 @@ PACKAGES = ("torch", "transformers", "peft")
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder."""
+    """A run folder, complete or not."""
 
-    folder: Path
+    run: RunDir
 
     @cached_property
-    def players(self) -> list[str]:
-        """Folders of the players that were evaluated, the start first."""
-        names = ["start", *(f"iteration-{number}" for number in range(100))]
-        return [name for name in names if (self.folder / name / "evaluate.done").exists()]
+    def players(self) -> list[int]:
+        """The players that were evaluated, the start first."""
+        return list(takewhile(lambda number: self.run.marker("evaluate", number).exists(), count(START)))
 
     @cached_property
     def recipe(self) -> dict[str, Any]:
-        return dict(json.loads((self.folder / "recipe.resolved.json").read_text(encoding="utf-8")))
+        return dict(read_json(self.run.recipe))
 
     @property
     def ended(self) -> bool:
         """Whether it was played to its end: all iterations, or until it stopped by itself."""
-        marker = self.folder / self.players[-1] / "promote.done" if self.players else self.folder
-        if not marker.is_file():
+        if not self.players or not (marker := self.run.marker("promote", self.players[-1])).exists():
             return False
-        go_on = json.loads(marker.read_text(encoding="utf-8"))["go_on"]
-        return not go_on or len(self.players) == 1 + self.recipe["selfplay"]["iterations"]
+        return not read_json(marker)["go_on"] or len(self.players) == 1 + self.recipe["selfplay"]["iterations"]
 
-    def steps(self, player: str) -> int:
+    def steps(self, player: int) -> int:
         """Optimiser steps from the start to a player."""
-        names = self.players[1 : self.players.index(player) + 1]
-        markers = (self.folder / name / "train.done" for name in names)
-        return sum(json.loads(marker.read_text(encoding="utf-8"))["steps"] for marker in markers)
+        return sum(read_json(self.run.marker("train", number))["steps"] for number in range(player + 1))
 
-    def metrics(self, player: str) -> dict[str, Any]:
-        return dict(json.loads((self.folder / player / "metrics.json").read_text(encoding="utf-8")))
+    def metrics(self, player: int) -> dict[str, Any]:
+        return dict(read_json(self.run.iteration_metrics(player)))
 
-    def values(self, player: str, measure: str) -> dict[str, float]:
+    def values(self, player: int, measure: str) -> dict[str, float]:
         """Task score or NLL of each held-out prompt."""
-        lines = (self.folder / player / "answers.jsonl").read_text(encoding="utf-8").splitlines()
+        lines = self.run.answers(player).read_text(encoding="utf-8").splitlines()
         return {row["id"]: float(row[measure]) for row in map(json.loads, lines)}
 
     @cached_property
     def selected(self) -> float:
         """Mean task score where the player is chosen on the other half of the prompts."""
         scores = {player: self.values(player, "task_score") for player in self.players}
-        prompts = sorted(scores["start"])
+        prompts = sorted(scores[START])
         halves = prompts[::2], prompts[1::2]
         errors = self.recipe["selfplay"]["select"]["standard_errors"]
         found = []
         for chosen_on, measured_on in (halves, halves[::-1]):
-            best = "start"
+            best = START
             for player in self.players[1:]:
-                ahead = [scores[player][prompt] - scores[best][prompt] for prompt in chosen_on]
-                if statistics.fmean(ahead) > errors * statistics.stdev(ahead) / math.sqrt(len(ahead)):
+                if is_ahead([scores[player][prompt] - scores[best][prompt] for prompt in chosen_on], errors):
                     best = player
             found += [scores[best][prompt] for prompt in measured_on]
         return statistics.fmean(found)
@@ -109,7 +108,7 @@ class Difference:
 
 def find(plan: "Plan", folder: Path, dataset: str, arm: str) -> dict[int, Run]:
     """The runs of an arm by seed, as far as they have ended."""
-    runs = {seed: Run(folder / dataset / f"seed-{seed}" / arm) for seed in plan.seeds}
+    runs = {seed: Run(RunDir(folder / dataset / f"seed-{seed}" / arm)) for seed in plan.seeds}
     return {seed: run for seed, run in runs.items() if run.ended}
 
 
@@ -167,11 +166,8 @@ def _players(plan: "Plan", folder: Path, dataset: str) -> Iterator[str]:
     yield "|---|---|---|---|---|---|---|---|---|---|---|---|"
     for number, arm in enumerate(plan.arms):
         runs = find(plan, folder, dataset, arm.name)
-        players = sorted(
-            {player for run in runs.values() for player in run.players}, key=lambda name: (len(name), name)
-        )
-        for player in players:
-            if player == "start" and number > 0 and arm.start == "shared":
+        for player in sorted({player for run in runs.values() for player in run.players}):
+            if player == START and number > 0 and arm.start == "shared":
                 continue
             those = [run for run in runs.values() if player in run.players]
             found = [run.metrics(player) for run in those]
@@ -186,8 +182,8 @@ def _players(plan: "Plan", folder: Path, dataset: str) -> Iterator[str]:
                 _mean(found, "discriminability", "{:.2f}"),
                 _mean(found, "drift", "{:+.3f}"),
             ]
-            name = "all" if player == "start" and arm.start == "shared" else arm.name
-            yield f"| {name} | {player} | {len(found)} | " + " | ".join(cells) + " |"
+            name = "all" if player == START and arm.start == "shared" else arm.name
+            yield f"| {name} | {player_name(player)} | {len(found)} | " + " | ".join(cells) + " |"
 
 
 def _mean(found: list[dict[str, Any]], key: str, form: str) -> str:
@@ -208,10 +204,10 @@ def _answers(plan: "Plan", folder: Path, dataset: str) -> Iterator[str]:
         score, nll, selected = [], [], []
         for seed in both:
             mine, other = ours[seed], theirs[seed]
-            last, its = mine.players[-1], "start" if against == "start" else other.players[-1]
+            last, its = mine.players[-1], START if against == "start" else other.players[-1]
             score.append(_paired(mine.values(last, "task_score"), other.values(its, "task_score")))
             nll.append(_paired(mine.values(last, "nll"), other.values(its, "nll")))
-            start = statistics.fmean(other.values("start", "task_score").values())
+            start = statistics.fmean(other.values(START, "task_score").values())
             selected.append(mine.selected - (start if against == "start" else other.selected))
         seeds = ", ".join(f"{value:+.3f}" for value in score)
         cells = (str(Difference(score)), seeds, str(Difference(selected)), str(Difference(nll)))

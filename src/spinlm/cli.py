@@ -165,8 +165,9 @@ def evaluate(
     remarks: list[str] = []
     with folder.locked(), gentle_stop():
         if suite == "mt-bench":
-            from spinlm.evals.judge import Judge, read_options
-            from spinlm.evals.mt_bench import PAIRWISE_SUITE, mt_bench
+            from spinlm.evals.mt_bench import games
+            from spinlm.evals.mt_bench.bench import mt_bench
+            from spinlm.evals.mt_bench.judge import Judge, read_options
 
             asking: dict[str, Any] = {"max_tokens": judge_tokens, "parallel": judge_parallel, "timeout": judge_timeout}
             asking["options"] = read_options(judge_options)
@@ -177,9 +178,9 @@ def evaluate(
                 pairwise=pairwise,
                 max_new_tokens=max_new_tokens,
             )
-            suite = PAIRWISE_SUITE if pairwise else suite
+            suite = games.SUITE if pairwise else suite
         else:
-            from spinlm.evals.harness import harness
+            from spinlm.evals.harness.measure import harness
 
             harness(
                 loaded,

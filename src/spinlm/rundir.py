@@ -35,6 +35,11 @@ START = -1
 Stage = tuple[str, int]  # name and iteration
 
 
+def player_name(iteration: int) -> str:
+    """How messages and tables call the player that an iteration made; `START` is the starting player."""
+    return "start" if iteration == START else f"iteration {iteration}"
+
+
 class RunDir:
     """Paths of one run, and the few operations that keep its files whole."""
 
@@ -127,8 +132,6 @@ class RunDir:
         temporary.unlink(missing_ok=True)
         temporary.symlink_to(self.iteration(iteration).name)
         temporary.replace(self.best_link)
-
-    # Markers
 
     def marker(self, stage: str, iteration: int) -> Path:
         folder = self.root / "examples" if stage == "prepare" else self.iteration(iteration)
@@ -235,8 +238,6 @@ class RunDir:
                 "`spinlm run` does all stages in order"
             )
         return str(self.facts(*before)["digest"])
-
-    # Opening
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:

@@ -6,7 +6,7 @@ from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from spinlm.files import read_json
-from spinlm.rundir import START, RunDir
+from spinlm.rundir import START, RunDir, player_name
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -40,7 +40,7 @@ class Row:
 
     @property
     def name(self) -> str:
-        return "start" if self.iteration == START else f"iteration {self.iteration}"
+        return player_name(self.iteration)
 
 
 def rows(run: RunDir) -> list[Row]:
@@ -138,7 +138,7 @@ def side_by_side(run: RunDir, prompts: int) -> list[tuple[str, str, list[tuple[s
     if not players:
         return []
     other = next((row for row in players[1:] if row.best), players[-1])
-    names = {START: "start", other.iteration: other.name}
+    names = {START: player_name(START), other.iteration: other.name}
     answers = {iteration: _texts(run.answers(iteration)) for iteration in names}
     examples = [json.loads(line) for line in run.examples("heldout").read_text(encoding="utf-8").splitlines()]
     same = [len({texts[example["id"]] for texts in answers.values()}) == 1 for example in examples]

@@ -19,11 +19,11 @@ from typing import Any
 import pytest
 from runs import assert_whole, read_rows, write_rows
 
-import spinlm.evals.judge
+import spinlm.evals.mt_bench.judge
 from spinlm.errors import DataError, RunError, SpinError
 from spinlm.evals.benchmarks import comparable, read_scores
-from spinlm.evals.judge import REMINDER, Judge, JudgeError, read_mark, read_options
-from spinlm.evals.mt_bench import mt_bench
+from spinlm.evals.mt_bench.bench import mt_bench
+from spinlm.evals.mt_bench.judge import REMINDER, Judge, JudgeError, read_mark, read_options
 from spinlm.files import read_json
 from spinlm.recipe import parse_recipe
 from spinlm.rundir import START, RunDir
@@ -79,7 +79,7 @@ def endpoint(monkeypatch) -> Iterator[Endpoint]:
     for name in ("SPINLM_JUDGE_KEY", "OPENAI_API_KEY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(spinlm.evals.judge, "BACKOFF", 0.01)
+    monkeypatch.setattr(spinlm.evals.mt_bench.judge, "BACKOFF", 0.01)
     scripted = Endpoint()
 
     class Handler(BaseHTTPRequestHandler):

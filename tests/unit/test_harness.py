@@ -18,10 +18,12 @@ from transformers import AutoModelForCausalLM
 
 from models import save_tiny_model, tiny_recipe
 from spinlm.errors import DataError, MissingPackageError, RunError
-from spinlm.evals import harness_tasks
 from spinlm.evals.benchmarks import Score, read_scores
-from spinlm.evals.harness import harness
-from spinlm.evals.harness_tasks import SUITES, Unit, local_data, open_units, wanted_tasks
+from spinlm.evals.harness import index
+from spinlm.evals.harness import tasks as harness_tasks
+from spinlm.evals.harness.data import local_data
+from spinlm.evals.harness.measure import harness
+from spinlm.evals.harness.tasks import SUITES, Unit, open_units, wanted_tasks
 from spinlm.model.players import Players, seat
 from spinlm.rundir import START, RunDir
 
@@ -142,7 +144,7 @@ def test_seated_player_is_the_one_that_peft_loads(world: Any) -> None:
     """The same log-probabilities and the same greedy text, though our layers are fused and nothing is merged."""
     from lm_eval.api.instance import Instance
 
-    from spinlm.evals.harness_model import SeatedModel
+    from spinlm.evals.harness.model import SeatedModel
 
     recipe, folder = world
     players = seat(recipe, RunDir(folder / "run"))
@@ -280,7 +282,7 @@ def test_group_is_the_mean_of_its_tasks(measure: Any, tasks: Path, rows: Path, c
 
 
 def test_suite_has_the_papers_tasks() -> None:
-    known = harness_tasks._shipped_names()
+    known = index.shipped_names()
     assert [one.name for suite in SUITES.values() for one in suite if one.name not in known] == []
     assert {one.name: one.shots for one in SUITES["open-llm-leaderboard"]} == {
         "arc_challenge": 25,
@@ -488,7 +490,7 @@ def test_hub_that_is_not_there_is_given_up_at_once(monkeypatch: Any) -> None:
     import datasets
     from huggingface_hub import constants
 
-    from spinlm.evals.harness import _give_up_on_a_hub_that_is_not_there
+    from spinlm.evals.harness.measure import _give_up_on_a_hub_that_is_not_there
 
     with socket.create_server(("127.0.0.1", 0)) as server:
         here = f"http://127.0.0.1:{server.getsockname()[1]}"

@@ -7,10 +7,11 @@ import sys
 import pytest
 
 from spinlm.errors import DataError
-from spinlm.evals.judge import Judge, JudgeError, read_choice, read_mark
-from spinlm.evals.judge_prompts import FIELDS, OWN_PROMPTS, prompt_name, read_prompts
-from spinlm.evals.mt_bench import mean_and_error, outcome
-from spinlm.evals.questions import Question, read_questions, read_references
+from spinlm.evals.mt_bench.games import outcome
+from spinlm.evals.mt_bench.judge import Judge, JudgeError, read_choice, read_mark
+from spinlm.evals.mt_bench.prompts import FIELDS, OWN_PROMPTS, prompt_name, read_prompts
+from spinlm.evals.mt_bench.questions import Question, read_questions, read_references
+from spinlm.evals.mt_bench.sitting import mean_and_error
 
 # Verdicts
 
@@ -182,7 +183,7 @@ def test_judges_that_cannot_be(url, model, message):
 
 def test_a_judge_is_known_without_torch_and_transformers():
     code = (
-        "import sys, spinlm.evals.mt_bench\n"
+        "import sys, spinlm.evals.mt_bench.bench\n"
         "print(sorted({'torch', 'transformers', 'datasets', 'httpx'} & set(sys.modules)))"
     )
     printed = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout

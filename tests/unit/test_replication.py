@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from spinlm import load_recipe
+from spinlm.rundir import RunDir
 
 HERE = Path(__file__).resolve().parents[2] / "benchmarks" / "replication"
 sys.path.insert(0, str(HERE))
@@ -32,7 +33,7 @@ def write_run(folder: Path, scores: list[list[float]], *, iterations: int | None
             (folder / name / "promote.done").write_text(json.dumps({"go_on": go_on}))
     play = {"iterations": iterations or len(scores) - 1, "select": {"standard_errors": 2.0}}
     (folder / "recipe.resolved.json").write_text(json.dumps({"selfplay": play}))
-    return Run(folder)
+    return Run(RunDir(folder))
 
 
 def test_interval_of_a_difference() -> None:

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from spinlm.files import read_json, write_json
-from spinlm.rundir import START, RunDir
+from spinlm.rundir import RunDir, player_name
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -87,7 +87,7 @@ def table(run: RunDir, iterations: Sequence[int], suite: str) -> "Table":
         grid.add_column(title, no_wrap=True)
     grid.add_column("examples", justify="right", no_wrap=True)
     for iteration in iterations:
-        grid.add_column("start" if iteration == START else f"iteration {iteration}", justify="right", no_wrap=True)
+        grid.add_column(player_name(iteration), justify="right", no_wrap=True)
     marked = False
     for task in dict.fromkeys(task for scores in measured.values() for task in scores):
         row = [scores.get(task) for scores in measured.values()]

@@ -1,6 +1,7 @@
 """What is measured on held-out prompts, none of which was ever trained on."""
 
 import math
+import statistics
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -215,3 +216,9 @@ def merged(*parts: Metrics) -> Metrics:
 def standard_error(values: Sequence[float]) -> float:
     """Standard error of the mean; 0 for fewer than two values."""
     return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0
+
+
+def is_ahead(differences: Sequence[float], standard_errors: float) -> bool:
+    """Whether paired differences are positive on average, by more than so many standard errors of their mean."""
+    lead = statistics.fmean(differences)
+    return lead > 0 and lead > standard_errors * standard_error(differences)

@@ -86,9 +86,6 @@ def _try(layer: Any, forward: Callable[..., Tensor], like: Tensor) -> bool:
     return True
 
 
-# LoRA layers
-
-
 def _is_plain_adapter(layer: Any) -> bool:
     from peft.tuners.lora import Linear
     from transformers.pytorch_utils import Conv1D
@@ -187,9 +184,6 @@ def _adapter_gradients(
     return grad_low, tall(grad_low, seen).to(down.dtype), tall(low, grad).to(up.dtype).mul_(scale).T
 
 
-# Gated MLPs
-
-
 def _is_gated(layer: Any) -> bool:
     parts: list[Any] = [getattr(layer, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
     adapted = all(part is not None and _computes(part, _adapted) for part in parts)
@@ -244,9 +238,6 @@ class _GatedLinear(torch.autograd.Function):
         torch.mul(activated.detach(), grad_x, out=seen)  # from here on the gradient of `up_states`
         (grad_gate,) = torch.autograd.grad(activated, leaf, grad_x.mul_(up_states))
         return grad_gate, seen, None, None, None, grad_down, grad_up, None
-
-
-# Norms
 
 
 def _is_norm(layer: Any) -> bool:

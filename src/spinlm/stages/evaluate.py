@@ -20,7 +20,7 @@ from spinlm.opponents import open_opponent
 from spinlm.opponents.base import Answer
 from spinlm.progress import track
 from spinlm.records import Example, HeldOutAnswer, HeldOutSample, Sampling, read_lines, read_pairs, to_line
-from spinlm.rundir import START, RunDir
+from spinlm.rundir import START, RunDir, player_name
 from spinlm.seeds import derive_seed
 from spinlm.shards import count_shards
 
@@ -87,11 +87,7 @@ def evaluate(recipe: Recipe, run: RunDir, iteration: int) -> None:
     write_json(run.iteration_metrics(iteration), metrics)
     outputs = run.answers(iteration), run.samples(iteration), run.iteration_metrics(iteration)
     run.complete("evaluate", iteration, outputs)
-    log.info("%s: %s", _name(iteration), _about(metrics))
-
-
-def _name(iteration: int) -> str:
-    return "start" if iteration == START else f"iteration {iteration}"
+    log.info("%s: %s", player_name(iteration), _about(metrics))
 
 
 def _about(metrics: Metrics) -> str:
@@ -136,6 +132,6 @@ def _ask(
     )
     engine = open_opponent(recipe, players, packing)
     prompts = [example.prompt_ids for example in examples]
-    with track(f"{_name(iteration)}: {purpose}", len(examples)) as advance:
+    with track(f"{player_name(iteration)}: {purpose}", len(examples)) as advance:
         given = engine.answer(prompts, sampling, derive_seed(recipe.seed, purpose, iteration), advance)
     return [answer for (answer,) in given]

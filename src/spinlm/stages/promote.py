@@ -1,13 +1,12 @@
 """Promote: the main player becomes the next opponent; choose the best player so far; decide whether to go on."""
 
 import logging
+import statistics
 from dataclasses import dataclass
-
-import numpy as np
 
 from spinlm.config import Recipe
 from spinlm.evals.guard import signs_of_collapse
-from spinlm.evals.heldout import standard_error
+from spinlm.evals.heldout import is_ahead, standard_error
 from spinlm.files import read_json, write_json
 from spinlm.records import HeldOutAnswer, read_lines
 from spinlm.rundir import START, RunDir
@@ -83,9 +82,10 @@ def compare(recipe: Recipe, run: RunDir, iteration: int, against: int) -> Compar
     select = recipe.selfplay.select
     metric = select.metric or ("task_score" if recipe.evaluate.scorer else "heldout_nll")
     new, old = _values(run, iteration, metric), _values(run, against, metric)
-    ahead = np.array([new[key] - old[key] for key in old]) * (1 if metric == "task_score" else -1)
-    lead, error = float(ahead.mean()), standard_error(ahead.tolist())
-    return Comparison(metric, against, lead, error, better=lead > 0 and lead > select.standard_errors * error)
+    sign = 1 if metric == "task_score" else -1
+    ahead = [sign * (new[key] - old[key]) for key in old]
+    better = is_ahead(ahead, select.standard_errors)
+    return Comparison(metric, against, statistics.fmean(ahead), standard_error(ahead), better)
 
 
 def _values(run: RunDir, iteration: int, metric: str) -> dict[str, float]:

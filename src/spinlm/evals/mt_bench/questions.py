@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from spinlm.errors import DataError
-from spinlm.evals.judge_prompts import read_text
+from spinlm.evals.mt_bench.prompts import read_text
 
 TURNS = 2
 

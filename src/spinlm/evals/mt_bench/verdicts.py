@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from spinlm.errors import RunError
-from spinlm.evals.exam import Exam
-from spinlm.evals.judge import Judge, Verdict
-from spinlm.evals.judge_prompts import prompt_name
-from spinlm.evals.questions import Question, References
+from spinlm.evals.mt_bench.exam import Exam
+from spinlm.evals.mt_bench.judge import Judge, Verdict
+from spinlm.evals.mt_bench.prompts import prompt_name
+from spinlm.evals.mt_bench.questions import Question, References
 from spinlm.files import short_digest
 from spinlm.journal import Journal
 from spinlm.progress import track

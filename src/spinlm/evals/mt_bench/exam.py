@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from spinlm.config import Recipe
 from spinlm.errors import DataError, RunError
-from spinlm.evals.questions import OTHER_TEMPERATURE, TEMPERATURES, Question, References
+from spinlm.evals.mt_bench.questions import OTHER_TEMPERATURE, TEMPERATURES, Question, References
 from spinlm.files import short_digest
 from spinlm.journal import Journal
 from spinlm.progress import track
 from spinlm.records import Message, Sampling
-from spinlm.rundir import START, RunDir
+from spinlm.rundir import START, RunDir, player_name
 from spinlm.seeds import derive_seed
 
 if TYPE_CHECKING:
@@ -197,7 +197,3 @@ def _prompt(renderer: "Renderer", question: Question, answers: Sequence[str], po
             f"it has {len(ids)} tokens with what comes before it, and the model has {positions} positions",
         )
     return ids
-
-
-def player_name(player: int) -> str:
-    return "start" if player == START else f"iteration {player}"

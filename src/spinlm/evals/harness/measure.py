@@ -17,13 +17,14 @@ from urllib.request import getproxies
 from spinlm.config import Recipe
 from spinlm.errors import RunError, SpinError
 from spinlm.evals.benchmarks import Score, add_scores, read_scores
-from spinlm.evals.harness_tasks import Unit, harness_version, local_data, open_units, wanted_tasks
-from spinlm.rundir import START, RunDir
+from spinlm.evals.harness.data import local_data
+from spinlm.evals.harness.tasks import Unit, harness_version, open_units, wanted_tasks
+from spinlm.rundir import RunDir, player_name
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
 
-    from spinlm.evals.harness_model import SeatedModel
+    from spinlm.evals.harness.model import SeatedModel
 
 log = logging.getLogger("spinlm")
 
@@ -73,7 +74,7 @@ def harness(
     with tempfile.TemporaryDirectory(prefix="spinlm-") as scratch:
         units = open_units(wanted, files, folder, Path(scratch))
 
-        from spinlm.evals.harness_model import SeatedModel
+        from spinlm.evals.harness.model import SeatedModel
         from spinlm.model.players import seat
 
         seated = seat(recipe, run)
@@ -93,7 +94,7 @@ def harness(
 
 def _measure(model: "SeatedModel", run: RunDir, iteration: int, suite: str, unit: Unit, common: dict[str, Any]) -> None:
     """Measure a unit, unless that has been done. The tasks of a group are kept under SUITE/GROUP."""
-    player = "start" if iteration == START else f"iteration {iteration}"
+    player = player_name(iteration)
     under = suite if unit.group is None else f"{suite}/{unit.name}"
     measured = {"player": run.player_digest(iteration)}
     metrics: dict[str, dict[str, Any]] = {}

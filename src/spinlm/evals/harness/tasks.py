@@ -1,9 +1,6 @@
 """Which tasks of lm-evaluation-harness are measured, with how many few-shots, on what data."""
 
 import difflib
-import functools
-import json
-import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -11,13 +8,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
-from spinlm.config import Data
-from spinlm.data.chat import RowError
-from spinlm.data.sources import open_source
 from spinlm.errors import DataError, MissingPackageError, RunError
-from spinlm.files import file_digest, write_json
+from spinlm.evals.harness.data import LocalData, replace_data
+from spinlm.evals.harness.index import own_names, shipped_names, task_manager
 
 if TYPE_CHECKING:
     from lm_eval.api.group import Group
@@ -54,19 +47,6 @@ SUITES = {
 
 
 @dataclass(frozen=True)
-class LocalData:
-    """Files that take the place of a task's dataset."""
-
-    questions: Path
-    fewshot: Path | None = None  # where the few-shot examples come from; None: the other questions
-
-    def digests(self) -> dict[str, str]:
-        """SHA-256 of each file."""
-        paths = {"questions": self.questions, "fewshot": self.fewshot}
-        return {part: file_digest(path) for part, path in paths.items() if path is not None}
-
-
-@dataclass(frozen=True)
 class Unit:
     """What gets one line in the table: a task, or a group of tasks with a score of its own."""
 
@@ -89,9 +69,6 @@ def harness_version() -> str:
         raise MissingPackageError(
             "this benchmark needs lm-evaluation-harness, which is not installed. Run: pip install 'lm-eval>=0.4.13'"
         ) from error
-
-
-# What is asked for
 
 
 def wanted_tasks(suite: str | None, tasks: str | None) -> list[Wanted]:
@@ -130,56 +107,6 @@ def wanted_tasks(suite: str | None, tasks: str | None) -> list[Wanted]:
     return list(asked.values())
 
 
-def local_data(given: Sequence[str]) -> dict[str, LocalData]:
-    """Files by task, from `NAME=FILE.jsonl` and `NAME:fewshot=FILE.jsonl`. Every row is looked at.
-
-    Raises:
-        RunError: one is not written in that way.
-        DataError: a file is missing, empty or damaged, or a few-shot example is also among the questions.
-    """
-    found: dict[str, dict[str, Path]] = {}
-    for text in given:
-        match = re.fullmatch(r"(?P<name>[^=]*?[^=:])(?P<part>:fewshot)?=(?P<path>.+)", text)
-        if match is None or re.search(r"\s", match["name"]):
-            raise RunError(
-                f"--task-data: {text!r} cannot be read. Write NAME=FILE.jsonl for a task's questions, and "
-                "NAME:fewshot=FILE.jsonl for its few-shot examples"
-            )
-        parts = found.setdefault(match["name"], {})
-        part = "fewshot" if match["part"] else "questions"
-        if part in parts:
-            raise RunError(f"--task-data: {match['name']} has two files for its {part}")
-        parts[part] = Path(match["path"]).expanduser().absolute()
-    for name, parts in found.items():
-        if "questions" not in parts:
-            raise RunError(f"--task-data: {name} has few-shot examples and no questions. Add {name}=FILE.jsonl")
-        rows = {part: _rows(path) for part, path in parts.items()}
-        if both := rows["questions"] & rows.get("fewshot", set()):
-            raise DataError(
-                f"{parts['fewshot']}: {len(both)} of its rows are also questions of {name}, and a question that is "
-                "shown with its answer measures nothing. Remove them; or leave this file out, then each question gets "
-                "others of its own file as examples"
-            )
-    return {name: LocalData(**parts) for name, parts in found.items()}
-
-
-def _rows(path: Path) -> set[str]:
-    """The rows of a file, in one way of writing each."""
-    if path.suffix.lower() != ".jsonl":
-        raise DataError(f"{path}: --task-data takes .jsonl files, with one JSON object on each line")
-    source = open_source(Data(path=str(path)))
-    rows = set()
-    for index, number in enumerate(source.numbers):
-        try:
-            rows.add(json.dumps(source.row(index), sort_keys=True))
-        except RowError as error:
-            raise DataError(f"{path}, row {number}: {error}. Correct or remove it") from error
-    return rows
-
-
-# Where the harness has it
-
-
 def open_units(wanted: Sequence[Wanted], data: dict[str, LocalData], folder: Path | None, scratch: Path) -> list[Unit]:
     """Load the tasks, with their data, and set their few-shots.
 
@@ -193,9 +120,9 @@ def open_units(wanted: Sequence[Wanted], data: dict[str, LocalData], folder: Pat
         RunError: a task is unknown, cannot be loaded, or cannot have so many few-shots; a task file is broken.
         DataError: a file of the user's does not fit its task.
     """
-    own = _own_names(folder) if folder is not None else {}
+    own = own_names(folder) if folder is not None else {}
     names = [one.name for one in wanted]
-    shipped = {} if all(name in own for name in names) else _shipped_names()
+    shipped = {} if all(name in own for name in names) else shipped_names()
 
     def unknown(name: str) -> RunError:
         hint = " Tasks of your own are found with --task-folder" if folder is None else ""
@@ -204,11 +131,11 @@ def open_units(wanted: Sequence[Wanted], data: dict[str, LocalData], folder: Pat
     for name in names:
         if name not in own and name not in shipped:
             raise unknown(name)
-    manager = _manager(names, own, shipped, folder)
+    manager = task_manager(names, own, shipped, folder)
     for name in names:
         if name not in manager.task_index:
             raise unknown(name)
-    _replace_data(manager, data, scratch)
+    replace_data(manager, data, scratch)
     units = [unit for one in wanted for unit in _load(manager, one, data)]
     measured = {name for unit in units for name in unit.tasks}
     for name in data:
@@ -216,140 +143,6 @@ def open_units(wanted: Sequence[Wanted], data: dict[str, LocalData], folder: Pat
             listed = f"{len(measured)} tasks" if len(measured) > 8 else ", ".join(sorted(measured))
             raise RunError(f"--task-data: {name} is not among what is measured ({listed}).{_nearest(name, measured)}")
     return units
-
-
-@functools.cache
-def _shipped_names() -> dict[str, Path]:
-    """Every task, group and tag of the harness, with its file (a few words too many, of comments).
-
-    The harness's own index of its 14,000 files takes ten times as long.
-    """
-    import lm_eval
-
-    entry = re.compile(
-        rb"""^["']?(?:task|group|tag)["']?[ \t]*:[ \t]*((?:\r?\n[ \t]*-[ \t]*[^\r\n]+)+|[^\r\n]*)""", re.MULTILINE
-    )
-    names: dict[str, Path] = {}
-    for parent, _, files in os.walk(Path(lm_eval.__file__).parent / "tasks"):
-        for file in files:
-            if file.endswith((".py", ".pyc", ".md")):
-                continue
-            path = Path(parent) / file
-            for value in entry.findall(path.read_bytes()):
-                for name in re.findall(rb"[\w.:/+()-]*[\w)]", value):
-                    if b"\n" in value:  # a list only refers to it
-                        names.setdefault(name.decode(), path)
-                    else:
-                        names[name.decode()] = path
-    return names
-
-
-class _TaskFile(yaml.SafeLoader):
-    """Reads a task file without the functions it names."""
-
-
-_TaskFile.add_multi_constructor("!", lambda loader, suffix, node: None)
-
-
-def _own_names(folder: Path) -> dict[str, Path]:
-    """The tasks, groups and tags of the user's own, each with its file."""
-    if not folder.is_dir():
-        raise RunError(f"--task-folder {folder}: no such folder")
-    paths = sorted(folder.rglob("*.yaml"))
-    if not paths:
-        raise RunError(f"--task-folder {folder}: has no task files (*.yaml)")
-    names: dict[str, Path] = {}
-    for path in paths:
-        try:
-            content = yaml.load(path.read_text(encoding="utf-8"), Loader=_TaskFile)
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise RunError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
-        if not isinstance(content, dict):
-            raise RunError(f"{path}: not a task file: it must hold names with values, such as task: my_task")
-        for key in ("task", "group", "tag"):
-            values = content.get(key)
-            values = values if isinstance(values, list) else [values]
-            names |= {
-                value: path for value in values if isinstance(value, str) and not (key == "task" and "group" in content)
-            }
-    return names
-
-
-def _manager(
-    names: Sequence[str], own: dict[str, Path], shipped: dict[str, Path], folder: Path | None
-) -> "TaskManager":
-    """The harness's task manager, over no more of its 14,000 files than these tasks need."""
-    import lm_eval
-    from lm_eval.tasks import TaskManager
-
-    root = Path(lm_eval.__file__).parent / "tasks"
-    theirs = {root / shipped[name].relative_to(root).parts[0] for name in names if name not in own}
-    mine = [] if folder is None else [folder.absolute()]
-    small = TaskManager(include_defaults=False, include_path=[*sorted(theirs), *mine])
-    for name in names:
-        if name in own and name not in small.task_index:  # it passes over a file that it cannot read
-            raise RunError(f"{own[name]}: lm-evaluation-harness cannot read this file. Is what it includes there?")
-    return small if _complete(small.task_index, names) else TaskManager(include_path=list(mine))
-
-
-def _complete(index: dict[str, Any], names: Sequence[Any]) -> bool:
-    """Whether an index surely has all that these names stand for."""
-    for name in names:
-        entry = index.get(name) if isinstance(name, str) else None
-        if entry is None or entry.kind.name == "TAG":  # a tag's tasks may lie anywhere
-            return False
-        if entry.kind.name == "GROUP" and not _complete(index, entry.cfg["task"]):
-            return False
-    return True
-
-
-def _replace_data(manager: "TaskManager", data: dict[str, LocalData], scratch: Path) -> None:
-    """Let tasks read local files: each gets a task file that includes its own and names another dataset.
-
-    With one file both the questions and the few-shot examples are its rows. The harness keeps a question out of its own
-    examples only where its config names the same split for both, so it does; fixed examples in the config stay.
-    """
-    from lm_eval.tasks import TaskManager
-
-    for name, files in data.items():
-        entry = manager.task_index.get(name)
-        if entry is None or entry.cfg is None:
-            continue  # it is not among what is measured, which is said when that is known
-        if entry.kind.name != "TASK":
-            what = "written in Python" if entry.kind.name == "PY_TASK" else "several tasks; give data for each of them"
-            raise RunError(f"--task-data: {name} cannot have its data replaced: it is {what}")
-        shots = entry.cfg.get("fewshot_config") or {}
-        if files.fewshot is None and "process_docs" in shots:
-            raise RunError(
-                f"--task-data: {name} prepares its few-shot examples in another way than its questions, so one file "
-                f"cannot serve as both. Add {name}:fewshot=FILE.jsonl"
-            )
-        pool = shots.get("split") or "fewshot"
-        if files.fewshot is not None:
-            splits, asked, shown = {"questions": files.questions, pool: files.fewshot}, "questions", pool
-        elif "samples" in shots:
-            splits, asked, shown = {"questions": files.questions}, "questions", None
-        else:
-            splits, asked, shown = {pool: files.questions}, pool, pool
-        options = {
-            "data_files": {split: str(path) for split, path in splits.items()},
-            "cache_dir": str(scratch / "cache"),
-        }
-        changes = {
-            "include": str(entry.yaml_path),
-            "task": name,
-            "tag": None,  # the tags that there are have the task already
-            "dataset_path": "json",
-            "dataset_name": None,
-            "dataset_kwargs": options,
-            "training_split": None,
-            "validation_split": None,
-            "test_split": asked,
-            "fewshot_split": shown,
-        }
-        write_json(scratch / "tasks" / f"{len(list((scratch / 'tasks').glob('*')))}.yaml", changes)
-    if data:
-        manager.task_index.update(TaskManager(include_defaults=False, include_path=[scratch / "tasks"]).task_index)
 
 
 def _load(manager: "TaskManager", wanted: Wanted, data: dict[str, LocalData]) -> list[Unit]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from spinlm.errors import SpinError
-from spinlm.evals.judge_prompts import OWN_PROMPTS, JudgePrompt, read_prompts
+from spinlm.evals.mt_bench.prompts import OWN_PROMPTS, JudgePrompt, read_prompts
 from spinlm.files import short_digest
 from spinlm.interrupt import stop_if_asked
 from spinlm.records import Message

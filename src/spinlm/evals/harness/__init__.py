@@ -1,0 +1,1 @@
+"""lm-evaluation-harness, the real one, on the players of a run."""
