@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from runs import assert_whole, read_rows, write_rows
 
-import spinlm.evals.mt_bench.judge
+import spinlm.endpoint
 from spinlm.errors import DataError, RunError, SpinError
 from spinlm.evals.benchmarks import comparable, read_scores
 from spinlm.evals.mt_bench.bench import mt_bench
@@ -79,7 +79,7 @@ def endpoint(monkeypatch) -> Iterator[Endpoint]:
     for name in ("SPINLM_JUDGE_KEY", "OPENAI_API_KEY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(spinlm.evals.mt_bench.judge, "BACKOFF", 0.01)
+    monkeypatch.setattr(spinlm.endpoint, "BACKOFF", 0.01)
     scripted = Endpoint()
 
     class Handler(BaseHTTPRequestHandler):
