@@ -7,19 +7,26 @@ of whatever an endpoint sends back.
 import asyncio
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from spinlm.errors import SpinError
+from spinlm.interrupt import stop_if_asked
 
 if TYPE_CHECKING:
     import httpx
 
 ATTEMPTS = 5
 BACKOFF = 1.0  # seconds before the second attempt, doubled for each that follows
+LOOK = 5.0  # seconds a server has to say what it offers
 LONGEST_CONNECT = 20.0  # seconds until a connection has to stand
 LONGEST_WAIT = 300.0  # seconds an endpoint may ask us to wait
+
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -64,6 +71,54 @@ def open_client(timeout: float, parallel: int) -> "httpx.AsyncClient":
     return httpx.AsyncClient(timeout=httpx.Timeout(timeout, connect=min(timeout, LONGEST_CONNECT)), limits=limits)
 
 
+async def ask_all(
+    items: Iterable[Item],
+    ask: Callable[[Item], Awaitable[Result]],
+    record: Callable[[int, Result], None],
+    parallel: int,
+) -> None:
+    """Ask about every item, `parallel` at once.
+
+    Args:
+        items: what to ask about.
+        ask: asks about one.
+        record: called with the number of an item and what came back, as soon as that is there.
+        parallel: requests at once.
+
+    Raises:
+        StoppedError: the user asked to stop.
+    """
+    waiting = deque(enumerate(items))
+    running: dict[asyncio.Future[Result], int] = {}
+    try:
+        while waiting or running:
+            stop_if_asked()
+            while waiting and len(running) < parallel:
+                number, item = waiting.popleft()
+                running[asyncio.ensure_future(ask(item))] = number
+            done, _ = await asyncio.wait(running, timeout=0.2, return_when=asyncio.FIRST_COMPLETED)
+            # What was answered is recorded before what failed ends all this.
+            for task in sorted(done, key=lambda task: task.exception() is not None):
+                record(running.pop(task), task.result())
+    finally:
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+
+
+def look(address: str, wording: Wording) -> Any:
+    """The JSON at an address; empty if there is other text, and None where nothing answers, or nothing but errors."""
+    import httpx
+
+    try:
+        response = httpx.get(address, timeout=LOOK, headers=_headers(_key(wording)))
+        return None if response.status_code >= 500 else response.json()
+    except httpx.HTTPError:
+        return None
+    except ValueError:
+        return {}
+
+
 class RefusedError(Exception):
     """An endpoint does not take a request as it is; `status` and what it `said` tell why."""
 
@@ -100,8 +155,8 @@ class Endpoint:
         self._hosts = [_Host(url) for url in self.urls]
         self._key = _key(self.wording)
 
-    async def post(self, path: str, body: Mapping[str, Any]) -> Any:
-        """The JSON that comes back for a request.
+    async def post(self, path: str, body: Mapping[str, Any], *, text: bool = False) -> Any:
+        """The JSON, or the text, that comes back for a request.
 
         Raises:
             RefusedError: the endpoint does not take such a request (a status of 400 to 499 that is about the request).
@@ -118,7 +173,7 @@ class Endpoint:
                 host.busy += 1
                 try:
                     async with asyncio.timeout(self.timeout):  # httpx's own begins anew with each piece that arrives
-                        response = await self.client.post(address, json=dict(body), headers=self._headers())
+                        response = await self.client.post(address, json=dict(body), headers=_headers(self._key))
                 except TimeoutError:
                     problem = self._too_slow()
                 except httpx.RequestError as error:
@@ -133,7 +188,7 @@ class Endpoint:
                     host.reached, host.missing = True, False
                     if response.status_code != 429 and response.status_code < 500:
                         host.failed = 0
-                        return self._read(address, response)
+                        return self._read(address, response, text)
                     problem = f"{response.status_code}: {self._excerpt(response)}"
                     asked_to_wait = _retry_after(response)
                 finally:
@@ -176,14 +231,13 @@ class Endpoint:
         """A text without the key."""
         return text.replace(self._key, "[key]") if self._key else text
 
-    def _headers(self) -> dict[str, str]:
-        return {"Authorization": f"Bearer {self._key}"} if self._key else {}
-
-    def _read(self, address: str, response: "httpx.Response") -> Any:
-        """The JSON in a response that is not worth another attempt."""
+    def _read(self, address: str, response: "httpx.Response", text: bool) -> Any:
+        """What is in a response that is not worth another attempt."""
         said = self._excerpt(response)
         if response.status_code != 200:
             raise RefusedError(response.status_code, said)
+        if text:
+            return said
         try:
             return json.loads(response.content)
         except ValueError:
@@ -229,6 +283,10 @@ def _key(wording: Wording) -> str:
                 raise wording.error(f"{name}: holds characters that no key has. Set it again")
             return key
     return ""
+
+
+def _headers(key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"} if key else {}
 
 
 def _retry_after(response: "httpx.Response") -> float:

@@ -3,17 +3,15 @@
 import asyncio
 import json
 import re
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from spinlm.endpoint import Endpoint, RefusedError, Wording, open_client, read_address
+from spinlm.endpoint import Endpoint, RefusedError, Wording, ask_all, open_client, read_address
 from spinlm.errors import SpinError
 from spinlm.evals.mt_bench.prompts import OWN_PROMPTS, JudgePrompt, read_prompts
 from spinlm.files import short_digest
-from spinlm.interrupt import stop_if_asked
 from spinlm.records import Message
 
 PATH = "/chat/completions"
@@ -143,24 +141,9 @@ class Judge:
         read: Callable[[str], Value | None],
         record: Callable[[int, Verdict[Value]], None],
     ) -> None:
-        waiting = deque(enumerate(conversations))
-        running: dict[asyncio.Task[Verdict[Value]], int] = {}
         async with open_client(self.timeout, self.parallel) as client:
             endpoint = Endpoint([self.url], self.model, client, self.timeout, WORDING)
-            try:
-                while waiting or running:
-                    stop_if_asked()
-                    while waiting and len(running) < self.parallel:
-                        number, messages = waiting.popleft()
-                        running[asyncio.create_task(self._judge(endpoint, messages, read))] = number
-                    done, _ = await asyncio.wait(running, timeout=0.2, return_when=asyncio.FIRST_COMPLETED)
-                    # What was answered is recorded before what failed ends all this.
-                    for task in sorted(done, key=lambda task: task.exception() is not None):
-                        record(running.pop(task), task.result())
-            finally:
-                for task in running:
-                    task.cancel()
-                await asyncio.gather(*running, return_exceptions=True)
+            await ask_all(conversations, lambda messages: self._judge(endpoint, messages, read), record, self.parallel)
 
     async def _judge(
         self, endpoint: Endpoint, messages: list[Message], read: Callable[[str], Value | None]
