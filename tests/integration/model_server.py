@@ -43,7 +43,7 @@ class ModelServer:
             if path.endswith("load_lora_adapter") and self.kind in ("vllm", "sglang"):
                 return self._load(body)
             self.bodies.append(body)
-            if path == ("/generate" if self.kind == "sglang" else "/v1/completions"):
+            if path == {"sglang": "/generate", "llama.cpp": "/completion"}.get(self.kind, "/v1/completions"):
                 return getattr(self, "_" + self.kind.replace(".", "_"))(body)
         return _json({"error": {"message": f"no such path {path}"}}, 404)
 
@@ -79,10 +79,10 @@ class ModelServer:
         return _json({"choices": [choice]})
 
     def _llama_cpp(self, body: dict[str, Any]) -> Reply:
-        tokens, values, stopped = self._complete("base", body["prompt"], body["max_tokens"], body, [])
-        content = [{"id": token, "logprob": value} for token, value in zip(tokens, values, strict=True)]
-        choice = {"text": "…", "finish_reason": "stop" if stopped else "length", "logprobs": {"content": content}}
-        return _json({"choices": [choice]})
+        tokens, values, stopped = self._complete("base", body["prompt"], body["n_predict"], body, [])
+        about = [{"id": token, "logprob": value} for token, value in zip(tokens, values, strict=True)]
+        kind = "eos" if stopped else "limit"
+        return _json({"content": "…", "tokens": tokens, "stop_type": kind, "completion_probabilities": about})
 
     def _sglang(self, body: dict[str, Any]) -> Reply:
         how = body["sampling_params"]

@@ -11,8 +11,6 @@ from spinlm.opponents.dialects import DIALECTS, Reply, Wish
 from spinlm.opponents.server import read_reply
 from spinlm.rundir import RunDir
 
-KINDS = ("chatml", "llama")
-
 
 @pytest.fixture(scope="module")
 def renderer(tmp_path_factory: pytest.TempPathFactory) -> Renderer:
@@ -78,3 +76,11 @@ def test_a_request_names_the_whole_of_the_sampling(kind: str, renderer: Renderer
     if kind != "openai":  # whose interface has no more
         assert body["top_k"] in (0, -1) and body["min_p"] == 0
         assert body.get("repetition_penalty", body.get("repeat_penalty")) == 1
+
+
+def test_log_probabilities_that_are_not_of_the_tokens_are_left_out() -> None:
+    """As llama.cpp's are where a token is but a part of a character."""
+    tokens = [{"id": 7, "logprob": -1.0}, {"id": 9, "logprob": -2.0}]
+    answer = {"tokens": [7, 8, 9], "stop_type": "limit", "completion_probabilities": tokens}
+    assert DIALECTS["llama.cpp"].read(answer) == Reply(False, [7, 8, 9], logprobs=None)
+    assert DIALECTS["llama.cpp"].read(answer | {"tokens": [7, 9]}) == Reply(False, [7, 9], logprobs=[-1.0, -2.0])

@@ -557,3 +557,10 @@ assert not heavy, heavy
 assert time.process_time() < 3, time.process_time()
 """
     subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
+
+
+def test_a_server_is_not_timed() -> None:
+    server = {"engine": "server", "server": {"kind": "vllm", "command": "vllm serve {merged}"}}
+    said = "the server's is its own affair"
+    assert not any(said in note for note in notes(make_plan(paper())))
+    assert any(said in note for note in notes(make_plan(paper(opponent=server))))

@@ -96,17 +96,27 @@ class VLLM(OpenAI):
         return Reply(choice["finish_reason"] == "stop", ids, logprobs=_matching(given, ids))
 
 
-class LlamaCpp(OpenAI):
-    """llama.cpp's server: token ids in; out they come with the log-probabilities, before any sampler."""
+class LlamaCpp:
+    """llama.cpp's own /completion: token ids both ways, and log-probabilities before any sampler.
 
-    what = "choices[0].logprobs.content"
+    It has none for tokens that are but a part of a character, so an answer with such a token goes without.
+    """
+
+    path = "/completion"
+    adapters: str | None = None
+    what = "tokens"
 
     def body(self, model: str | None, wish: Wish) -> dict[str, Any]:
         """The request for one response."""
-        return super().body(model, wish) | {
+        named = {} if model is None else {"model": model}
+        return named | {
             "prompt": list(wish.prompt_ids),
-            "logprobs": 1,
-            "samplers": ["top_p", "temperature"],
+            "n_predict": wish.limit,
+            "return_tokens": True,
+            "n_probs": 1,
+            "temperature": wish.temperature,
+            "top_p": wish.top_p,
+            "seed": wish.seed,
             "top_k": 0,
             "min_p": 0.0,
             "typical_p": 1.0,
@@ -115,10 +125,11 @@ class LlamaCpp(OpenAI):
 
     def read(self, answer: Any) -> Reply:
         """The response in an answer."""
-        choice = answer["choices"][0]
-        tokens = choice["logprobs"]["content"]
-        ids = [int(token["id"]) for token in tokens]
-        return Reply(choice["finish_reason"] == "stop", ids, logprobs=[float(token["logprob"]) for token in tokens])
+        ids = [int(token) for token in answer["tokens"]]
+        about = answer.get("completion_probabilities") or []
+        same = [int(token["id"]) for token in about] == ids
+        logprobs = [float(token["logprob"]) for token in about] if same else None
+        return Reply(answer["stop_type"] in ("eos", "word"), ids, logprobs=logprobs)
 
 
 class SGLang:

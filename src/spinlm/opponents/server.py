@@ -31,7 +31,7 @@ from spinlm.rundir import RunDir
 
 log = logging.getLogger("spinlm")
 
-MODELS = "/v1/models"
+MODELS, HEALTH = "/v1/models", "/health"  # a server has at least one of them
 POLL = 0.5  # seconds between looks at a server that is starting
 
 
@@ -217,7 +217,7 @@ def _running(command: str, urls: list[str], patience: float, journal: Path) -> I
         )
     try:
         for url in urls:
-            while look(f"{url}{MODELS}", WORDING) is None:
+            while all(look(url + path, WORDING) is None for path in (MODELS, HEALTH)):
                 stop_if_asked()
                 if (code := process.poll()) is not None:
                     raise ServerError(
