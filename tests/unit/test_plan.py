@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import spinlm
-from spinlm.config import Lora, Objective, Recipe, Train
+from spinlm.config import Lora, Objective, Opponent, Recipe, Server, Train
 from spinlm.files import write_json, write_text
 from spinlm.plan import Plan, make_plan, render
 from spinlm.plan.devices import CPU, GPU, Device
@@ -560,7 +560,9 @@ assert time.process_time() < 3, time.process_time()
 
 
 def test_a_server_is_not_timed() -> None:
-    server = {"engine": "server", "server": {"kind": "vllm", "command": "vllm serve {merged}"}}
-    said = "the server's is its own affair"
-    assert not any(said in note for note in notes(make_plan(paper())))
-    assert any(said in note for note in notes(make_plan(paper(opponent=server))))
+    server = Opponent(engine="server", server=Server(kind="vllm", command="vllm serve {merged}"))
+    behind = paper().model_copy(update={"opponent": server})
+    assert [any("come from a server" in note for note in notes(make_plan(one))) for one in (paper(), behind)] == [
+        False,
+        True,
+    ]

@@ -167,7 +167,7 @@ def notes(plan: Plan) -> Iterator[str]:
             "trees save less. A local .jsonl file as data.path gives estimates instead."
         )
     if plan.shape and recipe.opponent.engine == "server":
-        yield "Responses come from a server: the time to generate is this process's, and the server's is its own affair."
+        yield "Responses come from a server, whose speed is not known: the time to generate is that of this process."
     if plan.shape and recipe.train.packing == "auto" and not plan.trees:
         yield f"{plan.shape.family}'s attention cannot take trees: time is counted with one response per row."
     for name in dict.fromkeys(plan.optimizers) if plan.shape else ():
