@@ -7,6 +7,7 @@ of whatever an endpoint sends back.
 import asyncio
 import json
 import os
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -127,7 +128,7 @@ class RefusedError(Exception):
         self.status, self.said = status, said
 
 
-@dataclass
+@dataclass(eq=False)
 class _Host:
     """One address, and how it does."""
 
@@ -136,6 +137,14 @@ class _Host:
     reached: bool = False  # by any request so far
     missing: bool = False  # nothing has ever answered there
     failed: int = 0  # times in a row
+    rests_until: float = 0.0  # by the monotonic clock; as long as others do not, they are asked
+
+    def fail(self) -> None:
+        self.rests_until = time.monotonic() + BACKOFF * 2 ** min(self.failed, 8)
+        self.failed += 1
+
+    def succeed(self) -> None:
+        self.failed, self.rests_until = 0, 0.0
 
 
 @dataclass
@@ -167,8 +176,11 @@ class Endpoint:
         problem = address = ""
         asked_to_wait = 0.0
         for attempt in range(ATTEMPTS):
-            for _ in self._hosts:
-                host = min(self._hosts, key=lambda host: (host.failed, host.busy))
+            untried = list(self._hosts)
+            while untried:
+                now = time.monotonic()
+                host = min(untried, key=lambda host: (host.rests_until > now, host.busy))
+                untried.remove(host)
                 address = host.url + path
                 host.busy += 1
                 try:
@@ -187,13 +199,13 @@ class Endpoint:
                 else:
                     host.reached, host.missing = True, False
                     if response.status_code != 429 and response.status_code < 500:
-                        host.failed = 0
+                        host.succeed()
                         return self._read(address, response, text)
                     problem = f"{response.status_code}: {self._excerpt(response)}"
                     asked_to_wait = _retry_after(response)
                 finally:
                     host.busy -= 1
-                host.failed += 1
+                host.fail()
             wait = max(BACKOFF * 2**attempt, asked_to_wait)
             if wait > LONGEST_WAIT:
                 raise self.wording.error(

@@ -232,6 +232,15 @@ def test_several_addresses_share_the_work_and_one_may_be_gone(opponent: Callable
     assert len(second.bodies) >= 3 and len(first.bodies) >= 12
 
 
+def test_an_address_that_failed_once_gets_work_again(opponent: Callable[..., ServerOpponent]) -> None:
+    first = Scripted(lambda number: refuse(503) if number == 0 else "good")
+    second = Scripted(lambda number: (time.sleep(0.02), "good")[1])
+    with listen(first.post, nothing) as one, listen(second.post, nothing) as two:
+        assert len(ask(opponent(one, two, parallel=2))) == len(PROMPTS)
+    assert len(first.bodies) > 3
+    assert len(first.bodies) + len(second.bodies) == 18 + 1
+
+
 @pytest.mark.parametrize(
     ("reply", "said"),
     [
