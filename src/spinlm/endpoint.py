@@ -174,8 +174,8 @@ class Endpoint:
         import httpx
 
         problem = address = ""
-        asked_to_wait = 0.0
         for attempt in range(ATTEMPTS):
+            asked_to_wait = 0.0
             untried = list(self._hosts)
             while untried:
                 now = time.monotonic()
