@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from spinlm.config import Recipe
 from spinlm.data.chat import RowError
 from spinlm.model.players import seat
-from spinlm.opponents import open_opponent
+from spinlm.opponents import local_opponent
 from spinlm.records import Message, Sampling
 from spinlm.rundir import START, RunDir
 
@@ -35,7 +35,7 @@ def ask(
     texts = []
     for iteration in iterations:
         players.become(iteration)
-        opponent = open_opponent(recipe, players, run.facts("warmup", START)["packing"])
+        opponent = local_opponent(recipe, players, run.facts("warmup", START)["packing"])
         ((answer,),) = opponent.answer([prompt], sampling, seed, lambda ended, tokens: None)
         texts.append(players.renderer.decode(answer.token_ids))
     return texts

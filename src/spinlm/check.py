@@ -6,6 +6,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,17 +19,19 @@ from spinlm.model.fit import Item
 from spinlm.model.loading import add_adapter, load_model, silence_dropout
 from spinlm.model.logprobs import LogProbs
 from spinlm.model.players import Players, seat
-from spinlm.model.trees import lay_out, micro_batches
+from spinlm.model.trees import Tree, lay_out, micro_batches
+from spinlm.opponents import local_opponent, open_opponent
 from spinlm.plan import make_plan, refusals
 from spinlm.records import Example, Generation, read_lines
 from spinlm.rundir import START, RunDir
-from spinlm.stages.generate import generate
+from spinlm.stages.generate import generate, opponent_sampling
 from spinlm.stages.items import PairItems, pair_objective
 from spinlm.stages.prepare import prepare
 from spinlm.stages.score import score
 from spinlm.stages.warmup import warmup
 
 EXAMPLES = 8
+TIE = 0.1  # nats between two tokens that another order of sums may swap
 REPEATED = 0.5  # share of identical, or of unfinished, responses from which a warning is due
 UNDERTRAINED = 2.0  # so many times the NLL of its own samples: the real responses are foreign to the model
 NOISE = 0.05  # share of the margins' size at which a precision is worth a warning
@@ -83,6 +86,7 @@ def check(recipe: Recipe) -> Iterator[str]:
         else:
             yield f"opponent: {tokens} tokens for {len(generations)} prompts in {seconds:.1f} s, for example:"
         yield from _about_answers(run, generations)
+        yield from _about_engine(small, players, run, generations, noted["packing"])
         score(small, run, 0)
         facts = run.facts("score", 0)["train"]
         if "sampler_gap_mean" in facts:
@@ -115,6 +119,65 @@ def _about_text(players: Players, run: RunDir) -> Iterator[str]:
     yield f"real response, as it is trained on:\n{_indent(tokenizer.decode(example.response_ids))}"
     ends = ", ".join(repr(tokenizer.convert_ids_to_tokens(i)) for i in players.renderer.stop_ids)
     yield f"end of turn: {tokenizer.convert_ids_to_tokens(players.renderer.end_id)!r}; a response stops at {ends}"
+
+
+def _about_engine(
+    recipe: Recipe, players: Players, run: RunDir, sampled: list[Generation], packing: str
+) -> Iterator[str]:
+    """Whether the recipe's engine answers as the transformers engine does, greedily, and where they first differ."""
+    if recipe.opponent.engine == "transformers" or recipe.preferences:
+        return
+    examples = list(read_lines(run.examples("train"), Example))
+    prompts = [example.prompt_ids for example in examples]
+    sampling = replace(opponent_sampling(recipe, players), temperature=0.0, top_p=1.0, samples=1)
+    with open_opponent(recipe, players, 0, packing) as engine:
+        theirs = [given[0].token_ids for given in engine.answer(prompts, sampling, 0, lambda ended, tokens: None)]
+    players.become(START)
+    own = local_opponent(recipe, players, packing)
+    ours = [given[0].token_ids for given in own.answer(prompts, sampling, 0, lambda ended, tokens: None)]
+    differ = [number for number, (mine, its) in enumerate(zip(ours, theirs, strict=True)) if mine != its]
+    name = recipe.opponent.engine
+    if not differ:
+        yield f"engine: all {len(ours)} greedy answers of the {name} engine are those of the transformers engine"
+    else:
+        yield (
+            f"engine: {len(ours) - len(differ)} of {len(ours)} greedy answers of the {name} engine are those of the "
+            f"transformers engine; {_first_difference(players, prompts, ours, theirs, differ[0], packing)}"
+        )
+    drawn = {generation.id: generation.token_ids for generation in sampled if generation.sample == 0}
+    both = [(drawn[example.id], its) for example, its in zip(examples, theirs, strict=True) if example.id in drawn]
+    if recipe.opponent.temperature > 0 and all(one == other for one, other in both):
+        yield (
+            f"warning: every answer that the {name} engine sampled is its greedy one. Either the model is that sure of "
+            "itself, or the server does not sample: does it heed opponent.temperature?"
+        )
+
+
+def _first_difference(
+    players: Players,
+    prompts: list[list[int]],
+    ours: list[list[int]],
+    theirs: list[list[int]],
+    number: int,
+    packing: str,
+) -> str:
+    """Where two answers part, and how far apart the model finds the two tokens there."""
+    mine, its = ours[number], theirs[number]
+    same = next((at for at, (a, b) in enumerate(zip(mine, its, strict=False)) if a != b), None)
+    if same is None:
+        return f"answer {number + 1} is {len(its)} tokens long there and {len(mine)} here, as far as that the same"
+    tree = Tree(prompts[number] + mine[:same], ([mine[same]], [its[same]]))
+    likely, less = players.response_logprobs([tree], packing)
+    words = [repr(players.tokenizer.decode([ids[same]])) for ids in (its, mine)]
+    verdict = (
+        "as good as equally likely, so rounding decides"
+        if likely - less < TIE
+        else "which rounding does not explain: another model, prompt or precision does"
+    )
+    return (
+        f"answer {number + 1} parts at token {same + 1}, {words[0]} there and {words[1]} here, {likely - less:.2g} "
+        f"nats apart under the model: {verdict}"
+    )
 
 
 def _about_answers(run: RunDir, generations: list[Generation]) -> Iterator[str]:

@@ -99,9 +99,52 @@ class Data(Section):
     """A Jinja chat template, or a file holding one, in place of the tokenizer's own."""
 
 
+class Server(Section):
+    """A server that generates the synthetic responses. In the texts that are commands or names, {player} stands for the
+    folder of the current opponent, {merged} for one with its adapter merged into the base (made when asked for, and
+    removed afterwards), {base} for the base model, {iteration} for the iteration, {port} for a free port."""
+
+    kind: Literal["openai", "vllm", "sglang", "llama.cpp"] = "openai"
+    """Which server: vllm, sglang and llama.cpp exchange token ids and log-probabilities; openai is any other that has
+    /v1/completions, with text."""
+    urls: list[str] = []
+    """Its addresses, such as http://127.0.0.1:8000/v1; several share the work. Absent with `command`: a free port."""
+    model: str | None = None
+    """Its name for the opponent; absent means the adapter it was handed, else the first model that it lists."""
+    on_promote: str | None = None
+    """A command that hands the server each new opponent. Without it, and without `command`, vllm and sglang are handed
+    each new adapter through their own endpoint for that."""
+    command: str | None = None
+    """A command that starts the server with the current opponent; it is stopped when the responses are there."""
+    start_timeout: Positive = 600.0
+    """Seconds within which the server has to answer once it was started."""
+    parallel: Count = 64
+    """Requests at once."""
+    timeout: Positive = 600.0
+    """Seconds within which a response has to be there."""
+    options: dict[str, Any] = {}
+    """Further fields of each request; null leaves one out that would be sent."""
+
+    @model_validator(mode="after")
+    def _has_an_address(self) -> "Server":
+        if not self.urls and self.command is None:
+            raise ValueError(
+                "opponent.server: has neither urls nor a command. Give the address of a server that runs, such as "
+                "urls: ['http://127.0.0.1:8000/v1'], or a command that starts one"
+            )
+        if self.command is not None and self.on_promote is not None:
+            raise ValueError(
+                "opponent.server: has a command, which starts the server with each opponent, and on_promote, which "
+                "hands an opponent to a server that runs. Leave one of them out"
+            )
+        return self
+
+
 class Opponent(Section):
-    engine: Literal["transformers"] = "transformers"
-    """What generates the synthetic responses."""
+    engine: Literal["transformers", "server"] = "transformers"
+    """What generates the synthetic responses: this process, or a server."""
+    server: Server | None = None
+    """Which server, and how it is asked."""
     temperature: NonNegative = 1.0
     """1.0 samples from the opponent's own distribution, as the method assumes; 0 is greedy."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -115,9 +158,21 @@ class Opponent(Section):
     shard_size: Count = 256
     """Prompts in one generation file: the unit that an interrupted run does not repeat."""
 
+    @model_validator(mode="after")
+    def _engine_and_server(self) -> "Opponent":
+        if self.engine == "server" and self.server is None:
+            raise ValueError("opponent.engine is server, but there is no section opponent.server to say which")
+        if self.engine != "server" and self.server is not None:
+            raise ValueError(
+                f"opponent.server: is not used, as opponent.engine is {self.engine}. Set opponent.engine=server, or "
+                "leave the section out"
+            )
+        return self
+
 
 EXECUTION_ONLY = (
     "opponent.batch_size",
+    "opponent.server",
     "train.tokens_per_micro_batch",
     "train.gradient_checkpointing",
     "train.checkpoint_every",
@@ -310,6 +365,18 @@ class Recipe(Section):
                 )
         if self.selfplay.select.metric == "task_score" and self.evaluate.scorer is None:
             raise ValueError("selfplay.select.metric is task_score, but evaluate.scorer names no scorer")
+        server = self.opponent.server
+        if server is not None and not (server.command or server.on_promote):
+            if server.kind not in ("vllm", "sglang"):
+                raise ValueError(
+                    f"opponent.server: a {server.kind} server has to be told of each new opponent: give on_promote, a "
+                    "command that hands it over, or command, which starts the server with it"
+                )
+            if self.lora is None:
+                raise ValueError(
+                    "opponent.server: only LoRA adapters can be handed to a server that runs. The players of this "
+                    "recipe are whole models: give command, which starts the server with {player}, or on_promote"
+                )
         if self.preferences and self.selfplay.iterations * self.opponent.samples_per_prompt > 1:
             raise ValueError(
                 "data.columns.rejected: a prompt has one rejected response, the same in every iteration: set "

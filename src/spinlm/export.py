@@ -63,6 +63,21 @@ def export(recipe: Recipe, run: RunDir, iteration: int, to: Path, *, merge: bool
         players.tokenizer.save_pretrained(temporary)
 
 
+def export_for_serving(recipe: Recipe, run: RunDir, iteration: int, to: Path) -> None:
+    """Save a player as a whole model from which any server samples as the recipe says: many take their defaults from
+    the model's generation_config.json, and transformers' own default leaves out all but the 50 likeliest tokens."""
+    from transformers import GenerationConfig
+
+    from spinlm.model.players import seat
+
+    export(recipe, run, iteration, to, merge=recipe.lora is not None)
+    renderer, opponent = seat(recipe, run).renderer, recipe.opponent
+    drawn = {"do_sample": True, "temperature": opponent.temperature, "top_p": opponent.top_p, "top_k": 0}
+    GenerationConfig(
+        eos_token_id=list(renderer.stop_ids), **(drawn if opponent.temperature > 0 else {"do_sample": False})
+    ).save_pretrained(to)
+
+
 def push(folder: Path, repository: str) -> str:
     """Upload an exported folder to the hub, as a private repository if it is new; returns its address.
 

@@ -38,7 +38,8 @@ class Generation:
     token_ids: list[int]  # with the end-of-turn token if there was one
     text: str
     finished: bool  # ended by an end-of-turn token, not by the limit
-    logprob: float | None  # sum over tokens, as the sampler saw it; None for one that the data gave
+    logprob: float | None  # sum over tokens, as the sampler saw it; None where it does not say, or the data gave it
+    retokenised: bool = False  # the engine gave text, which may have had other tokens
 
 
 @dataclass(frozen=True, slots=True)

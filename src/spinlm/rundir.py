@@ -277,7 +277,7 @@ class RunDir:
         found = differences(old, recipe)
         more = recipe["selfplay"]["iterations"] >= old["selfplay"]["iterations"]
         allowed = {*harmless, "selfplay.iterations"} if more else set(harmless)
-        return [line for line in found if line.partition(":")[0] not in allowed]
+        return [line for line in found if not any(line.startswith((f"{name}:", f"{name}.")) for name in allowed)]
 
     def bind(self, recipe: dict[str, Any], harmless: Collection[str]) -> None:
         """Tie the folder to a recipe, or once a stage is complete, check that it is still the same one.

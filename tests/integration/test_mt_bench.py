@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from runs import assert_whole, read_rows, write_rows
 
-import spinlm.evals.mt_bench.judge
+import spinlm.endpoint
 from spinlm.errors import DataError, RunError, SpinError
 from spinlm.evals.benchmarks import comparable, read_scores
 from spinlm.evals.mt_bench.bench import mt_bench
@@ -79,7 +79,7 @@ def endpoint(monkeypatch) -> Iterator[Endpoint]:
     for name in ("SPINLM_JUDGE_KEY", "OPENAI_API_KEY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(spinlm.evals.mt_bench.judge, "BACKOFF", 0.01)
+    monkeypatch.setattr(spinlm.endpoint, "BACKOFF", 0.01)
     scripted = Endpoint()
 
     class Handler(BaseHTTPRequestHandler):
@@ -223,7 +223,7 @@ def test_options_that_cannot_be_sent(text):
 def test_the_second_turn_sees_the_first_answer(bench, judge, endpoint):
     """Greedy answers, as the model gives them to these very conversations."""
     from spinlm.model.players import seat
-    from spinlm.opponents import open_opponent
+    from spinlm.opponents import local_opponent
     from spinlm.records import Sampling
 
     bench(judge)
@@ -236,7 +236,7 @@ def test_the_second_turn_sees_the_first_answer(bench, judge, endpoint):
     for said, given in zip(QUESTIONS[1]["turns"], row["choices"][0]["turns"], strict=True):
         messages.append({"role": "user", "content": said})
         prompt = players.renderer.prompt_ids(messages)
-        ((answer,),) = open_opponent(recipe, players, "tree").answer([prompt], sampling, 0, lambda ended, tokens: None)
+        ((answer,),) = local_opponent(recipe, players, "tree").answer([prompt], sampling, 0, lambda ended, tokens: None)
         assert players.renderer.decode(answer.token_ids) == given
         messages.append({"role": "assistant", "content": given})
 

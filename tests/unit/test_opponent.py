@@ -18,7 +18,7 @@ from spinlm.model.loading import add_adapter
 from spinlm.model.logprobs import LogProbs
 from spinlm.model.players import Players
 from spinlm.model.trees import Tree, lay_out
-from spinlm.opponents import LocalOpponent, open_opponent
+from spinlm.opponents import LocalOpponent, local_opponent
 from spinlm.opponents.base import Answer, Progress
 from spinlm.opponents.local import sample
 from spinlm.records import Sampling
@@ -160,7 +160,7 @@ def test_the_seed_decides_the_answers() -> None:
 def test_answers_are_the_current_players(tmp_path: Path, lora: Any) -> None:
     recipe = tiny_recipe(save_tiny_model(tmp_path / "model"), lora=lora)
     players = Players(recipe, RunDir(tmp_path / "run"))
-    engine = open_opponent(recipe, players, "tree")
+    engine = local_opponent(recipe, players, "tree")
     asked = (PROMPTS, GREEDY, 0, lambda ended, tokens: None)
     players.save(0)
     before = engine.answer(*asked)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import spinlm
-from spinlm.config import Lora, Objective, Recipe, Train
+from spinlm.config import Lora, Objective, Opponent, Recipe, Server, Train
 from spinlm.files import write_json, write_text
 from spinlm.plan import Plan, make_plan, render
 from spinlm.plan.devices import CPU, GPU, Device
@@ -557,3 +557,12 @@ assert not heavy, heavy
 assert time.process_time() < 3, time.process_time()
 """
     subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
+
+
+def test_a_server_is_not_timed() -> None:
+    server = Opponent(engine="server", server=Server(kind="vllm", command="vllm serve {merged}"))
+    behind = paper().model_copy(update={"opponent": server})
+    assert [any("come from a server" in note for note in notes(make_plan(one))) for one in (paper(), behind)] == [
+        False,
+        True,
+    ]

@@ -158,6 +158,25 @@ class Renderer:
         kept = [int(i) for i in ids if i not in self._special and i not in self.stop_ids]
         return str(self._tokenizer.decode(kept, clean_up_tokenization_spaces=False))
 
+    def as_text(self, prompt_ids: Sequence[int]) -> tuple[str, bool]:
+        """A prompt as text, for a program that tokenises it itself, with the special tokens that the tokenizer adds by
+        default; and whether the same tokens come of it."""
+        text = self._raw(prompt_ids)
+        for candidate in (text, text.removeprefix(self._tokenizer.bos_token or "")):
+            if list(self._tokenizer(candidate, verbose=False)["input_ids"]) == list(prompt_ids):
+                return candidate, True
+        return text, False
+
+    def continuation_ids(self, prompt_ids: Sequence[int], text: str) -> list[int]:
+        """Tokens of a text that continues a prompt, as training would have them."""
+        whole = self._tokenize(self._raw(prompt_ids) + text)[0]
+        count = len(prompt_ids)
+        return whole[count:] if whole[:count] == list(prompt_ids) else self._tokenize(text)[0]
+
+    def _raw(self, ids: Sequence[int]) -> str:
+        """Text of tokens, special ones and all."""
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
     def _prompt_text(self, messages: Sequence[Message]) -> str:
         for message in messages:
             self._refuse_control_tokens(message["content"])

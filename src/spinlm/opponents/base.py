@@ -12,11 +12,12 @@ Progress = Callable[[int, int], None]
 @dataclass(frozen=True, slots=True)
 class Answer:
     """One response: token ids (the end-of-turn token included if there was one), whether it ended by itself, and the
-    sum of the sampler's own log-probabilities."""
+    sum of the sampler's own log-probabilities, where the engine tells it."""
 
     token_ids: list[int]
     finished: bool
-    logprob: float
+    logprob: float | None
+    retokenised: bool = False  # the engine gave text, which may have had other tokens
 
 
 class Opponent(Protocol):

@@ -166,6 +166,8 @@ def notes(plan: Plan) -> Iterator[str]:
             "Lengths are the longest possible: tokens, time and disk are at most as shown, and with shorter prompts "
             "trees save less. A local .jsonl file as data.path gives estimates instead."
         )
+    if plan.shape and recipe.opponent.engine == "server":
+        yield "Responses come from a server, whose speed is not known: the time to generate is that of this process."
     if plan.shape and recipe.train.packing == "auto" and not plan.trees:
         yield f"{plan.shape.family}'s attention cannot take trees: time is counted with one response per row."
     for name in dict.fromkeys(plan.optimizers) if plan.shape else ():

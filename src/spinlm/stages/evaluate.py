@@ -16,7 +16,7 @@ from spinlm.evals.heldout import (
 from spinlm.evals.scorers import get_scorer
 from spinlm.files import atomic_file, write_json
 from spinlm.model.players import Players, seat
-from spinlm.opponents import open_opponent
+from spinlm.opponents import local_opponent
 from spinlm.opponents.base import Answer
 from spinlm.progress import track
 from spinlm.records import Example, HeldOutAnswer, HeldOutSample, Sampling, read_lines, read_pairs, to_line
@@ -130,7 +130,7 @@ def _ask(
         samples=1,
         stop_ids=players.renderer.stop_ids,
     )
-    engine = open_opponent(recipe, players, packing)
+    engine = local_opponent(recipe, players, packing)
     prompts = [example.prompt_ids for example in examples]
     with track(f"{player_name(iteration)}: {purpose}", len(examples)) as advance:
         given = engine.answer(prompts, sampling, derive_seed(recipe.seed, purpose, iteration), advance)

@@ -2,6 +2,7 @@
 responses stand for its answers."""
 
 import logging
+from contextlib import nullcontext
 
 from spinlm.config import Recipe
 from spinlm.files import atomic_file
@@ -28,14 +29,15 @@ def generate(recipe: Recipe, run: RunDir, iteration: int) -> None:
         return
     run.begin("generate", iteration, run.generations(iteration, "train", 0).parent)
     players = seat(recipe, run)
-    players.become(iteration - 1)
     packing = run.facts("warmup", START)["packing"]
-    opponent = None if recipe.preferences else open_opponent(recipe, players, packing)
     sampling = opponent_sampling(recipe, players)
     size = recipe.opponent.shard_size
     outputs = []
     responses = sum(count_records(run.examples(split)) for split in splits(recipe)) * sampling.samples
-    with track(f"iteration {iteration}: generate", responses) as advance:
+    with (
+        nullcontext() if recipe.preferences else open_opponent(recipe, players, iteration, packing) as opponent,
+        track(f"iteration {iteration}: generate", responses) as advance,
+    ):
         for split in splits(recipe):
             for shard, examples in enumerate(shards(run.examples(split), Example, size)):
                 path = run.generations(iteration, split, shard)
@@ -86,6 +88,7 @@ def _answer(
             text=players.renderer.decode(answer.token_ids),
             finished=answer.finished,
             logprob=answer.logprob,
+            retokenised=answer.retokenised,
         )
         for example, given in zip(examples, answers, strict=True)
         for sample, answer in enumerate(given)

@@ -70,9 +70,10 @@ def score(recipe: Recipe, run: RunDir, iteration: int) -> None:
     gap = max(counts.get("sampler_gap_mean", 0.0) for counts in facts.values())
     if gap > GAP:
         log.warning(
-            "iteration %d: the sampler's log-probabilities differ from ours by %.2f nats per token: another template, "
-            "precision or end token is the usual cause",
+            "iteration %d: the log-probabilities of the %s engine differ from ours by %.2f nats per token: another "
+            "model, template, end token or precision there is the usual cause; `spinlm check` shows where they part",
             iteration,
+            recipe.opponent.engine,
             gap,
         )
     run.complete("score", iteration, outputs, **facts)
@@ -158,6 +159,7 @@ class _Tally:
         count["responses"] += len(newest)
         count["identical"] += sum(g.token_ids == real[g.id] for g in newest)
         count["unfinished"] += sum(not g.finished for g in newest)
+        count["retokenised"] += sum(g.retokenised for g in newest)
         count["tokens"] += sum(len(g.token_ids) for g in newest)
         count["gap"] += sum(gaps)
         count["gaps"] += len(gaps)
@@ -173,6 +175,7 @@ class _Tally:
                 "unfinished_share": count["unfinished"] / count["responses"],
                 "mean_tokens": count["tokens"] / count["responses"],
             }
+            | ({"retokenised_share": count["retokenised"] / count["responses"]} if count["retokenised"] else {})
             | (
                 {"sampler_gap_mean": count["gap"] / count["gaps"], "sampler_gap_worst": count["worst"]}
                 if count["gaps"]
@@ -185,9 +188,10 @@ class _Tally:
         """One line about the training split, or where there is none the held-out one."""
         split, facts = next(iter(self.facts().items()))
         pairs = "pairs" if split == "train" else "held-out pairs"
-        gap = facts.get("sampler_gap_mean")
+        gap, retokenised = facts.get("sampler_gap_mean"), facts.get("retokenised_share")
         return (
             f"{facts['pairs']} {pairs}; {facts['identical_share']:.1%} of the responses equal the real one, "
             f"{facts['unfinished_share']:.1%} did not end"
+            + ("" if retokenised is None else f"; {retokenised:.1%} came as text and were tokenised here")
             + ("" if gap is None else f"; sampler and scorer differ by {gap:.1e} nats per token")
         )

@@ -122,11 +122,11 @@ class Exam:
         """Answers to all turns of some questions of one temperature."""
         from spinlm.data.chat import RowError
         from spinlm.model.players import seat
-        from spinlm.opponents import open_opponent
+        from spinlm.opponents import local_opponent
 
         players = seat(self.recipe, self.run)
         players.become(player)
-        opponent = open_opponent(self.recipe, players, self.run.facts("warmup", START)["packing"])
+        opponent = local_opponent(self.recipe, players, self.run.facts("warmup", START)["packing"])
         positions = getattr(players.model.config, "max_position_embeddings", None) or self.recipe.train.max_length
         sampling = Sampling(
             temperature=questions[0].temperature,

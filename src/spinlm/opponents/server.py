@@ -1,0 +1,283 @@
+"""The opponent behind a server: each new player is handed over, or the server is started with it; then it is asked for
+many responses at once."""
+
+import asyncio
+import logging
+import shlex
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from spinlm.config import Recipe, Server
+from spinlm.data.chat import Renderer
+from spinlm.endpoint import Endpoint, RefusedError, Wording, ask_all, look, open_client, read_address
+from spinlm.errors import SpinError
+from spinlm.export import export_for_serving
+from spinlm.interrupt import stop_if_asked
+from spinlm.model.loading import ensure_base
+from spinlm.opponents import keeper
+from spinlm.opponents.base import Answer, Progress
+from spinlm.opponents.dialects import DIALECTS, Reply, Wish
+from spinlm.records import Sampling
+from spinlm.rundir import RunDir
+
+log = logging.getLogger("spinlm")
+
+MODELS, HEALTH = "/v1/models", "/health"  # a server has at least one of them
+POLL = 0.5  # seconds between looks at a server that is starting
+
+
+class ServerError(SpinError, RuntimeError):
+    """A server cannot be reached or started, refuses, or answers in another way than its kind does."""
+
+
+WORDING = Wording(
+    error=ServerError,
+    url="opponent.server.urls",
+    model="opponent.server.model",
+    timeout="opponent.server.timeout",
+    keys=("SPINLM_SERVER_KEY", "OPENAI_API_KEY"),
+    goes_on="Complete shards are kept: run the same command again to go on",
+)
+
+
+_SERVED_SO = {
+    "vllm": "Was it started with --enable-lora, a --max-lora-rank of at least lora.r, and "
+    "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, and does it see this folder?",
+    "sglang": "Was it started with --enable-lora, a --max-lora-rank of at least lora.r and --lora-target-modules all, "
+    "and does it see this folder?",
+}
+
+
+@dataclass(frozen=True)
+class ServerOpponent:
+    """The server engine, once the server has the opponent."""
+
+    server: Server
+    urls: list[str]
+    model: str | None
+    renderer: Renderer
+
+    def answer(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: int, progress: Progress
+    ) -> list[list[Answer]]:
+        """See `Opponent.answer`. The same answers come back only where the server honours seeds.
+
+        Raises:
+            ServerError: no answer, and why.
+            StoppedError: the user asked to stop.
+        """
+        wishes = [
+            Wish(
+                prompt_ids=prompt,
+                text=text,
+                limit=min(sampling.max_new_tokens, sampling.max_length - len(prompt)),
+                seed=int(np.random.SeedSequence([seed, index, sample]).generate_state(1)[0]) >> 1,  # 31 bits
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                stop_ids=sampling.stop_ids,
+            )
+            for index, (prompt, text) in enumerate(zip(prompts, self._texts(prompts), strict=True))
+            for sample in range(sampling.samples)
+        ]
+        answers: dict[int, Answer] = {}
+
+        def record(number: int, answer: Answer) -> None:
+            answers[number] = answer
+            progress(1, len(answer.token_ids))
+
+        asyncio.run(self._ask_all(wishes, record))
+        given = [answers[number] for number in range(len(wishes))]
+        return [given[first : first + sampling.samples] for first in range(0, len(given), sampling.samples)]
+
+    async def _ask_all(self, wishes: list[Wish], record: Callable[[int, Answer], None]) -> None:
+        async with open_client(self.server.timeout, self.server.parallel) as client:
+            endpoint = Endpoint(self.urls, self.model or "", client, self.server.timeout, WORDING)
+            await ask_all(wishes, lambda wish: self._ask(endpoint, wish), record, self.server.parallel)
+
+    async def _ask(self, endpoint: Endpoint, wish: Wish) -> Answer:
+        dialect = DIALECTS[self.server.kind]
+        asked = dialect.body(self.model, wish) | self.server.options
+        body = {name: value for name, value in asked.items() if value is not None}
+        try:
+            given = await endpoint.post(dialect.path, body)
+        except RefusedError as refused:
+            raise endpoint.explain(dialect.path, refused) from None
+        try:
+            reply = dialect.read(given)
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError):
+            raise endpoint.unexpected(dialect.path, dialect.what, given) from None
+        return read_reply(reply, wish, self.renderer)
+
+    def _texts(self, prompts: Sequence[Sequence[int]]) -> list[str]:
+        """The prompts as text. What a server makes of it is not in our hands, but that it can be right is checked."""
+        if self.server.kind != "openai":
+            return ["" for _ in prompts]
+        texts, unlike = [], 0
+        for prompt in prompts:
+            text, same = self.renderer.as_text(prompt)
+            texts.append(text)
+            unlike += not same
+        if unlike:
+            log.warning(
+                "%d of %d prompts have other tokens when they are sent as text. A server that takes token ids (see "
+                "opponent.server.kind) has no such trouble",
+                unlike,
+                len(prompts),
+            )
+        return texts
+
+
+def read_reply(reply: Reply, wish: Wish, renderer: Renderer) -> Answer:
+    """What a server sent back, as an answer like those of every engine: it ends with an end-of-turn token if it ended.
+
+    Text is tokenised as a response in training is. An end that the server did not name has no log-probability.
+    """
+    retokenised = reply.token_ids is None
+    ids = renderer.continuation_ids(wish.prompt_ids, reply.text) if reply.token_ids is None else list(reply.token_ids)
+    stop = next((place for place, token in enumerate(ids) if token in wish.stop_ids), None)
+    if stop is not None:
+        ids = ids[: stop + 1]
+    elif reply.stopped or not ids:
+        ids.append(renderer.end_id)
+    ids = ids[: wish.limit]
+    values = (reply.logprobs or [])[: len(ids)]
+    logprob = sum(values) if len(values) == len(ids) else None
+    return Answer(ids, ids[-1] in wish.stop_ids, logprob, retokenised)
+
+
+@contextmanager
+def serve(recipe: Recipe, run: RunDir, renderer: Renderer, iteration: int) -> Iterator[ServerOpponent]:
+    """A server that has the opponent of an iteration, for as long as it is needed.
+
+    Raises:
+        ServerError: the server cannot be given the opponent.
+    """
+    server = recipe.opponent.server
+    assert server is not None, "the recipe is checked"
+    player = run.player(iteration - 1).absolute()
+    with ExitStack() as stack:
+        names = {"player": str(player), "iteration": str(iteration)}
+        texts = [text for text in (server.command, server.on_promote, server.model) if text]
+        if any("{base}" in text for text in texts):
+            names["base"] = str(ensure_base(recipe.model, run))
+        if any("{merged}" in text for text in texts):
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix=".merged-", dir=run.iteration(iteration)))
+            names["merged"] = str(Path(folder).absolute() / "model")
+            export_for_serving(recipe, run, iteration - 1, Path(names["merged"]))
+        if server.command is None:
+            urls = [_root(url) for url in server.urls]
+        else:
+            names["port"] = str(_free_port())
+            urls = [_root(url) for url in server.urls] or [f"http://127.0.0.1:{names['port']}"]
+            journal = run.iteration(iteration) / "server.log"
+            stack.enter_context(_running(_filled(server.command, names), urls, server.start_timeout, journal))
+        model = None if server.model is None else _filled(server.model, names, quote=False)
+        if server.on_promote is not None:
+            _promote(_filled(server.on_promote, names))
+        elif server.command is None:
+            model = f"spinlm-{run.player_digest(iteration - 1)[:12]}"
+            _load_adapter(server, urls, model, player)
+        if model is None and server.kind != "sglang":
+            model = _first_model(urls)
+        yield ServerOpponent(server, urls, model, renderer)
+
+
+def _root(url: str) -> str:
+    return read_address(url, WORDING).removesuffix("/completions").removesuffix("/v1")
+
+
+def _filled(text: str, names: dict[str, str], *, quote: bool = True) -> str:
+    for name, value in names.items():
+        text = text.replace(f"{{{name}}}", shlex.quote(value) if quote else value)
+    return text
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+@contextmanager
+def _running(command: str, urls: list[str], patience: float, journal: Path) -> Iterator[None]:
+    """A server that was started by a command, from when it answers."""
+    began = time.monotonic()
+    with journal.open("wb") as file:
+        process = subprocess.Popen(
+            [sys.executable, keeper.__file__, command], stdin=subprocess.PIPE, stdout=file, stderr=subprocess.STDOUT
+        )
+    try:
+        for url in urls:
+            while all(look(url + path, WORDING) is None for path in (MODELS, HEALTH)):
+                stop_if_asked()
+                if (code := process.poll()) is not None:
+                    raise ServerError(
+                        f"opponent.server.command: ended with exit code {code} before it answered at {url}. It was: "
+                        f"{command}\nIts last words, from {journal}:\n{_tail(journal)}"
+                    )
+                if time.monotonic() - began > patience:
+                    raise ServerError(
+                        f"opponent.server.command: nothing answered at {url} within {patience:g} seconds; "
+                        f"opponent.server.start_timeout allows more. Its output is in {journal}"
+                    )
+                time.sleep(POLL)
+        log.info("the server answers after %.0f s", time.monotonic() - began)
+        yield
+    finally:
+        assert process.stdin is not None
+        process.stdin.close()  # which tells the keeper to end it
+        process.wait()
+
+
+def _first_model(urls: list[str]) -> str | None:
+    """What a server lists first; None where it lists nothing, and may need no name."""
+    listed = look(f"{urls[0]}{MODELS}", WORDING)
+    try:
+        return str(listed["data"][0]["id"])
+    except (KeyError, IndexError, TypeError):
+        return None
+
+
+def _tail(path: Path) -> str:
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    return "\n".join(f"  {line}" for line in lines[-8:])
+
+
+def _promote(command: str) -> None:
+    done = subprocess.run(command, shell=True, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    if done.returncode != 0:
+        said = "\n".join(f"  {line}" for line in (done.stdout + done.stderr).splitlines()[-8:])
+        raise ServerError(
+            f"opponent.server.on_promote: ended with exit code {done.returncode}, so the server may not have the "
+            f"opponent. It was: {command}\n{said}"
+        )
+
+
+def _load_adapter(server: Server, urls: list[str], name: str, player: Path) -> None:
+    """Hand an adapter to every address."""
+    path = DIALECTS[server.kind].adapters
+    assert path is not None, "the recipe is checked"
+
+    async def load() -> None:
+        async with open_client(server.timeout, 1) as client:
+            for url in urls:
+                endpoint = Endpoint([url], name, client, server.timeout, WORDING)
+                try:
+                    await endpoint.post(path, {"lora_name": name, "lora_path": str(player)}, text=True)
+                except RefusedError as refused:
+                    if "already" in refused.said:  # by an earlier call of this command
+                        continue
+                    raise ServerError(
+                        f"{url}{path}: cannot be given the adapter {player} ({refused}). {_SERVED_SO[server.kind]}"
+                    ) from None
+
+    asyncio.run(load())
