@@ -92,7 +92,7 @@ def test_server_is_started_with_each_opponent(kind: str, cli: Cli, world: World,
         assert all(row["retokenised"] == (kind == "openai") for row in theirs.values())
         assert ("sampler_gap_worst" in facts(run, iteration)) == (kind != "openai")
         assert "listening" in (run / f"iteration-{iteration}" / "server.log").read_text()
-    assert not list(run.glob("*/.merged*"))
+    assert not list(run.glob("*/.merged"))
     assert not running(str(run))
     assert_whole(run)
 
@@ -112,11 +112,15 @@ def running(argument: str) -> list[str]:
 def test_server_ends_with_us_however_we_end(cli: Cli, world: World, tmp_path: Path) -> None:
     run = tmp_path / "run"
     command = f"{sys.executable} {model_server.__file__} vllm {{port}} {{merged}}; sleep 1"
-    slow = using("vllm", command=command, model="nobody", parallel=1)
+    slow = ("selfplay.iterations=1", *using("vllm", command=command, model="nobody", parallel=1))
     process = cli.start("run", world.recipe, *slow, "--run-dir", run, folder=world.folder)
     until(lambda: running(str(run)))
+    assert (run / "iteration-0" / ".merged" / "model.safetensors").exists()
     process.send(signal.SIGKILL)
     until(lambda: not running(str(run)))
+    quick = using("vllm", command=f"{sys.executable} {model_server.__file__} vllm {{port}} {{merged}}")
+    cli("run", world.recipe, "selfplay.iterations=1", *quick, "--run-dir", run, folder=world.folder)
+    assert not list(run.glob("*/.merged"))
 
 
 def until(condition: Callable[[], object], patience: float = 60) -> None:

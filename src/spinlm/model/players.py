@@ -3,6 +3,7 @@
 With LoRA the base is frozen and shared, and a player is an adapter; without, a player is the whole model.
 """
 
+import gc
 import logging
 import math
 from collections.abc import Sequence
@@ -116,6 +117,16 @@ class Players:
         """Let trackers write what they still hold."""
         if "_accelerator" in vars(self):
             self._accelerator.end_training()
+
+    def let_go(self) -> None:
+        """Free the memory of the model; it is loaded again when it is next asked for."""
+        self._sits = None
+        vars(self).pop("logprobs", None)
+        if "_accelerator" in vars(self):
+            self._accelerator.free_memory()
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def become(self, iteration: int) -> None:
         """Take the weights of the player that an iteration made."""

@@ -19,6 +19,8 @@ def open_opponent(recipe: Recipe, players: Players, iteration: int, packing: str
         case "server":
             from spinlm.opponents.server import serve
 
+            if recipe.opponent.server and recipe.opponent.server.command:
+                players.let_go()  # the server may need the memory
             with serve(recipe, players.run, players.renderer, iteration) as opponent:
                 yield opponent
 

@@ -4,10 +4,10 @@ many responses at once."""
 import asyncio
 import logging
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -170,9 +170,11 @@ def serve(recipe: Recipe, run: RunDir, renderer: Renderer, iteration: int) -> It
         if any("{base}" in text for text in texts):
             names["base"] = str(ensure_base(recipe.model, run))
         if any("{merged}" in text for text in texts):
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix=".merged-", dir=run.iteration(iteration)))
-            names["merged"] = str(Path(folder).absolute() / "model")
-            export_for_serving(recipe, run, iteration - 1, Path(names["merged"]))
+            merged = run.iteration(iteration).absolute() / ".merged"
+            shutil.rmtree(merged, ignore_errors=True)  # of a process that was killed
+            stack.callback(shutil.rmtree, merged, ignore_errors=True)
+            names["merged"] = str(merged)
+            export_for_serving(recipe, run, iteration - 1, merged)
         if server.command is None:
             urls = [_root(url) for url in server.urls]
         else:
