@@ -127,6 +127,11 @@ class Server(Section):
 
     @model_validator(mode="after")
     def _has_an_address(self) -> "Server":
+        from spinlm.endpoint import fault_of
+
+        for url in self.urls:
+            if fault := fault_of(url):
+                raise ValueError(f"opponent.server.urls: {fault}")
         if not self.urls and self.command is None:
             raise ValueError(
                 "opponent.server: has neither urls nor a command. Give the address of a server that runs, such as "

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import urlsplit
 
 from spinlm.errors import SpinError
 from spinlm.interrupt import stop_if_asked
@@ -42,26 +43,18 @@ class Wording:
     goes_on: str  # what becomes of a run that ends here
 
 
-def read_address(text: str, wording: Wording) -> str:
-    """An endpoint's address in one form, without a slash at its end.
-
-    Raises:
-        SpinError: of the kind that `wording` names: it is no address, or holds a secret.
-    """
-    import httpx
-
+def fault_of(address: str) -> str | None:
+    """What is wrong with the address of an endpoint; None if nothing."""
     try:
-        parsed = httpx.URL(text.strip())
-    except httpx.InvalidURL as error:
-        raise wording.error(f"{wording.url}: not an address ({error})") from error
-    if parsed.userinfo or parsed.query or parsed.fragment:
-        raise wording.error(
-            f"{wording.url}: write the address without a password, ? or #. The key goes into {wording.keys[0]} in the "
-            "environment"
-        )
-    if parsed.scheme not in ("http", "https") or not parsed.host:
-        raise wording.error(f"{wording.url}: {text} is not an address that begins with http:// or https:// and a host")
-    return str(parsed).rstrip("/")
+        parsed = urlsplit(address.strip())
+        bare = parsed.port is None or parsed.port > 0
+    except ValueError as error:
+        return f"{address} is not an address ({error})"
+    if parsed.username or parsed.password or parsed.query or parsed.fragment:
+        return "write the address without a password, ? or #. A key goes into the environment"
+    if parsed.scheme not in ("http", "https") or not parsed.hostname or not bare:
+        return f"{address} is not an address that begins with http:// or https:// and a host"
+    return None
 
 
 def open_client(timeout: float, parallel: int) -> "httpx.AsyncClient":

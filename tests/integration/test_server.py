@@ -376,8 +376,10 @@ def test_check_compares_the_engines(world: World, tmp_path: Path) -> None:
     ("changes", "said"),
     [
         (["opponent.engine=server"], "there is no section opponent.server"),
-        (["opponent.server={kind: vllm, urls: [x]}"], "is not used, as opponent.engine is transformers"),
+        (['opponent.server={kind: vllm, urls: ["http://a"]}'], "is not used, as opponent.engine is transformers"),
         (using("vllm"), "neither urls nor a command"),
+        (using("vllm", urls=["127.0.0.1:8000"]), "is not an address that begins with http://"),
+        (using("vllm", urls=["http://me:secret@a"]), "write the address without a password"),
         (using("openai", urls=["http://a"]), "has to be told of each new opponent"),
         ((*using("vllm", urls=["http://a"]), "lora=null"), "only LoRA adapters can be handed"),
         (using("vllm", urls=["http://a"], command="x", on_promote="y"), "Leave one of them out"),

@@ -18,7 +18,7 @@ import numpy as np
 
 from spinlm.config import Recipe, Server
 from spinlm.data.chat import Renderer
-from spinlm.endpoint import Endpoint, RefusedError, Wording, ask_all, look, open_client, read_address
+from spinlm.endpoint import Endpoint, RefusedError, Wording, ask_all, look, open_client
 from spinlm.errors import SpinError
 from spinlm.export import export_for_serving
 from spinlm.interrupt import stop_if_asked
@@ -194,7 +194,7 @@ def serve(recipe: Recipe, run: RunDir, renderer: Renderer, iteration: int) -> It
 
 
 def _root(url: str) -> str:
-    return read_address(url, WORDING).removesuffix("/completions").removesuffix("/v1")
+    return url.strip().rstrip("/").removesuffix("/completions").removesuffix("/v1")
 
 
 def _filled(text: str, names: dict[str, str], *, quote: bool = True) -> str:

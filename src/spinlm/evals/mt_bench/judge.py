@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from spinlm.endpoint import Endpoint, RefusedError, Wording, ask_all, open_client, read_address
+from spinlm.endpoint import Endpoint, RefusedError, Wording, ask_all, fault_of, open_client
 from spinlm.errors import SpinError
 from spinlm.evals.mt_bench.prompts import OWN_PROMPTS, JudgePrompt, read_prompts
 from spinlm.files import short_digest
@@ -94,7 +94,9 @@ class Judge:
             )
         if not model:
             raise JudgeError("no judge: name the model that the endpoint is to use with --judge-model")
-        address = read_address(url, WORDING).removesuffix("/chat/completions")
+        if fault := fault_of(url):
+            raise JudgeError(f"--judge-url: {fault}")
+        address = url.strip().rstrip("/").removesuffix("/chat/completions")
         return cls(address, model, read_prompts(prompts) if prompts else OWN_PROMPTS, **how)
 
     @property
