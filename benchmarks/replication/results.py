@@ -127,7 +127,10 @@ def write_report(plan: "Plan", folder: Path, target: Path, jobs: int) -> str:
 
 
 def _made_how(plan: "Plan", folder: Path, jobs: int) -> list[str]:
-    made = [json.loads(path.read_text()) for path in sorted(folder.glob("*/seed-*/*/provenance.json"))]
+    ended = [
+        one for dataset in plan.datasets for arm in plan.arms for one in find(plan, folder, dataset, arm.name).values()
+    ]
+    made = [read_json(one.run.provenance) for one in ended]
     days = sorted({one["started"][:10] for one in made})
     packages = sorted({f"{name} {one['packages'][name]}" for one in made for name in PACKAGES})
     commits, pythons, devices = (sorted({str(one[key]) for one in made}) for key in ("commit", "python", "device"))
