@@ -311,7 +311,7 @@ def test_complete_shards_are_kept(cli: Cli, world: World, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("command", "said"),
     [
-        ("echo no such model; exit 3", "ended with exit code 3 before it answered"),
+        ("echo no such model; exit 3", "before anything answered at"),
         ("sleep 60", "nothing answered at"),
     ],
 )
@@ -320,7 +320,29 @@ def test_server_that_does_not_start(command: str, said: str, cli: Cli, world: Wo
     result = cli("run", world.recipe, *changes, "--run-dir", tmp_path / "run", folder=world.folder, code=2)
     assert f"opponent.server.command: {said}" in result.message
     if "echo" in command:
-        assert "no such model" in result.message
+        assert "it ended with exit code 3" in result.message and "no such model" in result.message
+
+
+def test_server_that_dies_while_it_is_asked(cli: Cli, world: World, tmp_path: Path) -> None:
+    program = tmp_path / "dies.py"
+    program.write_text(
+        "import os, sys\n"
+        f"sys.path.insert(0, {str(Path(model_server.__file__).parent)!r})\n"
+        "from model_server import ModelServer, listen\nimport threading\n"
+        "def die(path, body):\n    print('out of memory', flush=True)\n    os._exit(7)\n"
+        "with listen(die, lambda path: (200, {}, '{}'), int(sys.argv[1])):\n    threading.Event().wait()\n"
+    )
+    changes = using("vllm", command=f"{sys.executable} {program} {{port}}", model="it", parallel=1)
+    result = cli("run", world.recipe, *changes, "--run-dir", tmp_path / "run", folder=world.folder, code=2)
+    assert "command started has ended with exit code 7" in result.message and "out of memory" in result.message
+
+
+def test_another_server_at_the_address_is_not_taken_for_ours(cli: Cli, world: World, tmp_path: Path) -> None:
+    served = ModelServer("vllm", str(world.model))
+    with listen(served.post, served.get) as url:
+        changes = using("vllm", urls=[url], command="sleep 60")
+        result = cli("run", world.recipe, *changes, "--run-dir", tmp_path / "run", folder=world.folder, code=2)
+    assert "something answers there before opponent.server.command was run" in result.message
 
 
 def test_command_that_hands_over_the_opponent(cli: Cli, world: World, tmp_path: Path) -> None:

@@ -185,6 +185,7 @@ def serve(recipe: Recipe, run: RunDir, renderer: Renderer, iteration: int) -> It
         model = None if server.model is None else _filled(server.model, names, quote=False)
         if server.on_promote is not None:
             _promote(_filled(server.on_promote, names))
+            _wait(urls, server.start_timeout, "opponent.server.on_promote")
         elif server.command is None:
             model = f"spinlm-{run.player_digest(iteration - 1)[:12]}"
             _load_adapter(server, urls, model, player)
@@ -212,32 +213,55 @@ def _free_port() -> int:
 @contextmanager
 def _running(command: str, urls: list[str], patience: float, journal: Path) -> Iterator[None]:
     """A server that was started by a command, from when it answers."""
-    began = time.monotonic()
+    for url in urls:
+        if _answers(url):
+            raise ServerError(
+                f"{url}: something answers there before opponent.server.command was run, and would be asked in place of "
+                "the server that it starts. Stop it, or leave opponent.server.urls out and use {port} in the command"
+            )
     with journal.open("wb") as file:
         process = subprocess.Popen(
             [sys.executable, keeper.__file__, command], stdin=subprocess.PIPE, stdout=file, stderr=subprocess.STDOUT
         )
+
+    def ended() -> str | None:
+        if (code := process.poll()) is None:
+            return None
+        lines = journal.read_text(encoding="utf-8", errors="replace").splitlines()
+        return f"ended with exit code {code}. It was: {command}\nIts last words, from {journal}:\n{_indent(lines)}"
+
     try:
-        for url in urls:
-            while all(look(url + path, WORDING) is None for path in (MODELS, HEALTH)):
-                stop_if_asked()
-                if (code := process.poll()) is not None:
-                    raise ServerError(
-                        f"opponent.server.command: ended with exit code {code} before it answered at {url}. It was: "
-                        f"{command}\nIts last words, from {journal}:\n{_tail(journal)}"
-                    )
-                if time.monotonic() - began > patience:
-                    raise ServerError(
-                        f"opponent.server.command: nothing answered at {url} within {patience:g} seconds; "
-                        f"opponent.server.start_timeout allows more. Its output is in {journal}"
-                    )
-                time.sleep(POLL)
-        log.info("the server answers after %.0f s", time.monotonic() - began)
+        _wait(urls, patience, "opponent.server.command", ended)
         yield
+    except ServerError as error:
+        if (words := ended()) and words not in str(error):
+            raise ServerError(f"{error}\nThe server that opponent.server.command started has {words}") from None
+        raise
     finally:
         assert process.stdin is not None
         process.stdin.close()  # which tells the keeper to end it
         process.wait()
+
+
+def _wait(urls: list[str], patience: float, setting: str, ended: Callable[[], str | None] = lambda: None) -> None:
+    """Until every address answers; `ended` tells whether there is nothing left to wait for, and why."""
+    began = time.monotonic()
+    for url in urls:
+        while not _answers(url):
+            stop_if_asked()
+            if words := ended():
+                raise ServerError(f"{setting}: before anything answered at {url} it {words}")
+            if time.monotonic() - began > patience:
+                raise ServerError(
+                    f"{setting}: nothing answered at {url} within {patience:g} seconds; opponent.server.start_timeout "
+                    "allows more"
+                )
+            time.sleep(POLL)
+    log.info("the server answers after %.0f s", time.monotonic() - began)
+
+
+def _answers(url: str) -> bool:
+    return any(look(url + path, WORDING) is not None for path in (MODELS, HEALTH))
 
 
 def _first_model(urls: list[str]) -> str | None:
@@ -249,15 +273,14 @@ def _first_model(urls: list[str]) -> str | None:
         return None
 
 
-def _tail(path: Path) -> str:
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+def _indent(lines: list[str]) -> str:
     return "\n".join(f"  {line}" for line in lines[-8:])
 
 
 def _promote(command: str) -> None:
     done = subprocess.run(command, shell=True, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     if done.returncode != 0:
-        said = "\n".join(f"  {line}" for line in (done.stdout + done.stderr).splitlines()[-8:])
+        said = _indent((done.stdout + done.stderr).splitlines())
         raise ServerError(
             f"opponent.server.on_promote: ended with exit code {done.returncode}, so the server may not have the "
             f"opponent. It was: {command}\n{said}"
