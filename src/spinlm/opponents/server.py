@@ -216,7 +216,7 @@ def _running(command: str, urls: list[str], patience: float, journal: Path) -> I
     for url in urls:
         if _answers(url):
             raise ServerError(
-                f"{url}: something answers there before opponent.server.command was run, and would be asked in place of "
+                f"{url}: something answers there before opponent.server.command was run, and would be asked instead of "
                 "the server that it starts. Stop it, or leave opponent.server.urls out and use {port} in the command"
             )
     with journal.open("wb") as file:
