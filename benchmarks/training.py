@@ -208,7 +208,7 @@ class _Ours:
         )
         self.players = Players(recipe, RunDir(Path(self.folder.name)))
         self.players.make_room("tree")
-        _, self.module = self.players.parallel()
+        self.module = self.players.parallel().module
         self.trees = [Tree(prompt, (real, *others)) for prompt, real, others in shape.groups()]
         self.budget, self.pairs, self.recipe = recipe.train.tokens_per_micro_batch, shape.pairs, recipe
         how = Fit.of(recipe.train, learning_rate=1e-6, seed=0)

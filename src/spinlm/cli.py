@@ -1,5 +1,6 @@
 """The command line: parse, call, print. Heavy modules are imported inside the commands."""
 
+import contextlib
 import errno
 import logging
 import os
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from spinlm import __version__
-from spinlm.errors import RunError, SpinError
+from spinlm.errors import PeerError, RunError, SpinError
 from spinlm.files import read_json, write_text
 from spinlm.rundir import START, RunDir
 
@@ -60,9 +61,11 @@ def run(
     folder = _run_folder(recipe, run_dir)
 
     from spinlm import selfplay
+    from spinlm.team import is_first
 
     finished = selfplay.run(loaded, folder, fresh=fresh, start_from=start_from)
-    _print_result(finished)
+    if is_first():
+        _print_result(finished)
 
 
 @app.command()
@@ -311,11 +314,14 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TQDM_DISABLE", "1")  # spinlm shows its own progress
     warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries, about each other
-    logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
+    alone = os.environ.get("RANK", "0") == "0"  # of several processes the first tells how it goes
+    logging.basicConfig(format="%(message)s", level=logging.INFO if alone else logging.ERROR, stream=sys.stderr)
     for noisy in ("transformers", "httpx", "accelerate", "datasets", "peft", "lm_eval"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     try:
         app()
+    except PeerError as error:  # which has said why
+        sys.exit(error.exit_code)
     except SpinError as error:
         print(f"spinlm: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
@@ -360,16 +366,19 @@ def _open_run(path: Path) -> tuple[RunDir, "Recipe"]:
 def _stage(name: str, path: Path, iteration: int) -> None:
     import importlib
 
+    from spinlm import team
     from spinlm.interrupt import gentle_stop
 
     run, recipe = _open_run(path)
     if not 0 <= iteration < recipe.selfplay.iterations:
         raise RunError(f"--iteration {iteration}: this run has iterations 0 to {recipe.selfplay.iterations - 1}")
     stage = getattr(importlib.import_module(f"spinlm.stages.{name}"), name)
-    with run.locked(), gentle_stop():
-        done = run.done(name, iteration)
+    with gentle_stop(), team.joined(), contextlib.ExitStack() as held:
+        team.first(held.enter_context, run.locked())
+        done = team.first(run.done, name, iteration)
         stage(recipe, run, iteration)
-    print(f"{name} of iteration {iteration}: " + ("already complete" if done else "complete"))
+        if team.is_first():
+            print(f"{name} of iteration {iteration}: " + ("already complete" if done else "complete"))
 
 
 def _print_result(run: RunDir) -> None:
@@ -387,7 +396,8 @@ def _print_result(run: RunDir) -> None:
     console.print(verdict(run), markup=False)
     asked = system_prompt(run)  # without it, a prompt would be another task
     system = f" --system {shlex.quote(asked)}" if asked else ""
-    spinlm = "spinlm" if shutil.which("spinlm") else sys.argv[0]
+    called = "python -m spinlm" if sys.argv[0].endswith("__main__.py") else sys.argv[0]
+    spinlm = "spinlm" if shutil.which("spinlm") else called
     folder, recipe, other = (shlex.quote(f"{run.root}{end}") for end in ("", "/recipe.yaml", "-control"))
     control = f"run {recipe} 'objective={{name: sft}}' --start-from {folder} --run-dir {other}"
     commands = {

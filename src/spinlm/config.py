@@ -180,6 +180,7 @@ EXECUTION_ONLY = (
     "opponent.server",
     "train.tokens_per_micro_batch",
     "train.gradient_checkpointing",
+    "train.sharding",
     "train.checkpoint_every",
     "tracking",
 )
@@ -303,6 +304,9 @@ class Train(Section):
     gradient_checkpointing: Literal[True, False, "auto"] = "auto"
     """Compute activations again in the backward pass: less memory, more time. `auto` does it where keeping those of the
     largest micro-batch would take more memory than is free."""
+    sharding: Literal["none", "full"] = "none"
+    """In several processes: whether each keeps all weights, gradients and optimiser state (DDP), or they are divided
+    among them (FSDP2), which takes less memory and more exchange."""
     checkpoint_every: Count = 50
     """Optimiser steps between checkpoints."""
 

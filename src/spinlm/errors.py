@@ -27,6 +27,10 @@ class RunError(SpinError, RuntimeError):
     """The run folder is in use, damaged, or was made from something else."""
 
 
+class PeerError(RunError):
+    """Another process of the run has ended it; that one says why."""
+
+
 class TrainingError(SpinError, ArithmeticError):
     """Training produced a number that is not finite."""
 

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: stop at the next safe point instead of anywhere."""
+"""Ctrl-C, SIGTERM, and other reasons to end: stop at the next safe point instead of anywhere."""
 
 import contextlib
 import signal
@@ -6,29 +6,40 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
-from spinlm.errors import StoppedError
+from spinlm.errors import SpinError, StoppedError
 
-_asked = False
+_reason: SpinError | None = None
 
 
 def stop_if_asked() -> None:
-    """Raise StoppedError if the user has asked to stop. Called where stopping loses little."""
-    if _asked:
-        raise StoppedError("stopped as asked; run the same command again to continue")
+    """Raise StoppedError if the user has asked to stop, or what else came up. Called where stopping loses little."""
+    if _reason is not None:
+        raise _reason
+
+
+def asked_to_stop() -> bool:
+    """Whether `stop_if_asked` would raise."""
+    return _reason is not None
+
+
+def end_with(error: SpinError) -> None:
+    """Let the main thread raise an error at the next safe point."""
+    global _reason
+    _reason = error
 
 
 @contextlib.contextmanager
 def gentle_stop() -> Iterator[None]:
     """Turn the first SIGINT or SIGTERM into a request; a second SIGINT stops at once."""
-    global _asked
-    _asked = False
+    global _reason
+    _reason = None
     if threading.current_thread() is not threading.main_thread():  # only the main one may set handlers
         yield
         return
 
     def ask(number: int, frame: FrameType | None) -> None:
-        global _asked
-        _asked = True
+        if _reason is None:
+            end_with(StoppedError("stopped as asked; run the same command again to continue"))
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -37,4 +48,4 @@ def gentle_stop() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        _asked = False
+        _reason = None

@@ -1,9 +1,11 @@
-"""Progress of long stages: a bar on a terminal, a line now and then elsewhere."""
+"""Progress of long stages: a bar on a terminal, a line now and then elsewhere. Of several processes one shows it."""
 
 import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterator
+
+from spinlm import team
 
 log = logging.getLogger("spinlm")
 
@@ -11,10 +13,11 @@ Advance = Callable[..., None]
 """`advance(done=1, amount=0, note="")`: so many more items are done, with so many more units (tokens), and a note."""
 
 SECONDS_BETWEEN_LINES = 30
+SECONDS_BETWEEN_COUNTS = 1  # among several processes
 
 
 @contextlib.contextmanager
-def track(what: str, total: int, already: int = 0, unit: str = "tokens") -> Iterator[Advance]:
+def track(what: str, total: int, already: int = 0, unit: str = "tokens", *, shared: bool = False) -> Iterator[Advance]:
     """Show how far a stage has come, its rate in units per second, and when it will end.
 
     Args:
@@ -22,14 +25,16 @@ def track(what: str, total: int, already: int = 0, unit: str = "tokens") -> Iter
         total: items it has.
         already: items that were done before, which say nothing about the rate.
         unit: what the rate counts.
+        shared: whether each process does a part of the items, and not each of them all.
     """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
     begun = time.monotonic()
-    spoken = begun
-    items = units = 0
+    spoken = counted = begun
+    counter = team.Counter(shared)
+    new_items = new_units = 0
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
@@ -37,19 +42,24 @@ def track(what: str, total: int, already: int = 0, unit: str = "tokens") -> Iter
         TextColumn("{task.fields[rate]}"),
         TimeRemainingColumn(),
         console=console,
-        disable=not console.is_terminal,
+        disable=not (console.is_terminal and team.is_first()),
     )
     with bar:
         task = bar.add_task(what, total=total, completed=already, rate="")
 
         def advance(done: int = 1, amount: int = 0, note: str = "") -> None:
-            nonlocal items, units, spoken
-            items += done
-            units += amount
+            nonlocal new_items, new_units, spoken, counted
+            new_items += done
+            new_units += amount
             now = time.monotonic()
+            if counter.costs and now - counted < SECONDS_BETWEEN_COUNTS:
+                return
+            counted = now
+            items, units = counter.add(new_items, new_units)
+            new_items = new_units = 0
             rate = f"{units / max(now - begun, 1e-9):,.0f} {unit}/s {note}".rstrip()
-            bar.update(task, advance=done, rate=rate)
-            if bar.disable and now - spoken > SECONDS_BETWEEN_LINES:
+            bar.update(task, completed=already + items, rate=rate)
+            if bar.disable and team.is_first() and now - spoken > SECONDS_BETWEEN_LINES:
                 spoken = now
                 left = (total - already - items) * (now - begun) / max(items, 1)
                 log.info("%s %d/%d, %s, %.0f s left", what, already + items, total, rate, left)

@@ -4,6 +4,7 @@ SPIN (arXiv 2401.01335, algorithm 1): for t = 0 … T−1, the opponent θ_t ans
 tell the real responses from the opponent's, and becomes θ_{t+1}.
 """
 
+import contextlib
 from pathlib import Path
 
 from spinlm.branch import branch, check_source
@@ -18,6 +19,7 @@ from spinlm.stages.promote import promote
 from spinlm.stages.score import score
 from spinlm.stages.train import train
 from spinlm.stages.warmup import warmup
+from spinlm.team import first, joined
 
 
 def run(recipe: Recipe, run_dir: Path, *, fresh: bool = False, start_from: Path | None = None) -> RunDir:
@@ -34,15 +36,12 @@ def run(recipe: Recipe, run_dir: Path, *, fresh: bool = False, start_from: Path 
     """
     folder = RunDir(run_dir)
     source = None if start_from is None else RunDir(start_from)
-    if source is not None:
-        check_source(recipe, folder, source)  # before anything is deleted
     stand_up()  # an earlier run in this process has trained the model it loaded
-    with folder.locked(), gentle_stop():
-        if fresh:
-            folder.clear()
-        folder.bind(recipe.model_dump(mode="json"), EXECUTION_ONLY)
+    with gentle_stop(), joined(), contextlib.ExitStack() as held:
         if source is not None:
-            branch(recipe, folder, source)
+            first(check_source, recipe, folder, source)  # before anything is deleted
+        first(held.enter_context, folder.locked())
+        first(_lay_out, recipe, folder, source, fresh)
         try:
             play(recipe, folder)
         finally:
@@ -50,9 +49,17 @@ def run(recipe: Recipe, run_dir: Path, *, fresh: bool = False, start_from: Path 
     return folder
 
 
+def _lay_out(recipe: Recipe, folder: RunDir, source: RunDir | None, fresh: bool) -> None:
+    if fresh:
+        folder.clear()
+    folder.bind(recipe.model_dump(mode="json"), EXECUTION_ONLY)
+    if source is not None:
+        branch(recipe, folder, source)
+
+
 def play(recipe: Recipe, folder: RunDir) -> None:
     """The stages of a run in order. A stage that is complete does nothing."""
-    prepare(recipe, folder)
+    first(prepare, recipe, folder)
     warmup(recipe, folder)
     evaluate(recipe, folder, START)
     for iteration in range(recipe.selfplay.iterations):
@@ -60,5 +67,5 @@ def play(recipe: Recipe, folder: RunDir) -> None:
         score(recipe, folder, iteration)
         train(recipe, folder, iteration)
         evaluate(recipe, folder, iteration)
-        if not promote(recipe, folder, iteration):
+        if not first(promote, recipe, folder, iteration):
             break

@@ -1,20 +1,11 @@
 """Reading record files a shard or a record at a time, so that a data set is never in memory at once."""
 
-import itertools
 import math
 from array import array
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Generic
 
-from spinlm.records import Record, read_line, read_lines
-
-
-def shards(path: Path, kind: type[Record], size: int) -> Iterator[list[Record]]:
-    """The records of a file, `size` at a time."""
-    records = read_lines(path, kind)
-    while shard := list(itertools.islice(records, size)):
-        yield shard
+from spinlm.records import Record, read_line
 
 
 def count_records(path: Path) -> int:
@@ -24,7 +15,7 @@ def count_records(path: Path) -> int:
 
 
 def count_shards(path: Path, size: int) -> int:
-    """How many shards `shards` yields."""
+    """How many shards of so many records a file holds; the last one may be smaller."""
     return math.ceil(count_records(path) / size)
 
 
@@ -46,7 +37,17 @@ class RecordFile(Generic[Record]):
 
     def __getitem__(self, index: int) -> Record:
         """Raises RunError where the line is not such a record."""
+        return self._read(index, index + 1)[0]
+
+    def shards(self, size: int) -> int:
+        """How many shards of so many records there are; the last one may be smaller."""
+        return math.ceil(len(self) / size)
+
+    def shard(self, number: int, size: int) -> list[Record]:
+        """The records of a shard."""
+        return self._read(number * size, min((number + 1) * size, len(self)))
+
+    def _read(self, begin: int, end: int) -> list[Record]:
         with self.path.open("rb") as file:
-            file.seek(self._starts[index])
-            line = file.readline()
-        return read_line(line, self.kind, self.path, index + 1)
+            file.seek(self._starts[begin])
+            return [read_line(file.readline(), self.kind, self.path, index + 1) for index in range(begin, end)]

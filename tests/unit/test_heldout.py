@@ -10,13 +10,13 @@ import pytest
 
 from spinlm.config import Recipe
 from spinlm.evals.heldout import (
-    RealAnswers,
     bootstrap,
     distinct,
     merged,
     repetition,
     standard_error,
     summarise,
+    summarise_pairs,
     summarise_samples,
 )
 from spinlm.files import write_json
@@ -163,10 +163,10 @@ def test_bootstrap_narrows_with_the_prompts_and_resamples_whole_prompts():
 
 
 def test_pair_metrics_count_pairs_and_resample_prompts():
-    metrics = RealAnswers([1.0] * 3, [[1.0, -3.0], [2.0], []]).pair_metrics()
+    metrics = summarise_pairs([[1.0, -3.0], [2.0], []])
     assert metrics["pair_accuracy"] == pytest.approx(2 / 3) and metrics["margin"] == 0.0
     assert metrics["intervals"]["pair_accuracy"] == [0.5, 1.0] and metrics["intervals"]["margin"] == [-1.0, 2.0]
-    assert RealAnswers([1.0], [[]]).pair_metrics() == {}
+    assert summarise_pairs([[]]) == {}
 
 
 def test_measures_are_merged_with_their_intervals():

@@ -89,20 +89,6 @@ def test_a_model_that_cannot_checkpoint_is_left_alone(
     assert not ours.make_room("tree") and not on(ours)
 
 
-def test_what_the_optimizer_already_holds_is_not_counted_again(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ours = players(model, tmp_path, optimizer="adamw")
-    optimizer = torch.optim.AdamW([parameter for _, parameter in ours.parameters()])
-    adapter = sum(parameter.numel() for _, parameter in ours.parameters())
-    monkeypatch.setattr(memory, "free_memory", lambda: int(bytes_needed(ours) - 6 * adapter))  # of 4 + 8
-    assert ours.make_room("tree", optimizer)
-    for _, parameter in ours.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    assert not ours.make_room("tree", optimizer)
-
-
 def test_the_largest_micro_batch_is_the_budget_or_a_longer_prompt_with_its_responses(model: Path) -> None:
     settings: dict[str, Any] = {
         "opponent": {"max_new_tokens": 10, "samples_per_prompt": 2},

@@ -26,17 +26,6 @@ class RealAnswers:
     margins: list[list[float]]  # r(y) − r(y') of each example's pairs with the opponent's responses, in nats
     sampled: list[float] = field(default_factory=list)  # log-probability of each example's sampled response, if any
 
-    def pair_metrics(self) -> "Metrics":
-        """Share of pairs with a positive margin, and the mean margin; empty where there are no pairs."""
-        found = [margins for margins in self.margins if margins]
-        if not found:
-            return {}
-        pairs = [float(len(margins)) for margins in found]
-        return with_intervals(
-            pair_accuracy=([float(sum(margin > 0 for margin in margins)) for margins in found], pairs),
-            margin=([sum(margins) for margins in found], pairs),
-        )
-
 
 def judge_real(
     players: Players,
@@ -152,6 +141,18 @@ def summarise(answers: Sequence[HeldOutAnswer]) -> Metrics:
     return summary
 
 
+def summarise_pairs(margins: Sequence[Sequence[float]]) -> Metrics:
+    """Share of pairs with a positive margin, and the mean margin, from those of each prompt; empty without pairs."""
+    found = [ours for ours in margins if ours]
+    if not found:
+        return {}
+    pairs = [float(len(ours)) for ours in found]
+    return with_intervals(
+        pair_accuracy=([float(sum(margin > 0 for margin in ours)) for ours in found], pairs),
+        margin=([sum(ours) for ours in found], pairs),
+    )
+
+
 def summarise_samples(samples: Sequence[HeldOutSample]) -> Metrics:
     """What a player's own distribution is like, from one response to each held-out prompt.
 
@@ -168,9 +169,10 @@ def summarise_samples(samples: Sequence[HeldOutSample]) -> Metrics:
     return with_intervals(**measures) | {"distinct_2": distinct([sample.token_ids for sample in samples])}
 
 
-def summarise_probe(reading: Reading) -> Metrics:
+def summarise_probe(readings: Sequence[Reading]) -> Metrics:
     """How well θ_0's features tell the sampled responses from the real ones; empty for too few prompts."""
-    auc, low, high = discriminability(reading.real, reading.sampled)
+    real, sampled = (np.concatenate([getattr(one, kind) for one in readings]) for kind in ("real", "sampled"))
+    auc, low, high = discriminability(real, sampled)
     return {} if math.isnan(auc) else {"discriminability": auc, "intervals": {"discriminability": [low, high]}}
 
 

@@ -13,27 +13,34 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from spinlm import team
 from spinlm.errors import RunError
 from spinlm.files import atomic_path, read_json, write_json
+from spinlm.model.parallel import like, whole
 from spinlm.model.players import Players
 
 log = logging.getLogger("spinlm")
 
 
 def save_checkpoint(folder: Path, players: Players, optimizer: torch.optim.Optimizer, step: int) -> None:
-    """Save the state after so many complete steps, then remove older ones."""
-    target = folder / f"step-{step:06d}"
+    """Save the state after so many complete steps, then remove older ones. Whoever goes on from it, the number of
+    processes may be another."""
     tensors, scalars = {}, {}
     for index, state in optimizer.state_dict()["state"].items():
         for key, value in state.items():
             name = f"{index}.{key}"
             if isinstance(value, Tensor):
-                tensors[name] = value.detach().contiguous()
+                tensors[name] = whole(value)
             else:
                 scalars[name] = value
+    weights = {name: whole(parameter) for name, parameter in players.parameters()}
+    team.first(_write, folder, step, weights, tensors, scalars)
+
+
+def _write(folder: Path, step: int, weights: dict[str, Any], tensors: dict[str, Any], scalars: dict[str, Any]) -> None:
+    target = folder / f"step-{step:06d}"
     with atomic_path(target) as temporary:
         temporary.mkdir()
-        weights = {name: parameter.detach().contiguous() for name, parameter in players.parameters()}
         save_file(weights, temporary / "weights.safetensors")
         save_file(tensors, temporary / "optimizer.safetensors")
         write_json(temporary / "state.json", {"step": step, "optimizer": scalars})
@@ -48,27 +55,35 @@ def resume(folder: Path, players: Players, optimizer: torch.optim.Optimizer) -> 
     Raises:
         RunError: it is damaged.
     """
-    found = newest(folder)
-    if found is None:
+    name = team.first(_newest_name, folder)
+    if name is None:
         return 0
+    found = folder / name
     try:
         weights = load_file(found / "weights.safetensors")
         tensors: dict[str, Any] = dict(load_file(found / "optimizer.safetensors"))
         noted = read_json(found / "state.json")
         with torch.no_grad():
             for name, parameter in players.parameters():
-                parameter.copy_(weights[name])
+                parameter.copy_(like(weights[name], parameter))
     except (OSError, KeyError, RuntimeError, SafetensorError) as error:
         raise RunError(
             f"{found}: damaged checkpoint ({error}). Delete it and run again: training starts over"
         ) from error
+    parameters = [parameter for _, parameter in players.parameters()]
     state: dict[int, dict[str, Any]] = {}
     for name, value in {**tensors, **noted["optimizer"]}.items():
         index, _, key = name.partition(".")
-        state.setdefault(int(index), {})[key] = value
+        divided = isinstance(value, Tensor) and value.shape == parameters[int(index)].shape
+        state.setdefault(int(index), {})[key] = like(value, parameters[int(index)]) if divided else value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     log.info("resuming after step %d", noted["step"])
     return int(noted["step"])
+
+
+def _newest_name(folder: Path) -> str | None:
+    found = newest(folder)
+    return found.name if found else None
 
 
 def newest(folder: Path) -> Path | None:

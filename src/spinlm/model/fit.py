@@ -1,8 +1,8 @@
 """The optimisation loop: minimise an objective over trees, one optimiser step after the other.
 
-A step is a set of items, fixed by the seed alone, and its gradient is the same however it is split into micro-batches.
-A checkpoint holds all that the next step depends on, so a run that is killed and continued ends, on a CPU, in the same
-weights to the bit.
+A step is a set of items, fixed by the seed alone, and its gradient is the same however it is split into micro-batches
+and over processes. A checkpoint holds all that the next step depends on, so a run that is killed and continued ends, on
+a CPU, in the same weights to the bit.
 """
 
 import math
@@ -16,10 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from spinlm import team
 from spinlm.config import Train
 from spinlm.errors import RecipeError, StoppedError, TrainingError
-from spinlm.interrupt import stop_if_asked
+from spinlm.interrupt import asked_to_stop, stop_if_asked
 from spinlm.model.checkpoints import newest, resume, save_checkpoint
+from spinlm.model.parallel import Parallel, share, totals
 from spinlm.model.players import Players
 from spinlm.model.trees import Tree, lay_out, micro_batches
 from spinlm.progress import track
@@ -111,31 +113,35 @@ def fit(
         StoppedError: the user asked to stop. The state of the last complete step has been saved.
     """
     steps = plan_steps(items.sizes, how.batch_size, how.epochs, how.seed)
+    players.make_room(packing)
+    parallel = players.parallel()
     optimizer = make_optimizer(how, players)
     optimizer.zero_grad()  # of a fit that failed in this process
     begin = resume(checkpoints, players, optimizer)
     players.changed()
-    players.make_room(packing, optimizer)
-    accelerator, module = players.parallel()
-    module.train()
+    parallel.module.train()
+    stop = False
     with track(what, len(steps), already=begin) as advance:
         for step in range(begin, len(steps)):
             epoch, chosen = steps[step]
             if step > 0 and steps[step - 1][0] < epoch:
                 if not on_epoch(epoch):
                     return step
-                module.train()  # whatever was measured there
+                parallel.module.train()  # whatever was measured there
             began = time.perf_counter()
             rate = set_learning_rate(optimizer, learning_rate_at(step, len(steps), how))
             batch = [items[index] for index in chosen]
-            backward = _Backward(accelerator, module, objective, weight=float(items.weights[chosen].sum()))
+            backward = _Backward(parallel, objective, weight=float(items.weights[chosen].sum()))
             try:
+                if stop:
+                    raise StoppedError("stopped as asked; run the same command again to continue")
                 measured = backward(batch, packing, how.tokens_per_micro_batch, derive_seed(how.seed, step))
             except StoppedError:
                 if step > begin:
                     save_checkpoint(checkpoints, players, optimizer, step)
                 raise
-            norm = float(accelerator.clip_grad_norm_([p for _, p in players.parameters()], how.max_grad_norm))
+            stop = measured.pop("stop") > 0
+            norm = parallel.clip([parameter for _, parameter in players.parameters()], how.max_grad_norm)
             if not math.isfinite(norm) or not math.isfinite(measured["loss"]):
                 raise TrainingError(_not_finite(what, step, measured["loss"], norm, checkpoints))
             optimizer.step()
@@ -155,26 +161,44 @@ def fit(
 
 @dataclass(frozen=True)
 class _Backward:
-    """Forward and backward over one step's items, a micro-batch at a time."""
+    """Forward and backward over one step's items, a micro-batch at a time; each process takes a share of them."""
 
-    accelerator: Any
-    module: torch.nn.Module
+    parallel: Parallel
     objective: Objective
     weight: float  # of the items together: sums are divided by it
 
     def __call__(self, batch: list[Item], packing: str, tokens: int, seed: int) -> dict[str, float]:
-        """Add to the gradients of the parameters; returns means over the step."""
+        """Add to the gradients of the parameters.
+
+        Returns:
+            Means over the step, and how many processes have been asked to `stop`.
+        """
+        trees = [item.tree for item in batch]
+        plans = [
+            [
+                [part[index] for index in chosen]
+                for chosen in micro_batches([trees[one] for one in part], tokens, packing)
+            ]
+            for part in share(trees, team.size())
+        ]
+        mine = plans[team.rank()]
+        # Where layers are gathered, all processes run equally often; and each takes part in the exchange of gradients.
+        rounds = max(1, *(len(plan) for plan in plans)) if self.parallel.sharded else max(1, len(mine))
+        device = next(self.parallel.module.parameters()).device
         sums: dict[str, float] = {}
-        for number, chosen in enumerate(micro_batches([item.tree for item in batch], tokens, packing)):
-            stop_if_asked()
-            torch.manual_seed(derive_seed(seed, number))  # the adapter's dropout
-            part = [batch[index] for index in chosen]
-            logprobs = self.module(lay_out([item.tree for item in part], packing).to(self.accelerator.device))
-            total = self.objective(logprobs, part)
-            self.accelerator.backward(total.loss / self.weight)
+        for number in range(rounds):
+            if team.size() == 1:
+                stop_if_asked()
+            torch.manual_seed(derive_seed(seed, team.rank() * rounds + number))  # the adapter's dropout
+            idle = number >= len(mine)
+            part = [min(batch, key=lambda item: len(item.tree))] if idle else [batch[index] for index in mine[number]]
+            with self.parallel.micro_batch(last=number + 1 == rounds):
+                logprobs = self.parallel.module(lay_out([item.tree for item in part], packing).to(device))
+                total = self.objective(logprobs, part)
+                (total.loss * (0 if idle else team.size()) / self.weight).backward()  # processes are averaged
             for name, value in {"loss": total.loss.item(), **total.extra}.items():
-                sums[name] = sums.get(name, 0.0) + value / self.weight
-        return sums
+                sums[name] = sums.get(name, 0.0) + (0.0 if idle else value / self.weight)
+        return totals({**sums, "stop": float(team.size() > 1 and asked_to_stop())})
 
 
 def _not_finite(what: str, step: int, loss: float, norm: float, checkpoints: Path) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spinlm import team
 from spinlm.config import MEMORY_MARGIN, Recipe, optimizer_bytes
 from spinlm.machine import free_memory
 from spinlm.model.logprobs import LogProbs
@@ -16,27 +17,24 @@ log = logging.getLogger("spinlm")
 PROBE = 64  # tokens
 
 
-def checkpoint_if_needed(
-    logprobs: LogProbs, recipe: Recipe, packing: str, optimizer: torch.optim.Optimizer | None = None
-) -> bool:
+def checkpoint_if_needed(logprobs: LogProbs, recipe: Recipe, packing: str) -> bool:
     """Turn gradient checkpointing on if the recipe says so, or leaves it open and memory would not suffice otherwise.
 
     Args:
         logprobs: the model that is about to be trained.
         recipe: `train.gradient_checkpointing`, and what the largest micro-batch can be.
         packing: `tree` or `pair`.
-        optimizer: the one in use, if it exists; what it and the gradients have yet to take is not free.
 
     Returns:
-        Whether it is on. Each process decides for itself.
+        Whether it is on: in all processes, if one of them needs it.
     """
     wanted = recipe.train.gradient_checkpointing
     if wanted == "auto":
         switch_checkpointing(logprobs.causal, on=False)
         tokens = recipe.most_tokens(packing)
         need = MEMORY_MARGIN * tokens * kept_bytes(logprobs, packing, recipe.train.max_length)
-        free = free_bytes(next(logprobs.parameters()).device) - _still_to_come(logprobs, recipe, optimizer)
-        wanted = need > free and bool(logprobs.causal.supports_gradient_checkpointing)
+        free = free_bytes(next(logprobs.parameters()).device) - _still_to_come(logprobs, recipe)
+        wanted = any(team.gather(need > free and bool(logprobs.causal.supports_gradient_checkpointing)))
         if wanted:
             log.info(
                 "gradient checkpointing is on: %d tokens would keep %.1f GB until the backward pass; %.1f GB are free",
@@ -98,10 +96,14 @@ def free_bytes(device: torch.device) -> int:
     return free_memory()
 
 
-def _still_to_come(logprobs: LogProbs, recipe: Recipe, optimizer: torch.optim.Optimizer | None) -> int:
+def _still_to_come(logprobs: LogProbs, recipe: Recipe) -> float:
     """Bytes that the first step will take for good: gradients, the optimiser's state, a copy in another precision."""
     trained = [parameter for parameter in logprobs.parameters() if parameter.requires_grad]
-    gradients = sum(4 * parameter.numel() for parameter in trained if parameter.grad is None)
-    state = 0 if optimizer is not None and optimizer.state else optimizer_bytes(recipe.train.optimizer)
-    copy = 2 if logprobs.autocast is not None else 0
-    return gradients + (state + copy) * sum(parameter.numel() for parameter in trained)
+    count = sum(parameter.numel() for parameter in trained)
+    state = sum(4 * parameter.numel() for parameter in trained if parameter.grad is None)
+    state += optimizer_bytes(recipe.train.optimizer) * count
+    copy = (2 if logprobs.autocast is not None else 0) * count
+    if recipe.train.sharding == "none":
+        return state + copy
+    weights = sum(parameter.nbytes for parameter in logprobs.parameters())
+    return state / team.size() + copy - weights * (1 - 1 / team.size())  # most of the weights go to the others

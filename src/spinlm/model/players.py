@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from spinlm import __version__
+from spinlm import __version__, team
 from spinlm.config import Recipe
 from spinlm.data.chat import Renderer
 from spinlm.errors import MissingPackageError, ModelError, RecipeError
@@ -34,6 +34,7 @@ from spinlm.model.loading import (
 )
 from spinlm.model.logprobs import LogProbs, parity_gap
 from spinlm.model.memory import checkpoint_if_needed
+from spinlm.model.parallel import Parallel, whole
 from spinlm.model.trees import Tree, lay_out
 from spinlm.rundir import START, RunDir
 
@@ -53,9 +54,10 @@ class Players:
         self.recipe = recipe
         self.run = run
         self.path = ensure_base(recipe.model, run)
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = torch.device("cuda", team.local_rank()) if torch.cuda.is_available() else torch.device("cpu")
         self.dtype = compute_dtype(recipe.model, self.device)
         self._sits: Path | None = None
+        self._parallel: Parallel | None = None
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -88,7 +90,8 @@ class Players:
         return [(name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad]
 
     @cached_property
-    def _accelerator(self) -> Any:
+    def accelerator(self) -> Any:
+        """Accelerate, for training in several processes and for trackers."""
         from accelerate import Accelerator
 
         check_trackers(self.recipe.tracking)
@@ -100,30 +103,33 @@ class Players:
             project_dir=self.run.root,
         )
 
-    def parallel(self) -> tuple[Any, LogProbs]:
-        """Accelerate, and the log-probability module as it wraps it."""
-        module: LogProbs = self._accelerator.prepare_model(self.logprobs)
-        return self._accelerator, module
+    def parallel(self) -> Parallel:
+        """The log-probability module as the processes train it together."""
+        if self._parallel is None:
+            self._parallel = Parallel(self.logprobs, self.recipe.train.sharding, self.accelerator)
+        return self._parallel
 
-    def make_room(self, packing: str, optimizer: torch.optim.Optimizer | None = None) -> bool:
+    def make_room(self, packing: str) -> bool:
         """Turn gradient checkpointing on where the recipe wants it, or where memory would not suffice without.
+
+        Called before an optimiser holds anything.
 
         Returns:
             Whether it is on.
         """
-        return checkpoint_if_needed(self.logprobs, self.recipe, packing, optimizer)
+        return checkpoint_if_needed(self.logprobs, self.recipe, packing)
 
     def close(self) -> None:
         """Let trackers write what they still hold."""
-        if "_accelerator" in vars(self):
-            self._accelerator.end_training()
+        if "accelerator" in vars(self):
+            self.accelerator.end_training()
 
     def let_go(self) -> None:
         """Free the memory of the model; it is loaded again when it is next asked for."""
-        self._sits = None
+        self._sits = self._parallel = None
         vars(self).pop("logprobs", None)
-        if "_accelerator" in vars(self):
-            self._accelerator.free_memory()
+        if "accelerator" in vars(self):
+            self.accelerator.free_memory()
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -142,15 +148,27 @@ class Players:
 
     def save(self, iteration: int) -> None:
         """Save the weights as the player of an iteration, with the tokenizer."""
+        divided = self._parallel is not None and self._parallel.sharded
+        weights = {name: whole(tensor) for name, tensor in self._saved()} if divided else None
+        team.first(self._write, iteration, weights)
+        if divided:
+            self.let_go()
+        else:
+            self._sits = self.run.player(iteration)
+
+    def _saved(self) -> list[tuple[str, Any]]:
+        """The weights that make a player, by name."""
+        return self.parameters() if self.recipe.lora is not None else list(self.model.state_dict().items())
+
+    def _write(self, iteration: int, weights: dict[str, Any] | None) -> None:
         with atomic_path(self.run.player(iteration)) as folder:
             extra = {"save_embedding_layers": False} if self.recipe.lora is not None else {}
-            self.model.save_pretrained(folder, **extra)
+            self.model.save_pretrained(folder, state_dict=weights, **extra)
             if self.recipe.lora is not None:
                 _sort_targets(folder / "adapter_config.json")
             (folder / "README.md").write_text(_card(self.recipe, iteration), encoding="utf-8")
             self.tokenizer.chat_template = self.renderer.template  # prompted elsewhere as it was here
             self.tokenizer.save_pretrained(folder)
-        self._sits = self.run.player(iteration)
 
     @torch.no_grad()
     def response_logprobs(self, trees: Sequence[Tree], packing: str) -> list[float]:
@@ -172,6 +190,9 @@ class Players:
         Raises:
             ModelError: our log-probabilities are not the model's, or trees were asked for and the model cannot.
         """
+        return team.first(self._find_packing, trees)
+
+    def _find_packing(self, trees: Sequence[Tree]) -> str:
         noted = self.run.packing
         if noted.exists():
             return str(read_json(noted)["packing"])

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from spinlm import team
 from spinlm.config import Recipe
 from spinlm.evals.heldout import judge_real
 from spinlm.files import read_json, write_json
@@ -17,12 +18,13 @@ class Curve:
         self._players, self._packing, self._budget = players, packing, recipe.train.tokens_per_micro_batch
         self._path = run.nll_curve(iteration)
         self._heldout = list(read_lines(run.examples("heldout"), Example))
-        self.values: dict[str, float] = read_json(self._path) if self._path.exists() else {}
+        self.values: dict[str, float] = team.first(lambda: read_json(self._path) if self._path.exists() else {})
 
     def measure(self, epoch: int) -> float:
         """The NLL now, after so many epochs; where it was measured before, the value of then."""
         if str(epoch) not in self.values:
             real = judge_real(self._players, self._heldout, self._packing, self._budget)
-            self.values[str(epoch)] = float(np.mean(real.nll))
-            write_json(self._path, self.values)
+            # All processes have measured the same; they go by what the first makes of it.
+            self.values[str(epoch)] = team.first(lambda: float(np.mean(real.nll)))
+            team.first(write_json, self._path, self.values)
         return self.values[str(epoch)]

@@ -1,15 +1,20 @@
 """Evaluate: what the player that an iteration made does on held-out prompts."""
 
 import logging
+from dataclasses import dataclass
 
+from spinlm import team
 from spinlm.config import Recipe
 from spinlm.evals.heldout import (
     Metrics,
+    Reading,
+    RealAnswers,
     judge_real,
     merged,
     read_samples,
     repetition,
     summarise,
+    summarise_pairs,
     summarise_probe,
     summarise_samples,
 )
@@ -18,13 +23,23 @@ from spinlm.files import atomic_file, write_json
 from spinlm.model.players import Players, seat
 from spinlm.opponents import local_opponent
 from spinlm.opponents.base import Answer
-from spinlm.progress import track
-from spinlm.records import Example, HeldOutAnswer, HeldOutSample, Sampling, read_lines, read_pairs, to_line
+from spinlm.progress import Advance, track
+from spinlm.records import Example, HeldOutAnswer, HeldOutSample, Sampling, read_pairs, to_line
 from spinlm.rundir import START, RunDir, player_name
 from spinlm.seeds import derive_seed
-from spinlm.shards import count_shards
+from spinlm.shards import RecordFile
 
 log = logging.getLogger("spinlm")
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What a player does on one shard of the held-out prompts."""
+
+    examples: list[Example]
+    given: list[Answer]  # as evaluation asks for them
+    drawn: list[Answer]  # from the player's own distribution
+    real: RealAnswers
 
 
 def evaluate(recipe: Recipe, run: RunDir, iteration: int) -> None:
@@ -33,54 +48,76 @@ def evaluate(recipe: Recipe, run: RunDir, iteration: int) -> None:
     Writes one line per prompt to answers.jsonl and the means to metrics.json; from iteration 0 on also how well the
     player tells the held-out real responses from its opponent's.
     """
-    if run.done("evaluate", iteration):
+    if team.first(run.done, "evaluate", iteration):
         return
-    run.begin("evaluate", iteration)
+    team.first(run.begin, "evaluate", iteration)
     players = seat(recipe, run)
     players.become(iteration)
-    examples = list(read_lines(run.examples("heldout"), Example))
-    pairs = None
-    if iteration != START:
-        files = count_shards(run.examples("heldout"), recipe.opponent.shard_size)
-        pairs = read_pairs(run.pairs(iteration, "heldout", shard) for shard in range(files))
+    size, heldout = recipe.opponent.shard_size, RecordFile(run.examples("heldout"), Example)
     packing, budget = run.facts("warmup", START)["packing"], recipe.train.tokens_per_micro_batch
-    given = _ask(recipe, players, examples, recipe.evaluate.temperature, "evaluate", iteration, packing)
-    drawn = _ask(recipe, players, examples, 1.0, "sample", iteration, packing)
-    ids = [answer.token_ids for answer in drawn]
-    real = judge_real(players, examples, packing, budget, pairs, ids)
+    ways = [
+        (temperature, derive_seed(recipe.seed, purpose, iteration))
+        for purpose, temperature in (("evaluate", recipe.evaluate.temperature), ("sample", 1.0))
+    ]
+    mine: dict[int, _Part] = {}
+    with track(f"{player_name(iteration)}: evaluate", 2 * len(heldout), shared=True) as advance:
+        for shard in team.deal(range(heldout.shards(size))):
+            examples = heldout.shard(shard, size)
+            given, drawn = (
+                _ask(recipe, players, packing, examples, temperature, seed + shard, advance)
+                for temperature, seed in ways
+            )
+            pairs = None if iteration == START else read_pairs([run.pairs(iteration, "heldout", shard)])
+            sampled = [answer.token_ids for answer in drawn]
+            real = judge_real(players, examples, packing, budget, pairs, sampled)
+            mine[shard] = _Part(examples, given, drawn, real)
     players.become(START)
-    start = read_samples(players, examples, ids, packing, budget)
-    answers = [
-        HeldOutAnswer(
-            id=example.id,
-            token_ids=answer.token_ids,
-            text=text,
-            finished=answer.finished,
-            identical=answer.token_ids == example.response_ids,
-            repetition=repetition(answer.token_ids),
-            nll=nll,
-            task_score=score,
-        )
-        for example, answer, nll, (text, score) in zip(
-            examples, given, real.nll, _scored(recipe, players, examples, given), strict=True
-        )
-    ]
-    samples = [
-        HeldOutSample(
-            id=example.id,
-            token_ids=answer.token_ids,
-            text=text,
-            finished=answer.finished,
-            logprob=start.logprobs[number] if iteration == START else real.sampled[number],
-            start_logprob=start.logprobs[number],
-            task_score=score,
-        )
-        for number, (example, answer, (text, score)) in enumerate(
-            zip(examples, drawn, _scored(recipe, players, examples, drawn), strict=True)
-        )
-    ]
-    told_apart = summarise_probe(start)
-    metrics = merged(summarise(answers), real.pair_metrics(), summarise_samples(samples), told_apart)
+    read = {
+        shard: read_samples(players, part.examples, [answer.token_ids for answer in part.drawn], packing, budget)
+        for shard, part in mine.items()
+    }
+    found = {
+        shard: (part, theirs[1][shard]) for theirs in team.gather((mine, read)) for shard, part in theirs[0].items()
+    }
+    team.first(_conclude, recipe, run, iteration, players, [found[shard] for shard in sorted(found)])
+
+
+def _conclude(
+    recipe: Recipe, run: RunDir, iteration: int, players: Players, found: list[tuple[_Part, Reading]]
+) -> None:
+    """Write down what all shards say together."""
+    scorer = get_scorer(recipe.evaluate.scorer) if recipe.evaluate.scorer else None
+    answers, samples = [], []
+    for part, start in found:
+        for number, example in enumerate(part.examples):
+            answer, drawn = part.given[number], part.drawn[number]
+            text, sampled = players.renderer.decode(answer.token_ids), players.renderer.decode(drawn.token_ids)
+            answers.append(
+                HeldOutAnswer(
+                    id=example.id,
+                    token_ids=answer.token_ids,
+                    text=text,
+                    finished=answer.finished,
+                    identical=answer.token_ids == example.response_ids,
+                    repetition=repetition(answer.token_ids),
+                    nll=part.real.nll[number],
+                    task_score=scorer(text, example.response) if scorer else None,
+                )
+            )
+            samples.append(
+                HeldOutSample(
+                    id=example.id,
+                    token_ids=drawn.token_ids,
+                    text=sampled,
+                    finished=drawn.finished,
+                    logprob=start.logprobs[number] if iteration == START else part.real.sampled[number],
+                    start_logprob=start.logprobs[number],
+                    task_score=scorer(sampled, example.response) if scorer else None,
+                )
+            )
+    margins = [margins for part, _ in found for margins in part.real.margins]
+    told_apart = summarise_probe([start for _, start in found])
+    metrics = merged(summarise(answers), summarise_pairs(margins), summarise_samples(samples), told_apart)
     for path, records in ((run.answers(iteration), answers), (run.samples(iteration), samples)):
         with atomic_file(path, "w") as file:
             file.writelines(to_line(record) for record in records)
@@ -101,26 +138,14 @@ def _about(metrics: Metrics) -> str:
     )
 
 
-def _scored(
-    recipe: Recipe, players: Players, examples: list[Example], given: list[Answer]
-) -> list[tuple[str, float | None]]:
-    """The text of each answer, and its task score where the recipe names a scorer."""
-    scorer = get_scorer(recipe.evaluate.scorer) if recipe.evaluate.scorer else None
-    texts = [players.renderer.decode(answer.token_ids) for answer in given]
-    return [
-        (text, scorer(text, example.response) if scorer else None)
-        for text, example in zip(texts, examples, strict=True)
-    ]
-
-
 def _ask(
     recipe: Recipe,
     players: Players,
+    packing: str,
     examples: list[Example],
     temperature: float,
-    purpose: str,
-    iteration: int,
-    packing: str,
+    seed: int,
+    advance: Advance,
 ) -> list[Answer]:
     sampling = Sampling(
         temperature=temperature,
@@ -131,7 +156,5 @@ def _ask(
         stop_ids=players.renderer.stop_ids,
     )
     engine = local_opponent(recipe, players, packing)
-    prompts = [example.prompt_ids for example in examples]
-    with track(f"{player_name(iteration)}: {purpose}", len(examples)) as advance:
-        given = engine.answer(prompts, sampling, derive_seed(recipe.seed, purpose, iteration), advance)
+    given = engine.answer([example.prompt_ids for example in examples], sampling, seed, advance)
     return [answer for (answer,) in given]

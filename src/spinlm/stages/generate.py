@@ -2,8 +2,10 @@
 responses stand for its answers."""
 
 import logging
+from collections.abc import Sequence
 from contextlib import nullcontext
 
+from spinlm import team
 from spinlm.config import Recipe
 from spinlm.files import atomic_file
 from spinlm.model.players import Players, seat
@@ -13,47 +15,57 @@ from spinlm.progress import Advance, track
 from spinlm.records import Example, Generation, Sampling, to_line
 from spinlm.rundir import START, RunDir
 from spinlm.seeds import derive_seed
-from spinlm.shards import count_records, shards
+from spinlm.shards import RecordFile
 
 log = logging.getLogger("spinlm")
 
 
+SPLITS = ("train", "heldout")
+
+
 def splits(recipe: Recipe) -> tuple[str, ...]:
     """Whose prompts the opponent answers: where nothing is learned from its answers, the held-out ones alone."""
-    return ("heldout",) if recipe.objective.name == "sft" else ("train", "heldout")
+    return ("heldout",) if recipe.objective.name == "sft" else SPLITS
 
 
 def generate(recipe: Recipe, run: RunDir, iteration: int) -> None:
     """Write the responses of the opponent of an iteration, a shard of prompts at a time; shards on disk are kept."""
-    if run.done("generate", iteration):
+    if team.first(run.done, "generate", iteration):
         return
-    run.begin("generate", iteration, run.generations(iteration, "train", 0).parent)
+    team.first(run.begin, "generate", iteration, run.generations(iteration, "train", 0).parent)
     players = seat(recipe, run)
     packing = run.facts("warmup", START)["packing"]
     sampling = opponent_sampling(recipe, players)
     size = recipe.opponent.shard_size
-    outputs = []
-    responses = sum(count_records(run.examples(split)) for split in splits(recipe)) * sampling.samples
+    examples = {split: RecordFile(run.examples(split), Example) for split in splits(recipe)}
+    shards = [(split, shard) for split, records in examples.items() for shard in range(records.shards(size))]
+    missing = team.first(_missing, run, iteration, shards)
+    at_work = team.is_first() or recipe.opponent.engine == "transformers" or recipe.preferences
+    if not at_work:
+        players.let_go()  # the first asks another engine for all of them, and that may need the memory
+    total = sum(map(len, examples.values())) * sampling.samples
+    already = total - sum(len(examples[split].shard(shard, size)) for split, shard in missing) * sampling.samples
+    needed = at_work and missing and not recipe.preferences
     with (
-        nullcontext() if recipe.preferences else open_opponent(recipe, players, iteration, packing) as opponent,
-        track(f"iteration {iteration}: generate", responses) as advance,
+        open_opponent(recipe, players, iteration, packing) if needed else nullcontext() as opponent,
+        track(f"iteration {iteration}: generate", total, already, shared=True) as advance,
     ):
-        for split in splits(recipe):
-            for shard, examples in enumerate(shards(run.examples(split), Example, size)):
-                path = run.generations(iteration, split, shard)
-                outputs.append(path)
-                if path.exists():
-                    advance(len(examples) * sampling.samples)
-                    continue
-                if opponent is None:
-                    rows = _rejected(players, examples, iteration)
-                    advance(len(examples))
-                else:
-                    seed = derive_seed(recipe.seed, "generate", iteration, split, shard)
-                    rows = _answer(players, opponent, examples, sampling, seed, iteration, advance)
-                with atomic_file(path, "w") as file:
-                    file.writelines(to_line(row) for row in rows)
-    run.complete("generate", iteration, outputs)
+        for split, shard in team.deal(missing, at_work):
+            chosen = examples[split].shard(shard, size)
+            if opponent is None:
+                rows = _rejected(players, chosen, iteration)
+                advance(len(chosen))
+            else:
+                seed = derive_seed(recipe.seed, "generate", iteration, split, shard)
+                rows = _answer(players, opponent, chosen, sampling, seed, iteration, advance)
+            with atomic_file(run.generations(iteration, split, shard), "w") as file:
+                file.writelines(to_line(row) for row in rows)
+    outputs = [run.generations(iteration, split, shard) for split, shard in shards]
+    team.first(run.complete, "generate", iteration, outputs)
+
+
+def _missing(run: RunDir, iteration: int, shards: Sequence[tuple[str, int]]) -> list[tuple[str, int]]:
+    return [one for one in shards if not run.generations(iteration, *one).exists()]
 
 
 def opponent_sampling(recipe: Recipe, players: Players) -> Sampling:

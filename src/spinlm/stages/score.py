@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import replace
 
+from spinlm import team
 from spinlm.config import Recipe
 from spinlm.files import atomic_path
 from spinlm.interrupt import stop_if_asked
@@ -16,8 +17,8 @@ from spinlm.model.trees import Tree, micro_batches
 from spinlm.progress import Advance, track
 from spinlm.records import Example, Generation, Pair, read_lines, read_pairs, write_pairs
 from spinlm.rundir import START, RunDir
-from spinlm.shards import count_records, shards
-from spinlm.stages.generate import splits
+from spinlm.shards import RecordFile
+from spinlm.stages.generate import SPLITS, splits
 
 log = logging.getLogger("spinlm")
 
@@ -30,44 +31,50 @@ def score(recipe: Recipe, run: RunDir, iteration: int) -> None:
     Training pairs use the newest synthetic responses and those of `selfplay.replay` iterations before; held-out pairs
     the newest only. A synthetic response equal to the real one carries no gradient: it makes no pair, and is counted.
     """
-    if run.done("score", iteration):
+    if team.first(run.done, "score", iteration):
         return
-    run.begin("score", iteration, run.pairs(iteration, "train", 0).parent)
+    team.first(run.begin, "score", iteration, run.pairs(iteration, "train", 0).parent)
     initial = recipe.objective.name == "t-spin"
     earlier = range(max(0, iteration - recipe.selfplay.replay), iteration)
     for source in {*earlier, *((0,) if initial and iteration else ())}:
-        run.require("generate", source)
+        team.first(run.require, "generate", source)
     players = seat(recipe, run)
     players.become(iteration - 1)
     packing = run.facts("warmup", START)["packing"]
     size = recipe.opponent.shard_size
+    examples = {split: RecordFile(run.examples(split), Example) for split in splits(recipe)}
+    shards = [(split, shard) for split, records in examples.items() for shard in range(records.shards(size))]
     tally = _Tally()
-    outputs = []
-    total = sum(count_records(run.examples(split)) for split in splits(recipe))
-    with track(f"iteration {iteration}: score", total) as advance:
-        for split in splits(recipe):
-            sources = (iteration, *reversed(earlier)) if split == "train" else (iteration,)
-            for shard, examples in enumerate(shards(run.examples(split), Example, size)):
-                generations = [
-                    generation
-                    for source in sources
-                    for generation in read_lines(run.generations(source, split, shard), Generation)
-                ]
-                path = run.pairs(iteration, split, shard)
-                if path.exists():
-                    pairs = [Pair(**row) for row in read_pairs([path]).to_pylist()]
-                    advance(len(examples))
-                else:
-                    pairs = _score_shard(recipe, players, examples, generations, packing, advance)
-                    if initial and split == "train":
-                        pairs = _beside_initial(pairs, read_lines(run.generations(0, split, shard), Generation))
-                    with atomic_path(path) as temporary:
-                        write_pairs(temporary, pairs)
-                outputs.append(path)
-                tally.add(split, iteration, examples, generations, pairs)
-    facts = tally.facts()
+    with track(f"iteration {iteration}: score", sum(map(len, examples.values())), shared=True) as advance:
+        for split, shard in team.deal(shards):
+            chosen = examples[split].shard(shard, size)
+            generations = [
+                generation
+                for source in ((iteration, *reversed(earlier)) if split == "train" else (iteration,))
+                for generation in read_lines(run.generations(source, split, shard), Generation)
+            ]
+            path = run.pairs(iteration, split, shard)
+            if path.exists():
+                pairs = [Pair(**row) for row in read_pairs([path]).to_pylist()]
+                advance(len(chosen))
+            else:
+                pairs = _score_shard(recipe, players, chosen, generations, packing, advance)
+                if initial and split == "train":
+                    pairs = _beside_initial(pairs, read_lines(run.generations(0, split, shard), Generation))
+                with atomic_path(path) as temporary:
+                    write_pairs(temporary, pairs)
+            tally.add(split, iteration, chosen, generations, pairs)
+    tally = _Tally.together(team.gather(tally.counts))
+    if team.is_first():
+        _tell(recipe, iteration, tally)
+    outputs = [run.pairs(iteration, *shard) for shard in shards]
+    team.first(run.complete, "score", iteration, outputs, **tally.facts())
+
+
+def _tell(recipe: Recipe, iteration: int, tally: "_Tally") -> None:
+    """Say what was scored, and warn where the sampler and we do not agree."""
     log.info("iteration %d: %s", iteration, tally.summary())
-    gap = max(counts.get("sampler_gap_mean", 0.0) for counts in facts.values())
+    gap = max(counts.get("sampler_gap_mean", 0.0) for counts in tally.facts().values())
     if gap > GAP:
         log.warning(
             "iteration %d: the log-probabilities of the %s engine differ from ours by %.2f nats per token: another "
@@ -76,7 +83,6 @@ def score(recipe: Recipe, run: RunDir, iteration: int) -> None:
             recipe.opponent.engine,
             gap,
         )
-    run.complete("score", iteration, outputs, **facts)
 
 
 def _score_shard(
@@ -141,6 +147,16 @@ class _Tally:
 
     def __init__(self) -> None:
         self.counts: dict[str, dict[str, float]] = {}
+
+    @classmethod
+    def together(cls, parts: list[dict[str, dict[str, float]]]) -> "_Tally":
+        """What several processes have counted, as one."""
+        whole = cls()
+        for split in SPLITS:
+            if counts := [part[split] for part in parts if split in part]:
+                whole.counts[split] = {name: sum(count[name] for count in counts) for name in counts[0]}
+                whole.counts[split]["worst"] = max(count["worst"] for count in counts)
+        return whole
 
     def add(
         self, split: str, iteration: int, examples: list[Example], generations: list[Generation], pairs: list[Pair]

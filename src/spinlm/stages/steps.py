@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+from spinlm import team
 from spinlm.config import Recipe
 from spinlm.files import atomic_file
 from spinlm.model.players import Players
@@ -14,7 +15,9 @@ def recorder(
     players: Players, run: RunDir, recipe: Recipe, stage: str, iteration: int
 ) -> Callable[[dict[str, Any]], None]:
     """A function that records the measurements of a step. Lines of steps that are done again are replaced."""
-    accelerator, _ = players.parallel()
+    if not team.is_first():
+        return lambda measured: None
+    accelerator = players.accelerator
     if recipe.tracking and not accelerator.trackers:
         accelerator.init_trackers("spinlm", config={"recipe": json.dumps(recipe.model_dump(mode="json"))})
     lines: int | None = None  # in the file, once its old lines are gone

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable
 
+from spinlm import team
 from spinlm.config import Recipe, at_iteration
 from spinlm.evals.guard import signs_of_collapse
 from spinlm.files import read_json
@@ -24,9 +25,9 @@ def train(recipe: Recipe, run: RunDir, iteration: int) -> None:
     Raises:
         TrainingError: a loss or gradient was not finite.
     """
-    if run.done("train", iteration):
+    if team.first(run.done, "train", iteration):
         return
-    run.begin("train", iteration, run.checkpoints(iteration))
+    team.first(run.begin, "train", iteration, run.checkpoints(iteration))
     players = seat(recipe, run)
     players.become(iteration - 1)
     settings = recipe.train
@@ -54,7 +55,7 @@ def train(recipe: Recipe, run: RunDir, iteration: int) -> None:
     )
     players.save(iteration)
     facts = {"steps": steps, "pairs": int(items.sizes.sum()), "heldout_nll_by_epoch": curve.values}
-    run.complete("train", iteration, [run.player(iteration)], **facts)
+    team.first(run.complete, "train", iteration, [run.player(iteration)], **facts)
 
 
 def _lesson(recipe: Recipe, run: RunDir, iteration: int) -> tuple[Items, Objective]:
@@ -75,7 +76,7 @@ def _watch(recipe: Recipe, run: RunDir, curve: Curve, iteration: int) -> Callabl
     guard, epochs = recipe.selfplay.guard, recipe.train.epochs
     if guard is None or epochs == 1:
         return lambda epoch: True
-    run.require("evaluate", START)
+    team.first(run.require, "evaluate", START)
     start = read_json(run.iteration_metrics(START))
 
     def sound(epoch: int) -> bool:

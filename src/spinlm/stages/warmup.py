@@ -2,6 +2,7 @@
 
 import logging
 
+from spinlm import team
 from spinlm.config import Recipe
 from spinlm.model.fit import Fit, fit
 from spinlm.model.players import seat
@@ -18,9 +19,9 @@ log = logging.getLogger("spinlm")
 
 def warmup(recipe: Recipe, run: RunDir) -> None:
     """Make and save θ_0: the model as it came, with a fresh adapter under LoRA, after `warmup_sft` if there is one."""
-    if run.done("warmup", START):
+    if team.first(run.done, "warmup", START):
         return
-    run.begin("warmup", START, run.checkpoints(START))
+    team.first(run.begin, "warmup", START, run.checkpoints(START))
     players = seat(recipe, run)
     heldout = list(read_lines(run.examples("heldout"), Example))
     packing = players.packing(_probe(heldout, recipe.train.max_length))
@@ -54,7 +55,8 @@ def warmup(recipe: Recipe, run: RunDir) -> None:
             on_epoch=measure,
         )
     players.save(START)
-    run.complete("warmup", START, [run.player(START)], heldout_nll_by_epoch=curve.values, packing=packing)
+    facts = {"heldout_nll_by_epoch": curve.values, "packing": packing}
+    team.first(run.complete, "warmup", START, [run.player(START)], **facts)
 
 
 def _probe(examples: list[Example], max_length: int) -> list[Tree]:
