@@ -16,12 +16,15 @@ from typing import Any, TypeVar
 
 from spinlm.errors import PeerError, RunError, SpinError, StoppedError
 from spinlm.interrupt import stop_if_asked
-from spinlm.watch import FAULT, Watch
+from spinlm.watch import FAULT, HEARD, Watch
 
 T = TypeVar("T")
 
 KEYS = ("arrived", "all", "result", "next", "items", "units")
 """What a turn, at which all do something together, can leave in the store that they share."""
+
+
+PATIENCE = 3.0  # seconds for the last words
 
 
 class _Team:
@@ -202,6 +205,8 @@ def _explained(team: _Team, error: BaseException) -> BaseException:
     """The error to end with, after all others have been told, or one that says that another has told us."""
     if isinstance(error, PeerError):
         return error
+    if team.watch.fault is not None:
+        return PeerError(f"another process has ended the run: {team.watch.fault}")
     if _is_of_a_collective(error):
         error = RunError(
             f"another process is gone, or cannot be reached ({_line(error)}). Nothing that was saved is lost: run the "
@@ -218,9 +223,19 @@ def _explained(team: _Team, error: BaseException) -> BaseException:
         told = team.store.compare_set(FAULT, "", about).decode()
     if told != about:
         return PeerError(f"another process has ended the run: {told}")
+    if team.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        _linger(team)
     if isinstance(error, SpinError):
         return type(error)(f"process {team.rank} on {socket.gethostname()}: {error}")
     return error
+
+
+def _linger(team: _Team) -> None:
+    """Give the others time to hear why the run ends: the store goes with the process that holds it, this one."""
+    deadline = time.monotonic() + PATIENCE
+    with contextlib.suppress(Exception):
+        while team.store.add(HEARD, 0) < team.size and time.monotonic() < deadline:
+            time.sleep(0.1)
 
 
 def _is_of_a_collective(error: BaseException) -> bool:

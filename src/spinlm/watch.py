@@ -15,8 +15,8 @@ from typing import Any
 from spinlm.errors import PeerError, RunError, SpinError
 from spinlm.interrupt import end_with
 
-FAULT = "fault"
-"""Key in the store: why the run ends."""
+FAULT, HEARD = "fault", "heard"
+"""Keys in the store: why the run ends, and how many processes have learned of it from another."""
 
 BEAT = 1.0  # seconds between signs of life
 GRACE = 10.0  # seconds in which a process may end by itself
@@ -36,7 +36,7 @@ class Watch:
         """Start watching."""
         self._over = threading.Event()
         self._failing: float | None = None  # since when this process is ending
-        self._fault: str | None = None  # why another is
+        self.fault: str | None = None  # why another has ended the run
         self._contact = time.monotonic()
         self._heard = dict.fromkeys(self._watched, (0, self._contact))  # signs of life, and when the last one came
         self._store.set(f"beat/{self._rank}", f"0 {socket.gethostname()}")
@@ -61,8 +61,9 @@ class Watch:
                 for rank, value in zip(self._watched, self._store.multi_get(keys), strict=True):
                     if value != self._heard[rank][0]:
                         self._heard[rank] = value, time.monotonic()
-                if self._store.check([FAULT]):
-                    self._fault = self._store.get(FAULT).decode()
+                if self.fault is None and self._store.check([FAULT]):
+                    self.fault = self._store.get(FAULT).decode()
+                    self._store.add(HEARD, 1)
             except RuntimeError:  # gone, for now or for good: the other thread counts the seconds
                 continue
             self._contact = time.monotonic()
@@ -81,8 +82,8 @@ class Watch:
 
     def _trouble(self, now: float) -> SpinError | None:
         """What is wrong with the others."""
-        if self._fault is not None:
-            return PeerError(f"another process has ended the run: {self._fault}")
+        if self.fault is not None:
+            return PeerError(f"another process has ended the run: {self.fault}")
         silent = [rank for rank, (_, when) in self._heard.items() if now - when > self.lost_after]
         me = f"process {self._rank} on {socket.gethostname()}"
         if now - self._contact > self.lost_after:

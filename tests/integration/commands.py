@@ -49,12 +49,12 @@ class Result:
 class Process:
     """A command that is running."""
 
-    def __init__(self, ask: Ask, arguments: list[str], folder: Path, streams: Path):
+    def __init__(self, ask: Ask, arguments: list[str], folder: Path, streams: Path, environment: dict[str, str]):
         streams.mkdir(parents=True)
         self._ask, self._out, self._err = ask, streams / "out", streams / "err"
         self.arguments = arguments
-        request = {"arguments": arguments, "folder": str(folder), "stdout": str(self._out), "stderr": str(self._err)}
-        self.pid: int = ask(request)
+        places = {"folder": str(folder), "stdout": str(self._out), "stderr": str(self._err)}
+        self.pid: int = ask({"arguments": arguments, **places, "environment": environment})
         self._code: int | None = None
 
     def poll(self) -> int | None:
@@ -96,10 +96,10 @@ class Cli:
         self._ask, self._streams = ask, streams
         self.started: list[Process] = []
 
-    def start(self, *arguments: str | Path, folder: Path) -> Process:
+    def start(self, *arguments: str | Path, folder: Path, **environment: str) -> Process:
         """Start a command without waiting for it."""
         streams = self._streams / str(len(self.started))
-        process = Process(self._ask, [str(argument) for argument in arguments], folder, streams)
+        process = Process(self._ask, [str(argument) for argument in arguments], folder, streams, environment)
         self.started.append(process)
         return process
 
@@ -143,11 +143,12 @@ def serve() -> None:
         print(json.dumps(answer), flush=True)
 
 
-def obey(arguments: list[str], folder: str, stdout: str, stderr: str) -> NoReturn:
+def obey(arguments: list[str], folder: str, stdout: str, stderr: str, environment: dict[str, str]) -> NoReturn:
     """Become a command. Taking the imported modules down would last longer than most commands, so that is left out."""
     for number, path in ((0, "/dev/null"), (1, stdout), (2, stderr)):
         os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644), number)
     os.chdir(folder)
+    os.environ.update(environment)
     sys.argv = ["spinlm", *arguments]
     code: Any = 0
     try:

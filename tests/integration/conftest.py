@@ -78,10 +78,10 @@ def reference(world, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def rewound(reference, tmp_path) -> Callable[..., Path]:
-    """Makes a run that stopped before an iteration, or before a stage of it."""
+def rewind(tmp_path) -> Callable[..., Path]:
+    """Makes a run of a finished one that stopped before an iteration, or before a stage of it."""
 
-    def rewind(iteration: int, stage: str = "generate") -> Path:
+    def rewind(reference: Path, iteration: int, stage: str = "generate") -> Path:
         run = tmp_path / "run"
         shutil.copytree(reference, run, symlinks=True)
         for later in range(iteration + 1, ITERATIONS):
@@ -101,6 +101,12 @@ def rewound(reference, tmp_path) -> Callable[..., Path]:
         return run
 
     return rewind
+
+
+@pytest.fixture
+def rewound(reference, rewind) -> Callable[..., Path]:
+    """As `rewind`, of the reference."""
+    return lambda iteration, stage="generate": rewind(reference, iteration, stage)
 
 
 UNDO = {

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from spinlm import __version__
+from spinlm import __version__, team
 from spinlm.config import Recipe
 from spinlm.data.examples import SPLITS, select_examples
 from spinlm.errors import DataError
@@ -126,6 +126,7 @@ def provenance() -> dict[str, Any]:
         "device": torch.cuda.get_device_name()
         if torch.cuda.is_available()
         else f"CPU, {torch.get_num_threads()} threads",
+        "processes": team.size(),
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
     }
 

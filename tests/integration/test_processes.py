@@ -1,0 +1,250 @@
+"""Several processes play one run: they do what one would; when one of them is lost, all end, and a rerun goes on."""
+
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commands import Cli, Process, asleep
+from runs import CHECKPOINT_EVERY, RECIPE, World, assert_whole, fifo, read_jsons, steps
+from safetensors.torch import load_file
+
+LAST = "iteration-1"
+LOST_AFTER = 4  # seconds
+TOLERANCE = 1e-4  # between sums in another order, after two iterations
+
+Play = Callable[..., list[Process]]
+
+
+@pytest.fixture(scope="session")
+def plain(world: World, session_cli: Cli, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of one process, without dropout, which draws other numbers in other processes."""
+    recipe = world.folder / "plain.yaml"
+    recipe.write_text(RECIPE.replace(", dropout: 0.1", ""), encoding="utf-8")
+    run = tmp_path_factory.mktemp("plain") / "run"
+    session_cli("run", recipe, "--run-dir", run, folder=world.folder)
+    return run
+
+
+@pytest.fixture(scope="session")
+def together(world: World, session_cli: Cli, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of two processes that nobody disturbed, with dropout. Copy it before you change it."""
+    run = tmp_path_factory.mktemp("together") / "run"
+    for process in launch(session_cli, world, run):
+        assert process.wait().code == 0
+    return run
+
+
+@pytest.fixture
+def play(world: World, cli: Cli) -> Play:
+    """Starts `spinlm run` on a run folder in two processes."""
+    return lambda run, *more, **how: launch(cli, world, run, *more, **how)
+
+
+def launch(cli: Cli, world: World, run: Path, *more: str | Path, recipe: Path | None = None) -> list[Process]:
+    """What a launcher does, without its watching over them."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = str(listener.getsockname()[1])
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    return [
+        cli.start(
+            *("run", recipe or world.recipe, *more, "--run-dir", run),
+            folder=world.folder,
+            **place,
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            SPINLM_LOST_AFTER=str(LOST_AFTER),
+        )
+        for rank in range(2)
+    ]
+
+
+def responses(run: Path, iteration: int) -> list[tuple[Any, ...]]:
+    rows = read_jsons(run / f"iteration-{iteration}", "generations/*.jsonl")
+    return [(row["id"], row["sample"], row["token_ids"], row["finished"]) for row in rows]
+
+
+def assert_like(run: Path, other: Path) -> None:
+    """The same responses; players and losses to rounding."""
+    for iteration in range(2):
+        assert responses(run, iteration) == responses(other, iteration)
+    for name in ("start", "iteration-0", LAST):
+        (file,) = (run / name / "player").glob("*model.safetensors")
+        ours, theirs = load_file(file), load_file(other / name / "player" / file.name)
+        assert ours.keys() == theirs.keys()
+        assert max(float((ours[key] - theirs[key]).abs().max()) for key in ours) < TOLERANCE
+        answers = [(row["id"], row["text"]) for row in read_jsons(run / name, "answers.jsonl")]
+        assert answers == [(row["id"], row["text"]) for row in read_jsons(other / name, "answers.jsonl")]
+    ours, theirs = steps(run), steps(other)
+    assert len(ours) == len(theirs)
+    for one, two in zip(ours, theirs, strict=True):
+        for key in ("loss", "grad_norm", "learning_rate", "step"):
+            assert one[key] == pytest.approx(two[key], rel=1e-3, abs=TOLERANCE)
+
+
+def assert_same(run: Path, reference: Path) -> None:
+    """To the bit."""
+    for folder in ("start", "iteration-0", LAST):
+        for name in ("player/adapter_model.safetensors", "answers.jsonl", "metrics.json"):
+            assert (run / folder / name).read_bytes() == (reference / folder / name).read_bytes(), (folder, name)
+    for pattern in ("generations/*.jsonl", "pairs/*.arrow"):
+        expected = {path.name: path.read_bytes() for path in (reference / LAST).glob(pattern)}
+        assert {path.name: path.read_bytes() for path in (run / LAST).glob(pattern)} == expected
+    assert not list(run.rglob("*.tmp"))
+
+
+def told(processes: list[Process]) -> list[str]:
+    """The messages with which processes ended: none of them with success, or with a traceback."""
+    results = [process.wait() for process in processes]
+    assert all(result.code not in (0, -signal.SIGKILL) for result in results), results
+    assert not any("Traceback" in result.err for result in results), results
+    return [result.message for result in results if "spinlm: " in result.err]
+
+
+@pytest.mark.parametrize("sharding", ["none", "full"])
+def test_two_processes_do_what_one_does(plain, world, play, tmp_path, sharding):
+    run = tmp_path / "run"
+    processes = play(run, f"train.sharding={sharding}", recipe=world.folder / "plain.yaml")
+    first, second = (process.wait() for process in processes)
+    assert first.code == second.code == 0
+    assert "held-out" in first.out and not second.out and not second.err
+    assert_like(run, plain)
+    assert json.loads((run / "provenance.json").read_text())["processes"] == 2
+
+
+@pytest.mark.parametrize("sharding", ["none", "full"])
+def test_of_the_same_opponent_the_generations_are_identical(plain, world, play, tmp_path, sharding):
+    run = tmp_path / "run"
+    more = (f"train.sharding={sharding}", "selfplay.iterations=1", "--start-from", plain)
+    for process in play(run, *more, recipe=world.folder / "plain.yaml"):
+        assert process.wait().code == 0
+    for name in ("generations/*.jsonl", "pairs/*.arrow"):
+        expected = {path.name: path.read_bytes() for path in (plain / "iteration-0").glob(name)}
+        found = {path.name: path.read_bytes() for path in (run / "iteration-0").glob(name)}
+        assert found.keys() == expected.keys()
+        if "generations" in name:
+            assert found == expected
+
+
+def test_all_weights_divided(world, cli, play, tmp_path):
+    """Full fine-tuning with FSDP2: weights, optimiser state and checkpoints are gathered whole; one process goes on."""
+    recipe = world.folder / "whole.yaml"
+    text = RECIPE.replace("lora: {r: 4, alpha: 8, dropout: 0.1}\n", "").replace(
+        "learning_rate: 2e-3", "learning_rate: 2e-4"
+    )
+    recipe.write_text(text, encoding="utf-8")
+    alone, run = tmp_path / "alone", tmp_path / "run"
+    cli("run", recipe, "--run-dir", alone, folder=world.folder)
+    processes = play(run, "train.sharding=full", "selfplay.iterations=1", recipe=recipe)
+    assert [process.wait().code for process in processes] == [0, 0]
+    cli("run", recipe, "--run-dir", run, folder=world.folder)
+    assert_like(run, alone)
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+@pytest.mark.parametrize(
+    ("stage", "held", "when"),
+    [
+        ("generate", "generations/.train-00003.jsonl.tmp", "generations/train-00002.jsonl"),
+        ("score", "pairs/.train-00003.arrow.tmp", "pairs/train-00002.arrow"),
+        ("evaluate", ".answers.jsonl.tmp", "train.done"),
+    ],
+)
+def test_a_killed_process_ends_the_others(play, together, rewind, stage, held, when, lost):
+    run = rewind(together, 1)
+    with fifo(run / LAST / held):  # whoever is to write this waits for a reader
+        processes = play(run)
+        processes[0].wait_until(lambda: (run / LAST / when).exists() and asleep(processes[0].pid))
+        processes[lost].kill()
+        (message,) = told([processes[1 - lost]])  # also of one that is itself held there, and cannot end by itself
+    assert "run the same command again" in message
+    assert not (run / LAST / f"{stage}.done").exists()
+    assert_whole(run)
+    assert [process.wait().code for process in play(run)] == [0, 0]
+    assert_same(run, together)
+
+
+@pytest.mark.parametrize(("stage", "iteration"), [("warmup", -1), ("train", 1)])
+@pytest.mark.parametrize("lost", [0, 1])
+def test_killed_in_training(play, together, rewind, tmp_path, stage, iteration, lost):
+    run = rewind(together, 1) if stage == "train" else tmp_path / "run"
+    processes = play(run)
+    processes[0].wait_until(lambda: done(run, stage, iteration) > CHECKPOINT_EVERY)
+    processes[lost].kill()
+    (message,) = told([processes[1 - lost]])
+    assert "run the same command again" in message
+    assert_whole(run)
+    again, _ = play(run)
+    assert "resuming after step" in again.wait().err
+    assert_same(run, together)
+
+
+def done(run: Path, stage: str, iteration: int) -> int:
+    return sum((line["stage"], line["iteration"]) == (stage, iteration) for line in steps(run))
+
+
+def test_one_that_is_asked_to_stop_stops_all(play, together, rewind):
+    run = rewind(together, 1)
+    processes = play(run)
+    processes[0].wait_until(lambda: done(run, "train", 1) > 1)
+    processes[1].send(signal.SIGTERM)
+    (message,) = told(processes)
+    assert "stopped as asked, by a signal or by the launcher" in message
+    (checkpoint,) = (run / LAST / "checkpoints").glob("step-*")
+    after = done(run, "train", 1)
+    assert checkpoint.name == f"step-{after:06d}"
+    again, _ = play(run)
+    assert f"resuming after step {after}" in again.wait().err
+    assert_same(run, together)
+
+
+@pytest.mark.parametrize("silent", [0, 1])
+def test_one_that_falls_silent_is_not_waited_for(play, together, rewind, silent):
+    run = rewind(together, 1)
+    processes = play(run)
+    processes[0].wait_until(lambda: done(run, "train", 1) > 1)
+    processes[silent].send(signal.SIGSTOP)
+    began = time.monotonic()
+    (message,) = told([processes[1 - silent]])
+    assert time.monotonic() - began < LOST_AFTER + 20
+    assert re.search(r"(no sign of life from process|no contact with the other processes).* for 4 s", message)
+    processes[silent].kill()
+    assert [process.wait().code for process in play(run)] == [0, 0]
+    assert_same(run, together)
+
+
+def test_what_is_wrong_in_all_is_said_once(play, together, world, tmp_path):
+    run = tmp_path / "run"
+    (message,) = told(play(run, "train.learning_rate=1e30", "--start-from", together))
+    assert "the loss is" in message and message.startswith(("process 0 on", "process 1 on"))
+
+
+def test_another_launcher_on_the_same_folder_is_refused(play, together, rewind):
+    run = rewind(together, 1)
+    with fifo(run / LAST / "generations" / ".train-00000.jsonl.tmp"):
+        processes = play(run)
+        processes[0].wait_until(lambda: (run / LAST / "generations").exists() and asleep(processes[0].pid))
+        messages = told(play(run))
+        assert len(messages) == 1, messages
+        (message,) = messages
+        assert f"{run}: in use by another process" in message
+        for process in processes:
+            process.kill()
+
+
+def test_torchrun(world, plain, tmp_path):
+    """The launcher itself; where it has to end a process, the run goes on under it afterwards."""
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "spinlm"]
+    arguments = ["run", world.folder / "plain.yaml", "--run-dir", run]
+    done = subprocess.run([*command, *arguments], cwd=world.folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert_like(run, plain)
