@@ -59,8 +59,8 @@ def export(recipe: Recipe, run: RunDir, iteration: int, to: Path, *, merge: bool
     players = seat(recipe, run)
     if recipe.lora.quantize:
         log.info(
-            "the adapter was trained over a base in 4 bits and is merged into the base in %s: the merged model's "
-            "log-probabilities differ from the player's by about what `spinlm check` says of the two bases",
+            "the adapter was trained over a base in 4 bits and is merged into the base in %s: the merged model is not "
+            "the player that was evaluated; `spinlm check` says how far the two bases are apart",
             compute_dtype(recipe.model, players.device),
         )
     base = load_model(recipe.model, ensure_base(recipe.model, run), compute_dtype(recipe.model, players.device))
