@@ -11,14 +11,16 @@ from pathlib import Path
 
 import torch
 
-from spinlm.config import Objective, Recipe
+from spinlm.config import MEMORY_MARGIN, Objective, Recipe
 from spinlm.errors import DataError, ModelError
 from spinlm.evals.heldout import judge_real
 from spinlm.files import read_json
 from spinlm.model.fit import Item
 from spinlm.model.loading import add_adapter, load_model, silence_dropout
 from spinlm.model.logprobs import LogProbs
+from spinlm.model.memory import free_bytes
 from spinlm.model.players import Players, seat
+from spinlm.model.quantize import count
 from spinlm.model.trees import Tree, lay_out, micro_batches
 from spinlm.opponents import local_opponent, open_opponent
 from spinlm.plan import make_plan, refusals
@@ -64,9 +66,11 @@ def check(recipe: Recipe) -> Iterator[str]:
         players = seat(small, run)
         yield from _about_text(players, run)
         trained = sum(parameter.numel() for _, parameter in players.parameters())
-        total = sum(parameter.numel() for parameter in players.model.parameters())
+        parameters = list(players.model.parameters())
+        in_four_bits = count(one for one in parameters if hasattr(one, "quant_state"))
         yield (
-            f"model: {total:,} parameters, {trained:,} of them trained, on {players.device} in {players.dtype}; "
+            f"model: {count(parameters):,} parameters, {trained:,} of them trained, on {players.device} in "
+            f"{players.dtype}{f' and {in_four_bits:,} in 4 bits' if in_four_bits else ''}; "
             f"loaded in {time.monotonic() - began:.0f} s"
         )
         warmup(small, run)
@@ -106,6 +110,8 @@ def check(recipe: Recipe) -> Iterator[str]:
             return
         yield _about_first_step(small, players, items, noted["packing"])
         yield _about_precision(small, players, items, noted["packing"])
+        if small.lora and small.lora.quantize:
+            yield _about_quantization(small, players, items, noted["packing"])
         yield _about_memory(small, players, items, noted["packing"])
         if recipe.objective.name == "sft":
             yield "the sft control was tried as self-play, which takes more memory and time"
@@ -247,7 +253,7 @@ def _about_precision(recipe: Recipe, players: Players, items: list[Item], packin
         return "precision: float32, nothing to lose"
     if recipe.lora is None:
         return f"precision: {players.dtype}; its margin error is measured for LoRA only"
-    exact = load_model(recipe.model, players.path, torch.float32)
+    exact = load_model(recipe.model, players.path, torch.float32, quantize=bool(recipe.lora.quantize))
     exact = add_adapter(exact, recipe.lora, recipe.seed).to(players.device)
     silence_dropout(exact)
     reference = LogProbs(exact).eval()
@@ -266,6 +272,36 @@ def _about_precision(recipe: Recipe, players: Players, items: list[Item], packin
     error, size = (ours - theirs).square().mean().sqrt().item(), theirs.square().mean().sqrt().item()
     advice = ". Consider model.dtype: float32" if error > NOISE * size else ""
     return f"precision: {players.dtype} misjudges margins by {error:.3f} rms, where they are {size:.3f} rms{advice}"
+
+
+def _about_quantization(recipe: Recipe, players: Players, items: list[Item], packing: str) -> str:
+    """How far the model in 4 bits is from itself as it came, which is loaded beside it where there is room."""
+    need = count(players.model.parameters()) * players.dtype.itemsize
+    free = free_bytes(players.device)
+    if MEMORY_MARGIN * need > free:
+        return (
+            f"4 bits: not compared with the model as it came, which takes {need / 1e9:.1f} GB, where {free / 1e9:.1f} "
+            "GB are free"
+        )
+    plain = load_model(recipe.model, players.path, players.dtype).to(players.device)
+    silence_dropout(plain)
+    ours, theirs = (_per_token(model, items, packing) for model in (players.logprobs, LogProbs(plain)))
+    real = torch.cat([torch.arange(len(item.tree.responses)) == 0 for item in items])
+    apart = (ours - theirs).abs()
+    return (
+        f"4 bits: log-probabilities differ from those of the model as it came by {apart.mean():.2g} nats per token on "
+        f"average, {apart.max():.2g} at worst; real responses have {-ours[real].mean():.3f} nats per token, "
+        f"{-theirs[real].mean():.3f} without"
+    )
+
+
+@torch.no_grad()
+def _per_token(logprobs: LogProbs, items: list[Item], packing: str) -> torch.Tensor:
+    """Log-probability of each response divided by its tokens."""
+    logprobs.eval()
+    device = next(logprobs.parameters()).device
+    values = torch.cat([logprobs(lay_out([item.tree], packing).to(device)).cpu() for item in items])
+    return values / torch.tensor([len(response) for item in items for response in item.tree.responses])
 
 
 @torch.no_grad()

@@ -56,6 +56,9 @@ class Lora(Section):
     """Dropout on the adapter's input while training."""
     targets: LayerNames = "all-linear"
     """Names of the layers to adapt; `all-linear` is every linear layer but the output head."""
+    quantize: Literal["4bit"] | None = None
+    """Keep the frozen linear layers in 4 bits (QLoRA): a quarter of their memory in bfloat16, an eighth in float32.
+    Needs the package bitsandbytes."""
 
 
 class Columns(Section):

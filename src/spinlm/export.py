@@ -38,6 +38,8 @@ def which_player(run: RunDir, name: str) -> int:
 def export(recipe: Recipe, run: RunDir, iteration: int, to: Path, *, merge: bool = False) -> None:
     """Copy a player to a folder, or merge its adapter into the base and save a whole model there.
 
+    An adapter that was trained over 4 bits is merged into the base as it came: what is exported is no longer quantised.
+
     Raises:
         RunError: the folder exists and is not empty, or there is nothing to merge.
     """
@@ -55,6 +57,12 @@ def export(recipe: Recipe, run: RunDir, iteration: int, to: Path, *, merge: bool
     from spinlm.model.players import seat
 
     players = seat(recipe, run)
+    if recipe.lora.quantize:
+        log.info(
+            "the adapter was trained over a base in 4 bits and is merged into the base in %s: the merged model is not "
+            "the player that was evaluated; `spinlm check` says how far the two bases are apart",
+            compute_dtype(recipe.model, players.device),
+        )
     base = load_model(recipe.model, ensure_base(recipe.model, run), compute_dtype(recipe.model, players.device))
     merged = PeftModel.from_pretrained(base, str(run.player(iteration))).merge_and_unload()
     with atomic_path(to) as temporary:

@@ -326,6 +326,17 @@ def test_memory_of_lora_on_both_devices() -> None:
         assert sizes["generating"] == sum(sizes[part] for part in parts)
 
 
+def test_memory_of_a_base_in_four_bits() -> None:
+    plan = make_plan(recipe(lora={"r": 1, "quantize": "4bit"}))
+    gpu, cpu = memory(plan, GPU), memory(plan, CPU)
+    blocks = 12 * 12 * 768 * 768  # the linear layers; GPT-2's 124,439,808 other parameters keep their precision
+    packed = blocks // 2 + blocks // 64 + 4 * blocks // (64 * 256)
+    assert gpu["weights"] == packed + 2 * (124_439_808 - blocks) + 4 * 147_456
+    assert cpu["weights"] == packed + 4 * (124_439_808 - blocks) + 4 * 147_456
+    assert cpu["merged weights while generating"] == 0  # they stay packed
+    assert any("4 bits" in note for note in notes(plan))
+
+
 def test_checkpointing_keeps_one_value_of_a_block_and_one_whole_block() -> None:
     shape = shape_from_config(SMALL)
     block = 2 * (4 * 4 + 3 * 4 + 2 * 2 + 4 * 8) + 4 * 4 * 4

@@ -3,7 +3,8 @@
 A linear layer with its LoRA update is y = x·Wᵀ + b + (α/r) (x·Aᵀ)·Bᵀ (LoRA, arXiv 2106.09685). PEFT's own layer adds
 the update in three more passes over an output-sized tensor, and autograd keeps a copy for each. Here both products are
 added in place, forward and backward, and only x and x·Aᵀ are kept. A gated MLP's inner act(g) ⊙ u is not kept but
-formed again from g and u. The layers' parameters, names and files stay as they are.
+formed again from g and u, and a base in 4 bits is unpacked anew. The layers' parameters, names and files stay as they
+are.
 
 Shapes: L tokens, D hidden size, I inputs, O outputs, R rank.
 """
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from spinlm.model.kernels import linear, pack, tall
+from spinlm.model.quantize import is_quantised, product, unpack
 
 PACKED = "spinlm_packed"
 """Attribute of a layer that holds base and adapter as one packed weight, while there is decoding."""
@@ -26,7 +28,7 @@ PACKED = "spinlm_packed"
 def fuse(model: nn.Module) -> int:
     """Let layers compute as one operation each, where they can; returns how many do.
 
-    A LoRA layer stays as PEFT has it where its base is no plain linear layer, is trained itself, or is quantised. A
+    A LoRA layer stays as PEFT has it where its base is no linear layer, plain or in 4 bits, or is trained itself. A
     gated MLP needs LoRA layers of that kind, and a norm a frozen float32 weight; both stay as they are where ours gives
     something else for random inputs, since only the names of their parts say what they are.
     """
@@ -35,7 +37,7 @@ def fuse(model: nn.Module) -> int:
     for layer in adapters:
         _replace(layer, _adapted)
     norms = [one for one in layers if _is_norm(one) and _try(one, _normed, one.weight)]
-    gated = [one for one in layers if _is_gated(one) and _try(one, _gated, one.gate_proj.base_layer.weight)]
+    gated = [one for one in layers if _is_gated(one) and _try(one, _gated, _weight(one.gate_proj))]
     return len(adapters) + len(norms) + len(gated)
 
 
@@ -44,7 +46,8 @@ def packed_adapters(model: nn.Module, rows: int) -> Iterator[None]:
     """Within the block, fused LoRA layers have base and adapter merged into one weight, packed for so many rows.
 
     That costs the memory of the merged weights, and is done in float32 on a CPU only: elsewhere nothing is gained, or
-    too much would be lost to rounding. The base itself is not touched.
+    too much would be lost to rounding. A base in 4 bits is there to save that memory, and stays as it is. The base
+    itself is not touched.
     """
     layers: list[Any] = [layer for layer in model.modules() if _computes(layer, _adapted)]
     try:
@@ -87,12 +90,14 @@ def _try(layer: Any, forward: Callable[..., Tensor], like: Tensor) -> bool:
 
 
 def _is_plain_adapter(layer: Any) -> bool:
-    from peft.tuners.lora import Linear
+    from peft.tuners.lora import Linear, LoraLayer
     from transformers.pytorch_utils import Conv1D
 
+    if not isinstance(layer, LoraLayer):
+        return False
+    plain = isinstance(layer, Linear) and type(layer.base_layer) in (nn.Linear, Conv1D)
     return (
-        isinstance(layer, Linear)
-        and type(layer.base_layer) in (nn.Linear, Conv1D)
+        (plain or is_quantised(layer.base_layer))
         and not layer.lora_variant
         and not layer.lora_bias.get("default")
         and not any(parameter.requires_grad for parameter in layer.base_layer.parameters())
@@ -100,10 +105,8 @@ def _is_plain_adapter(layer: Any) -> bool:
 
 
 def _merged(layer: Any) -> Tensor:
-    weight = layer.base_layer.weight.detach()
-    weight = weight.T if layer.fan_in_fan_out else weight  # [O, I]
-    down, up = layer.lora_A["default"].weight.detach(), layer.lora_B["default"].weight.detach()
-    return torch.addmm(weight, up, down, alpha=float(layer.scaling["default"]))
+    down, up = (weight.detach() for weight in _adapter(layer))
+    return torch.addmm(_weight(layer).detach(), up, down, alpha=_scale(layer))
 
 
 def _adapted(layer: Any, x: Tensor) -> Tensor:
@@ -115,22 +118,34 @@ def _adapted(layer: Any, x: Tensor) -> Tensor:
     if PACKED in vars(layer):
         return linear(x.flatten(0, -2), vars(layer)[PACKED], base.bias).view(*x.shape[:-1], -1)
     dropped = dropout(x) if layer.training and not isinstance(dropout, nn.Identity) else None
-    result: Tensor = _AdaptedLinear.apply(x, dropped, *_weights(layer))
+    result: Tensor = _AdaptedLinear.apply(x, dropped, layer, *_adapter(layer))
     return result
 
 
-def _weights(layer: Any) -> tuple[Tensor, Tensor | None, Tensor, Tensor, float]:
-    """W [O, I], b [O]?, A [R, I], B [O, R] and α/r."""
+def _weight(layer: Any) -> Tensor:
+    """W of a LoRA layer: [O, I]."""
     base = layer.base_layer
-    weight = base.weight.T if layer.fan_in_fan_out else base.weight
-    scale = float(layer.scaling["default"])
-    return weight, base.bias, layer.lora_A["default"].weight, layer.lora_B["default"].weight, scale
+    if is_quantised(base):
+        return unpack(base)
+    weight: Tensor = base.weight.T if layer.fan_in_fan_out else base.weight
+    return weight
+
+
+def _adapter(layer: Any) -> tuple[Tensor, Tensor]:
+    """A [R, I] and B [O, R]."""
+    return layer.lora_A["default"].weight, layer.lora_B["default"].weight
+
+
+def _scale(layer: Any) -> float:
+    """α/r."""
+    return float(layer.scaling["default"])
 
 
 class _AdaptedLinear(torch.autograd.Function):
-    """([..., I], [..., I]?, [O, I], [O]?, [R, I], [O, R], scale) → [..., O] in the precision of x.
+    """([..., I], [..., I]?, layer, [R, I], [O, R]) → [..., O] in the precision of x.
 
-    The second input is what the adapter sees, where dropout makes that differ from x.
+    The second input is what the adapter sees, where dropout makes that differ from x. The layer's frozen weight is
+    asked for when it is needed, since it may have to be unpacked.
     """
 
     @staticmethod
@@ -138,42 +153,41 @@ class _AdaptedLinear(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         dropped: Tensor | None,
-        weight: Tensor,
-        bias: Tensor | None,
+        layer: Any,
         down: Tensor,
         up: Tensor,
-        scale: float,
     ) -> Tensor:
         seen = (x if dropped is None else dropped.to(x.dtype)).flatten(0, -2)  # [L, I]
-        y, low = _product(x.flatten(0, -2), seen, weight, bias, down, up, scale)
-        ctx.scale, ctx.apart = scale, dropped is not None
-        ctx.save_for_backward(seen, low, weight, down, up)
+        y, low = _product(x.flatten(0, -2), seen, layer, down, up)
+        ctx.layer, ctx.apart = layer, dropped is not None
+        ctx.save_for_backward(seen, low, down, up)
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        seen, low, weight, down, up = ctx.saved_tensors
+        seen, low, down, up = ctx.saved_tensors
         shape, grad = upstream.shape[:-1], upstream.flatten(0, -2)  # [L, O]
-        grad_low, grad_down, grad_up = _adapter_gradients(grad, seen, low, down, up, ctx.scale)
+        grad_low, grad_down, grad_up = _adapter_gradients(grad, seen, low, down, up, _scale(ctx.layer))
         grad_x = grad_dropped = None
         if ctx.needs_input_grad[0]:
-            grad_x = linear(grad, weight.T)  # [L, I]
+            grad_x = linear(grad, _weight(ctx.layer).T)  # [L, I]
             if not ctx.apart:
                 grad_x.addmm_(grad_low, down.to(grad.dtype))
             grad_x = grad_x.view(*shape, -1)
         if ctx.apart and ctx.needs_input_grad[1]:
             grad_dropped = (grad_low @ down.to(grad.dtype)).view(*shape, -1)
-        return grad_x, grad_dropped, None, None, grad_down, grad_up, None
+        return grad_x, grad_dropped, None, grad_down, grad_up
 
 
-def _product(
-    x: Tensor, seen: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
+def _product(x: Tensor, seen: Tensor, layer: Any, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """y [L, O] and x·Aᵀ [L, R], where the adapter sees `seen` [L, I]."""
-    low = linear(seen, down.to(x.dtype))
-    y = linear(x, weight, None if bias is None else bias.to(x.dtype))
-    return y.addmm_(low, up.to(x.dtype).T, alpha=scale), low
+    low, base = linear(seen, down.to(x.dtype)), layer.base_layer
+    if is_quantised(base):
+        y = product(base, x)
+    else:
+        y = linear(x, _weight(layer), None if base.bias is None else base.bias.to(x.dtype))
+    return y.addmm_(low, up.to(x.dtype).T, alpha=_scale(layer)), low
 
 
 def _adapter_gradients(
@@ -199,12 +213,12 @@ def _gated(layer: Any, x: Tensor) -> Tensor:
     elif dropout or down.disable_adapters or down.merged:
         result = down(layer.act_fn(gate) * up)
     else:
-        result = _GatedLinear.apply(gate, up, layer.act_fn, *_weights(down))
+        result = _GatedLinear.apply(gate, up, layer.act_fn, down, *_adapter(down))
     return result
 
 
 class _GatedLinear(torch.autograd.Function):
-    """As `_AdaptedLinear`, of x = act(gate) ⊙ up: ([..., I], [..., I], act, …) → [..., O]."""
+    """As `_AdaptedLinear`, of x = act(gate) ⊙ up: ([..., I], [..., I], act, layer, …) → [..., O]."""
 
     @staticmethod
     def forward(
@@ -212,32 +226,30 @@ class _GatedLinear(torch.autograd.Function):
         gate: Tensor,
         up_states: Tensor,
         act: Callable[[Tensor], Tensor],
-        weight: Tensor,
-        bias: Tensor | None,
+        layer: Any,
         down: Tensor,
         up: Tensor,
-        scale: float,
     ) -> Tensor:
         x = (act(gate) * up_states).flatten(0, -2)
-        y, low = _product(x, x, weight, bias, down, up, scale)
-        ctx.act, ctx.scale = act, scale
-        ctx.save_for_backward(gate, up_states, low, weight, down, up)
+        y, low = _product(x, x, layer, down, up)
+        ctx.act, ctx.layer = act, layer
+        ctx.save_for_backward(gate, up_states, low, down, up)
         return y.view(*gate.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        gate, up_states, low, weight, down, up = ctx.saved_tensors
+        gate, up_states, low, down, up = ctx.saved_tensors
         grad = upstream.flatten(0, -2)
         with torch.enable_grad():
             leaf = gate.detach().requires_grad_()
             activated = ctx.act(leaf)
         seen = activated.detach() * up_states
-        grad_low, grad_down, grad_up = _adapter_gradients(grad, seen.flatten(0, -2), low, down, up, ctx.scale)
-        grad_x = linear(grad, weight.T).addmm_(grad_low, down.to(grad.dtype)).view_as(seen)
+        grad_low, grad_down, grad_up = _adapter_gradients(grad, seen.flatten(0, -2), low, down, up, _scale(ctx.layer))
+        grad_x = linear(grad, _weight(ctx.layer).T).addmm_(grad_low, down.to(grad.dtype)).view_as(seen)
         torch.mul(activated.detach(), grad_x, out=seen)  # from here on the gradient of `up_states`
         (grad_gate,) = torch.autograd.grad(activated, leaf, grad_x.mul_(up_states))
-        return grad_gate, seen, None, None, None, grad_down, grad_up, None
+        return grad_gate, seen, None, None, grad_down, grad_up
 
 
 def _is_norm(layer: Any) -> bool:

@@ -13,6 +13,7 @@ from torch import nn
 from spinlm.config import Lora, Model
 from spinlm.errors import ModelError
 from spinlm.files import atomic_path, read_json, write_json
+from spinlm.model.quantize import check_quantization, four_bits, settle
 from spinlm.rundir import RunDir
 
 log = logging.getLogger("spinlm")
@@ -131,21 +132,34 @@ def stop_ids(model: Model, path: str) -> list[int]:
     return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
 
 
-def load_model(model: Model, path: str, dtype: torch.dtype) -> Any:
-    """The causal language model in a precision.
+def load_model(model: Model, path: str, dtype: torch.dtype, *, quantize: bool = False) -> Any:
+    """The causal language model in a precision, its linear layers quantised to 4 bits or not.
 
     Raises:
-        ModelError: it cannot be loaded.
+        ModelError: it cannot be loaded, or comes quantised.
+        MissingPackageError: what quantises is not installed.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
+    origin = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
     options: dict[str, Any] = {} if model.attention == "auto" else {"attn_implementation": model.attention}
+    if quantize:
+        check_quantization()
+        options["quantization_config"] = four_bits(dtype)
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, revision=model.revision, trust_remote_code=model.trust_remote_code, **options
-        )
+        if getattr(AutoConfig.from_pretrained(path, **origin), "quantization_config", None):
+            raise ModelError(
+                f"{path}: its weights come quantised, and such models are not supported. Give the model that it was "
+                "made from: with lora.quantize: 4bit it is quantised when it is loaded"
+            )
+        loaded = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **origin, **options)
+    except ModelError:
+        raise
     except _LOADING as error:
         raise ModelError(f"{path}: the model cannot be loaded: {_first_line(error)}") from error
+    if quantize:
+        settle(loaded)
+    return loaded
 
 
 def _first_line(error: Exception) -> str:

@@ -71,11 +71,12 @@ class Players:
     def logprobs(self) -> LogProbs:
         """The model, loaded when first asked for, as the module that gives log-probabilities."""
         register_tree_attention()
-        full = self.recipe.lora is None
+        lora = self.recipe.lora
+        full = lora is None
         stored = torch.float32 if full else self.dtype
-        model = load_model(self.recipe.model, self.path, stored)
-        if self.recipe.lora is not None:
-            model = add_adapter(model, self.recipe.lora, self.recipe.seed, self.recipe.model.revision)
+        model = load_model(self.recipe.model, self.path, stored, quantize=bool(lora and lora.quantize))
+        if lora is not None:
+            model = add_adapter(model, lora, self.recipe.seed, self.recipe.model.revision)
             fuse(model)
         silence_dropout(model)
         model.to(self.device)
@@ -251,7 +252,8 @@ def _card(recipe: Recipe, iteration: int) -> str:
             "---\n",
         ),
         f"{what} in {game} with spinlm {__version__}.\n",
-        f"- weights: {'the whole model' if recipe.lora is None else 'a LoRA adapter'}",
+        f"- weights: {'the whole model' if recipe.lora is None else 'a LoRA adapter'}"
+        + (", trained over the base in 4 bits (nf4)" if recipe.lora and recipe.lora.quantize else ""),
         f"- began from: {public(model.path)}{f' at {model.revision}' if model.revision else ''}",
         f"- data: {public(recipe.data.path)}",
         f"- objective: {recipe.objective.name}{''.join(f', {key} {value}' for key, value in settings.items())}",

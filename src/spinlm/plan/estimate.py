@@ -129,7 +129,8 @@ class Plan:
         parts = state | {"activations": activations, "logits": LOGITS_BYTES[device]}
         context = self.lengths.longest_prompt + opponent.max_new_tokens
         cache = opponent.batch_size * context * shape.kv_bytes(device.width)
-        merged = device.width * shape.parameters if self.recipe.lora and device is CPU else 0  # at most
+        lora = self.recipe.lora
+        merged = device.width * shape.parameters if lora and not lora.quantize and device is CPU else 0  # at most
         return parts | {
             "training": sum(parts.values()),
             "KV cache": cache,
@@ -150,7 +151,7 @@ class Plan:
         trained = shape.trained(self.recipe.lora)
         weights = 4 * trained  # what is trained stays in float32
         if self.recipe.lora or device.width == 2:
-            weights += device.width * shape.parameters  # the frozen base, or a copy to compute with
+            weights += shape.frozen_bytes(device.width, self.recipe.lora)  # or a copy to compute with
         optimizer = trained * max(map(optimizer_bytes, self.optimizers))
         return {"weights": weights, "gradients": 4 * trained, "optimiser state": optimizer}
 

@@ -11,6 +11,9 @@ class UnknownShapeError(Exception):
     """No shape can be had; the message says what is missing and how to get it."""
 
 
+FOUR_BITS = 0.5 + 1 / 64 + 4 / (64 * 256)
+"""Bytes of a weight in 4 bits: itself, a byte for the scale of every 64, and for every 256 of those a float32."""
+
 Linear = tuple[str, int, int]  # name, inputs and outputs of a linear layer
 
 
@@ -35,7 +38,17 @@ class Shape:
     def parameters(self) -> int:
         """Embeddings, blocks and norms, and the output head where it is not the embedding."""
         tables = (self.vocab * (1 if self.tied else 2) + self.positions) * self.hidden
-        return tables + self.layers * sum(inputs * outputs for _, inputs, outputs in self.linears) + self.vectors
+        return tables + self.matrices + self.vectors
+
+    @property
+    def matrices(self) -> int:
+        """Parameters in the linear layers of the blocks, which are those that are quantised."""
+        return self.layers * sum(inputs * outputs for _, inputs, outputs in self.linears)
+
+    def frozen_bytes(self, width: int, lora: Lora | None) -> int:
+        """The model itself, in a precision and as `lora.quantize` says."""
+        in_four_bits = self.matrices if lora and lora.quantize else 0
+        return width * (self.parameters - in_four_bits) + round(FOUR_BITS * in_four_bits)
 
     @property
     def multiplied(self) -> int:

@@ -168,6 +168,8 @@ def notes(plan: Plan) -> Iterator[str]:
         )
     if plan.shape and recipe.opponent.engine == "server":
         yield "Responses come from a server, whose speed is not known: the time to generate is that of this process."
+    if plan.shape and recipe.lora and recipe.lora.quantize:
+        yield "The frozen layers are in 4 bits: the time to unpack them for each product is not counted."
     if plan.shape and recipe.train.packing == "auto" and not plan.trees:
         yield f"{plan.shape.family}'s attention cannot take trees: time is counted with one response per row."
     for name in dict.fromkeys(plan.optimizers) if plan.shape else ():

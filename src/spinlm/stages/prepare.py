@@ -20,6 +20,7 @@ from spinlm.files import atomic_file, file_digest, write_json
 from spinlm.model.fit import check_optimizer
 from spinlm.model.loading import ensure_base, locate
 from spinlm.model.players import check_trackers, seat
+from spinlm.model.quantize import check_quantization
 from spinlm.records import Example, to_line
 from spinlm.rundir import START, RunDir
 
@@ -73,7 +74,8 @@ def _check_names(recipe: Recipe) -> None:
 
     Raises:
         RecipeError: there is no such optimiser, tracker or scorer.
-        MissingPackageError: a tracker's package is not installed.
+        MissingPackageError: a tracker's package, or the one that quantises, is not installed.
+        ModelError: this machine cannot quantise.
     """
     check_optimizer(recipe.train.optimizer, recipe.train.weight_decay, "train.optimizer")
     if recipe.warmup_sft is not None:
@@ -81,6 +83,8 @@ def _check_names(recipe: Recipe) -> None:
     if recipe.evaluate.scorer is not None:
         get_scorer(recipe.evaluate.scorer)
     check_trackers(recipe.tracking)
+    if recipe.lora is not None and recipe.lora.quantize:
+        check_quantization()
 
 
 _ORDER = ("train", "heldout", "warmup")
