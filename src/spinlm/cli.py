@@ -66,14 +66,21 @@ def run(
 
 
 @app.command()
-def plan(recipe: RecipePath, overrides: Overrides = None, run_dir: RunOption = None) -> None:
+def plan(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    run_dir: RunOption = None,
+    processes: Annotated[
+        int, typer.Option(min=1, envvar="WORLD_SIZE", help="How many the run is spread over, one on each device.")
+    ] = 1,
+) -> None:
     """Show what a recipe will take. Pairs, steps, tokens, memory, disk, time: without weights, without network."""
     from rich.console import Console
 
     from spinlm.plan import make_plan, refusals, render
 
     loaded = _load(recipe, overrides)
-    found = make_plan(loaded, RunDir(_run_folder(recipe, run_dir)))
+    found = make_plan(loaded, RunDir(_run_folder(recipe, run_dir)), processes)
     Console().print(render(found))
     if any(refusals(found)):
         raise typer.Exit(RunError.exit_code)
