@@ -167,22 +167,20 @@ class Plan:
         return Replies(2 * self.recipe.data.heldout, min(most, self.lengths.answer), most)
 
     def memory(self, shape: Shape, device: Device) -> dict[str, int]:
-        """Peak bytes in one process on one device. To generate and score, each has the whole model in any case."""
+        """Peak bytes in one process on one device. Only to train can the model be divided."""
         opponent, state = self.recipe.opponent, self._state(shape, device)
-        whole = device.width * shape.parameters
         activations = self._activations(shape, device, self.checkpoints(shape, device))
         parts = state | {"activations": activations, "logits": LOGITS_BYTES[device]}
         context = self.lengths.longest_prompt + opponent.max_new_tokens
         cache = opponent.batch_size * context * shape.kv_bytes(device.width)
-        merged = whole if self.recipe.lora and device is CPU else 0  # at most
-        gathered = {"whole weights while generating": whole} if self.sharded else {}
-        generating = state["weights"] + sum(gathered.values()) + cache + merged
+        merged = device.width * shape.parameters if self.recipe.lora and device is CPU else 0  # at most
+        whole = self._stored(shape, device) + self._copy(shape, device)
         return parts | {
             "training": sum(parts.values()),
+            **({"whole weights while generating": whole} if self.sharded else {}),
             "KV cache": cache,
-            **gathered,
             "merged weights while generating": merged,
-            "generating": generating,
+            "generating": whole + cache + merged,
         }
 
     def checkpoints(self, shape: Shape, device: Device) -> bool:
@@ -193,19 +191,29 @@ class Plan:
         free = device.memory - sum(self._state(shape, device).values())
         return MEMORY_MARGIN * self._activations(shape, device, checkpointing=False) > free
 
+    def _stored(self, shape: Shape, device: Device) -> int:
+        """Bytes of the weights: what is trained stays in float32, beside a frozen base."""
+        return 4 * shape.trained(self.recipe.lora) + (device.width * shape.parameters if self.recipe.lora else 0)
+
+    def _copy(self, shape: Shape, device: Device) -> int:
+        """Bytes of the copy in another precision that full fine-tuning computes with."""
+        return 0 if self.recipe.lora or device.width == 4 else device.width * shape.parameters
+
     def _state(self, shape: Shape, device: Device) -> dict[str, int]:
-        """Bytes of what is there before a step begins."""
-        trained = shape.trained(self.recipe.lora)
-        # What is trained stays in float32, beside a frozen base.
-        weights = 4 * trained + (device.width * shape.parameters if self.recipe.lora else 0)
-        copy = 0 if self.recipe.lora or device.width == 4 else device.width * shape.parameters  # to compute with
+        """Bytes of what is there before a step's end, but for activations."""
+        trained, weights = shape.trained(self.recipe.lora), self._stored(shape, device)
+        copy = self._copy(shape, device)
         state = {"gradients": 4 * trained, "optimiser state": trained * max(map(optimizer_bytes, self.optimizers))}
         if not self.sharded:
-            return {"weights": weights + copy, **state}
-        parts = {"weights": weights, **state}
-        return {name: math.ceil(size / self.processes) for name, size in parts.items()} | {
-            "gathered layer": device.width * shape.gathered
-        }
+            exchanged = {"gradients to exchange": 4 * trained} if self.processes > 1 else {}  # DDP's own copy
+            return {"weights": weights + copy, **state, **exchanged}
+        divided = {name: math.ceil(size / self.processes) for name, size in {"weights": weights, **state}.items()}
+        # Autocast's copies of what was gathered stay until the pass is over: they are whole in every process.
+        return divided | {"gathered layer": self._gathered_width(device) * shape.gathered, "copy to compute with": copy}
+
+    def _gathered_width(self, device: Device) -> int:
+        """Bytes of a number as it travels: as it is stored, since it is autocast that makes it shorter."""
+        return device.width if self.recipe.lora else 4
 
     def _activations(self, shape: Shape, device: Device, checkpointing: bool) -> int:
         """Bytes that are kept of the largest micro-batch until its backward pass."""
@@ -238,7 +246,7 @@ class Plan:
         return Hours(
             generate=generate(work.drawn, dealt),
             score=dealt * read(work.scored),
-            train=step * passes * read(work.trained) + held_out * read(work.watched),
+            train=step * passes * read(work.trained) + read(work.watched),  # every process looks for itself
             evaluate=generate(work.answered, held_out) + held_out * read(work.judged),
         )
 
@@ -252,14 +260,15 @@ class Plan:
         """Bytes that each process sends in one optimiser step.
 
         Whole models exchange gradients in a ring, in float32. A divided one is gathered for every forward and every
-        backward pass, and its gradients are summed and divided after it.
+        backward pass, the tables around its blocks for both at once, and its gradients are summed and divided again.
         """
         ring, trained = (self.processes - 1) / self.processes, 4 * shape.trained(self.recipe.lora)
         if not self.sharded or not work.steps:
             return int(2 * ring * trained) if work.steps else 0
         tokens = (work.trained.tree if self.trees else work.trained.rows) / work.steps / self.processes
         passes = math.ceil(tokens / self.recipe.train.tokens_per_micro_batch)
-        return int(passes * ring * (2 * device.width * shape.parameters + trained))
+        gathered = self._gathered_width(device) * (2 * shape.parameters - shape.tables)
+        return int(passes * ring * (gathered + trained))
 
 
 def make_plan(recipe: Recipe, run: RunDir | None = None, processes: int = 1) -> Plan:

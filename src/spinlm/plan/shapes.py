@@ -45,8 +45,12 @@ class Shape:
     @property
     def gathered(self) -> int:
         """Parameters of a block, the unit in which a divided model is gathered, and of the tables around the blocks."""
-        block = sum(inputs * outputs for _, inputs, outputs in self.linears)
-        return block + self.parameters - self.layers * block
+        return (self.parameters - self.tables) // self.layers + self.tables
+
+    @property
+    def tables(self) -> int:
+        """Parameters outside the blocks: embeddings, the output head, and (counted here too) all norms."""
+        return self.parameters - self.layers * sum(inputs * outputs for _, inputs, outputs in self.linears)
 
     @property
     def takes_trees(self) -> bool:
