@@ -191,6 +191,7 @@ KNOWN = {
     "EleutherAI/gpt-neo-2.7B": 2_651_307_520,
     "gpt2": 124_439_808,
     "meta-llama/Llama-3.1-8B": 8_030_261_248,
+    "meta-llama/Llama-3.1-70B": 70_553_706_496,
     "Qwen/Qwen2.5-7B": 7_615_616_512,
 }
 

@@ -18,6 +18,7 @@ GPU_NETWORK = 50e9 * 0.70  # and between machines, one port of 400 Gbit/s for ea
 CPU_CORE_FLOPS = 100e9  # float32
 CPU_UTILISATION = 0.60
 CPU_GENERATION_UTILISATION = 0.30
+TOKENISER_SPEED = 150e3  # tokens/s of a core, rendering included
 CPU_NETWORK = 1.25e9 * 0.70  # 10 Gbit/s
 
 

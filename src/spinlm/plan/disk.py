@@ -8,12 +8,13 @@ from spinlm.plan.estimate import Plan
 
 TEXT_BYTES = 3.5  # a token as text
 NUMBER_BYTES = 5.5  # and as a decimal number in JSON, with its comma
-RECORD_BYTES = 220  # of an example's line beside its texts and tokens: names of fields, id, roles, source
+RECORD_BYTES = 100  # of an example's line beside its texts and tokens: names of fields, id, roles, source
 ANSWER_BYTES = 140  # of a generation's or answer's line
 PAIR_BYTES = 90  # of a pair in Arrow beside its tokens: id, offsets, log-probabilities
 FILE_BYTES = 2000  # of an Arrow file before its first pair
 MARKED_BYTES = 125  # an output's path and digest in a stage's marker
-STEP_BYTES = 370  # a line of metrics.jsonl
+STEP_BYTES = 270  # a line of metrics.jsonl
+FOLDER_BYTES = 4500  # recipe, provenance and such; and of an iteration, measures and markers
 TOKENIZER_BYTES = 75  # for each entry of the vocabulary
 
 
@@ -45,7 +46,7 @@ def disk(plan: Plan) -> dict[str, Room]:
     held_out = heldout * recipe.opponent.samples_per_prompt
     pairs = [int((work.pairs + held_out) * pair + shards * FILE_BYTES) for work in plan.work[1:]]
     answers = 2 * heldout * (ANSWER_BYTES + plan.work[0].answered.tokens * token)
-    small = [int(answers + work.steps * STEP_BYTES + 2 * shards * MARKED_BYTES) for work in plan.work]
+    small = [int(FOLDER_BYTES + answers + work.steps * STEP_BYTES + 2 * shards * MARKED_BYTES) for work in plan.work]
 
     player = checkpoint = base = warmed = None
     if shape is not None:
@@ -62,7 +63,7 @@ def disk(plan: Plan) -> dict[str, Room]:
         **({"base": Room(0, base, 7)} if recipe.model.path.endswith(".gguf") else {}),
         "players": Room(player, _times(player, iterations + 1), 6 * (iterations + 1)),  # θ_0 and each iteration's
         "checkpoints": Room(checkpoint, _plus(_times(checkpoint, iterations), warmed), 4 * iterations + 4 * starts),
-        "measurements and markers": Room(small[-1], sum(small), 12 * iterations + 12),
+        "measurements and markers": Room(small[-1], sum(small) + FOLDER_BYTES, 12 * iterations + 12),
     }
 
 

@@ -6,7 +6,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 from spinlm.config import EXECUTION_ONLY, MEMORY_MARGIN, Recipe, at_iteration, optimizer_bytes
-from spinlm.plan.devices import CPU, DEVICES, GPU, Device
+from spinlm.plan.devices import CPU, DEVICES, GPU, TOKENISER_SPEED, Device
 from spinlm.plan.lengths import Lengths, Tokens, find_lengths
 from spinlm.plan.lookup import find_shape
 from spinlm.plan.shapes import Shape, UnknownShapeError
@@ -255,6 +255,12 @@ class Plan:
         size = self.recipe.opponent.shard_size
         shards = sum(math.ceil(prompts / size) for prompts in splits)
         return min(1.0, math.ceil(shards / self.processes) * size / max(1, sum(splits)))
+
+    @property
+    def preparing(self) -> float:
+        """Hours to render and tokenise the examples, which the first process does alone."""
+        tokens = (self.prompts + self.set_apart) * (self.lengths.prompt + self.lengths.real)
+        return tokens / TOKENISER_SPEED / 3600
 
     def traffic(self, shape: Shape, device: Device, work: Work) -> int:
         """Bytes that each process sends in one optimiser step.

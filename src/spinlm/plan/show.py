@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from spinlm.config import OPTIMIZER_BYTES
 from spinlm.data.sources import names_a_file
-from spinlm.plan.devices import GPU, Device
+from spinlm.plan.devices import GPU, TOKENISER_SPEED, Device
 from spinlm.plan.disk import disk, total
 from spinlm.plan.estimate import Hours, Plan, Work
 from spinlm.plan.shapes import Shape
@@ -126,6 +126,8 @@ def facts(plan: Plan) -> Iterator[tuple[str, str, str]]:
         yield "gradient checkpointing", ", ".join(modes), source
     for device in plan.devices if plan.shape else ():
         yield from device.speeds(recipe.opponent.batch_size)
+    speed = f"assumed: {TOKENISER_SPEED:,.0f} tokens/s, in one process"
+    yield "prepare, before all this", _duration(plan.preparing), speed
     if plan.shape and plan.processes > 1:
         yield from _sent(plan, plan.shape)
 
