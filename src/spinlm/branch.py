@@ -81,7 +81,7 @@ def check_source(recipe: Recipe, folder: RunDir, source: RunDir) -> None:
 
 def _check_came_from(folder: RunDir, source: RunDir) -> None:
     for stage in STAGES:
-        if folder.marker(stage, START).exists() and folder.facts(stage, START) != source.facts(stage, START):
+        if folder.marker(stage, START).exists() and folder.lasting(stage, START) != source.lasting(stage, START):
             raise RunError(
                 f"{folder.root}: has begun with another start than that of {source.root}. Choose another --run-dir, "
                 "or start again with --fresh (this deletes what is there)"

@@ -69,14 +69,21 @@ def run(
 
 
 @app.command()
-def plan(recipe: RecipePath, overrides: Overrides = None, run_dir: RunOption = None) -> None:
+def plan(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    run_dir: RunOption = None,
+    processes: Annotated[
+        int, typer.Option(min=1, envvar="WORLD_SIZE", help="How many the run is spread over, one on each device.")
+    ] = 1,
+) -> None:
     """Show what a recipe will take. Pairs, steps, tokens, memory, disk, time: without weights, without network."""
     from rich.console import Console
 
     from spinlm.plan import make_plan, refusals, render
 
     loaded = _load(recipe, overrides)
-    found = make_plan(loaded, RunDir(_run_folder(recipe, run_dir)))
+    found = make_plan(loaded, RunDir(_run_folder(recipe, run_dir)), processes)
     Console().print(render(found))
     if any(refusals(found)):
         raise typer.Exit(RunError.exit_code)
@@ -381,6 +388,11 @@ def _stage(name: str, path: Path, iteration: int) -> None:
             print(f"{name} of iteration {iteration}: " + ("already complete" if done else "complete"))
 
 
+def _called() -> str:
+    """How this command line was called."""
+    return "python -m spinlm" if sys.argv[0].endswith("__main__.py") else sys.argv[0]
+
+
 def _print_result(run: RunDir) -> None:
     from rich.console import Console
 
@@ -396,8 +408,7 @@ def _print_result(run: RunDir) -> None:
     console.print(verdict(run), markup=False)
     asked = system_prompt(run)  # without it, a prompt would be another task
     system = f" --system {shlex.quote(asked)}" if asked else ""
-    called = "python -m spinlm" if sys.argv[0].endswith("__main__.py") else sys.argv[0]
-    spinlm = "spinlm" if shutil.which("spinlm") else called
+    spinlm = "spinlm" if shutil.which("spinlm") else _called()
     folder, recipe, other = (shlex.quote(f"{run.root}{end}") for end in ("", "/recipe.yaml", "-control"))
     control = f"run {recipe} 'objective={{name: sft}}' --start-from {folder} --run-dir {other}"
     commands = {

@@ -4,7 +4,9 @@ Examples and generations are JSON lines, one record a line, so that a person can
 so that training reads them from disk without holding them as Python objects; `datasets.Dataset.from_file` opens one.
 """
 
+import errno
 import json
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -163,7 +165,7 @@ def read_pairs(paths: Iterable[Path]) -> Any:
     """Open pair files as one memory-mapped Arrow table (columns as in `Pair`).
 
     Raises:
-        RunError: a file is not a complete Arrow stream.
+        RunError: a file is not a complete Arrow stream, or there are more files than a process can map.
     """
     import pyarrow as pa
 
@@ -173,6 +175,11 @@ def read_pairs(paths: Iterable[Path]) -> Any:
             with pa.ipc.open_stream(pa.memory_map(str(path))) as reader:
                 tables.append(reader.read_all())
         except (pa.ArrowInvalid, OSError) as error:
+            if os.strerror(errno.ENOMEM) in str(error):  # Arrow gives no number
+                raise RunError(
+                    f"{path}: cannot be mapped beside {len(tables)} others: the system allows a process no more. Raise "
+                    "vm.max_map_count, or run with a larger opponent.shard_size in another --run-dir"
+                ) from error
             raise RunError(
                 f"{path}: not a readable pair file ({error}). Delete it and score.done beside it, then run again"
             ) from error

@@ -20,6 +20,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ START = -1
 """The iteration number of the starting player θ_0."""
 
 Stage = tuple[str, int]  # name and iteration
+TIMES = ("seconds", "resumed")
+"""What a marker says of how long its stage took: the only facts in it that are not the same every time."""
 
 
 def player_name(iteration: int) -> str:
@@ -45,6 +48,7 @@ class RunDir:
 
     def __init__(self, root: Path):
         self.root = root
+        self._began: dict[Stage, tuple[float, bool]] = {}  # when, and whether earlier work was found
 
     def iteration(self, iteration: int) -> Path:
         """Folder of an iteration; `START` is the starting player's."""
@@ -163,11 +167,13 @@ class RunDir:
         before = _upstream(stage, iteration)
         if before is not None:
             self.require(*before)
+        self._began[stage, iteration] = time.monotonic(), False
         if unfinished is None:
             return
         note = self.iteration(iteration) / f"{stage}.begun"
         made_from = {"made_from": self._upstream_digest(stage, iteration)}
         if note.exists() and read_json(note) == made_from:
+            self._began[stage, iteration] = time.monotonic(), True
             return
         if unfinished.is_dir():
             shutil.rmtree(unfinished)
@@ -175,6 +181,9 @@ class RunDir:
 
     def complete(self, stage: str, iteration: int, outputs: Iterable[Path], **facts: Any) -> None:
         """Write a stage's marker, as its last act. `facts` are kept in the marker for people to read.
+
+        So are the `seconds` since the stage began in this process. One that went on with earlier work says `resumed`:
+        what that took before is not known.
 
         Raises:
             RunError: the stage before it is not complete.
@@ -184,9 +193,16 @@ class RunDir:
             "made_from": self._upstream_digest(stage, iteration),
             "digest": hashlib.sha256(json.dumps(written, sort_keys=True).encode()).hexdigest(),
             **facts,
+            **self._seconds(stage, iteration),
             "outputs": written,
         }
         write_json(self.marker(stage, iteration), marker)
+
+    def _seconds(self, stage: str, iteration: int) -> dict[str, Any]:
+        if (stage, iteration) not in self._began:
+            return {}
+        began, resumed = self._began[stage, iteration]
+        return {"seconds": round(time.monotonic() - began, 3)} | ({"resumed": True} if resumed else {})
 
     def facts(self, stage: str, iteration: int) -> dict[str, Any]:
         """What a completed stage noted in its marker.
@@ -199,6 +215,10 @@ class RunDir:
         if not isinstance(noted, dict) or not {"made_from", "digest", "outputs"} <= noted.keys():
             raise RunError(f"{path}: damaged (not a marker). Delete it and run again to redo the stage")
         return noted
+
+    def lasting(self, stage: str, iteration: int) -> dict[str, Any]:
+        """`facts` without what differs when the stage is done again: its time."""
+        return {name: fact for name, fact in self.facts(stage, iteration).items() if name not in TIMES}
 
     def require(self, stage: str, iteration: int) -> None:
         """Make sure that a stage is complete and that its files are as it wrote them.

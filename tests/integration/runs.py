@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from spinlm.rundir import TIMES
+
 RECIPE = """\
 # a tiny recipe
 model: {path: model}
@@ -71,6 +73,10 @@ def steps(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
+def without(values: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name not in names}
+
+
 def contents(run: Path) -> dict[str, str]:
     """Digest of every file of a run, without what a clock or a process number decides."""
     found = {}
@@ -78,9 +84,11 @@ def contents(run: Path) -> dict[str, str]:
         name = path.relative_to(run).as_posix()
         if path.is_symlink():
             found[name] = f"-> {path.readlink()}"
+        elif path.suffix == ".done":
+            found[name] = json.dumps(without(json.loads(path.read_text(encoding="utf-8")), *TIMES))
         elif path.is_file() and name not in ("lock", "provenance.json", "metrics.jsonl"):
             found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
-    timeless = [{key: value for key, value in line.items() if key != "tokens_per_second"} for line in steps(run)]
+    timeless = [without(line, "tokens_per_second") for line in steps(run)]
     return found | {"metrics.jsonl": json.dumps(timeless)}
 
 

@@ -47,7 +47,8 @@ def test_the_control_that_a_run_names_can_be_run(world, cli, reference, tmp_path
     source = shutil.copytree(reference, tmp_path / "a run", symlinks=True)
     said = cli("run", world.recipe, "--run-dir", source, folder=world.folder).out
     line = next(line for line in said.splitlines() if "objective={name: sft}" in line)
-    _, *command = shlex.split(line, comments=True)
+    command = shlex.split(line, comments=True)
+    command = command[command.index("run") :]  # after `spinlm` or `python -m spinlm`
     said = cli(*command, "selfplay.iterations=1", folder=tmp_path).out
     assert (tmp_path / "a run-control" / "iteration-0" / "promote.done").exists()
     assert "More supervised fine-tuning" in said and "objective=" not in said

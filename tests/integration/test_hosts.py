@@ -50,7 +50,7 @@ class Hosts:
         """Start torchrun on a host, with one process."""
         address = (FIRST, SECOND)[number]
         rendezvous = ("--rdzv-backend", "c10d", "--rdzv-endpoint", f"{FIRST}:29400", "--rdzv-id", "spinlm")
-        settings = f"is_host={int(number == 0)},read_timeout=10"
+        settings = f"is_host={int(number == 0)}"
         environment = os.environ | {
             "GLOO_SOCKET_IFNAME": self.cables[number],
             "SPINLM_LOST_AFTER": str(LOST_AFTER),

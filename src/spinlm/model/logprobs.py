@@ -137,7 +137,8 @@ class LogProbs(nn.Module):
         """Final hidden states at the positions that predict a response token: [M, D]."""
         self.use_attention(layout.spans is not None)
         device = layout.input_ids.device.type
-        with torch.autocast(device, dtype=self.autocast, enabled=self.autocast is not None):
+        # A weight is used once: kept casts would only be in the way of what is recomputed or gathered later.
+        with torch.autocast(device, dtype=self.autocast, enabled=self.autocast is not None, cache_enabled=False):
             states = self.causal.base_model(
                 input_ids=layout.input_ids,
                 position_ids=layout.position_ids,

@@ -93,7 +93,7 @@ class Players:
     @cached_property
     def accelerator(self) -> Any:
         """Accelerate, for training in several processes and for trackers."""
-        from accelerate import Accelerator
+        from accelerate import Accelerator, DistributedDataParallelKwargs
 
         check_trackers(self.recipe.tracking)
         # Precision is the module's own affair, the same in scoring as in training, so Accelerate is told to leave it.
@@ -102,6 +102,7 @@ class Players:
             mixed_precision="no",
             log_with=list(self.recipe.tracking) or None,
             project_dir=self.run.root,
+            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)],
         )
 
     def parallel(self) -> Parallel:

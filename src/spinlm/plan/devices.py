@@ -12,9 +12,14 @@ GPU_UTILISATION = 0.40
 GPU_BANDWIDTH = 3.35e12 * 0.60  # bytes/s: weights and KV cache are read once for each generated token
 GPU_MEMORY = 80e9
 GPU_LAYER_SECONDS = 0.75e-3  # a layer costs at least its kernel launches, however small the model
+GPUS_IN_A_MACHINE = 8
+GPU_LINK = 450e9 * 0.70  # bytes/s each way between the GPUs of a machine
+GPU_NETWORK = 50e9 * 0.70  # and between machines, one port of 400 Gbit/s for each GPU
 CPU_CORE_FLOPS = 100e9  # float32
 CPU_UTILISATION = 0.60
 CPU_GENERATION_UTILISATION = 0.30
+TOKENISER_SPEED = 150e3  # tokens/s of a core, rendering included
+CPU_NETWORK = 1.25e9 * 0.70  # 10 Gbit/s
 
 
 class Device(NamedTuple):
@@ -33,6 +38,14 @@ class Device(NamedTuple):
     def memory(self) -> float:
         """Bytes."""
         return GPU_MEMORY if self is GPU else total_memory()
+
+    def bandwidth(self, processes: int) -> tuple[float, str]:
+        """Bytes a second that each process can send, and what is assumed for that."""
+        if self is CPU:
+            return CPU_NETWORK, "assumed: 70% of 10 Gbit/s"
+        if processes <= GPUS_IN_A_MACHINE:
+            return GPU_LINK, "assumed: 70% of 450 GB/s within a machine"
+        return GPU_NETWORK, "assumed: 70% of 400 Gbit/s for each GPU between machines"
 
     def generation_seconds(self, shape: Shape, prompt: int, tokens: int, replies: int, batch: int) -> float:
         """Reading the prompts, then one step for each new token of a batch."""

@@ -1,18 +1,36 @@
-"""The plan: work, memory, time and disk, counted from the recipe, the data's lengths and the model's shape."""
+"""The plan: work, memory and time, counted from the recipe, the data's lengths and the model's shape."""
 
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 from spinlm.config import EXECUTION_ONLY, MEMORY_MARGIN, Recipe, at_iteration, optimizer_bytes
-from spinlm.plan.devices import CPU, DEVICES, GPU, Device
-from spinlm.plan.lengths import CHARACTERS_PER_TOKEN, Lengths, Tokens, find_lengths
+from spinlm.plan.devices import CPU, DEVICES, GPU, TOKENISER_SPEED, Device
+from spinlm.plan.lengths import Lengths, Tokens, find_lengths
 from spinlm.plan.lookup import find_shape
 from spinlm.plan.shapes import Shape, UnknownShapeError
 from spinlm.rundir import START, RunDir
 
 UNKNOWN_PROMPTS = 1000
 LOGITS_BYTES = {CPU: 2 * (4 << 23), GPU: 2 * (4 << 26)}  # a chunk of logits in float32, and a copy
+
+
+class Replies(NamedTuple):
+    """Responses to generate."""
+
+    number: int
+    tokens: int  # in each, if they are as long as the real ones
+    most: int  # and at most
+
+
+class Hours(NamedTuple):
+    """Of each stage, in the process that takes longest."""
+
+    generate: float
+    score: float
+    train: float
+    evaluate: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,8 +40,12 @@ class Work:
     iteration: int
     prompts: int
     steps: int
-    replies: tuple[tuple[int, int], ...]  # how many are generated, and tokens in each at most; held-out ones included
-    scored: Tokens  # without gradients, held-out ones before and after training included
+    trees: int  # in a step: all pairs of a prompt are one
+    drawn: Replies  # by the opponent, held-out ones included
+    answered: Replies  # by the player in evaluation: as asked for, and from its own distribution
+    scored: Tokens  # by the opponent, held-out ones included
+    judged: Tokens  # in evaluation
+    watched: Tokens  # held-out ones between the epochs of training
     trained: Tokens  # with gradients, over all epochs
     responses: int = 0  # synthetic ones to train on
     pairs: int = 0
@@ -32,8 +54,18 @@ class Work:
 
     @property
     def generated(self) -> int:
-        """Tokens at most."""
-        return sum(replies * tokens for replies, tokens in self.replies)
+        """Tokens, as far as they are known."""
+        return sum(replies.number * replies.tokens for replies in (self.drawn, self.answered))
+
+    @property
+    def generated_at_most(self) -> int:
+        return sum(replies.number * replies.most for replies in (self.drawn, self.answered))
+
+    @property
+    def read(self) -> Tokens:
+        """All that is computed without gradients and is not generated."""
+        parts = (self.scored, self.judged, self.watched)
+        return Tokens(sum(part.tree for part in parts), sum(part.rows for part in parts))
 
 
 @dataclass(frozen=True)
@@ -46,6 +78,12 @@ class Plan:
     shape_source: str  # or why there is none
     finished: tuple[str, ...]  # stages of an existing run that will not be done again
     changed: tuple[str, ...]  # why an existing run will be refused
+    processes: int = 1  # one on each device
+
+    @property
+    def sharded(self) -> bool:
+        """Whether processes divide the model among them, instead of each having all of it."""
+        return self.processes > 1 and self.recipe.train.sharding == "full"
 
     @property
     def set_apart(self) -> int:
@@ -82,19 +120,20 @@ class Plan:
         return self._start(), *(self._iteration(number) for number in range(self.recipe.selfplay.iterations))
 
     def _start(self) -> Work:
-        heldout = self.recipe.data.heldout
-        warmup, scored = self.recipe.warmup_sft, self.lengths.tokens((heldout, 0), (heldout, 1))
-        if warmup is None:
-            return Work(START, 0, 0, (self._answers(),), scored, Tokens(0, 0))
-        prompts = warmup.prompts or self.prompts
+        heldout, warmup = self.recipe.data.heldout, self.recipe.warmup_sft
+        prompts = (warmup.prompts or self.prompts) if warmup else 0
         return Work(
             iteration=START,
             prompts=prompts,
-            steps=warmup.epochs * math.ceil(prompts / warmup.batch_size),
-            replies=(self._answers(),),
-            scored=scored,
-            trained=self.lengths.tokens((warmup.epochs * prompts, 0)),
-            learning_rate=warmup.learning_rate,
+            steps=warmup.epochs * math.ceil(prompts / warmup.batch_size) if warmup else 0,
+            trees=warmup.batch_size if warmup else 1,
+            drawn=Replies(0, 0, 0),
+            answered=self._answers(),
+            scored=Tokens(0, 0),
+            judged=self.lengths.tokens((2 * heldout, 1)),  # with one of its own responses, twice
+            watched=self.lengths.tokens(((warmup.epochs + 1) * heldout, 0)) if warmup else Tokens(0, 0),
+            trained=self.lengths.tokens((warmup.epochs * prompts, 0)) if warmup else Tokens(0, 0),
+            learning_rate=warmup.learning_rate if warmup else None,
         )
 
     def _iteration(self, iteration: int) -> Work:
@@ -102,14 +141,19 @@ class Plan:
         prompts, samples, used = self.prompts, opponent.samples_per_prompt, self.recipe.used(iteration)
         asked = 0 if self.recipe.objective.name == "sft" else prompts  # for responses to learn from
         drawn = 0 if self.recipe.preferences else (asked + heldout) * samples
-        watched = (train.epochs - 1) * heldout if self.recipe.selfplay.guard else 0
+        trees = max(1, train.batch_size // used)
         return Work(
             iteration=iteration,
             prompts=prompts,
             # All pairs of a prompt are in one step; ⌈pairs / batch_size⌉ where their number divides the batch.
-            steps=train.epochs * math.ceil(prompts / max(1, train.batch_size // used)),
-            replies=((drawn, opponent.max_new_tokens), self._answers()),
-            scored=self.lengths.tokens((asked, used), (2 * heldout, samples), (2 * heldout, 1), (watched, 0)),
+            steps=train.epochs * math.ceil(prompts / trees),
+            trees=trees,
+            drawn=Replies(drawn, self.lengths.synthetic, opponent.max_new_tokens),
+            answered=self._answers(),
+            scored=self.lengths.tokens((asked, used), (heldout, samples)),
+            # The player reads the opponent's responses and one of its own; then θ_0 reads that one.
+            judged=self.lengths.tokens((heldout, samples + 1), (heldout, 1)),
+            watched=self.lengths.tokens(((train.epochs - 1) * heldout if self.recipe.selfplay.guard else 0, 0)),
             trained=self.lengths.tokens((train.epochs * prompts, self.recipe.beside(iteration))),
             responses=asked * samples,
             pairs=asked * used,
@@ -117,25 +161,27 @@ class Plan:
             beta=at_iteration(self.recipe.objective.beta, iteration) if "beta" in self.recipe.objective.reads else None,
         )
 
-    def _answers(self) -> tuple[int, int]:
-        """Held-out answers, as evaluation asks for and from the player's own distribution, and tokens in each."""
-        return 2 * self.recipe.data.heldout, self.recipe.evaluate.max_new_tokens or self.recipe.opponent.max_new_tokens
+    def _answers(self) -> Replies:
+        """Held-out answers, as evaluation asks for and from the player's own distribution."""
+        most = self.recipe.evaluate.max_new_tokens or self.recipe.opponent.max_new_tokens
+        return Replies(2 * self.recipe.data.heldout, min(most, self.lengths.answer), most)
 
     def memory(self, shape: Shape, device: Device) -> dict[str, int]:
-        """Peak bytes in one process on one device, with nothing divided over processes."""
+        """Peak bytes in one process on one device. Only to train can the model be divided."""
         opponent, state = self.recipe.opponent, self._state(shape, device)
-        weights = state["weights"]
         activations = self._activations(shape, device, self.checkpoints(shape, device))
         parts = state | {"activations": activations, "logits": LOGITS_BYTES[device]}
         context = self.lengths.longest_prompt + opponent.max_new_tokens
         cache = opponent.batch_size * context * shape.kv_bytes(device.width)
         lora = self.recipe.lora
         merged = device.width * shape.parameters if lora and not lora.quantize and device is CPU else 0  # at most
+        whole = self._stored(shape, device) + self._copy(shape, device)
         return parts | {
             "training": sum(parts.values()),
+            **({"whole weights while generating": whole} if self.sharded else {}),
             "KV cache": cache,
             "merged weights while generating": merged,
-            "generating": weights + cache + merged,
+            "generating": whole + cache + merged,
         }
 
     def checkpoints(self, shape: Shape, device: Device) -> bool:
@@ -146,14 +192,29 @@ class Plan:
         free = device.memory - sum(self._state(shape, device).values())
         return MEMORY_MARGIN * self._activations(shape, device, checkpointing=False) > free
 
+    def _stored(self, shape: Shape, device: Device) -> int:
+        """Bytes of the weights: what is trained stays in float32, beside a frozen base."""
+        lora = self.recipe.lora
+        return 4 * shape.trained(lora) + (shape.frozen_bytes(device.width, lora) if lora else 0)
+
+    def _copy(self, shape: Shape, device: Device) -> int:
+        """Bytes of the copy in another precision that full fine-tuning computes with."""
+        return 0 if self.recipe.lora or device.width == 4 else device.width * shape.parameters
+
     def _state(self, shape: Shape, device: Device) -> dict[str, int]:
-        """Bytes of what is there before a step begins."""
-        trained = shape.trained(self.recipe.lora)
-        weights = 4 * trained  # what is trained stays in float32
-        if self.recipe.lora or device.width == 2:
-            weights += shape.frozen_bytes(device.width, self.recipe.lora)  # or a copy to compute with
-        optimizer = trained * max(map(optimizer_bytes, self.optimizers))
-        return {"weights": weights, "gradients": 4 * trained, "optimiser state": optimizer}
+        """Bytes of what is there before a step's end, but for activations."""
+        trained, weights = shape.trained(self.recipe.lora), self._stored(shape, device)
+        copy = self._copy(shape, device)
+        state = {"gradients": 4 * trained, "optimiser state": trained * max(map(optimizer_bytes, self.optimizers))}
+        if not self.sharded:
+            return {"weights": weights + copy, **state}
+        divided = {name: math.ceil(size / self.processes) for name, size in {"weights": weights, **state}.items()}
+        # Without gradient checkpointing autocast's copies of what was gathered stay until backward, in every process.
+        return divided | {"gathered layer": self._gathered_width(device) * shape.gathered, "copy to compute with": copy}
+
+    def _gathered_width(self, device: Device) -> int:
+        """Bytes of a number as it travels: as it is stored, since it is autocast that makes it shorter."""
+        return device.width if self.recipe.lora else 4
 
     def _activations(self, shape: Shape, device: Device, checkpointing: bool) -> int:
         """Bytes that are kept of the largest micro-batch until its backward pass."""
@@ -161,45 +222,70 @@ class Plan:
         token = shape.activation_bytes(device.width, longest, self.recipe.lora, checkpointing=checkpointing)
         return token * self.recipe.most_tokens("tree" if self.trees else "pair")
 
-    def hours(self, shape: Shape, device: Device, work: Work) -> tuple[float, float, float]:
-        """To generate, score and train on one device; held-out answers and pairs are in the first two.
+    def hours(self, shape: Shape, device: Device, work: Work) -> Hours:
+        """Of each stage, in the process that has most to do. What travels between processes is not in it.
 
         A token costs 2 operations for each parameter forward and 4 backward. A frozen weight needs no gradient of its
         own, so with LoRA backward costs 2; gradient checkpointing runs forward once more. Attention itself, a few per
         cent at these lengths, is left out.
         """
-        passes = 1 + (1 if self.recipe.lora else 2) + self.checkpoints(shape, device)
+        recipe, heldout = self.recipe, self.recipe.data.heldout
+        passes = 1 + (1 if recipe.lora else 2) + self.checkpoints(shape, device)
         hour = 3600 * device.flops / (2 * shape.multiplied)  # tokens
-        generate = sum(
-            device.generation_seconds(shape, self.lengths.prompt, tokens, replies, self.recipe.opponent.batch_size)
-            for replies, tokens in work.replies
+        dealt = self._largest_share(*([work.prompts] if work.pairs else []), heldout)
+        held_out = self._largest_share(heldout)
+
+        def read(tokens: Tokens) -> float:
+            return (tokens.tree if self.trees else tokens.rows) / hour
+
+        def generate(replies: Replies, share: float) -> float:
+            mine = math.ceil(share * replies.number)
+            batch = recipe.opponent.batch_size
+            return device.generation_seconds(shape, self.lengths.prompt, replies.tokens, mine, batch) / 3600
+
+        step = math.ceil(work.trees / self.processes) / work.trees
+        return Hours(
+            generate=generate(work.drawn, dealt),
+            score=dealt * read(work.scored),
+            train=step * passes * read(work.trained) + read(work.watched),  # every process looks for itself
+            evaluate=generate(work.answered, held_out) + held_out * read(work.judged),
         )
-        scored, trained = (one.tree if self.trees else one.rows for one in (work.scored, work.trained))
-        return generate / 3600, scored / hour, passes * trained / hour
+
+    def _largest_share(self, *splits: int) -> float:
+        """Of all prompts, those of the process with most shards: shards are not divided."""
+        size = self.recipe.opponent.shard_size
+        shards = sum(math.ceil(prompts / size) for prompts in splits)
+        return min(1.0, math.ceil(shards / self.processes) * size / max(1, sum(splits)))
 
     @property
-    def disk(self) -> dict[str, int | None]:
-        """Bytes in the run folder when the run is over, checkpoints while it runs; None where the shape is needed."""
-        recipe, lengths, shape = self.recipe, self.lengths, self.shape
-        text = CHARACTERS_PER_TOKEN + 6  # a token as text, and as a decimal number in JSON
-        heldout = recipe.data.heldout * recipe.opponent.samples_per_prompt * recipe.selfplay.iterations
-        pairs = heldout + sum(one.pairs for one in self.work)
-        trained = shape.trained(recipe.lora) if shape else None
-        rejected = (self.prompts + self.set_apart) * lengths.synthetic * text if recipe.preferences else 0
-        whole: dict[str, int | None] = {"base": 4 * shape.parameters if shape else None}
-        return {
-            "examples": (self.prompts + self.set_apart) * (lengths.prompt + lengths.real) * text + rejected,
-            "generations": sum(one.generated for one in self.work) * text + rejected,
-            "pairs": pairs * (lengths.prompt + lengths.real + lengths.synthetic) * 4,
-            **(whole if recipe.model.path.endswith(".gguf") else {}),
-            "players": trained and 4 * trained * len(self.work),  # θ_0 and each iteration's, in float32
-            # The newest one, and the one being written.
-            "checkpoints": trained and 2 * (4 + optimizer_bytes(recipe.train.optimizer)) * trained,
-        }
+    def preparing(self) -> float:
+        """Hours to render and tokenise the examples, which the first process does alone."""
+        tokens = (self.prompts + self.set_apart) * (self.lengths.prompt + self.lengths.real)
+        return tokens / TOKENISER_SPEED / 3600
+
+    def traffic(self, shape: Shape, device: Device, work: Work) -> int:
+        """Bytes that each process sends in one optimiser step.
+
+        Whole models exchange gradients in a ring, in float32. A divided one is gathered for every forward and every
+        backward pass, the tables around its blocks for both at once, and its gradients are summed and divided again.
+        """
+        ring, trained = (self.processes - 1) / self.processes, 4 * shape.trained(self.recipe.lora)
+        if not self.sharded or not work.steps:
+            return int(2 * ring * trained) if work.steps else 0
+        tokens = (work.trained.tree if self.trees else work.trained.rows) / work.steps / self.processes
+        passes = math.ceil(tokens / self.recipe.train.tokens_per_micro_batch)
+        gathered = self._gathered_width(device) * (2 * shape.parameters - shape.tables)
+        return int(passes * ring * (gathered + trained))
 
 
-def make_plan(recipe: Recipe, run: RunDir | None = None) -> Plan:
-    """Work out what a recipe will do and need, and what of it a run folder already holds."""
+def make_plan(recipe: Recipe, run: RunDir | None = None, processes: int = 1) -> Plan:
+    """Work out what a recipe will do and need, and what of it a run folder already holds.
+
+    Args:
+        recipe: what is to be done.
+        run: the run folder, there or not.
+        processes: how many the run is spread over, one on each device.
+    """
     shape: Shape | None = None
     try:
         shape, source = find_shape(recipe.model)
@@ -210,7 +296,8 @@ def make_plan(recipe: Recipe, run: RunDir | None = None) -> Plan:
         if run and run.recipe.exists() and run.begun()
         else []
     )
-    return Plan(recipe, find_lengths(recipe), shape, source, _finished(recipe, run) if run else (), tuple(changed))
+    lengths = find_lengths(recipe, run if not changed else None)
+    return Plan(recipe, lengths, shape, source, _finished(recipe, run) if run else (), tuple(changed), processes)
 
 
 def _finished(recipe: Recipe, run: RunDir) -> tuple[str, ...]:

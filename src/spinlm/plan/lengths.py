@@ -1,15 +1,18 @@
-"""How long the data's prompts and responses are, in tokens: estimated from a local .jsonl file, or at most."""
+"""How long prompts and responses are, in tokens: as a run has them, estimated from a local .jsonl file, or at most."""
 
 import json
 import math
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from spinlm.config import Data, Recipe
+from spinlm.rundir import START, RunDir
 
-CHARACTERS_PER_TOKEN = 4
 SAMPLE_ROWS = 200
+TURN_TOKENS = 5  # a chat template's marks around a message, its role among them
+REPLY_TOKENS = 3  # those that open the response, in the prompt
 
 
 class Tokens(NamedTuple):
@@ -31,6 +34,12 @@ class Lengths:
     limits: bool  # the longest possible, not what the data have
     examples: int | None = None  # in the data; None where they were not counted
     counted: str = ""  # how
+    answered: str = ""  # where the length of synthetic responses was measured; assumed like the real ones' otherwise
+
+    @property
+    def answer(self) -> int:
+        """Tokens of an answer that nothing cuts: as the real one has, or the opponent's where they were seen."""
+        return self.synthetic if self.answered else self.real
 
     def tokens(self, *parts: tuple[int, int]) -> Tokens:
         """Of some prompts with their real response and a number of synthetic ones each."""
@@ -39,8 +48,10 @@ class Lengths:
         return Tokens(tree, tree + sum(prompts * responses * self.prompt for prompts, responses in parts))
 
 
-def find_lengths(recipe: Recipe) -> Lengths:
-    """How long prompts and responses are: estimated from a local .jsonl file, else the recipe's limits."""
+def find_lengths(recipe: Recipe, run: RunDir | None = None) -> Lengths:
+    """How long they are: as a run folder has them, estimated from a local .jsonl file, or else the recipe's limits."""
+    if run is not None and run.marker("prepare", START).exists():
+        return _prepared(recipe, run)
     limit, new = recipe.train.max_length, recipe.longest_synthetic
     path = Path(recipe.data.path).expanduser()
     count, counted, sizes = None, "", []
@@ -60,9 +71,28 @@ def find_lengths(recipe: Recipe) -> Lengths:
     fitting = [(prompt, real) for prompt, real in sizes if prompt < limit] or [(limit // 2, limit // 2)]
     prompt = math.ceil(sum(prompt for prompt, _ in fitting) / len(fitting))
     real = math.ceil(sum(min(real, limit - prompt) for prompt, real in fitting) / len(fitting))
-    source = f"mean of {len(sizes)} examples in {path.name}, at {CHARACTERS_PER_TOKEN} characters per token"
+    source = f"mean of {len(sizes)} examples in {path.name}, tokens estimated from words and signs"
     longest = max(prompt for prompt, _ in fitting)
     return Lengths(prompt, real, min(real, new), longest, source, False, count, counted)
+
+
+def _prepared(recipe: Recipe, run: RunDir) -> Lengths:
+    """Token counts of a run's examples, and once there are some of its opponent's latest responses."""
+    counts = run.facts("prepare", START)["counts"]
+    name = "train" if counts["train"] else "heldout"
+    _, sample = _sample_lines(run.examples(name))
+    rows = [json.loads(line) for line in sample]
+    prompts, reals = ([len(row[key]) for row in rows] for key in ("prompt_ids", "response_ids"))
+    prompt, real = (math.ceil(sum(sizes) / len(sizes)) for sizes in (prompts, reals))
+    source = f"mean of {len(rows)} of the run's examples, tokenised"
+    lengths = Lengths(prompt, real, min(real, recipe.longest_synthetic), max(prompts), source, False)
+    lengths = replace(lengths, examples=sum(counts.values()), counted="examples of the run")
+    for iteration in reversed(range(recipe.selfplay.iterations)):
+        if run.marker("score", iteration).exists():
+            facts = run.facts("score", iteration)
+            mean = facts.get("train", facts["heldout"])["mean_tokens"]
+            return replace(lengths, synthetic=math.ceil(mean), answered=f"mean of iteration {iteration}'s")
+    return lengths
 
 
 def _sample_lines(path: Path) -> tuple[int, list[bytes]]:
@@ -102,20 +132,44 @@ def _sizes(line: bytes, data: Data) -> list[tuple[int, int]]:
         texts = {"user": _text(row, columns.prompt, _PROMPTS), "assistant": response}
         turns = [{"role": role, "content": text} for role, text in texts.items() if text is not None]
         messages = [row.get(columns.system or "system"), *turns]
-    tokens = [_characters(message) / CHARACTERS_PER_TOKEN for message in messages]
+    tokens = [_tokens(message) for message in messages]
     roles = [message.get("role") if isinstance(message, dict) else None for message in messages]
     replies = [at for at, role in enumerate(roles) if role == "assistant" and "user" in roles[:at]]
     chosen = {"first": replies[:1], "last": replies[-1:], "every": replies}[data.turns]
-    return [(max(1, math.ceil(sum(tokens[:at]))), max(1, math.ceil(tokens[at]))) for at in chosen]
+    marks = [TURN_TOKENS * sum(map(bool, tokens[:at])) + REPLY_TOKENS for at in chosen]
+    return [
+        (math.ceil(sum(tokens[:at]) + more), math.ceil(tokens[at]) + 1) for at, more in zip(chosen, marks, strict=True)
+    ]
 
 
 def _text(row: dict[str, Any], named: str | None, usual: tuple[str, ...]) -> Any:
     return next((row[name] for name in ([named] if named else usual) if row.get(name) is not None), None)
 
 
-def _characters(value: Any) -> int:
+def _tokens(value: Any) -> float:
+    """Tokens of a message, or of its parts."""
     if isinstance(value, list):
-        return sum(map(_characters, value))
+        return sum(map(_tokens, value))
     if isinstance(value, dict):
-        return _characters(value.get("content", value.get("text")))
-    return len(value) if isinstance(value, str) else 0
+        return _tokens(value.get("content", value.get("text")))
+    return sum(map(_piece, _PIECES.finditer(value))) if isinstance(value, str) else 0
+
+
+_PIECES = re.compile(r"(?P<word>[^\W\d_]+)|(?P<signs>[^\w\s]+|_+)|(?P<one>\d|\n+)")
+
+
+def _piece(found: re.Match[str]) -> float:
+    """Tokens of a word, of signs in a row, of a digit or of line breaks.
+
+    Tuned on SmolLM2's vocabulary: common words are one token, capitals and other alphabets fall apart, each digit
+    stands alone. Mean counts of English prose, code, sums and JSON come out within 15% of its own.
+    """
+    text = found.group()
+    match found.lastgroup:
+        case "word" if not text.isascii() or (text.isupper() and len(text) > 1):
+            return max(1.0, len(text) / 2.5)
+        case "word":
+            return 1 + 0.05 * max(0, len(text) - 4)
+        case "signs":
+            return 1 + 0.5 * (len(text) - 1)
+    return 1

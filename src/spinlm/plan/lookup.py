@@ -44,6 +44,7 @@ _PUBLISHED = {
     "alignment-handbook/zephyr-7b-sft-full": _MISTRAL_7B,
     "gpt2": _GPT2,
     "meta-llama/Llama-3.1-8B": ("llama", 128256, 4096, 32, 32, 8, 14336, 131072, False),
+    "meta-llama/Llama-3.1-70B": ("llama", 128256, 8192, 80, 64, 8, 28672, 131072, False),
     "mistralai/Mistral-7B-v0.1": _MISTRAL_7B,
     "openai-community/gpt2": _GPT2,
 }

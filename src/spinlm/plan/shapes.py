@@ -56,6 +56,16 @@ class Shape:
         return self.parameters - (self.positions + (0 if self.tied else self.vocab)) * self.hidden
 
     @property
+    def gathered(self) -> int:
+        """Parameters of a block, the unit in which a divided model is gathered, and of the tables around the blocks."""
+        return (self.parameters - self.tables) // self.layers + self.tables
+
+    @property
+    def tables(self) -> int:
+        """Parameters outside the blocks: embeddings, the output head, and (counted here too) all norms."""
+        return self.parameters - self.layers * sum(inputs * outputs for _, inputs, outputs in self.linears)
+
+    @property
     def takes_trees(self) -> bool:
         """Whether its attention can take a mask of our own. GPT-Neo's cannot, and is not fused either."""
         return self.family != "gpt_neo"

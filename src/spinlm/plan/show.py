@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING
 
 from spinlm.config import OPTIMIZER_BYTES
 from spinlm.data.sources import names_a_file
-from spinlm.plan.estimate import Plan, Work
+from spinlm.plan.devices import GPU, TOKENISER_SPEED, Device
+from spinlm.plan.disk import disk, total
+from spinlm.plan.estimate import Hours, Plan, Work
 from spinlm.plan.shapes import Shape
 from spinlm.rundir import START
 
@@ -32,17 +34,19 @@ def render(plan: Plan) -> "RenderableType":
 
 def _tables(plan: Plan) -> Iterator[tuple[str, "Table"]]:
     yield "Work", _table(["iteration", "prompts", "responses", "pairs", "steps", "learning rate", "beta"], _work(plan))
-    columns = ["iteration", "generated ≤", "scored: tree", "rows", "trained: tree", "rows", "tree saves"]
+    columns = ["iteration", "generated", "at most", "scored: tree", "rows", "trained: tree", "rows", "saved"]
     title = "Tokens: all responses to a prompt in one row (tree), or one response per row"
     yield title, _table(columns, map(_tokens, plan.work))
     if plan.shape:
-        columns = [name for device in plan.devices for name in (f"{device.name}: generate", "score", "train")]
-        title = "Time on one device, at the speeds assumed below"
-        yield title, _table(["iteration", *columns], _hours(plan, plan.shape), "all")
+        for device in plan.devices:
+            where = f"one {device.name}" if plan.processes == 1 else f"{plan.processes} × {device.name}"
+            title = f"Time on {where}, at the speeds assumed below"
+            yield title, _table(["iteration", *Hours._fields], _hours(plan, plan.shape, device), "all")
         columns = [f"{device.name}, {device.dtype}" for device in plan.devices]
-        title = "Peak memory of one process, nothing divided over devices"
+        divided = "the model divided over all" if plan.sharded else "nothing divided over devices"
+        title = f"Peak memory of one process, {divided}"
         yield title, _table(["", *columns], _memory(plan, plan.shape), "training", "generating")
-    yield "Disk", _table(["", "size"], _disk(plan), "run folder")
+    yield "Disk", _table(["", "last iteration", "in all", "files, about"], _disk(plan), "run folder")
     yield "What this rests on", _table([], facts(plan))
 
 
@@ -69,13 +73,13 @@ def _work(plan: Plan) -> Iterator[list[str]]:
 
 
 def _tokens(one: Work) -> list[str]:
-    rows = one.scored.rows + one.trained.rows
-    saved = f"{1 - (one.scored.tree + one.trained.tree) / rows:.0%}" if one.pairs else ""
-    return [_name(one), *map(_short, (one.generated, *one.scored, *one.trained)), saved]
+    rows = one.read.rows + one.trained.rows
+    saved = f"{1 - (one.read.tree + one.trained.tree) / rows:.0%}" if one.pairs else ""
+    return [_name(one), *map(_short, (one.generated, one.generated_at_most, *one.read, *one.trained)), saved]
 
 
-def _hours(plan: Plan, shape: Shape) -> Iterator[list[str]]:
-    table = [[hours for one in plan.devices for hours in plan.hours(shape, one, work)] for work in plan.work]
+def _hours(plan: Plan, shape: Shape, device: Device) -> Iterator[list[str]]:
+    table = [plan.hours(shape, device, work) for work in plan.work]
     for work, row in zip(plan.work, table, strict=True):
         yield [_name(work), *map(_duration, row)]
     yield ["all", *(_duration(sum(column)) for column in zip(*table, strict=True))]
@@ -88,10 +92,13 @@ def _memory(plan: Plan, shape: Shape) -> Iterator[list[str]]:
 
 
 def _disk(plan: Plan) -> Iterator[list[str]]:
-    for part, size in plan.disk.items():
-        yield [part, "unknown" if size is None else _short(size, "B")]
-    total = _short(sum(size or 0 for size in plan.disk.values()), "B")
-    yield ["run folder", f"at least {total}" if None in plan.disk.values() else total]
+    parts = disk(plan)
+    for part, room in parts.items():
+        sizes = ("unknown" if size is None else _short(size, "B") for size in (room.last, room.total))
+        yield [part, *sizes, f"{room.files:,}"]
+    whole, missing = total(parts), any(room.total is None for room in parts.values())
+    sizes = (f"{'at least ' if missing else ''}{_short(size or 0, 'B')}" for size in (whole.last, whole.total))
+    yield ["run folder", *sizes, f"{whole.files:,}"]
 
 
 def facts(plan: Plan) -> Iterator[tuple[str, str, str]]:
@@ -105,7 +112,7 @@ def facts(plan: Plan) -> Iterator[tuple[str, str, str]]:
     yield "prompt + response", f"{lengths.prompt:,} + {lengths.real:,} tokens", lengths.source
     source = "at most: " if lengths.limits else "assumed: as long as the real ones, at most "
     limit = "train.max_length" if recipe.preferences else "opponent.max_new_tokens"
-    yield "synthetic response", f"{lengths.synthetic:,} tokens", f"{source}{limit}"
+    yield "synthetic response", f"{lengths.synthetic:,} tokens", lengths.answered or f"{source}{limit}"
     if plan.shape and recipe.lora:
         yield "trained", f"{plan.shape.trained(recipe.lora):,} parameters", "the LoRA adapter, from the shape"
     if recipe.train.packing != "pair":
@@ -119,6 +126,18 @@ def facts(plan: Plan) -> Iterator[tuple[str, str, str]]:
         yield "gradient checkpointing", ", ".join(modes), source
     for device in plan.devices if plan.shape else ():
         yield from device.speeds(recipe.opponent.batch_size)
+    speed = f"assumed: {TOKENISER_SPEED:,.0f} tokens/s, in one process"
+    yield "prepare, before all this", _duration(plan.preparing), speed
+    if plan.shape and plan.processes > 1:
+        yield from _sent(plan, plan.shape)
+
+
+def _sent(plan: Plan, shape: Shape) -> Iterator[tuple[str, str, str]]:
+    for device in plan.devices:
+        speed, source = device.bandwidth(plan.processes)
+        sent = plan.traffic(shape, device, plan.work[-1])
+        said = f"{_short(sent, 'B')} from each process, {_short_seconds(sent / speed)}"
+        yield f"{device.name}, sent in a step", said, f"{source}; not in the time above"
 
 
 def _words(shape: Shape) -> str:
@@ -166,6 +185,11 @@ def notes(plan: Plan) -> Iterator[str]:
             "Lengths are the longest possible: tokens, time and disk are at most as shown, and with shorter prompts "
             "trees save less. A local .jsonl file as data.path gives estimates instead."
         )
+    if plan.shape and plan.devices[0] is GPU:
+        memory = plan.memory(plan.shape, GPU)
+        for what in (what for what in ("training", "generating") if memory[what] > GPU.memory):
+            need, has = (_short(int(size), "B") for size in (memory[what], GPU.memory))
+            yield f"{what.capitalize()} takes {need} on each GPU: more than the {has} of the one assumed here."
     if plan.shape and recipe.opponent.engine == "server":
         yield "Responses come from a server, whose speed is not known: the time to generate is that of this process."
     if plan.shape and recipe.lora and recipe.lora.quantize:
@@ -186,6 +210,10 @@ def _short(number: int, unit: str = "") -> str:
         if number >= 0.9995 * scale:
             return f"{number / scale:.{0 if number >= 99.95 * scale else 1}f} {prefix}{unit}"
     return f"{number} {unit}".rstrip()
+
+
+def _short_seconds(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds >= 1 else f"{1e3 * seconds:.0f} ms"
 
 
 def _duration(hours: float) -> str:

@@ -44,11 +44,11 @@ def generate(recipe: Recipe, run: RunDir, iteration: int) -> None:
     if not at_work:
         players.let_go()  # the first asks another engine for all of them, and that may need the memory
     total = sum(map(len, examples.values())) * sampling.samples
-    already = total - sum(len(examples[split].shard(shard, size)) for split, shard in missing) * sampling.samples
+    left = sum(min(size, len(examples[split]) - shard * size) for split, shard in missing) * sampling.samples
     needed = at_work and missing and not recipe.preferences
     with (
         open_opponent(recipe, players, iteration, packing) if needed else nullcontext() as opponent,
-        track(f"iteration {iteration}: generate", total, already, shared=True) as advance,
+        track(f"iteration {iteration}: generate", total, total - left, shared=True) as advance,
     ):
         for split, shard in team.deal(missing, at_work):
             chosen = examples[split].shard(shard, size)

@@ -41,6 +41,7 @@ def prepare(recipe: Recipe, run: RunDir) -> None:
     run.bind_inputs(inputs)
     if run.done("prepare", START):
         return
+    run.begin("prepare", START)
     write_json(run.provenance, {"inputs": inputs, **provenance()})
     ensure_base(recipe.model, run)
     players = seat(recipe, run)
