@@ -377,8 +377,8 @@ class Recipe(Section):
                 )
         if self.lora and self.lora.quantize and self.train.sharding == "full":
             raise ValueError(
-                "train.sharding is full, but weights in 4 bits cannot be divided over processes: leave train.sharding or "
-                "lora.quantize out"
+                "train.sharding is full, but weights in 4 bits cannot be divided over processes. Leave train.sharding "
+                "or lora.quantize out"
             )
         if self.selfplay.select.metric == "task_score" and self.evaluate.scorer is None:
             raise ValueError("selfplay.select.metric is task_score, but evaluate.scorer names no scorer")

@@ -168,6 +168,7 @@ def joined() -> Iterator[None]:
     except BaseException as error:
         _team.watch.failing()
         told = _explained(_team, error)
+        _team.watch.end_launcher()
         if told is error:
             raise
         raise told from error

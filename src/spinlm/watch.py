@@ -6,6 +6,7 @@ of such a thing ends at the next safe point; where it hangs in a collective and 
 """
 
 import os
+import signal
 import socket
 import sys
 import threading
@@ -51,6 +52,14 @@ class Watch:
         """Say that this process is about to end; where that takes too long, it is ended."""
         self._failing = time.monotonic()
 
+    def end_launcher(self) -> None:
+        """End torchrun where the store is out of reach: it would wait for that without limit, and deaf to signals."""
+        if self._out_of_reach() and "TORCHELASTIC_RUN_ID" in os.environ:
+            os.kill(os.getppid(), signal.SIGKILL)
+
+    def _out_of_reach(self) -> bool:
+        return time.monotonic() - self._contact > self.lost_after
+
     def _beat(self, over: threading.Event) -> None:
         number = 0
         keys = [f"beat/{rank}" for rank in self._watched]
@@ -78,6 +87,7 @@ class Watch:
             if self._failing is not None and now - self._failing > GRACE:
                 if error is not None and not isinstance(error, PeerError):
                     print(f"spinlm: {error}", file=sys.stderr, flush=True)
+                self.end_launcher()
                 os._exit(SpinError.exit_code)
 
     def _trouble(self, now: float) -> SpinError | None:
@@ -86,7 +96,7 @@ class Watch:
             return PeerError(f"another process has ended the run: {self.fault}")
         silent = [rank for rank, (_, when) in self._heard.items() if now - when > self.lost_after]
         me = f"process {self._rank} on {socket.gethostname()}"
-        if now - self._contact > self.lost_after:
+        if self._out_of_reach():
             lost = f"{me}: no contact with the other processes"
         elif silent:
             lost = f"{me}: no sign of life from {', '.join(self._name(rank) for rank in silent)}"
