@@ -8,7 +8,7 @@ iteration; † is more than a GPU of 80 GB has.
 """
 
 import textwrap
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from spinlm.plan import Plan, make_plan
@@ -47,19 +47,11 @@ SCALES = (
 )
 
 
-class Divided(Plan):
-    """A plan in which the processes divide the model."""
-
-    @property
-    def sharded(self) -> bool:
-        return True
-
-
 def plan_of(scale: Scale, processes: int, divided: bool) -> Plan:
-    plan = make_plan(load_recipe(RECIPE, list(scale.changes)), processes=processes)
+    sharding = f"train.sharding={'full' if divided else 'none'}"
+    plan = make_plan(load_recipe(RECIPE, [*scale.changes, sharding]), processes=processes)
     lengths = replace(plan.lengths, prompt=PROMPT, real=RESPONSE, synthetic=RESPONSE, longest_prompt=1500, limits=False)
-    plan = replace(plan, lengths=lengths)
-    return Divided(**{field.name: getattr(plan, field.name) for field in fields(plan)}) if divided else plan
+    return replace(plan, lengths=lengths)
 
 
 def row(scale: Scale, processes: int, divided: bool) -> list[str]:

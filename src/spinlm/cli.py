@@ -323,7 +323,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries, about each other
     alone = os.environ.get("RANK", "0") == "0"  # of several processes the first tells how it goes
     logging.basicConfig(format="%(message)s", level=logging.INFO if alone else logging.ERROR, stream=sys.stderr)
-    for noisy in ("transformers", "httpx", "accelerate", "datasets", "peft", "lm_eval"):
+    for noisy in ("transformers", "httpx", "accelerate", "datasets", "peft", "lm_eval", "bitsandbytes"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     try:
         app()

@@ -148,9 +148,24 @@ class Server(Section):
         return self
 
 
+class Vllm(Section):
+    """vLLM in processes of its own, which end with the stage."""
+
+    tensor_parallel: Count = 1
+    """GPUs that divide a copy of the model among them."""
+    data_parallel: Count = 1
+    """Copies of the model, which share the prompts."""
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """Share of a GPU's memory that vLLM takes."""
+    options: dict[str, Any] = {}
+    """Further arguments of vllm.LLM, such as max_num_seqs; null leaves one out that would be given."""
+
+
 class Opponent(Section):
-    engine: Literal["transformers", "server"] = "transformers"
-    """What generates the synthetic responses: this process, or a server."""
+    engine: Literal["transformers", "vllm", "server"] = "transformers"
+    """What generates the synthetic responses: this process, vLLM in processes of its own, or a server."""
+    vllm: Vllm | None = None
+    """How vLLM is set up."""
     server: Server | None = None
     """Which server, and how it is asked."""
     temperature: NonNegative = 1.0
@@ -170,17 +185,19 @@ class Opponent(Section):
     def _engine_and_server(self) -> "Opponent":
         if self.engine == "server" and self.server is None:
             raise ValueError("opponent.engine is server, but there is no section opponent.server to say which")
-        if self.engine != "server" and self.server is not None:
-            raise ValueError(
-                f"opponent.server: is not used, as opponent.engine is {self.engine}. Set opponent.engine=server, or "
-                "leave the section out"
-            )
+        for name in ("server", "vllm"):
+            if self.engine != name and getattr(self, name) is not None:
+                raise ValueError(
+                    f"opponent.{name}: is not used, as opponent.engine is {self.engine}. Set opponent.engine={name}, "
+                    "or leave the section out"
+                )
         return self
 
 
 EXECUTION_ONLY = (
     "opponent.batch_size",
     "opponent.server",
+    "opponent.vllm",
     "train.tokens_per_micro_batch",
     "train.gradient_checkpointing",
     "train.sharding",
@@ -307,9 +324,10 @@ class Train(Section):
     gradient_checkpointing: Literal[True, False, "auto"] = "auto"
     """Compute activations again in the backward pass: less memory, more time. `auto` does it where keeping those of the
     largest micro-batch would take more memory than is free."""
-    sharding: Literal["none", "full"] = "none"
-    """In several processes: whether each keeps all weights, gradients and optimiser state (DDP), or they are divided
-    among them (FSDP2), which takes less memory and more exchange."""
+    sharding: Literal["none", "gradients", "full"] = "none"
+    """In several processes each keeps all weights, gradients and optimiser state (none: DDP), or they are divided among
+    them (FSDP2), which takes less memory and more exchange: weights are gathered for forward and backward together
+    (gradients: like ZeRO-2), or once for each (full: like ZeRO-3)."""
     checkpoint_every: Count = 50
     """Optimiser steps between checkpoints."""
 
@@ -375,10 +393,10 @@ class Recipe(Section):
                     f"{name} has {len(value)} values for {self.selfplay.iterations} iterations: give one number, or "
                     "one for each of selfplay.iterations"
                 )
-        if self.lora and self.lora.quantize and self.train.sharding == "full":
+        if self.lora and self.lora.quantize and self.train.sharding != "none":
             raise ValueError(
-                "train.sharding is full, but weights in 4 bits cannot be divided over processes. Leave train.sharding "
-                "or lora.quantize out"
+                f"train.sharding is {self.train.sharding}, but 4-bit weights cannot be divided over processes. Leave "
+                "train.sharding or lora.quantize out"
             )
         if self.selfplay.select.metric == "task_score" and self.evaluate.scorer is None:
             raise ValueError("selfplay.select.metric is task_score, but evaluate.scorer names no scorer")

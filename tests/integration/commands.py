@@ -103,9 +103,9 @@ class Cli:
         self.started.append(process)
         return process
 
-    def __call__(self, *arguments: str | Path, folder: Path, code: int = 0) -> Result:
+    def __call__(self, *arguments: str | Path, folder: Path, code: int = 0, **environment: str) -> Result:
         """Run a command to its end, and expect this exit code."""
-        result = self.start(*arguments, folder=folder).wait()
+        result = self.start(*arguments, folder=folder, **environment).wait()
         assert result.code == code, f"{arguments}: exit code {result.code}\n{result.out}\n{result.err}"
         return result
 
@@ -149,6 +149,7 @@ def obey(arguments: list[str], folder: str, stdout: str, stderr: str, environmen
         os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644), number)
     os.chdir(folder)
     os.environ.update(environment)
+    sys.path[:0] = environment.get("PYTHONPATH", "").split(":")  # which is read when Python starts
     sys.argv = ["spinlm", *arguments]
     code: Any = 0
     try:

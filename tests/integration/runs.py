@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,6 +65,13 @@ def read_pairs(run: Path, iteration: int, split: str) -> list[dict[str, Any]]:
 
     files = sorted((run / f"iteration-{iteration}" / "pairs").glob(f"{split}-*.arrow"))
     return [dict(row) for file in files for row in datasets.Dataset.from_file(str(file))]
+
+
+def readme_command(where: str) -> list[str]:
+    """The command that README's table gives for a kind of machine."""
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    (line,) = (line for line in readme.splitlines() if line.startswith(f"| {where}"))
+    return shlex.split(line.split("`")[1])
 
 
 def steps(run: Path) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from runs import RECIPE, World, assert_whole, steps
+from runs import RECIPE, World, assert_whole, readme_command, steps
 
 LOST_AFTER = 4  # seconds
 FIRST, SECOND = "10.207.0.1", "10.207.0.2"
@@ -48,19 +48,19 @@ class Hosts:
 
     def torchrun(self, number: int, log: Path, *arguments: str | Path, folder: Path) -> subprocess.Popen[bytes]:
         """Start torchrun on a host, with one process."""
-        address = (FIRST, SECOND)[number]
-        rendezvous = ("--rdzv-backend", "c10d", "--rdzv-endpoint", f"{FIRST}:29400", "--rdzv-id", "spinlm")
-        settings = f"is_host={int(number == 0)}"
+        torchrun, *command = readme_command("several nodes")
+        assert torchrun == "torchrun"
+        command = [FIRST + ":29400" if word == "HOST:29400" else "1" if word == "8" else word for word in command]
+        at = command.index("run")  # what comes after is the test's own
+        # A name would say which of them is to hold the store; here both have the machine's name.
+        place = ("--local-addr", (FIRST, SECOND)[number], "--rdzv-conf", f"is_host={int(number == 0)}")
         environment = os.environ | {
             "GLOO_SOCKET_IFNAME": self.cables[number],
             "SPINLM_LOST_AFTER": str(LOST_AFTER),
             "OMP_NUM_THREADS": "1",
         }
-        command = [
-            *("ip", "netns", "exec", self.names[number], sys.executable, "-m", "torch.distributed.run"),
-            *("--nnodes", "2", "--nproc-per-node", "1", "--local-addr", address, *rendezvous, "--rdzv-conf", settings),
-            *("-m", "spinlm", *map(str, arguments)),
-        ]
+        launcher = ("ip", "netns", "exec", self.names[number], sys.executable, "-m", "torch.distributed.run", *place)
+        command = [*launcher, *command[:at], *map(str, arguments)]
         with log.open("wb") as output:
             return subprocess.Popen(command, cwd=folder, stdout=output, stderr=output, env=environment)
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 from commands import Cli, Process, asleep
-from runs import CHECKPOINT_EVERY, RECIPE, World, assert_whole, fifo, read_jsons, steps
+from runs import CHECKPOINT_EVERY, RECIPE, World, assert_whole, fifo, read_jsons, readme_command, steps
 from safetensors.torch import load_file
 
 LAST = "iteration-1"
@@ -109,7 +110,7 @@ def told(processes: list[Process]) -> list[str]:
     return [result.message for result in results if "spinlm: " in result.err]
 
 
-@pytest.mark.parametrize("sharding", ["none", "full"])
+@pytest.mark.parametrize("sharding", ["none", "gradients", "full"])
 def test_two_processes_do_what_one_does(plain, world, play, tmp_path, sharding):
     run = tmp_path / "run"
     processes = play(run, f"train.sharding={sharding}", recipe=world.folder / "plain.yaml")
@@ -120,10 +121,9 @@ def test_two_processes_do_what_one_does(plain, world, play, tmp_path, sharding):
     assert json.loads((run / "provenance.json").read_text())["processes"] == 2
 
 
-@pytest.mark.parametrize("sharding", ["none", "full"])
-def test_of_the_same_opponent_the_generations_are_identical(plain, world, play, tmp_path, sharding):
+def test_of_the_same_opponent_the_generations_are_identical(plain, world, play, tmp_path):
     run = tmp_path / "run"
-    more = (f"train.sharding={sharding}", "selfplay.iterations=1", "--start-from", plain)
+    more = ("selfplay.iterations=1", "--start-from", plain)
     for process in play(run, *more, recipe=world.folder / "plain.yaml"):
         assert process.wait().code == 0
     for name in ("generations/*.jsonl", "pairs/*.arrow"):
@@ -241,10 +241,32 @@ def test_another_launcher_on_the_same_folder_is_refused(play, together, rewind):
 
 
 def test_torchrun(world, plain, tmp_path):
-    """The launcher itself; where it has to end a process, the run goes on under it afterwards."""
-    run = tmp_path / "run"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "spinlm"]
-    arguments = ["run", world.folder / "plain.yaml", "--run-dir", run]
-    done = subprocess.run([*command, *arguments], cwd=world.folder, capture_output=True, text=True)
+    """The launcher itself, as README has it, with two processes instead of eight."""
+    shutil.copytree(world.folder, tmp_path / "here")
+    (tmp_path / "here" / "plain.yaml").rename(tmp_path / "here" / "recipe.yaml")
+    torchrun, option, eight, *command = readme_command("several GPUs")
+    assert (torchrun, option, eight) == ("torchrun", "--nproc-per-node", "8")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run([*launcher, *command], cwd=tmp_path / "here", capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert_like(run, plain)
+    assert_like(tmp_path / "here" / "runs" / "recipe", plain)
+
+
+def test_commands_for_one_process(world, cli, tmp_path):
+    """README's, on a laptop and on one GPU."""
+    pytest.importorskip("bitsandbytes", reason="needs the extra bitsandbytes")
+    for where in ("laptop", "one GPU"):
+        folder = shutil.copytree(world.folder, tmp_path / where)
+        spinlm, *command = readme_command(where)
+        assert spinlm == "spinlm"
+        cli(*command, "selfplay.iterations=1", folder=folder)
+        assert (folder / "runs" / "recipe" / "best").exists()
+
+
+def test_a_launcher_that_would_divide_the_model_itself_is_refused(play, world, cli, tmp_path):
+    process = cli.start(
+        "run", world.recipe, "--run-dir", tmp_path / "run", folder=world.folder, ACCELERATE_USE_FSDP="true"
+    )
+    result = process.wait()
+    assert result.code == 2
+    assert "accelerate launch was told to use FSDP" in result.message and "train.sharding: full" in result.message

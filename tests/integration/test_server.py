@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shutil
 import signal
 import sys
 import threading
@@ -14,7 +15,7 @@ import model_server
 import pytest
 from commands import Cli
 from model_server import ModelServer, Reply, listen
-from runs import World, assert_whole, read_jsons
+from runs import World, assert_whole, read_jsons, readme_command
 
 import spinlm.endpoint
 from spinlm.check import check
@@ -76,6 +77,15 @@ def test_each_opponent_is_handed_to_the_server(kind: str, cli: Cli, world: World
         str(tmp_path / "run" / name / "player") for name in ("start", "iteration-0")
     ]
     assert len({body["lora_name"] for body in served.loaded}) == 2
+
+
+def test_the_command_of_the_readme(cli: Cli, world: World, tmp_path: Path) -> None:
+    folder = shutil.copytree(world.folder, tmp_path / "here")
+    served = ModelServer("vllm", str(world.model))
+    with listen(served.post, served.get) as url:
+        _, *command = readme_command("external server")
+        cli(*(word.replace("http://127.0.0.1:8000", url) for word in command), "selfplay.iterations=1", folder=folder)
+    assert served.loaded and (folder / "runs" / "recipe" / "best").exists()
 
 
 @pytest.mark.parametrize("kind", ["openai", "llama.cpp"])

@@ -434,8 +434,9 @@ def test_disk_of_shards() -> None:
 # Several processes
 
 
-def spread(processes: int) -> Plan:
-    return make_plan(paper(), processes=processes)
+def spread(processes: int, sharding: str = "none") -> Plan:
+    recipe = load_recipe(RECIPES / "zephyr-7b-ultrachat.yaml", [f"train.sharding={sharding}"])
+    return make_plan(recipe, processes=processes)
 
 
 def test_shards_and_steps_are_dealt_out() -> None:
@@ -462,11 +463,11 @@ def test_gradients_travel_in_a_ring() -> None:
     assert together["training"] == alone["training"], "each process has everything"
 
 
-def test_a_divided_model_travels_as_often_as_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_divided_model_travels_as_often_as_it_is_needed() -> None:
     shape = shape_of("mistralai/Mistral-7B-v0.1")
     plan, parameters = spread(8), shape.parameters
     whole, over = memory(plan, GPU), list(notes(plan))
-    monkeypatch.setattr(Plan, "sharded", True)
+    plan = spread(8, "full")
     # 32 trees of 1792 + 3 · 256 tokens in a step: each process's four are two micro-batches of 8192 tokens.
     assert math.ceil(32 * (1792 + 3 * 256) / 8 / 8192) == 2
     tables = 2 * 32_000 * 4096 + (2 * 32 + 1) * 4096  # embeddings, head and norms: gathered once for both passes
@@ -475,12 +476,15 @@ def test_a_divided_model_travels_as_often_as_it_is_needed(monkeypatch: pytest.Mo
     sizes = memory(plan, GPU)
     assert (sizes["weights"], sizes["gradients"]) == (4 * parameters // 8, 4 * parameters // 8)
     assert sizes["optimiser state"] == 4 * parameters // 8
-    assert sizes["gathered layer"] == 4 * ((parameters - tables) // 32 + tables)
+    assert sizes["gathered weights"] == 4 * ((parameters - tables) // 32 + tables)
     assert sizes["copy to compute with"] == 2 * parameters, "autocast keeps it, whole"
     assert sizes["generating"] == whole["generating"] == 6 * parameters + sizes["KV cache"]
     assert sizes["training"] < whole["training"]
     assert not any("more than" in note for note in notes(plan))
     assert any("more than the 80.0 GB" in note for note in over)
+    kept = spread(8, "gradients")
+    assert memory(kept, GPU)["gathered weights"] == 4 * parameters
+    assert kept.traffic(shape, GPU, kept.work[2]) == pytest.approx(2 * 7 * 8 * parameters // 8, abs=2)
 
 
 def test_hours_follow_the_operations_counted(monkeypatch: pytest.MonkeyPatch) -> None:

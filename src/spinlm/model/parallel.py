@@ -23,12 +23,14 @@ class Parallel:
     def __init__(self, logprobs: LogProbs, sharding: str, accelerator: Any):
         """
         Args:
-            logprobs: with the same weights in every process. With `full` sharding its parameters are replaced.
+            logprobs: with the same weights in every process. Where they are divided, its parameters are replaced.
             sharding: the recipe's `train.sharding`.
             accelerator: wraps the model for DDP.
         """
-        self.sharded = sharding == "full" and team.size() > 1
-        self.module: Any = _shard(logprobs) if self.sharded else accelerator.prepare_model(logprobs)
+        self.sharded = sharding != "none" and team.size() > 1
+        self.module: Any = (
+            _shard(logprobs, again=sharding == "full") if self.sharded else accelerator.prepare_model(logprobs)
+        )
 
     @contextlib.contextmanager
     def micro_batch(self, last: bool) -> Iterator[None]:
@@ -44,13 +46,14 @@ class Parallel:
         return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
 
-def _shard(logprobs: LogProbs) -> Any:
+def _shard(logprobs: LogProbs, *, again: bool) -> Any:
+    """Divide the weights; they are gathered `again` for backward, or stay from forward on."""
     from torch.distributed.fsdp import fully_shard
 
     layers = set(getattr(logprobs.causal, "_no_split_modules", None) or ())
     for module in logprobs.causal.modules():
         if type(module).__name__ in layers:
-            fully_shard(module)
+            fully_shard(module, reshard_after_forward=again)
     # The rest (embeddings, head, last norm) is one group, gathered for the whole of forward and backward: the head is
     # read outside its own forward.
     return fully_shard(logprobs, reshard_after_forward=False)

@@ -23,6 +23,11 @@ def open_opponent(recipe: Recipe, players: Players, iteration: int, packing: str
                 players.let_go()  # the server may need the memory
             with serve(recipe, players.run, players.renderer, iteration) as opponent:
                 yield opponent
+        case "vllm":
+            from spinlm.opponents import vllm
+
+            with vllm.serve(recipe, players, iteration) as opponent:
+                yield opponent
 
 
 def local_opponent(recipe: Recipe, players: Players, packing: str) -> LocalOpponent:

@@ -83,7 +83,7 @@ class Plan:
     @property
     def sharded(self) -> bool:
         """Whether processes divide the model among them, instead of each having all of it."""
-        return self.processes > 1 and self.recipe.train.sharding == "full"
+        return self.processes > 1 and self.recipe.train.sharding != "none"
 
     @property
     def set_apart(self) -> int:
@@ -210,7 +210,13 @@ class Plan:
             return {"weights": weights + copy, **state}
         divided = {name: math.ceil(size / self.processes) for name, size in {"weights": weights, **state}.items()}
         # Without gradient checkpointing autocast's copies of what was gathered stay until backward, in every process.
-        return divided | {"gathered layer": self._gathered_width(device) * shape.gathered, "copy to compute with": copy}
+        gathered = shape.gathered if self._gathered_again else shape.parameters
+        return divided | {"gathered weights": self._gathered_width(device) * gathered, "copy to compute with": copy}
+
+    @property
+    def _gathered_again(self) -> bool:
+        """Whether a block's weights are let go of after forward, and gathered again for backward."""
+        return self.recipe.train.sharding == "full"
 
     def _gathered_width(self, device: Device) -> int:
         """Bytes of a number as it travels: as it is stored, since it is autocast that makes it shorter."""
@@ -274,8 +280,8 @@ class Plan:
             return int(2 * ring * trained) if work.steps else 0
         tokens = (work.trained.tree if self.trees else work.trained.rows) / work.steps / self.processes
         passes = math.ceil(tokens / self.recipe.train.tokens_per_micro_batch)
-        gathered = self._gathered_width(device) * (2 * shape.parameters - shape.tables)
-        return int(passes * ring * (gathered + trained))
+        gathered = 2 * shape.parameters - shape.tables if self._gathered_again else shape.parameters
+        return int(passes * ring * (self._gathered_width(device) * gathered + trained))
 
 
 def make_plan(recipe: Recipe, run: RunDir | None = None, processes: int = 1) -> Plan:

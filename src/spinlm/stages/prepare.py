@@ -5,6 +5,7 @@ import datetime
 import hashlib
 import importlib.metadata
 import logging
+import os
 import platform
 import subprocess
 import sys
@@ -14,13 +15,14 @@ from typing import Any
 from spinlm import __version__, team
 from spinlm.config import Recipe
 from spinlm.data.examples import SPLITS, select_examples
-from spinlm.errors import DataError
+from spinlm.errors import DataError, RecipeError
 from spinlm.evals.scorers import get_scorer
 from spinlm.files import atomic_file, file_digest, write_json
 from spinlm.model.fit import check_optimizer
 from spinlm.model.loading import ensure_base, locate
 from spinlm.model.players import check_trackers, seat
 from spinlm.model.quantize import check_quantization
+from spinlm.opponents.vllm import check_vllm
 from spinlm.records import Example, to_line
 from spinlm.rundir import START, RunDir
 
@@ -36,6 +38,7 @@ def prepare(recipe: Recipe, run: RunDir) -> None:
         DataError, ModelError: the data or the model cannot be used.
         RunError: the model or data differ from those this run began with.
     """
+    _check_launcher()
     _check_names(recipe)
     inputs = {"data": _data_fingerprint(recipe), "model": _model_fingerprint(recipe)}
     run.bind_inputs(inputs)
@@ -70,6 +73,20 @@ def prepare(recipe: Recipe, run: RunDir) -> None:
     run.complete("prepare", START, [run.examples(split) for split in SPLITS], counts=counts)
 
 
+def _check_launcher() -> None:
+    """Refuse a launcher's settings that something else of ours decides.
+
+    Raises:
+        RecipeError: `accelerate launch` was told to use FSDP or DeepSpeed.
+    """
+    for name in ("FSDP", "DEEPSPEED"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
+            raise RecipeError(
+                f"accelerate launch was told to use {name}. Launch without it, and set train.sharding: full (or "
+                "gradients) to divide the model over the processes"
+            )
+
+
 def _check_names(recipe: Recipe) -> None:
     """Look up what the recipe names, so that a misspelt one is told now and not hours later.
 
@@ -84,6 +101,8 @@ def _check_names(recipe: Recipe) -> None:
     if recipe.evaluate.scorer is not None:
         get_scorer(recipe.evaluate.scorer)
     check_trackers(recipe.tracking)
+    if recipe.opponent.engine == "vllm":
+        check_vllm(recipe)
     if recipe.lora is not None and recipe.lora.quantize:
         check_quantization()
 
