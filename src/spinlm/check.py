@@ -205,15 +205,17 @@ def _about_regime(recipe: Recipe, players: Players, run: RunDir, *, warm: bool) 
         yield "regime: not looked at, since the warm-up, which this check leaves out, decides it"
         return
     packing, budget = run.facts("warmup", START)["packing"], recipe.train.tokens_per_micro_batch
-    nll, own = {}, {}
+    nll, own = {}, []
     for split in ("train", "heldout"):
         examples = list(read_lines(run.examples(split), Example))
         nll[split] = statistics.fmean(judge_real(players, examples, packing, budget).nll)
         drawn = list(read_lines(run.generations(0, split, 0), Generation))
-        own[split] = -sum(one.logprob or 0.0 for one in drawn) / sum(len(one.token_ids) for one in drawn)
+        own += [(-one.logprob, len(one.token_ids)) for one in drawn if one.logprob is not None]
+    samples = sum(value for value, _ in own) / sum(tokens for _, tokens in own) if own else None
     yield (
         f"regime: real responses have {nll['train']:.2f} nats per token on prompts of self-play and "
-        f"{nll['heldout']:.2f} on held-out ones; the model's own samples {statistics.fmean(own.values()):.2f}"
+        f"{nll['heldout']:.2f} on held-out ones"
+        + ("" if samples is None else f"; the model's own samples {samples:.2f}")
     )
     facts = run.facts("score", 0)["train"]
     if facts["identical_share"] >= REPEATED:
@@ -221,7 +223,7 @@ def _about_regime(recipe: Recipe, players: Players, run: RunDir, *, warm: bool) 
             f"  {facts['identical_share']:.0%} of the responses repeat the real one: little is left to learn. Take "
             "prompts that the model was not tuned on, or a model tuned for fewer epochs"
         )
-    if nll["heldout"] > UNDERTRAINED * own["heldout"]:
+    if samples is not None and nll["heldout"] > UNDERTRAINED * samples:
         yield (
             "  the real responses are much less likely to it than its own: it has not learned this data yet. More "
             "supervised fine-tuning is cheaper than self-play and gains more here; compare with objective={name: sft}"

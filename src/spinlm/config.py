@@ -124,7 +124,7 @@ class Server(Section):
     parallel: Count = 64
     """Requests at once."""
     timeout: Positive = 600.0
-    """Seconds within which a response has to be there."""
+    """Seconds within which a response has to be there, waiting in the server's queue included."""
     options: dict[str, Any] = {}
     """Further fields of each request; null leaves one out that would be sent."""
 
@@ -196,8 +196,8 @@ class Opponent(Section):
 
 EXECUTION_ONLY = (
     "opponent.batch_size",
-    "opponent.server",
-    "opponent.vllm",
+    *(f"opponent.server.{name}" for name in Server.model_fields if name not in ("kind", "options")),
+    *(f"opponent.vllm.{name}" for name in Vllm.model_fields if name != "options"),
     "train.tokens_per_micro_batch",
     "train.gradient_checkpointing",
     "train.sharding",
@@ -412,6 +412,18 @@ class Recipe(Section):
                     "opponent.server: only LoRA adapters can be handed to a server that runs. The players of this "
                     "recipe are whole models: give command, which starts the server with {player}, or on_promote"
                 )
+        if server is not None and self.lora is not None and not server.command:
+            if server.kind in ("vllm", "sglang") and not server.on_promote and server.model is not None:
+                raise ValueError(
+                    "opponent.server.model: is not used where the server is handed each new adapter under a name of "
+                    "its own. Leave it out"
+                )
+            names = f"{server.on_promote} {server.model or ''}"
+            if server.kind in ("vllm", "sglang") and server.on_promote and not server.model and "{merged}" not in names:
+                raise ValueError(
+                    "opponent.server: on_promote hands over an adapter; without its name in opponent.server.model the "
+                    "base would be asked. Name it, or hand over {merged}"
+                )
         if self.preferences and self.selfplay.iterations * self.opponent.samples_per_prompt > 1:
             raise ValueError(
                 "data.columns.rejected: a prompt has one rejected response, the same in every iteration: set "
@@ -448,14 +460,6 @@ class Recipe(Section):
         used, longest = self.beside(self.selfplay.iterations - 1), self.train.max_length
         tree = longest + used * self.longest_synthetic
         return max(self.train.tokens_per_micro_batch, tree if packing == "tree" else (1 + used) * longest)
-
-    def fingerprint(self) -> dict[str, Any]:
-        """The recipe as plain data, without what cannot change a result."""
-        values = self.model_dump(mode="json")
-        for name in EXECUTION_ONLY:
-            section, _, key = name.rpartition(".")
-            del (values[section] if section else values)[key]
-        return values
 
 
 def at_iteration(value: PerIteration, iteration: int) -> float:

@@ -57,12 +57,16 @@ def fault_of(address: str) -> str | None:
     return None
 
 
-def open_client(timeout: float, parallel: int) -> "httpx.AsyncClient":
-    """A client whose connections suffice for so many requests at once."""
+def open_client(urls: Sequence[str], timeout: float, parallel: int) -> "httpx.AsyncClient":
+    """A client for some addresses, whose connections suffice for so many requests at once."""
     import httpx
 
     limits = httpx.Limits(max_connections=parallel, max_keepalive_connections=parallel)
-    return httpx.AsyncClient(timeout=httpx.Timeout(timeout, connect=min(timeout, LONGEST_CONNECT)), limits=limits)
+    return httpx.AsyncClient(
+        timeout=httpx.Timeout(timeout, connect=min(timeout, LONGEST_CONNECT)),
+        limits=limits,
+        trust_env=not all(map(_is_here, urls)),
+    )
 
 
 async def ask_all(
@@ -100,17 +104,23 @@ async def ask_all(
         await asyncio.gather(*running, return_exceptions=True)
 
 
-def look(address: str, wording: Wording) -> Any:
-    """The JSON at an address; empty if there is other text, and None where nothing answers, or nothing but errors."""
+def look(address: str, wording: Wording) -> tuple[int, Any] | None:
+    """The status and the JSON (or None) at an address; None where nothing answers."""
     import httpx
 
     try:
-        response = httpx.get(address, timeout=LOOK, headers=_headers(_key(wording)))
-        return None if response.status_code >= 500 else response.json()
+        response = httpx.get(address, timeout=LOOK, headers=_headers(_key(wording)), trust_env=not _is_here(address))
     except httpx.HTTPError:
         return None
+    try:
+        return response.status_code, response.json()
     except ValueError:
-        return {}
+        return response.status_code, None
+
+
+def _is_here(address: str) -> bool:
+    """Whether an address is of this machine, which no proxy leads to."""
+    return urlsplit(address).hostname in ("localhost", "127.0.0.1", "::1")
 
 
 class RefusedError(Exception):
@@ -127,12 +137,13 @@ class _Host:
 
     url: str
     busy: int = 0  # requests under way
-    reached: bool = False  # by any request so far
-    missing: bool = False  # nothing has ever answered there
+    missing: bool = False  # nobody was there when it was last asked
     failed: int = 0  # times in a row
     rests_until: float = 0.0  # by the monotonic clock; as long as others do not, they are asked
 
     def fail(self) -> None:
+        if self.rests_until > time.monotonic():  # requests that ran at once have failed at once
+            return
         self.rests_until = time.monotonic() + BACKOFF * 2 ** min(self.failed, 8)
         self.failed += 1
 
@@ -183,14 +194,9 @@ class Endpoint:
                     problem = self._too_slow()
                 except httpx.RequestError as error:
                     problem = self._describe(error)
-                    host.missing = not host.reached and isinstance(error, httpx.ConnectError | httpx.ConnectTimeout)
-                    if all(host.missing for host in self._hosts):
-                        raise self.wording.error(
-                            f"{address}: cannot be reached ({problem}). Is the server running, and {self.wording.url} "
-                            "right?"
-                        ) from None
+                    host.missing = isinstance(error, httpx.ConnectError | httpx.ConnectTimeout)
                 else:
-                    host.reached, host.missing = True, False
+                    host.missing = False
                     if response.status_code != 429 and response.status_code < 500:
                         host.succeed()
                         return self._read(address, response, text)
@@ -206,6 +212,11 @@ class Endpoint:
                 )
             if attempt + 1 < ATTEMPTS:
                 await asyncio.sleep(wait)
+        if all(host.missing for host in self._hosts):
+            raise self.wording.error(
+                f"{address}: cannot be reached ({problem}). Is the server running, and {self.wording.url} right? "
+                f"{self.wording.goes_on}"
+            )
         raise self.wording.error(
             f"{address}: failed {ATTEMPTS} times in a row, at last with: {problem}. {self.wording.goes_on}"
         )
@@ -238,17 +249,16 @@ class Endpoint:
 
     def _read(self, address: str, response: "httpx.Response", text: bool) -> Any:
         """What is in a response that is not worth another attempt."""
-        said = self._excerpt(response)
         if response.status_code != 200:
-            raise RefusedError(response.status_code, said)
+            raise RefusedError(response.status_code, self._excerpt(response))
         if text:
-            return said
+            return self._excerpt(response)
         try:
             return json.loads(response.content)
         except ValueError:
             raise self.wording.error(
-                f"{address}: answers with something other than JSON ({said}), so it is no OpenAI-compatible endpoint. "
-                f"{self.wording.url} often ends in /v1"
+                f"{address}: answers with something other than JSON ({self._excerpt(response)}), so it is no "
+                f"OpenAI-compatible endpoint. {self.wording.url} often ends in /v1"
             ) from None
 
     def _too_slow(self) -> str:

@@ -40,7 +40,10 @@ class ModelServer:
 
     def post(self, path: str, body: dict[str, Any]) -> Reply:
         with self._lock:
-            if path.endswith("load_lora_adapter") and self.kind in ("vllm", "sglang"):
+            if path.endswith("/unload_lora_adapter") and self.kind in ("vllm", "sglang"):
+                del self.models[body["lora_name"]]
+                return 200, {}, "Success: removed."
+            if path.endswith("/load_lora_adapter") and self.kind in ("vllm", "sglang"):
                 return self._load(body)
             self.bodies.append(body)
             if path == {"sglang": "/generate", "llama.cpp": "/completion"}.get(self.kind, "/v1/completions"):
@@ -127,12 +130,17 @@ def _json(value: Any, status: int = 200) -> Reply:
     return status, {"Content-Type": "application/json"}, json.dumps(value)
 
 
+keys: list[str | None] = []
+"""With which requests have come to any server here."""
+
+
 @contextlib.contextmanager
 def listen(post: Callable[[str, dict[str, Any]], Reply], get: Callable[[str], Reply], port: int = 0) -> Iterator[str]:
     """Serve two functions over HTTP in a thread; yields the address."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
+            keys.append(self.headers["Authorization"])
             self._send(post(self.path, json.loads(self.rfile.read(int(self.headers["Content-Length"])))))
 
         def do_GET(self) -> None:

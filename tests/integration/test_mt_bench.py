@@ -495,7 +495,8 @@ def test_trouble_that_stays(judge, endpoint, reply, message, requests):
     assert len(str(caught.value)) < 500
 
 
-def test_nobody_there(bench):
+def test_nobody_there(bench, monkeypatch):
+    monkeypatch.setattr("spinlm.endpoint.BACKOFF", 0.01)
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{unused.getsockname()[1]}/v1"

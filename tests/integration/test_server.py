@@ -4,6 +4,7 @@ import contextlib
 import json
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -20,6 +21,7 @@ from runs import World, assert_whole, read_jsons, readme_command
 import spinlm.endpoint
 from spinlm.check import check
 from spinlm.errors import RecipeError
+from spinlm.opponents import keeper
 from spinlm.opponents.server import ServerError, ServerOpponent
 from spinlm.recipe import load_recipe
 from spinlm.records import Sampling
@@ -77,6 +79,7 @@ def test_each_opponent_is_handed_to_the_server(kind: str, cli: Cli, world: World
         str(tmp_path / "run" / name / "player") for name in ("start", "iteration-0")
     ]
     assert len({body["lora_name"] for body in served.loaded}) == 2
+    assert list(served.models) == ["base"], "what is needed no more is forgotten"
 
 
 def test_the_command_of_the_readme(cli: Cli, world: World, tmp_path: Path) -> None:
@@ -131,6 +134,26 @@ def test_server_ends_with_us_however_we_end(cli: Cli, world: World, tmp_path: Pa
     quick = using("vllm", command=f"{sys.executable} {model_server.__file__} vllm {{port}} {{merged}}")
     cli("run", world.recipe, "selfplay.iterations=1", *quick, "--run-dir", run, folder=world.folder)
     assert not list(run.glob("*/.merged"))
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="looks at /proc")
+def test_keeper_gives_time_to_end(tmp_path: Path) -> None:
+    """A server behind a shell, which ends at once, takes a while to end, and is not killed before."""
+    slow = tmp_path / "slow.py"
+    slow.write_text(
+        "import signal, sys, time\n"
+        "def end(*_):\n    time.sleep(1.5)\n    print('ended well', flush=True)\n    sys.exit()\n"
+        "signal.signal(signal.SIGTERM, end)\nprint('up', flush=True)\nwhile True: time.sleep(1)\n"
+    )
+    log = tmp_path / "log"
+    with log.open("wb") as file:
+        command = [sys.executable, keeper.__file__, f"echo first && {sys.executable} {slow}"]
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=file)
+    until(lambda: "up" in log.read_text())
+    assert process.stdin is not None
+    process.stdin.close()
+    assert process.wait(10) == 0
+    assert "ended well" in log.read_text()
 
 
 def until(condition: Callable[[], object], patience: float = 60) -> None:
@@ -287,6 +310,7 @@ def test_the_key_is_sent_and_nowhere_shown(
         asked = opponent(url)
         with pytest.raises(ServerError) as caught:
             ask(asked)
+    assert model_server.keys[-1] == "Bearer sk-secret/1"
     assert "no [key] here" in str(caught.value) and "Set it to one that is valid there" in str(caught.value)
     assert "secret" not in str(caught.value) + repr(asked)
 
@@ -353,6 +377,39 @@ def test_another_server_at_the_address_is_not_taken_for_ours(cli: Cli, world: Wo
         changes = using("vllm", urls=[url], command="sleep 60")
         result = cli("run", world.recipe, *changes, "--run-dir", tmp_path / "run", folder=world.folder, code=2)
     assert "something answers there before opponent.server.command was run" in result.message
+
+
+def test_a_server_that_still_loads_is_waited_for(cli: Cli, world: World, tmp_path: Path) -> None:
+    """As llama.cpp does it: the model is listed, but nothing else works yet."""
+    program = tmp_path / "loads.py"
+    program.write_text(
+        "import sys, time\n"
+        f"sys.path.insert(0, {str(Path(model_server.__file__).parent)!r})\n"
+        "from model_server import ModelServer, listen\nimport threading\n"
+        "began = time.monotonic()\nserver = ModelServer('llama.cpp', sys.argv[2])\n"
+        "def loading(): return time.monotonic() - began < 12\n"
+        "def get(path):\n"
+        "    if path == '/health': return (503, {}, 'Loading model') if loading() else (200, {}, '{}')\n"
+        "    return server.get(path)\n"
+        "def post(path, body): return (503, {}, 'Loading model') if loading() else server.post(path, body)\n"
+        "with listen(post, get, int(sys.argv[1])):\n    threading.Event().wait()\n"
+    )
+    changes = using("llama.cpp", command=f"{sys.executable} {program} {{port}} {{merged}}")
+    cli("run", world.recipe, "selfplay.iterations=1", *changes, "--run-dir", tmp_path / "run", folder=world.folder)
+
+
+def test_command_that_leaves_a_server_running(cli: Cli, world: World, tmp_path: Path) -> None:
+    served = ModelServer("llama.cpp", str(world.model))
+    with listen(served.post, served.get) as url:
+        handed = using("llama.cpp", urls=[url], on_promote="sleep 100 & echo begun")
+        began = time.monotonic()
+        more = ("selfplay.iterations=1", *handed)
+        cli("run", world.recipe, *more, "--run-dir", tmp_path / "run", folder=world.folder)
+        assert time.monotonic() - began < 60
+        assert (tmp_path / "run" / "iteration-0" / "on_promote.log").read_text() == "begun\n"
+        stuck = using("llama.cpp", urls=[url], on_promote="sleep 100", start_timeout=1)
+        result = cli("run", world.recipe, *stuck, "--run-dir", tmp_path / "other", folder=world.folder, code=2)
+    assert "on_promote: took longer than opponent.server.start_timeout" in result.message
 
 
 def test_command_that_hands_over_the_opponent(cli: Cli, world: World, tmp_path: Path) -> None:

@@ -64,12 +64,6 @@ def test_a_recipe_cannot_be_changed(tmp_path: Path) -> None:
         load(tmp_path, SMALLEST).seed = 1  # type: ignore[misc]
 
 
-def test_fingerprint_is_json_and_leaves_out_what_changes_no_result(tmp_path: Path) -> None:
-    plain, tracked = load(tmp_path, SMALLEST), load(tmp_path, SMALLEST + "tracking: [tensorboard]\n")
-    assert plain.fingerprint() == tracked.fingerprint()
-    assert parse_recipe(plain.fingerprint()) == plain
-
-
 # Overrides
 
 

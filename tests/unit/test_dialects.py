@@ -1,6 +1,7 @@
 """Answers out of what servers send back, by hand, and prompts as text."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -8,7 +9,7 @@ from models import save_tiny_model, tiny_recipe
 from spinlm.data.chat import Renderer
 from spinlm.model.players import Players
 from spinlm.opponents.dialects import DIALECTS, Reply, Wish
-from spinlm.opponents.server import read_reply
+from spinlm.opponents.server import ServerError, read_reply, with_options
 from spinlm.rundir import RunDir
 
 
@@ -74,8 +75,43 @@ def test_a_request_names_the_whole_of_the_sampling(kind: str, renderer: Renderer
     body |= body.pop("sampling_params", {})
     assert (body["temperature"], body["top_p"]) == (1.0, 1.0)
     if kind != "openai":  # whose interface has no more
+        if kind == "llama.cpp":
+            assert body["samplers"] == ["temperature", "top_p"]
+            return
         assert body["top_k"] in (0, -1) and body["min_p"] == 0
         assert body.get("repetition_penalty", body.get("repeat_penalty")) == 1
+
+
+BROKEN_OFF: dict[str, dict[str, Any]] = {
+    "openai": {"choices": [{"text": "a", "finish_reason": "abort"}]},
+    "vllm": {"choices": [{"token_ids": [7], "finish_reason": "abort"}]},
+    "llama.cpp": {"tokens": [7], "stop_type": "none"},
+    "sglang": {"output_ids": [7], "meta_info": {"finish_reason": {"type": "abort"}}},
+}
+
+
+@pytest.mark.parametrize("kind", sorted(DIALECTS))
+def test_a_response_that_was_broken_off_is_none(kind: str) -> None:
+    with pytest.raises(ValueError, match="ended with"):
+        DIALECTS[kind].read(BROKEN_OFF[kind])
+
+
+@pytest.mark.parametrize("ids", [[], [7, 8]])
+def test_a_response_that_the_server_s_context_cut(ids: list[int], renderer: Renderer) -> None:
+    with pytest.raises(ServerError, match=f"cut a response after {len(ids)} of 4 tokens"):
+        read_reply(Reply(False, ids), wish(renderer), renderer)
+
+
+def test_an_end_of_the_server_s_own_choice_gives_way_to_ours(renderer: Renderer) -> None:
+    (foreign,) = [token for token in renderer.special_ids if token not in renderer.stop_ids][:1]
+    answer = read_reply(Reply(True, [7, 8, foreign]), wish(renderer), renderer)
+    assert answer.token_ids == [7, 8, renderer.end_id]
+
+
+def test_options_change_single_fields() -> None:
+    body = {"a": 1, "b": {"c": 2, "d": 3}}
+    assert with_options(body, {"b": {"d": None, "e": 4}, "f": 5}) == {"a": 1, "b": {"c": 2, "e": 4}, "f": 5}
+    assert with_options(body, {"b": None}) == {"a": 1} and body["b"] == {"c": 2, "d": 3}
 
 
 def test_log_probabilities_that_are_not_of_the_tokens_are_left_out() -> None:

@@ -215,7 +215,7 @@ def play(run: RunDir) -> Callable[..., list[tuple[int, bool]]]:
     ) -> list[tuple[int, bool]]:
         chosen = recipe(metric, scorer="exact_match" if metric == "task_score" else None, **select)
         run.root.mkdir(parents=True, exist_ok=True)
-        write_json(run.recipe, chosen.fingerprint())
+        write_json(run.recipe, chosen.model_dump(mode="json"))
         field = "task_score" if metric == "task_score" else "nll"
         decisions = []
         for iteration, values in enumerate([start, *players], start=START):

@@ -626,7 +626,7 @@ def test_finished_stages_and_a_changed_recipe_are_shown(tmp_path: Path) -> None:
     plan = make_plan(recipe(), run)
     assert plan.finished == ("prepare", "warmup", "generate 0", "train 1")
     assert "done already, will not be repeated: prepare, warmup, generate 0, train 1" in text(plan)
-    write_json(run.recipe, recipe().fingerprint())
+    write_json(run.recipe, recipe().model_dump(mode="json"))
     assert make_plan(recipe(), run).changed == ()
     changed = make_plan(recipe(seed=1), run)
     assert changed.changed == ("seed: was 0, is 1",)

@@ -100,6 +100,7 @@ class Renderer:
         self.stop_ids: tuple[int, ...] = tuple(sorted({*stops, self.end_id}))
         self._text_after_answer = tail if written is None else ""  # end_id takes its place
 
+        self.special_ids = frozenset(self._special)
         always = {*self._special, *self.stop_ids}
         control = sorted(text for i, text in self._added.items() if i in always or text in self.template)
         self._control = re.compile("|".join(map(re.escape, control)) or "(?!)")

@@ -32,12 +32,21 @@ class Reply:
     logprobs: list[float] | None = None  # of each of token_ids
 
 
+def _stopped(reason: Any, ends: tuple[str, ...] = ("stop",), limit: str = "length") -> bool:
+    """Whether a response ended by itself. One that was broken off is none: ValueError."""
+    if reason not in (*ends, limit):
+        raise ValueError(f"ended with {reason!r}")
+    return reason != limit
+
+
 class Dialect(Protocol):
     """A kind of server. `read` raises KeyError, IndexError, TypeError or ValueError for what it does not understand."""
 
     path: str
     adapters: str | None  # where it is told of a new adapter, with lora_name and lora_path
+    dropped: str | None  # where it is told that an adapter is needed no more, with lora_name
     what: str  # the field that a reply has to have
+    raw_logprobs: bool  # before temperature and top-p
 
     def body(self, model: str | None, wish: Wish) -> dict[str, Any]: ...
 
@@ -49,7 +58,9 @@ class OpenAI:
 
     path = "/v1/completions"
     adapters: str | None = None
+    dropped: str | None = None
     what = "choices[0].text"
+    raw_logprobs = True
 
     def body(self, model: str | None, wish: Wish) -> dict[str, Any]:
         """The request for one response."""
@@ -67,13 +78,14 @@ class OpenAI:
         choice = answer["choices"][0]
         if not isinstance(choice["text"], str):
             raise TypeError("no text")
-        return Reply(choice.get("finish_reason") == "stop", text=choice["text"])
+        return Reply(_stopped(choice["finish_reason"]), text=choice["text"])
 
 
 class VLLM(OpenAI):
     """vLLM from 0.10.2 on: token ids both ways, log-probabilities before temperature (its default)."""
 
     adapters: str | None = "/v1/load_lora_adapter"  # where VLLM_ALLOW_RUNTIME_LORA_UPDATING is set
+    dropped: str | None = "/v1/unload_lora_adapter"
     what = "choices[0].token_ids"
 
     def body(self, model: str | None, wish: Wish) -> dict[str, Any]:
@@ -93,7 +105,7 @@ class VLLM(OpenAI):
         choice = answer["choices"][0]
         ids = [int(token) for token in choice["token_ids"]]
         given = (choice.get("logprobs") or {}).get("token_logprobs")
-        return Reply(choice["finish_reason"] == "stop", ids, logprobs=_matching(given, ids))
+        return Reply(_stopped(choice["finish_reason"]), ids, logprobs=_matching(given, ids))
 
 
 class LlamaCpp:
@@ -104,7 +116,9 @@ class LlamaCpp:
 
     path = "/completion"
     adapters: str | None = None
+    dropped: str | None = None
     what = "tokens"
+    raw_logprobs = True
 
     def body(self, model: str | None, wish: Wish) -> dict[str, Any]:
         """The request for one response."""
@@ -117,10 +131,7 @@ class LlamaCpp:
             "temperature": wish.temperature,
             "top_p": wish.top_p,
             "seed": wish.seed,
-            "top_k": 0,
-            "min_p": 0.0,
-            "typical_p": 1.0,
-            "repeat_penalty": 1.0,
+            "samplers": ["temperature", "top_p"],  # in this order, and no others
         }
 
     def read(self, answer: Any) -> Reply:
@@ -129,15 +140,17 @@ class LlamaCpp:
         about = answer.get("completion_probabilities") or []
         same = [int(token["id"]) for token in about] == ids
         logprobs = [float(token["logprob"]) for token in about] if same else None
-        return Reply(answer["stop_type"] in ("eos", "word"), ids, logprobs=logprobs)
+        return Reply(_stopped(answer["stop_type"], ("eos", "word"), "limit"), ids, logprobs=logprobs)
 
 
 class SGLang:
-    """SGLang's own /generate: token ids both ways, and log-probabilities."""
+    """SGLang's own /generate: token ids both ways, and log-probabilities after temperature and top-p."""
 
     path = "/generate"
     adapters: str | None = "/load_lora_adapter"
+    dropped: str | None = "/unload_lora_adapter"
     what = "output_ids"
+    raw_logprobs = False
 
     def body(self, model: str | None, wish: Wish) -> dict[str, Any]:
         """The request for one response; `model` is the adapter's name."""
@@ -162,7 +175,7 @@ class SGLang:
         ids = [int(token) for token in answer["output_ids"]]
         about = answer["meta_info"]
         given = [entry[0] for entry in about.get("output_token_logprobs") or ()]
-        return Reply(about["finish_reason"]["type"] == "stop", ids, logprobs=_matching(given, ids))
+        return Reply(_stopped(about["finish_reason"]["type"]), ids, logprobs=_matching(given, ids))
 
 
 DIALECTS: dict[str, Dialect] = {"openai": OpenAI(), "vllm": VLLM(), "llama.cpp": LlamaCpp(), "sglang": SGLang()}

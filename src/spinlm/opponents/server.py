@@ -10,9 +10,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -99,14 +100,13 @@ class ServerOpponent:
         return [given[first : first + sampling.samples] for first in range(0, len(given), sampling.samples)]
 
     async def _ask_all(self, wishes: list[Wish], record: Callable[[int, Answer], None]) -> None:
-        async with open_client(self.server.timeout, self.server.parallel) as client:
+        async with open_client(self.urls, self.server.timeout, self.server.parallel) as client:
             endpoint = Endpoint(self.urls, self.model or "", client, self.server.timeout, WORDING)
             await ask_all(wishes, lambda wish: self._ask(endpoint, wish), record, self.server.parallel)
 
     async def _ask(self, endpoint: Endpoint, wish: Wish) -> Answer:
         dialect = DIALECTS[self.server.kind]
-        asked = dialect.body(self.model, wish) | self.server.options
-        body = {name: value for name, value in asked.items() if value is not None}
+        body = with_options(dialect.body(self.model, wish), self.server.options)
         try:
             given = await endpoint.post(dialect.path, body)
         except RefusedError as refused:
@@ -114,7 +114,9 @@ class ServerOpponent:
         try:
             reply = dialect.read(given)
         except (KeyError, IndexError, TypeError, ValueError, AttributeError):
-            raise endpoint.unexpected(dialect.path, dialect.what, given) from None
+            raise endpoint.unexpected(dialect.path, f"{dialect.what} of a whole response", given) from None
+        if not dialect.raw_logprobs and wish.temperature > 0 and (wish.temperature, wish.top_p) != (1, 1):
+            reply = replace(reply, logprobs=None)
         return read_reply(reply, wish, self.renderer)
 
     def _texts(self, prompts: Sequence[Sequence[int]]) -> list[str]:
@@ -136,18 +138,38 @@ class ServerOpponent:
         return texts
 
 
+def with_options(body: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    """A request's fields with others added or put in their place, those of a field of fields too; null leaves out."""
+    merged = dict(body)
+    for name, value in options.items():
+        both = isinstance(value, dict) and isinstance(body.get(name), dict)
+        merged[name] = with_options(body[name], value) if both else value
+    return {name: value for name, value in merged.items() if value is not None}
+
+
 def read_reply(reply: Reply, wish: Wish, renderer: Renderer) -> Answer:
     """What a server sent back, as an answer like those of every engine: it ends with an end-of-turn token if it ended.
 
     Text is tokenised as a response in training is. An end that the server did not name has no log-probability.
+
+    Raises:
+        ServerError: the response was cut before its limit.
     """
     retokenised = reply.token_ids is None
     ids = renderer.continuation_ids(wish.prompt_ids, reply.text) if reply.token_ids is None else list(reply.token_ids)
     stop = next((place for place, token in enumerate(ids) if token in wish.stop_ids), None)
     if stop is not None:
         ids = ids[: stop + 1]
-    elif reply.stopped or not ids:
+    elif reply.stopped:
+        if ids and ids[-1] in renderer.special_ids:  # an end token of the server's own choice
+            ids.pop()
         ids.append(renderer.end_id)
+    elif not ids or (reply.token_ids is not None and len(ids) < wish.limit):
+        raise ServerError(
+            f"the server cut a response after {len(ids)} of {wish.limit} tokens: its context is too short for "
+            f"{len(wish.prompt_ids)} tokens of a prompt and these. Start it with a longer one (llama.cpp: -c, which "
+            "its -np requests share), or lower opponent.max_new_tokens"
+        )
     ids = ids[: wish.limit]
     values = (reply.logprobs or [])[: len(ids)]
     logprob = sum(values) if len(values) == len(ids) else None
@@ -184,11 +206,15 @@ def serve(recipe: Recipe, run: RunDir, renderer: Renderer, iteration: int) -> It
             stack.enter_context(_running(_filled(server.command, names), urls, server.start_timeout, journal))
         model = None if server.model is None else _filled(server.model, names, quote=False)
         if server.on_promote is not None:
-            _promote(_filled(server.on_promote, names))
+            _promote(
+                _filled(server.on_promote, names), server.start_timeout, run.iteration(iteration) / "on_promote.log"
+            )
             _wait(urls, server.start_timeout, "opponent.server.on_promote")
         elif server.command is None:
+            _make_sure_of(urls)
             model = f"spinlm-{run.player_digest(iteration - 1)[:12]}"
             _load_adapter(server, urls, model, player)
+            stack.callback(_drop_adapter, server, urls, model)
         if model is None and server.kind != "sglang":
             model = _first_model(urls)
         yield ServerOpponent(server, urls, model, renderer)
@@ -221,7 +247,11 @@ def _running(command: str, urls: list[str], patience: float, journal: Path) -> I
             )
     with journal.open("wb") as file:
         process = subprocess.Popen(
-            [sys.executable, keeper.__file__, command], stdin=subprocess.PIPE, stdout=file, stderr=subprocess.STDOUT
+            [sys.executable, keeper.__file__, command],
+            stdin=subprocess.PIPE,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # what ends our terminal or our group is not to end it before the server
         )
 
     def ended() -> str | None:
@@ -261,14 +291,24 @@ def _wait(urls: list[str], patience: float, setting: str, ended: Callable[[], st
 
 
 def _answers(url: str) -> bool:
-    return any(look(url + path, WORDING) is not None for path in (MODELS, HEALTH))
+    """Whether a server is ready there. llama.cpp lists its model while it still loads, but is not well then."""
+    found = look(url + HEALTH, WORDING)
+    if found is not None and found[0] == 404:
+        found = look(url + MODELS, WORDING)
+    return found is not None and found[0] < 500
+
+
+def _make_sure_of(urls: list[str]) -> None:
+    for url in urls:
+        if look(url + MODELS, WORDING) is None:
+            raise ServerError(f"{url}: cannot be reached. Is the server running, and opponent.server.urls right?")
 
 
 def _first_model(urls: list[str]) -> str | None:
     """What a server lists first; None where it lists nothing, and may need no name."""
     listed = look(f"{urls[0]}{MODELS}", WORDING)
     try:
-        return str(listed["data"][0]["id"])
+        return None if listed is None else str(listed[1]["data"][0]["id"])
     except (KeyError, IndexError, TypeError):
         return None
 
@@ -277,14 +317,42 @@ def _indent(lines: list[str]) -> str:
     return "\n".join(f"  {line}" for line in lines[-8:])
 
 
-def _promote(command: str) -> None:
-    done = subprocess.run(command, shell=True, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-    if done.returncode != 0:
-        said = _indent((done.stdout + done.stderr).splitlines())
-        raise ServerError(
-            f"opponent.server.on_promote: ended with exit code {done.returncode}, so the server may not have the "
-            f"opponent. It was: {command}\n{said}"
-        )
+def _promote(command: str, patience: float, journal: Path) -> None:
+    """Run the user's command. What it prints goes to a file: a server that it leaves running would hold a pipe open."""
+    began = time.monotonic()
+    with journal.open("wb") as file:
+        process = subprocess.Popen(command, shell=True, stdin=subprocess.DEVNULL, stdout=file, stderr=file)
+    try:
+        while process.poll() is None and time.monotonic() - began < patience:
+            stop_if_asked()
+            time.sleep(POLL / 10)
+        how = "took longer than opponent.server.start_timeout" if process.poll() is None else "ended with exit code "
+        if process.returncode != 0:
+            said = _indent(journal.read_text(encoding="utf-8", errors="replace").splitlines())
+            code = "" if process.returncode is None else process.returncode
+            raise ServerError(
+                f"opponent.server.on_promote: {how}{code}, so the server may not have the opponent. It was: {command}\n"
+                f"{said}"
+            )
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+
+
+def _drop_adapter(server: Server, urls: list[str], name: str) -> None:
+    """Let the server forget an adapter, instead of keeping one for each iteration. Where it does not, no matter."""
+    path = DIALECTS[server.kind].dropped
+    assert path is not None, "the recipe is checked"
+
+    async def drop() -> None:
+        async with open_client(urls, server.timeout, 1) as client:
+            for url in urls:
+                with suppress(RefusedError, ServerError):
+                    endpoint = Endpoint([url], name, client, server.timeout, WORDING)
+                    await endpoint.post(path, {"lora_name": name}, text=True)
+
+    asyncio.run(drop())
 
 
 def _load_adapter(server: Server, urls: list[str], name: str, player: Path) -> None:
@@ -293,7 +361,7 @@ def _load_adapter(server: Server, urls: list[str], name: str, player: Path) -> N
     assert path is not None, "the recipe is checked"
 
     async def load() -> None:
-        async with open_client(server.timeout, 1) as client:
+        async with open_client(urls, server.timeout, 1) as client:
             for url in urls:
                 endpoint = Endpoint([url], name, client, server.timeout, WORDING)
                 try:

@@ -143,7 +143,7 @@ class Judge:
         read: Callable[[str], Value | None],
         record: Callable[[int, Verdict[Value]], None],
     ) -> None:
-        async with open_client(self.timeout, self.parallel) as client:
+        async with open_client([self.url], self.timeout, self.parallel) as client:
             endpoint = Endpoint([self.url], self.model, client, self.timeout, WORDING)
             await ask_all(conversations, lambda messages: self._judge(endpoint, messages, read), record, self.parallel)
 
