@@ -213,6 +213,9 @@ MEMORY_MARGIN = 1.25
 OPTIMIZER_BYTES = {"sgd": 0, "adafactor": 0, "rmsprop": 4, "adagrad": 4, "adam": 8, "adamw": 8, "nadam": 8, "radam": 8}
 """Optimiser state for each trained parameter, in bytes."""
 
+BY_ELEMENT = ("adam", "adamw", "nadam", "radam", "rmsprop", "sgd")
+"""Optimisers that look at each number alone, so that they do not mind how weights are divided."""
+
 
 def optimizer_bytes(name: str) -> int:
     """State of an optimiser for each trained parameter; one that is not known counts like AdamW's."""
@@ -324,10 +327,10 @@ class Train(Section):
     gradient_checkpointing: Literal[True, False, "auto"] = "auto"
     """Compute activations again in the backward pass: less memory, more time. `auto` does it where keeping those of the
     largest micro-batch would take more memory than is free."""
-    sharding: Literal["none", "gradients", "full"] = "none"
+    sharding: Literal["none", "gradients", "full", "zero-2", "zero-3"] = "none"
     """In several processes each keeps all weights, gradients and optimiser state (none: DDP), or they are divided among
-    them (FSDP2), which takes less memory and more exchange: weights are gathered for forward and backward together
-    (gradients: like ZeRO-2), or once for each (full: like ZeRO-3)."""
+    them, which takes less memory and more exchange: all by FSDP2, where weights are gathered for forward and backward
+    together (gradients) or once for each (full); by DeepSpeed all but the weights (zero-2), or all (zero-3)."""
     checkpoint_every: Count = 50
     """Optimiser steps between checkpoints."""
 
@@ -398,6 +401,16 @@ class Recipe(Section):
                 f"train.sharding is {self.train.sharding}, but 4-bit weights cannot be divided over processes. Leave "
                 "train.sharding or lora.quantize out"
             )
+        if self.train.sharding.startswith("zero"):
+            for name, optimizer in (
+                ("train.optimizer", self.train.optimizer),
+                ("warmup_sft.optimizer", self.warmup_sft.optimizer if self.warmup_sft else "adamw"),
+            ):
+                if optimizer.lower() not in BY_ELEMENT:
+                    raise ValueError(
+                        f"{name} is {optimizer}, but with train.sharding: {self.train.sharding} it would see parts of "
+                        "weights, not their shapes. Choose train.sharding: full, or one of " + ", ".join(BY_ELEMENT)
+                    )
         if self.selfplay.select.metric == "task_score" and self.evaluate.scorer is None:
             raise ValueError("selfplay.select.metric is task_score, but evaluate.scorer names no scorer")
         server = self.opponent.server

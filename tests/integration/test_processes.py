@@ -49,7 +49,9 @@ def play(world: World, cli: Cli) -> Play:
     return lambda run, *more, **how: launch(cli, world, run, *more, **how)
 
 
-def launch(cli: Cli, world: World, run: Path, *more: str | Path, recipe: Path | None = None) -> list[Process]:
+def launch(
+    cli: Cli, world: World, run: Path, *more: str | Path, recipe: Path | None = None, **environment: str
+) -> list[Process]:
     """What a launcher does, without its watching over them."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -63,6 +65,7 @@ def launch(cli: Cli, world: World, run: Path, *more: str | Path, recipe: Path | 
             RANK=str(rank),
             LOCAL_RANK=str(rank),
             SPINLM_LOST_AFTER=str(LOST_AFTER),
+            **environment,
         )
         for rank in range(2)
     ]
@@ -110,8 +113,9 @@ def told(processes: list[Process]) -> list[str]:
     return [result.message for result in results if "spinlm: " in result.err]
 
 
-@pytest.mark.parametrize("sharding", ["none", "gradients", "full"])
+@pytest.mark.parametrize("sharding", ["none", "gradients", "full", "zero-2", "zero-3"])
 def test_two_processes_do_what_one_does(plain, world, play, tmp_path, sharding):
+    needs_deepspeed_for(sharding)
     run = tmp_path / "run"
     processes = play(run, f"train.sharding={sharding}", recipe=world.folder / "plain.yaml")
     first, second = (process.wait() for process in processes)
@@ -134,19 +138,35 @@ def test_of_the_same_opponent_the_generations_are_identical(plain, world, play, 
             assert found == expected
 
 
-def test_all_weights_divided(world, cli, play, tmp_path):
-    """Full fine-tuning with FSDP2: weights, optimiser state and checkpoints are gathered whole; one process goes on."""
-    recipe = world.folder / "whole.yaml"
-    text = RECIPE.replace("lora: {r: 4, alpha: 8, dropout: 0.1}\n", "").replace(
-        "learning_rate: 2e-3", "learning_rate: 2e-4"
-    )
-    recipe.write_text(text, encoding="utf-8")
-    alone, run = tmp_path / "alone", tmp_path / "run"
-    cli("run", recipe, "--run-dir", alone, folder=world.folder)
-    processes = play(run, "train.sharding=full", "selfplay.iterations=1", recipe=recipe)
-    assert [process.wait().code for process in processes] == [0, 0]
+@pytest.fixture(scope="session")
+def full(world: World, session_cli: Cli, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of one process that trains all weights. Beside the run folder is its recipe."""
+    recipe = tmp_path_factory.mktemp("full") / "recipe.yaml"
+    text = RECIPE.replace("lora: {r: 4, alpha: 8, dropout: 0.1}\n", "")
+    recipe.write_text(text.replace("learning_rate: 2e-3", "learning_rate: 2e-4"), encoding="utf-8")
+    session_cli("run", recipe, "--run-dir", recipe.parent / "run", folder=world.folder)
+    return recipe.parent / "run"
+
+
+@pytest.mark.parametrize("sharding", ["full", "zero-2", "zero-3"])
+def test_all_weights_divided(full, world, cli, play, tmp_path, sharding):
+    """Checkpoints are whole: two processes go on from them, and then a single one."""
+    needs_deepspeed_for(sharding)
+    run, recipe = tmp_path / "run", full.parent / "recipe.yaml"
+    what = (f"train.sharding={sharding}", "selfplay.iterations=1")
+    processes = play(run, *what, recipe=recipe)
+    processes[0].wait_until(lambda: done(run, "train", 0) > CHECKPOINT_EVERY)
+    processes[1].kill()
+    told(processes[:1])
+    first, second = (process.wait() for process in play(run, *what, recipe=recipe))
+    assert first.code == second.code == 0 and "resuming after step" in first.err
     cli("run", recipe, "--run-dir", run, folder=world.folder)
-    assert_like(run, alone)
+    assert_like(run, full)
+
+
+def needs_deepspeed_for(sharding: str) -> None:
+    if sharding.startswith("zero"):
+        pytest.importorskip("deepspeed", reason="needs the extra deepspeed")
 
 
 @pytest.mark.parametrize("lost", [0, 1])
@@ -263,10 +283,18 @@ def test_commands_for_one_process(world, cli, tmp_path):
         assert (folder / "runs" / "recipe" / "best").exists()
 
 
-def test_a_launcher_that_would_divide_the_model_itself_is_refused(play, world, cli, tmp_path):
-    process = cli.start(
-        "run", world.recipe, "--run-dir", tmp_path / "run", folder=world.folder, ACCELERATE_USE_FSDP="true"
-    )
+@pytest.mark.parametrize(("name", "setting"), [("FSDP", "full"), ("DEEPSPEED", "zero-3")])
+def test_a_launcher_that_would_divide_the_model_itself_is_refused(world, cli, tmp_path, name, setting):
+    environment = {f"ACCELERATE_USE_{name}": "true"}
+    process = cli.start("run", world.recipe, "--run-dir", tmp_path / "run", folder=world.folder, **environment)
     result = process.wait()
     assert result.code == 2
-    assert "accelerate launch was told to use FSDP" in result.message and "train.sharding: full" in result.message
+    assert f"was told to use {name}. Launch without it, and set train.sharding: {setting}" in result.message
+
+
+def test_deepspeed_that_is_missing_is_said_at_once(play, world, tmp_path):
+    """Before anything is done, and by all of them as one."""
+    (tmp_path / "deepspeed.py").write_text("raise ModuleNotFoundError(name='deepspeed')")
+    (message,) = told(play(tmp_path / "run", "train.sharding=zero-2", PYTHONPATH=str(tmp_path)))
+    assert "pip install 'spinlm[deepspeed]', or set train.sharding: full" in message
+    assert not (tmp_path / "run" / "start").exists()

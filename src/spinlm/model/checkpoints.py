@@ -16,24 +16,23 @@ from torch import Tensor
 from spinlm import team
 from spinlm.errors import RunError
 from spinlm.files import atomic_path, read_json, write_json
-from spinlm.model.parallel import like, whole
+from spinlm.model.parallel import OptimizerState
 from spinlm.model.players import Players
 
 log = logging.getLogger("spinlm")
 
 
-def save_checkpoint(folder: Path, players: Players, optimizer: torch.optim.Optimizer, step: int) -> None:
+def save_checkpoint(folder: Path, players: Players, step: int) -> None:
     """Save the state after so many complete steps, then remove older ones. Whoever goes on from it, the number of
     processes may be another."""
-    tensors, scalars = {}, {}
-    for index, state in optimizer.state_dict()["state"].items():
+    parallel = players.parallel()
+    tensors: dict[str, Any] = {}
+    scalars: dict[str, Any] = {}
+    for index, state in parallel.state().items():
         for key, value in state.items():
-            name = f"{index}.{key}"
-            if isinstance(value, Tensor):
-                tensors[name] = whole(value)
-            else:
-                scalars[name] = value
-    weights = {name: whole(parameter) for name, parameter in players.parameters()}
+            kept = tensors if value is None or isinstance(value, Tensor) else scalars
+            kept[f"{index}.{key}"] = value
+    weights = {name: parallel.whole(parameter) for name, parameter in players.parameters()}
     team.first(_write, folder, step, weights, tensors, scalars)
 
 
@@ -49,15 +48,18 @@ def _write(folder: Path, step: int, weights: dict[str, Any], tensors: dict[str, 
             shutil.rmtree(old)
 
 
-def resume(folder: Path, players: Players, optimizer: torch.optim.Optimizer) -> int:
-    """Load the newest checkpoint of a folder, if there is one; returns the number of complete steps.
+def resume(folder: Path, players: Players) -> tuple[int, OptimizerState]:
+    """Load the weights of the newest checkpoint of a folder, if there is one.
+
+    Returns:
+        The number of complete steps, and the optimiser's state.
 
     Raises:
         RunError: it is damaged.
     """
     name = team.first(_newest_name, folder)
     if name is None:
-        return 0
+        return 0, {}
     found = folder / name
     try:
         weights = load_file(found / "weights.safetensors")
@@ -65,20 +67,17 @@ def resume(folder: Path, players: Players, optimizer: torch.optim.Optimizer) -> 
         noted = read_json(found / "state.json")
         with torch.no_grad():
             for name, parameter in players.parameters():
-                parameter.copy_(like(weights[name], parameter))
+                parameter.copy_(weights[name])
     except (OSError, KeyError, RuntimeError, SafetensorError) as error:
         raise RunError(
             f"{found}: damaged checkpoint ({error}). Delete it and run again: training starts over"
         ) from error
-    parameters = [parameter for _, parameter in players.parameters()]
-    state: dict[int, dict[str, Any]] = {}
+    state: OptimizerState = {}
     for name, value in {**tensors, **noted["optimizer"]}.items():
         index, _, key = name.partition(".")
-        divided = isinstance(value, Tensor) and value.shape == parameters[int(index)].shape
-        state.setdefault(int(index), {})[key] = like(value, parameters[int(index)]) if divided else value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        state.setdefault(int(index), {})[key] = value
     log.info("resuming after step %d", noted["step"])
-    return int(noted["step"])
+    return int(noted["step"]), state
 
 
 def _newest_name(folder: Path) -> str | None:

@@ -114,11 +114,11 @@ def fit(
     """
     steps = plan_steps(items.sizes, how.batch_size, how.epochs, how.seed)
     players.make_room(packing)
+    begin, state = resume(checkpoints, players)
+    players.changed()
     parallel = players.parallel()
     optimizer = make_optimizer(how, players)
-    optimizer.zero_grad()  # of a fit that failed in this process
-    begin = resume(checkpoints, players, optimizer)
-    players.changed()
+    parallel.begin(optimizer, how.max_grad_norm, state)
     parallel.module.train()
     stop = False
     with track(what, len(steps), already=begin) as advance:
@@ -138,14 +138,12 @@ def fit(
                 measured = backward(batch, packing, how.tokens_per_micro_batch, derive_seed(how.seed, step))
             except StoppedError:
                 if step > begin:
-                    save_checkpoint(checkpoints, players, optimizer, step)
+                    save_checkpoint(checkpoints, players, step)
                 raise
             stop = measured.pop("stop") > 0
-            norm = parallel.clip([parameter for _, parameter in players.parameters()], how.max_grad_norm)
-            if not math.isfinite(norm) or not math.isfinite(measured["loss"]):
+            norm = parallel.step() if math.isfinite(measured["loss"]) else math.nan
+            if not math.isfinite(norm):
                 raise TrainingError(_not_finite(what, step, measured["loss"], norm, checkpoints))
-            optimizer.step()
-            optimizer.zero_grad()
             tokens = sum(len(item.tree) for item in batch)
             speed = {"tokens_per_second": tokens / (time.perf_counter() - began)}
             place = {"step": step + 1, "steps": len(steps), "epoch": epoch + 1}
@@ -153,7 +151,7 @@ def fit(
             advance(1, tokens, f"loss {measured['loss']:.4f}")
             ends = step + 1 == len(steps) or steps[step + 1][0] > epoch  # before anything is measured there
             if ends or (step + 1) % how.checkpoint_every == 0:
-                save_checkpoint(checkpoints, players, optimizer, step + 1)
+                save_checkpoint(checkpoints, players, step + 1)
     if steps:
         on_epoch(how.epochs)
     return len(steps)
@@ -182,8 +180,8 @@ class _Backward:
             for part in share(trees, team.size())
         ]
         mine = plans[team.rank()]
-        # Where layers are gathered, all processes run equally often; and each takes part in the exchange of gradients.
-        rounds = max(1, *(len(plan) for plan in plans)) if self.parallel.sharded else max(1, len(mine))
+        # Where anything is divided, all processes run equally often; and each takes part in the exchange of gradients.
+        rounds = max(1, *(len(plan) for plan in plans)) if self.parallel.divided else max(1, len(mine))
         device = next(self.parallel.module.parameters()).device
         sums: dict[str, float] = {}
         for number in range(rounds):
@@ -195,7 +193,7 @@ class _Backward:
             with self.parallel.micro_batch(last=number + 1 == rounds):
                 logprobs = self.parallel.module(lay_out([item.tree for item in part], packing).to(device))
                 total = self.objective(logprobs, part)
-                (total.loss * (0 if idle else team.size()) / self.weight).backward()  # processes are averaged
+                self.parallel.backward(total.loss * (0 if idle else team.size()) / self.weight)  # they are averaged
             for name, value in {"loss": total.loss.item(), **total.extra}.items():
                 sums[name] = sums.get(name, 0.0) + (0.0 if idle else value / self.weight)
         return totals({**sums, "stop": float(team.size() > 1 and asked_to_stop())})

@@ -105,5 +105,5 @@ def _still_to_come(logprobs: LogProbs, recipe: Recipe) -> float:
     copy = (2 if logprobs.autocast is not None else 0) * count
     if recipe.train.sharding == "none":
         return state + copy
-    weights = sum(parameter.nbytes for parameter in logprobs.parameters())
+    weights = sum(parameter.nbytes for parameter in logprobs.parameters()) if recipe.train.sharding != "zero-2" else 0
     return state / team.size() + copy - weights * (1 - 1 / team.size())  # most of the weights go to the others

@@ -34,8 +34,9 @@ from spinlm.model.loading import (
 )
 from spinlm.model.logprobs import LogProbs, parity_gap
 from spinlm.model.memory import checkpoint_if_needed
-from spinlm.model.parallel import Parallel, whole
+from spinlm.model.parallel import Parallel, Sharded
 from spinlm.model.trees import Tree, lay_out
+from spinlm.model.zero import Zero
 from spinlm.rundir import START, RunDir
 
 log = logging.getLogger("spinlm")
@@ -108,8 +109,17 @@ class Players:
     def parallel(self) -> Parallel:
         """The log-probability module as the processes train it together."""
         if self._parallel is None:
-            self._parallel = Parallel(self.logprobs, self.recipe.train.sharding, self.accelerator)
+            self._parallel = self._in_parallel()
         return self._parallel
+
+    def _in_parallel(self) -> Parallel:
+        match self.recipe.train.sharding if team.size() > 1 else "none":
+            case "none":
+                return Parallel(self.logprobs, self.accelerator)
+            case "zero-2" | "zero-3" as zero:
+                return Zero(self.logprobs, stage=int(zero[-1]))
+            case sharding:
+                return Sharded(self.logprobs, again=sharding == "full")
 
     def make_room(self, packing: str) -> bool:
         """Turn gradient checkpointing on where the recipe wants it, or where memory would not suffice without.
@@ -128,6 +138,8 @@ class Players:
 
     def let_go(self) -> None:
         """Free the memory of the model; it is loaded again when it is next asked for."""
+        if self._parallel is not None:
+            self._parallel.end()
         self._sits = self._parallel = None
         vars(self).pop("logprobs", None)
         if "accelerator" in vars(self):
@@ -150,8 +162,8 @@ class Players:
 
     def save(self, iteration: int) -> None:
         """Save the weights as the player of an iteration, with the tokenizer."""
-        divided = self._parallel is not None and self._parallel.sharded
-        weights = {name: whole(tensor) for name, tensor in self._saved()} if divided else None
+        divided = self._parallel if self._parallel is not None and self._parallel.divided else None
+        weights = {name: divided.whole(tensor) for name, tensor in self._saved()} if divided else None
         team.first(self._write, iteration, weights)
         if divided:
             self.let_go()
@@ -160,7 +172,9 @@ class Players:
 
     def _saved(self) -> list[tuple[str, Any]]:
         """The weights that make a player, by name."""
-        return self.parameters() if self.recipe.lora is not None else list(self.model.state_dict().items())
+        return (
+            self.parameters() if self.recipe.lora is not None else list(self.model.state_dict(keep_vars=True).items())
+        )
 
     def _write(self, iteration: int, weights: dict[str, Any] | None) -> None:
         with atomic_path(self.run.player(iteration)) as folder:

@@ -22,6 +22,7 @@ from spinlm.model.fit import check_optimizer
 from spinlm.model.loading import ensure_base, locate
 from spinlm.model.players import check_trackers, seat
 from spinlm.model.quantize import check_quantization
+from spinlm.model.zero import check_deepspeed
 from spinlm.opponents.vllm import check_vllm
 from spinlm.records import Example, to_line
 from spinlm.rundir import START, RunDir
@@ -79,11 +80,11 @@ def _check_launcher() -> None:
     Raises:
         RecipeError: `accelerate launch` was told to use FSDP or DeepSpeed.
     """
-    for name in ("FSDP", "DEEPSPEED"):
+    for name, setting in (("FSDP", "full (or gradients)"), ("DEEPSPEED", "zero-3 (or zero-2)")):
         if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
             raise RecipeError(
-                f"accelerate launch was told to use {name}. Launch without it, and set train.sharding: full (or "
-                "gradients) to divide the model over the processes"
+                f"accelerate launch was told to use {name}. Launch without it, and set train.sharding: {setting} to "
+                "divide the model over the processes"
             )
 
 
@@ -92,7 +93,7 @@ def _check_names(recipe: Recipe) -> None:
 
     Raises:
         RecipeError: there is no such optimiser, tracker or scorer.
-        MissingPackageError: a tracker's package, or the one that quantises, is not installed.
+        MissingPackageError: a tracker's package, or the one that quantises or divides, is not installed.
         ModelError: this machine cannot quantise.
     """
     check_optimizer(recipe.train.optimizer, recipe.train.weight_decay, "train.optimizer")
@@ -105,6 +106,8 @@ def _check_names(recipe: Recipe) -> None:
         check_vllm(recipe)
     if recipe.lora is not None and recipe.lora.quantize:
         check_quantization()
+    if recipe.train.sharding.startswith("zero") and team.size() > 1:
+        check_deepspeed()
 
 
 _ORDER = ("train", "heldout", "warmup")
