@@ -6,7 +6,7 @@ runs what `python -m spinlm` runs, with its own arguments, standard streams, sig
 
 import atexit
 import gc
-import importlib
+import importlib.util
 import json
 import os
 import runpy
@@ -128,6 +128,8 @@ def serve() -> None:
     """Obey one JSON request a line: `start` forks a command and answers its pid, `poll` answers its exit code."""
     for name in PRELOADED:
         importlib.import_module(name)
+    if importlib.util.find_spec("deepspeed"):  # saving a model loads it wherever it is
+        importlib.import_module("deepspeed")
     gc.collect()
     gc.freeze()  # children need not look at all this again
     print("ready", flush=True)

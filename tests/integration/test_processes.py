@@ -49,9 +49,7 @@ def play(world: World, cli: Cli) -> Play:
     return lambda run, *more, **how: launch(cli, world, run, *more, **how)
 
 
-def launch(
-    cli: Cli, world: World, run: Path, *more: str | Path, recipe: Path | None = None, **environment: str
-) -> list[Process]:
+def launch(cli: Cli, world: World, run: Path, *more: str | Path, recipe: Path | None = None) -> list[Process]:
     """What a launcher does, without its watching over them."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -65,7 +63,6 @@ def launch(
             RANK=str(rank),
             LOCAL_RANK=str(rank),
             SPINLM_LOST_AFTER=str(LOST_AFTER),
-            **environment,
         )
         for rank in range(2)
     ]
@@ -241,9 +238,11 @@ def test_one_that_falls_silent_is_not_waited_for(play, together, rewind, silent)
     assert_same(run, together)
 
 
-def test_what_is_wrong_in_all_is_said_once(play, together, world, tmp_path):
-    run = tmp_path / "run"
-    (message,) = told(play(run, "train.learning_rate=1e30", "--start-from", together))
+@pytest.mark.parametrize("sharding", ["none", "full", "zero-2", "zero-3"])
+def test_what_is_wrong_in_all_is_said_once(play, together, world, tmp_path, sharding):
+    needs_deepspeed_for(sharding)
+    settings = ("train.learning_rate=1e30", f"train.sharding={sharding}")
+    (message,) = told(play(tmp_path / "run", *settings, "--start-from", together))
     assert "the loss is" in message and message.startswith(("process 0 on", "process 1 on"))
 
 
@@ -290,11 +289,3 @@ def test_a_launcher_that_would_divide_the_model_itself_is_refused(world, cli, tm
     result = process.wait()
     assert result.code == 2
     assert f"was told to use {name}. Launch without it, and set train.sharding: {setting}" in result.message
-
-
-def test_deepspeed_that_is_missing_is_said_at_once(play, world, tmp_path):
-    """Before anything is done, and by all of them as one."""
-    (tmp_path / "deepspeed.py").write_text("raise ModuleNotFoundError(name='deepspeed')")
-    (message,) = told(play(tmp_path / "run", "train.sharding=zero-2", PYTHONPATH=str(tmp_path)))
-    assert "pip install 'spinlm[deepspeed]', or set train.sharding: full" in message
-    assert not (tmp_path / "run" / "start").exists()

@@ -235,6 +235,18 @@ def test_choosing_by_task_score_needs_a_scorer() -> None:
     assert "evaluate.scorer names no scorer" in with_section(selfplay={"select": {"metric": "task_score"}})
 
 
+@pytest.mark.parametrize("section", ["train", "warmup_sft"])
+def test_deepspeed_hides_shapes_from_the_optimiser(section: str) -> None:
+    sharding = {"train": {"sharding": "zero-3"}}
+    said = with_section(**(sharding | {section: {**sharding.get(section, {}), "optimizer": "Adafactor"}}))
+    assert said.startswith(f"recipe: {section}.optimizer is Adafactor, but with train.sharding: zero-3 it would see")
+
+
+def test_four_bits_are_not_divided() -> None:
+    said = with_section(lora={"quantize": "4bit"}, train={"sharding": "full"})
+    assert "4-bit weights cannot be divided" in said
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [

@@ -487,6 +487,20 @@ def test_a_divided_model_travels_as_often_as_it_is_needed() -> None:
     assert kept.traffic(shape, GPU, kept.work[2]) == pytest.approx(2 * 7 * 8 * parameters // 8, abs=2)
 
 
+def test_deepspeed_divides_less_or_as_much() -> None:
+    shape = shape_of("mistralai/Mistral-7B-v0.1")
+    alone, two, three = spread(8), spread(8, "zero-2"), spread(8, "zero-3")
+    parameters = shape.parameters
+    sizes = memory(two, GPU)
+    assert sizes["weights"] == memory(alone, GPU)["weights"] == 6 * parameters, "and autocast's copy"
+    assert sizes["gradients"] == sizes["weights being changed"] == 4 * parameters // 8
+    assert "gathered weights" not in sizes
+    assert two.traffic(shape, GPU, two.work[2]) == pytest.approx((2 + 1) * 7 * 4 * parameters // 8, abs=2)
+    assert memory(three, GPU)["weights"] == 4 * parameters // 8
+    assert three.traffic(shape, GPU, three.work[2]) == pytest.approx(2 * 7 * (8 + 4) * parameters // 8, abs=2)
+    assert "gradients and optimiser state divided" in text(two) and "the model divided" in text(three)
+
+
 def test_hours_follow_the_operations_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("spinlm.plan.devices.cores", lambda: 10)
     shape = shape_of("gpt2")

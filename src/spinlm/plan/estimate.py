@@ -208,7 +208,12 @@ class Plan:
         state = {"gradients": 4 * trained, "optimiser state": trained * max(map(optimizer_bytes, self.optimizers))}
         if not self.sharded:
             return {"weights": weights + copy, **state}
+        sharding = self.recipe.train.sharding
+        if sharding.startswith("zero"):  # DeepSpeed changes a copy of its own
+            state["weights being changed"] = 4 * trained
         divided = {name: math.ceil(size / self.processes) for name, size in {"weights": weights, **state}.items()}
+        if sharding == "zero-2":
+            return divided | {"weights": weights + copy}
         # Without gradient checkpointing autocast's copies of what was gathered stay until backward, in every process.
         gathered = shape.gathered if self._gathered_again else shape.parameters
         return divided | {"gathered weights": self._gathered_width(device) * gathered, "copy to compute with": copy}
@@ -216,7 +221,7 @@ class Plan:
     @property
     def _gathered_again(self) -> bool:
         """Whether a block's weights are let go of after forward, and gathered again for backward."""
-        return self.recipe.train.sharding == "full"
+        return self.recipe.train.sharding in ("full", "zero-3")
 
     def _gathered_width(self, device: Device) -> int:
         """Bytes of a number as it travels: as it is stored, since it is autocast that makes it shorter."""
@@ -273,14 +278,20 @@ class Plan:
         """Bytes that each process sends in one optimiser step.
 
         Whole models exchange gradients in a ring, in float32. A divided one is gathered for every forward and every
-        backward pass, the tables around its blocks for both at once, and its gradients are summed and divided again.
+        backward pass, the tables around its blocks for both at once (but by DeepSpeed), and its gradients are summed
+        and divided again. Where only gradients and optimiser state are divided, what was changed is gathered once.
         """
         ring, trained = (self.processes - 1) / self.processes, 4 * shape.trained(self.recipe.lora)
         if not self.sharded or not work.steps:
             return int(2 * ring * trained) if work.steps else 0
         tokens = (work.trained.tree if self.trees else work.trained.rows) / work.steps / self.processes
         passes = math.ceil(tokens / self.recipe.train.tokens_per_micro_batch)
-        gathered = 2 * shape.parameters - shape.tables if self._gathered_again else shape.parameters
+        sharding = self.recipe.train.sharding
+        if sharding == "zero-2":
+            return int((passes + 1) * ring * trained)
+        gathered = shape.parameters
+        if self._gathered_again:
+            gathered = 2 * shape.parameters - (shape.tables if sharding == "full" else 0)
         return int(passes * ring * (self._gathered_width(device) * gathered + trained))
 
 

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
+DIVIDED = {"none": "nothing divided over devices", "zero-2": "gradients and optimiser state divided over all"}
+
 
 def render(plan: Plan) -> "RenderableType":
     """The plan for a terminal."""
@@ -43,7 +45,8 @@ def _tables(plan: Plan) -> Iterator[tuple[str, "Table"]]:
             title = f"Time on {where}, at the speeds assumed below"
             yield title, _table(["iteration", *Hours._fields], _hours(plan, plan.shape, device), "all")
         columns = [f"{device.name}, {device.dtype}" for device in plan.devices]
-        divided = "the model divided over all" if plan.sharded else "nothing divided over devices"
+        sharding = plan.recipe.train.sharding if plan.sharded else "none"
+        divided = DIVIDED.get(sharding, "the model divided over all")
         title = f"Peak memory of one process, {divided}"
         yield title, _table(["", *columns], _memory(plan, plan.shape), "training", "generating")
     yield "Disk", _table(["", "last iteration", "in all", "files, about"], _disk(plan), "run folder")
