@@ -9,6 +9,7 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny models are slower with more
+os.environ["DS_ACCELERATOR"] = "cpu"  # or DeepSpeed says on stdout that it found no other
 sys.path.insert(0, str(Path(__file__).parent))
 
 
