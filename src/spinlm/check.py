@@ -5,9 +5,10 @@ import resource
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -137,11 +138,13 @@ def _about_engine(
     prompts = [example.prompt_ids for example in examples]
     sampling = replace(opponent_sampling(recipe, players), temperature=0.0, top_p=1.0, samples=1)
     with open_opponent(recipe, players, 0, packing) as engine:
-        theirs = [given[0].token_ids for given in engine.answer(prompts, sampling, 0, lambda ended, tokens: None)]
+        answers = [given[0] for given in engine.answer(prompts, sampling, 0, lambda ended, tokens: None)]
+    theirs, as_text = [answer.token_ids for answer in answers], any(answer.retokenised for answer in answers)
     players.become(START)
     own = local_opponent(recipe, players, packing)
     ours = [given[0].token_ids for given in own.answer(prompts, sampling, 0, lambda ended, tokens: None)]
-    differ = [number for number, (mine, its) in enumerate(zip(ours, theirs, strict=True)) if mine != its]
+    told: Callable[[list[int]], Any] = players.renderer.decode if as_text else list  # text may have had other tokens
+    differ = [number for number, (mine, its) in enumerate(zip(ours, theirs, strict=True)) if told(mine) != told(its)]
     name = recipe.opponent.engine
     if not differ:
         yield f"engine: all {len(ours)} greedy answers of the {name} engine are those of the transformers engine"
@@ -149,6 +152,7 @@ def _about_engine(
         yield (
             f"engine: {len(ours) - len(differ)} of {len(ours)} greedy answers of the {name} engine are those of the "
             f"transformers engine; {_first_difference(players, prompts, ours, theirs, differ[0], packing)}"
+            + (" (or the text had other tokens there than are made of it here)" if as_text else "")
         )
     drawn = {generation.id: generation.token_ids for generation in sampled if generation.sample == 0}
     both = [(drawn[example.id], its) for example, its in zip(examples, theirs, strict=True) if example.id in drawn]

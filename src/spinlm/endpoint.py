@@ -9,7 +9,8 @@ import json
 import os
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
@@ -45,14 +46,16 @@ class Wording:
 
 def fault_of(address: str) -> str | None:
     """What is wrong with the address of an endpoint; None if nothing."""
-    try:
-        parsed = urlsplit(address.strip())
-        bare = parsed.port is None or parsed.port > 0
-    except ValueError as error:
-        return f"{address} is not an address ({error})"
-    if parsed.username or parsed.password or parsed.query or parsed.fragment:
+    import httpx
+
+    if any(mark in address for mark in "@?#"):  # it is not shown: a password or a key may be in it
         return "write the address without a password, ? or #. A key goes into the environment"
-    if parsed.scheme not in ("http", "https") or not parsed.hostname or not bare:
+    try:
+        parsed, host = urlsplit(address.strip()), httpx.URL(address.strip()).host
+        bare = parsed.port is None or parsed.port > 0
+    except (ValueError, httpx.InvalidURL) as error:
+        return f"{address} is not an address ({error})"
+    if parsed.scheme not in ("http", "https") or not host or not bare:
         return f"{address} is not an address that begins with http:// or https:// and a host"
     return None
 
@@ -67,6 +70,16 @@ def open_client(urls: Sequence[str], timeout: float, parallel: int) -> "httpx.As
         limits=limits,
         trust_env=not all(map(_is_here, urls)),
     )
+
+
+def run_async(coroutine: Coroutine[Any, Any, Result]) -> Result:
+    """What comes of a coroutine, also where an event loop runs already, as it does in a notebook."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(coroutine)
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, coroutine).result()
 
 
 async def ask_all(
@@ -123,6 +136,14 @@ def _is_here(address: str) -> bool:
     return urlsplit(address).hostname in ("localhost", "127.0.0.1", "::1")
 
 
+def redact(text: str, wording: Wording) -> str:
+    """A text without the keys that are set."""
+    for name in wording.keys:
+        if key := os.environ.get(name, "").strip():
+            text = text.replace(key, "[key]")
+    return text
+
+
 class RefusedError(Exception):
     """An endpoint does not take a request as it is; `status` and what it `said` tell why."""
 
@@ -141,11 +162,12 @@ class _Host:
     failed: int = 0  # times in a row
     rests_until: float = 0.0  # by the monotonic clock; as long as others do not, they are asked
 
-    def fail(self) -> None:
-        if self.rests_until > time.monotonic():  # requests that ran at once have failed at once
-            return
-        self.rests_until = time.monotonic() + BACKOFF * 2 ** min(self.failed, 8)
-        self.failed += 1
+    def fail(self, asked_to_wait: float) -> None:
+        now = time.monotonic()
+        if now >= self.rests_until:  # else requests that ran at once have failed at once
+            self.rests_until = now + BACKOFF * 2 ** min(self.failed, 8)
+            self.failed += 1
+        self.rests_until = max(self.rests_until, now + asked_to_wait)
 
     def succeed(self) -> None:
         self.failed, self.rests_until = 0, 0.0
@@ -179,13 +201,12 @@ class Endpoint:
 
         problem = address = ""
         for attempt in range(ATTEMPTS):
-            asked_to_wait = 0.0
             untried = list(self._hosts)
             while untried:
                 now = time.monotonic()
                 host = min(untried, key=lambda host: (host.rests_until > now, host.busy))
                 untried.remove(host)
-                address = host.url + path
+                address, asked_to_wait = host.url + path, 0.0
                 host.busy += 1
                 try:
                     async with asyncio.timeout(self.timeout):  # httpx's own begins anew with each piece that arrives
@@ -204,8 +225,9 @@ class Endpoint:
                     asked_to_wait = _retry_after(response)
                 finally:
                     host.busy -= 1
-                host.fail()
-            wait = max(BACKOFF * 2**attempt, asked_to_wait)
+                host.fail(asked_to_wait)
+            earliest = min(host.rests_until for host in self._hosts) - time.monotonic()
+            wait = max(BACKOFF * 2**attempt, earliest)
             if wait > LONGEST_WAIT:
                 raise self.wording.error(
                     f"{address}: asks to wait {wait:.0f} seconds ({problem}). {self.wording.goes_on}"
@@ -229,9 +251,13 @@ class Endpoint:
             keys = " or ".join(wording.keys)
             return wording.error(f"{where}: refuses the key in {keys} ({refused}). {remedy}")
         if refused.status == 404:
+            model = f"Either it has no model {self.model}, which {wording.model} names, or " if self.model else ""
             return wording.error(
-                f"{where}: not found ({refused}). Either it has no model {self.model}, which {wording.model} names, or "
-                f"{wording.url} has another path; it often ends in /v1"
+                f"{where}: not found ({refused}). {model}{wording.url} has another path; it often ends in /v1"
+            )
+        if 300 <= refused.status < 400:
+            return wording.error(
+                f"{where}: redirects ({refused.status}), which is not followed. Set {wording.url} to where it leads"
             )
         return wording.error(f"{where}: refuses the request ({refused})")
 
@@ -245,7 +271,7 @@ class Endpoint:
 
     def redact(self, text: str) -> str:
         """A text without the key."""
-        return text.replace(self._key, "[key]") if self._key else text
+        return redact(text, self.wording)
 
     def _read(self, address: str, response: "httpx.Response", text: bool) -> Any:
         """What is in a response that is not worth another attempt."""

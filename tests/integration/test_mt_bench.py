@@ -478,7 +478,7 @@ def test_retry_after_is_honoured(judge, endpoint):
             1,
         ),
         ((400, {}, "\x1b[31mbad\n request"), r"refuses the request \(400: \[31mbad request\)", 1),
-        ((307, {"Location": "http://127.0.0.1:1/"}, ""), r"refuses the request \(307", 1),
+        ((307, {"Location": "http://127.0.0.1:1/"}, ""), r"redirects \(307\), which is not followed", 1),
         ((200, {}, "<!doctype html><h1>Welcome</h1>"), "other than JSON .*Welcome.* ends in /v1", 1),
         ((200, {}, '{"object": "list"}'), r"no choices\[0\].message.content .*list", 1),
         ((200, {}, '{"choices": []}'), "no choices", 1),

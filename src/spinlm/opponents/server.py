@@ -1,7 +1,6 @@
 """The opponent behind a server: each new player is handed over, or the server is started with it; then it is asked for
 many responses at once."""
 
-import asyncio
 import logging
 import shlex
 import shutil
@@ -19,7 +18,7 @@ import numpy as np
 
 from spinlm.config import Recipe, Server
 from spinlm.data.chat import Renderer
-from spinlm.endpoint import Endpoint, RefusedError, Wording, ask_all, look, open_client
+from spinlm.endpoint import Endpoint, RefusedError, Wording, ask_all, look, open_client, redact, run_async
 from spinlm.errors import SpinError
 from spinlm.export import export_for_serving
 from spinlm.interrupt import stop_if_asked
@@ -95,7 +94,7 @@ class ServerOpponent:
             answers[number] = answer
             progress(1, len(answer.token_ids))
 
-        asyncio.run(self._ask_all(wishes, record))
+        run_async(self._ask_all(wishes, record))
         given = [answers[number] for number in range(len(wishes))]
         return [given[first : first + sampling.samples] for first in range(0, len(given), sampling.samples)]
 
@@ -257,8 +256,7 @@ def _running(command: str, urls: list[str], patience: float, journal: Path) -> I
     def ended() -> str | None:
         if (code := process.poll()) is None:
             return None
-        lines = journal.read_text(encoding="utf-8", errors="replace").splitlines()
-        return f"ended with exit code {code}. It was: {command}\nIts last words, from {journal}:\n{_indent(lines)}"
+        return f"ended with exit code {code}. {_last_words(command, journal)}"
 
     try:
         _wait(urls, patience, "opponent.server.command", ended)
@@ -313,8 +311,10 @@ def _first_model(urls: list[str]) -> str | None:
         return None
 
 
-def _indent(lines: list[str]) -> str:
-    return "\n".join(f"  {line}" for line in lines[-8:])
+def _last_words(command: str, journal: Path) -> str:
+    lines = journal.read_text(encoding="utf-8", errors="replace").splitlines()[-8:]
+    words = "".join(f"\n  {line}" for line in lines)
+    return f"It was: {command}\nIts last words, from {journal}:{redact(words, WORDING)}"
 
 
 def _promote(command: str, patience: float, journal: Path) -> None:
@@ -328,11 +328,10 @@ def _promote(command: str, patience: float, journal: Path) -> None:
             time.sleep(POLL / 10)
         how = "took longer than opponent.server.start_timeout" if process.poll() is None else "ended with exit code "
         if process.returncode != 0:
-            said = _indent(journal.read_text(encoding="utf-8", errors="replace").splitlines())
             code = "" if process.returncode is None else process.returncode
             raise ServerError(
-                f"opponent.server.on_promote: {how}{code}, so the server may not have the opponent. It was: {command}\n"
-                f"{said}"
+                f"opponent.server.on_promote: {how}{code}, so the server may not have the opponent. "
+                + _last_words(command, journal)
             )
     finally:
         if process.poll() is None:
@@ -352,7 +351,7 @@ def _drop_adapter(server: Server, urls: list[str], name: str) -> None:
                     endpoint = Endpoint([url], name, client, server.timeout, WORDING)
                     await endpoint.post(path, {"lora_name": name}, text=True)
 
-    asyncio.run(drop())
+    run_async(drop())
 
 
 def _load_adapter(server: Server, urls: list[str], name: str, player: Path) -> None:
@@ -373,4 +372,4 @@ def _load_adapter(server: Server, urls: list[str], name: str, player: Path) -> N
                         f"{url}{path}: cannot be given the adapter {player} ({refused}). {_SERVED_SO[server.kind]}"
                     ) from None
 
-    asyncio.run(load())
+    run_async(load())

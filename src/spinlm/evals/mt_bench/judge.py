@@ -1,6 +1,5 @@
 """A judge: a language model behind any OpenAI-compatible chat endpoint, and the verdicts in what it writes."""
 
-import asyncio
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -8,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from spinlm.endpoint import Endpoint, RefusedError, Wording, ask_all, fault_of, open_client
+from spinlm.endpoint import Endpoint, RefusedError, Wording, ask_all, fault_of, open_client, run_async
 from spinlm.errors import SpinError
 from spinlm.evals.mt_bench.prompts import OWN_PROMPTS, JudgePrompt, read_prompts
 from spinlm.files import short_digest
@@ -135,7 +134,7 @@ class Judge:
             JudgeError: the endpoint cannot be reached, refuses, or does not answer as such an endpoint does.
             StoppedError: the user asked to stop.
         """
-        asyncio.run(self._ask(conversations, read, record))
+        run_async(self._ask(conversations, read, record))
 
     async def _ask(
         self,
