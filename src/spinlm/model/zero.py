@@ -26,10 +26,15 @@ def check_deepspeed() -> None:
     _deepspeed()
 
 
-def _deepspeed() -> Any:
-    on_cpu = not torch.cuda.is_available()
-    if on_cpu:
+def quieten() -> None:
+    """Where there is no GPU, DeepSpeed says so on standard output as soon as it is loaded, and where it is installed,
+    saving a model loads it. Told beforehand, it is quiet."""
+    if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def _deepspeed() -> Any:
+    quieten()
     try:
         import deepspeed
     except ModuleNotFoundError as error:
@@ -42,7 +47,7 @@ def _deepspeed() -> Any:
             f"train.sharding: DeepSpeed is installed, but cannot be loaded: {error}. Set train.sharding: full, which "
             "does the same without it"
         ) from error
-    if on_cpu:
+    if not torch.cuda.is_available():
         deepspeed.ops.__compatible_ops__ = {}  # kernels that it would compile when first used, for a minute
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     return deepspeed
