@@ -2,6 +2,7 @@
 
 import importlib.util
 import logging
+import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ def ensure_base(model: Model, run: RunDir) -> str:
     Raises:
         ModelError: there is no such model, or it cannot be unpacked.
     """
+    quieten_deepspeed()
     path = locate(model.path)
     if path is None:
         return model.path
@@ -47,6 +49,13 @@ def ensure_base(model: Model, run: RunDir) -> str:
     if not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")):
         raise ModelError(f"{path}: a model folder without weights (no *.safetensors, no *.bin)")
     return str(path)
+
+
+def quieten_deepspeed() -> None:
+    """Where there is no GPU, DeepSpeed says so on standard output when it is loaded; and where it is installed, saving a
+    model loads it. Told beforehand, it says nothing."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def locate(name: str) -> Path | None:

@@ -36,7 +36,7 @@ from spinlm.model.logprobs import LogProbs, parity_gap
 from spinlm.model.memory import checkpoint_if_needed
 from spinlm.model.parallel import Parallel, Sharded
 from spinlm.model.trees import Tree, lay_out
-from spinlm.model.zero import Zero, quieten
+from spinlm.model.zero import Zero
 from spinlm.rundir import START, RunDir
 
 log = logging.getLogger("spinlm")
@@ -52,7 +52,6 @@ class Players:
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()
-        quieten()
         self.recipe = recipe
         self.run = run
         self.path = ensure_base(recipe.model, run)

@@ -5,7 +5,6 @@ After arXiv 1910.02054. A step's gradient is what a single process would have co
 
 import contextlib
 import logging
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from spinlm.errors import MissingPackageError
+from spinlm.model.loading import quieten_deepspeed
 from spinlm.model.logprobs import LogProbs
 from spinlm.model.parallel import OptimizerState, Parallel
 
@@ -26,15 +26,8 @@ def check_deepspeed() -> None:
     _deepspeed()
 
 
-def quieten() -> None:
-    """Where there is no GPU, DeepSpeed says so on standard output as soon as it is loaded, and where it is installed,
-    saving a model loads it. Told beforehand, it is quiet."""
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-
-
 def _deepspeed() -> Any:
-    quieten()
+    quieten_deepspeed()
     try:
         import deepspeed
     except ModuleNotFoundError as error:
