@@ -52,8 +52,8 @@ def ensure_base(model: Model, run: RunDir) -> str:
 
 
 def quieten_deepspeed() -> None:
-    """Where there is no GPU, DeepSpeed says so on standard output when it is loaded; and where it is installed, saving a
-    model loads it. Told beforehand, it says nothing."""
+    """Where there is no GPU, DeepSpeed says so on standard output when it is loaded, and where it is installed, saving
+    a model loads it. Told beforehand, it says nothing."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
