@@ -43,8 +43,10 @@ PLAN ?= small.yaml
 replication: $(VENV)/model $(VENV)/bench
 	$(BIN)/python benchmarks/replication/play.py $(PLAN) $(if $(GSM8K),--data gsm8k=$(GSM8K))
 
+# Tests run in so many processes, a file's in one.
+WORKERS ?= 2
 test: $(VENV)/model $(VENV)/extras
-	$(BIN)/pytest
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile
 
 check: $(VENV)/installed
 	$(BIN)/ruff format --check .

@@ -141,8 +141,9 @@ def fit(
                     save_checkpoint(checkpoints, players, step)
                 raise
             stop = measured.pop("stop") > 0
-            norm = parallel.step() if math.isfinite(measured["loss"]) else math.nan
-            if not math.isfinite(norm):
+            sound = math.isfinite(measured["loss"])
+            norm = parallel.step(sound)
+            if not sound or not math.isfinite(norm):
                 raise TrainingError(_not_finite(what, step, measured["loss"], norm, checkpoints))
             tokens = sum(len(item.tree) for item in batch)
             speed = {"tokens_per_second": tokens / (time.perf_counter() - began)}

@@ -56,8 +56,11 @@ class Parallel:
         """Add to the gradients."""
         loss.backward()
 
-    def step(self) -> float:
-        """Scale the gradients down to the largest norm allowed, and take the optimiser's step if they are finite.
+    def step(self, sound: bool) -> float:
+        """Scale the gradients down to the largest norm allowed, and take the optimiser's step.
+
+        Args:
+            sound: whether the loss was finite. If it was not, or the gradients are not, no step is taken.
 
         Returns:
             The norm that the gradients had.
@@ -65,7 +68,7 @@ class Parallel:
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         total: Any = nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
         norm = float(total.full_tensor() if hasattr(total, "full_tensor") else total)
-        if math.isfinite(norm):
+        if sound and math.isfinite(norm):
             self.optimizer.step()
         self.optimizer.zero_grad()
         return norm
