@@ -255,6 +255,19 @@ def export(
 
 
 @app.command()
+def report(
+    run: RunPath,
+    to: Annotated[
+        Path | None, typer.Option(help="File to write; the default is report.html in the run folder.")
+    ] = None,
+) -> None:
+    """Write a run as one HTML page. Charts, answers side by side, times; also of a run that is under way or failed."""
+    from spinlm.report import write_report
+
+    print(f"wrote {write_report(RunDir(run), to)}")
+
+
+@app.command()
 def chat(
     run: RunPath,
     iterations: Annotated[str, typer.Option(help="Players to ask: numbers, `start`, `best`.")] = "start,best",
@@ -413,6 +426,7 @@ def _print_result(run: RunDir) -> None:
     control = f"run {recipe} 'objective={{name: sft}}' --start-from {folder} --run-dir {other}"
     commands = {
         control: "does as much fine-tuning gain as much?",
+        f"report {folder}": "charts, and all answers side by side, on one page",
         f"chat {folder}{system}": "the same prompt to the start and to the best player",
         f"export {folder} --merge --to my-model": "take the best player away",
         "init": "a recipe for your own model and data",

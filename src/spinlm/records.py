@@ -8,7 +8,7 @@ import errno
 import json
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -83,6 +83,7 @@ class HeldOutAnswer:
     repetition: float  # share of its 4-grams of tokens that occurred before in it
     nll: float  # of the real response, nats per token
     task_score: float | None  # from 0 to 1, where the recipe names a scorer
+    margins: list[float] = field(default_factory=list)  # of the real response over the opponent's, in nats
 
 
 @dataclass(frozen=True, slots=True)

@@ -288,6 +288,18 @@ class RunDir:
             file.flush()
             yield
 
+    def in_use(self) -> bool:
+        """Whether a process holds the run folder."""
+        path = self.root / "lock"
+        if not path.exists():
+            return False
+        with path.open("rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except OSError:
+                return True
+        return False
+
     def changes(self, recipe: dict[str, Any], harmless: Collection[str]) -> list[str]:
         """What differs between a recipe and the one this folder belongs to, but for fields that may change.
 

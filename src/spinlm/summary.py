@@ -35,7 +35,7 @@ class Row:
     """One player: which, what was measured, and whether it is the best so far."""
 
     iteration: int
-    metrics: dict[str, float]
+    metrics: dict[str, Any]
     best: bool
 
     @property

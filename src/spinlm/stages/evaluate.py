@@ -102,6 +102,7 @@ def _conclude(
                     repetition=repetition(answer.token_ids),
                     nll=part.real.nll[number],
                     task_score=scorer(text, example.response) if scorer else None,
+                    margins=part.real.margins[number],
                 )
             )
             samples.append(

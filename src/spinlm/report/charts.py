@@ -1,0 +1,187 @@
+"""The charts of a report, as plotly.js takes them: traces and a layout. Colours are the page's, see charts.js."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from spinlm.report.facts import STAGES, Facts
+from spinlm.rundir import START, player_name
+
+POINTS = 1500
+"""Most points of a curve: of longer ones every so many are shown."""
+
+FEW = 30
+"""Points of a curve that are still shown as such."""
+
+Trace = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Chart:
+    """One chart: what it shows, and how to read it."""
+
+    name: str
+    section: str  # players, training or time
+    title: str
+    note: str
+    traces: list[Trace]
+    layout: dict[str, Any] = field(default_factory=dict)
+
+    def traces_and_layout(self) -> dict[str, Any]:
+        return {"traces": self.traces, "layout": self.layout}
+
+
+def charts(facts: Facts) -> list[Chart]:
+    """Those that a run has something for."""
+    return [chart for chart in (*_players(facts), *_training(facts), _time(facts)) if chart.traces]
+
+
+def _players(facts: Facts) -> list[Chart]:
+    lengths = _measured(facts, "mean_tokens", "its answers, greedy")
+    opponents = [(player_name(iteration), noted["mean_tokens"]) for iteration, noted in facts.opponents]
+    if opponents:
+        lengths.append(_line("its opponent's, sampled", *zip(*opponents, strict=True)))
+    return [
+        Chart(
+            "task_score",
+            "players",
+            "Task score",
+            "Higher is better. Bars: 95% intervals over held-out prompts; seeds differ by more.",
+            _measured(facts, "task_score", "greedy") + _measured(facts, "sampled_task_score", "sampled"),
+        ),
+        Chart(
+            "heldout_nll",
+            "players",
+            "Held-out NLL",
+            "Nats per token of the real held-out responses. Lower is likelier; a collapse begins with a rise.",
+            _measured(facts, "heldout_nll", "NLL"),
+        ),
+        Chart(
+            "apart",
+            "players",
+            "Told apart",
+            "1: surely; 0.5: not at all. By the start's features of a sampled and a real response (AUC), and by the "
+            "player itself over its opponent (share of pairs with a positive margin).",
+            _measured(facts, "discriminability", "real from its own (AUC)")
+            + _measured(facts, "pair_accuracy", "real from the opponent's"),
+            {"shapes": [_level(0.5)]},
+        ),
+        Chart(
+            "margins",
+            "players",
+            "Margins on held-out pairs",
+            "How much further the player has moved towards the real response than towards its opponent's, in nats. "
+            "One point for each pair.",
+            _distributions(facts),
+            {"shapes": [_level(0.0)], "showlegend": False},
+        ),
+        Chart(
+            "lengths",
+            "players",
+            "Length of responses",
+            "Mean tokens. The line is the real held-out responses'.",
+            lengths,
+            {"shapes": [_level(facts.real_tokens)]} if facts.real_tokens else {},
+        ),
+        Chart(
+            "drift",
+            "players",
+            "Drift from the start",
+            "Estimated KL divergence from the starting player, nats per token of its own samples.",
+            _measured(facts, "drift", "drift"),
+        ),
+        Chart(
+            "signs",
+            "players",
+            "Signs of trouble",
+            "Shares of its greedy answers that are the real one word for word, do not end, or repeat themselves.",
+            [
+                *_measured(facts, "identical_share", "identical"),
+                *_measured(facts, "unfinished_share", "unfinished"),
+                *_measured(facts, "repetition", "repeated"),
+            ],
+        ),
+    ]
+
+
+def _training(facts: Facts) -> list[Chart]:
+    what = (
+        ("loss", "Loss", "What is minimised. ln 2 = 0.693 at the first step of self-play."),
+        ("margin", "Margin", "Mean over a step's pairs, in nats."),
+        ("accuracy", "Accuracy", "Share of a step's pairs with a positive margin."),
+        ("real_nll", "NLL of the real responses", "Nats per token, on the prompts that are trained on."),
+        ("grad_norm", "Norm of the gradient", "Before it is scaled down to train.max_grad_norm."),
+    )
+    return [
+        Chart(f"step_{key}", "training", title, f"{note} By optimiser step.", _curves(facts, key))
+        for key, title, note in what
+    ]
+
+
+def _time(facts: Facts) -> Chart:
+    traces = []
+    for stage in STAGES:
+        spent = {name: seconds / 60 for name, stages in facts.times if (seconds := stages.get(stage)) is not None}
+        if spent:
+            traces.append({"type": "bar", "name": stage, "x": list(spent), "y": list(spent.values())})
+    layout = {"barmode": "stack", "yaxis": {"title": {"text": "minutes"}}}
+    return Chart("time", "time", "Time of each stage", "By the clock, in the process that finished it.", traces, layout)
+
+
+def _measured(facts: Facts, key: str, name: str) -> list[Trace]:
+    """A measure of every player that has it, with its interval."""
+    rows = [row for row in facts.players if key in row.metrics]
+    if not rows:
+        return []
+    values = [row.metrics[key] for row in rows]
+    trace = _line(name, [row.name for row in rows], values)
+    ends = [row.metrics["intervals"].get(key) for row in rows]
+    if all(ends):
+        above = [high - value for value, (_, high) in zip(values, ends, strict=True)]
+        below = [value - low for value, (low, _) in zip(values, ends, strict=True)]
+        trace["error_y"] = {"type": "data", "symmetric": False, "array": above, "arrayminus": below}
+    return [trace]
+
+
+def _distributions(facts: Facts) -> list[Trace]:
+    traces = []
+    for row in facts.players:
+        answers = facts.answers[row.iteration].values()
+        margins = [margin for answer in answers for margin in answer.get("margins", ())]
+        if row.iteration != START and margins:
+            style = {"type": "violin", "points": "all", "pointpos": 0, "jitter": 0.4, "meanline": {"visible": True}}
+            traces.append({**style, "name": row.name, "colour": _colour(row.iteration), "y": _thinned(margins)})
+    return traces
+
+
+def _curves(facts: Facts, key: str) -> list[Trace]:
+    """A measure of the steps, a curve for each stage that trains."""
+    curves: dict[int, list[tuple[int, float]]] = {}
+    for line in facts.steps:
+        if key in line:
+            curves.setdefault(line["iteration"], []).append((line["step"], line[key]))
+    found = []
+    for iteration, points in curves.items():
+        steps, values = zip(*_thinned(points), strict=True)
+        name = "warm-up" if iteration == START else player_name(iteration)
+        found.append(_line(name, steps, values) | {"colour": _colour(iteration)})
+    return found
+
+
+def _colour(iteration: int) -> int:
+    """The number of the page's colour, from 1, for whatever is of one iteration."""
+    return iteration - START + 1
+
+
+def _line(name: str, x: Sequence[Any], y: Sequence[float]) -> Trace:
+    mode = "lines+markers" if len(x) <= FEW else "lines"
+    return {"type": "scatter", "mode": mode, "name": name, "x": list(x), "y": list(y)}
+
+
+def _level(value: float) -> dict[str, Any]:
+    """A line across."""
+    return {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": value, "y1": value, "line": {"dash": "dot"}}
+
+
+def _thinned(points: list[Any]) -> list[Any]:
+    return points[:: -(-len(points) // POINTS)]

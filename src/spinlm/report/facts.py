@@ -1,0 +1,229 @@
+"""What a run folder says about its run, however far that came."""
+
+import json
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from spinlm.files import read_json
+from spinlm.rundir import START, RunDir, player_name
+from spinlm.summary import COLUMNS, Row, rows, verdict
+
+SHOWN = 20
+"""Prompts whose answers are shown side by side."""
+
+EXTREMES = 5
+"""Largest wins, and as many losses."""
+
+STAGES = ("prepare", "warmup", "generate", "score", "train", "evaluate", "promote")
+
+
+@dataclass(frozen=True)
+class Change:
+    """A held-out prompt on which a later player did much better or worse than the start."""
+
+    by: float
+    prompt: str
+    real: str
+    before: str
+    after: str
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What the players answered to a held-out prompt."""
+
+    prompt: list[dict[str, str]]  # messages
+    real: str
+    answers: list[tuple[str, str, float | None]]  # player, text, task score
+
+
+@dataclass(frozen=True)
+class Facts:
+    """A run, read once."""
+
+    run: RunDir
+    recipe: dict[str, Any]
+    players: list[Row]
+
+    @property
+    def name(self) -> str:
+        return self.run.root.absolute().name
+
+    @property
+    def recipe_text(self) -> str:
+        path = self.run.root / "recipe.yaml"
+        return path.read_text(encoding="utf-8") if path.exists() else json.dumps(self.recipe, indent=1)
+
+    @cached_property
+    def verdict(self) -> str:
+        return verdict(self.run)
+
+    @cached_property
+    def provenance(self) -> dict[str, Any]:
+        return _read(self.run.provenance, {})
+
+    @cached_property
+    def dropped(self) -> dict[str, Any]:
+        return _read(self.run.dropped, {})
+
+    @cached_property
+    def times(self) -> list[tuple[str, dict[str, float | None]]]:
+        """Seconds of each stage by player; None where a stage is complete and its time was not kept."""
+        found: dict[str, dict[str, float | None]] = {}
+        for stage, iteration in self._stages():
+            marker = self.run.marker(stage, iteration)
+            if marker.exists():
+                found.setdefault(player_name(iteration), {})[stage] = read_json(marker).get("seconds")
+        return list(found.items())
+
+    @cached_property
+    def seconds(self) -> float:
+        return sum(value or 0.0 for _, stages in self.times for value in stages.values())
+
+    @cached_property
+    def state(self) -> str:
+        """How far the run has come, in a sentence."""
+        missing = next((one for one in self._stages() if not self.run.marker(*one).exists()), None)
+        if missing is None or self._ended():
+            return "The run is finished."
+        stage, iteration = missing
+        where = stage if iteration == START else f"{stage} of iteration {iteration}"
+        if self.run.in_use():
+            return f"The run is under way, in {where}."
+        return f"The run is not finished: {where} is not complete. The same command goes on there."
+
+    @cached_property
+    def opponents(self) -> list[tuple[int, dict[str, Any]]]:
+        """By iteration, what `score` noted of its opponent's responses."""
+        found = []
+        for iteration in self._iterations():
+            if not self.run.marker("score", iteration).exists():
+                break
+            noted = self.run.facts("score", iteration)
+            found.append((iteration, noted.get("train") or noted["heldout"]))
+        return found
+
+    @cached_property
+    def benchmarks(self) -> list[tuple[str, dict[str, Any]]]:
+        """Benchmark scores by player."""
+        both = ((row.name, _read(self.run.benchmarks(row.iteration), {})) for row in self.players)
+        return [(name, scores) for name, scores in both if scores]
+
+    @cached_property
+    def steps(self) -> list[dict[str, Any]]:
+        """Every optimiser step; a last line that is being written is left out."""
+        return list(_lines(self.run.step_metrics))
+
+    @cached_property
+    def examples(self) -> list[dict[str, Any]]:
+        """The held-out examples."""
+        return list(_lines(self.run.examples("heldout")))
+
+    @cached_property
+    def answers(self) -> dict[int, dict[str, dict[str, Any]]]:
+        """By player and prompt, what was answered to the held-out prompts."""
+        return {
+            row.iteration: {one["id"]: one for one in _lines(self.run.answers(row.iteration))} for row in self.players
+        }
+
+    @property
+    def real_tokens(self) -> float | None:
+        """Mean length of the real held-out responses."""
+        return statistics.fmean(len(one["response_ids"]) for one in self.examples) if self.examples else None
+
+    @property
+    def table(self) -> list[tuple[str, str]]:
+        """Which measures to show for each player: key and title."""
+        return [
+            (key, " ".join(title.split()))
+            for key, title, _ in (*COLUMNS, ("discriminability", "discriminability", ""), ("drift", "drift", ""))
+            if any(key in row.metrics for row in self.players)
+        ]
+
+    @cached_property
+    def comparisons(self) -> list[Comparison]:
+        """Answers side by side; prompts on which the first and the last player differ come first."""
+        if not self.players:
+            return []
+        first, last = (self.answers[row.iteration] for row in (self.players[0], self.players[-1]))
+        order = sorted(self.examples, key=lambda one: first[one["id"]]["text"] == last[one["id"]]["text"])
+        return [
+            Comparison(
+                one["messages"],
+                one["response"],
+                [
+                    (row.name, answer["text"], answer["task_score"])
+                    for row in self.players
+                    for answer in (self.answers[row.iteration][one["id"]],)
+                ],
+            )
+            for one in order[:SHOWN]
+        ]
+
+    @property
+    def compared(self) -> Row | None:
+        """Who is held against the start: the best player, or the last where the start is the best."""
+        later = self.players[1:]
+        return next((row for row in later if row.best), later[-1] if later else None)
+
+    @property
+    def scored(self) -> bool:
+        """Whether the recipe names a scorer, so that answers have a task score."""
+        return bool(self.recipe["evaluate"]["scorer"])
+
+    @cached_property
+    def changes(self) -> tuple[list[Change], list[Change]]:
+        """The largest wins and losses against the start: of task score, or else of the real response's NLL."""
+        if self.compared is None:
+            return [], []
+        start, other = self.answers[START], self.answers[self.compared.iteration]
+        found = []
+        for one in self.examples:
+            before, after = start[one["id"]], other[one["id"]]
+            by = after["task_score"] - before["task_score"] if self.scored else before["nll"] - after["nll"]
+            found.append(Change(by, one["messages"][-1]["content"], one["response"], before["text"], after["text"]))
+        found.sort(key=lambda change: change.by)
+        losses = [change for change in found[:EXTREMES] if change.by < 0]
+        wins = [change for change in found[::-1][:EXTREMES] if change.by > 0]
+        return wins, losses
+
+    def _iterations(self) -> range:
+        return range(self.recipe["selfplay"]["iterations"])
+
+    def _stages(self) -> Iterator[tuple[str, int]]:
+        yield from ((stage, START) for stage in ("prepare", "warmup", "evaluate"))
+        for iteration in self._iterations():
+            yield from ((stage, iteration) for stage in STAGES[2:])
+
+    def _ended(self) -> bool:
+        """Whether promotion has ended the run before its last iteration."""
+        judged = [self.run.facts("promote", one) for one in self._judged()]
+        return bool(judged) and not judged[-1]["go_on"]
+
+    def _judged(self) -> Iterator[int]:
+        for iteration in count(0):
+            if not self.run.marker("promote", iteration).exists():
+                return
+            yield iteration
+
+
+def facts(run: RunDir) -> Facts:
+    """Read a run folder."""
+    return Facts(run, read_json(run.recipe), rows(run))
+
+
+def _read(path: Path, otherwise: Any) -> Any:
+    return read_json(path) if path.exists() else otherwise
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    if not path.exists():
+        return
+    lines: Sequence[str] = path.read_text(encoding="utf-8").split("\n")
+    for line in lines[:-1]:  # after the last line's end there is nothing, or a line that is being written
+        yield json.loads(line)

@@ -1,0 +1,209 @@
+"""A run on one page: what it shows of runs that ended and of others, and that no data become part of it."""
+
+import fcntl
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from runs import ITERATIONS, read_jsons, write_rows
+
+EVIL = "document.title='taken'"
+HOSTILE = f'</script><script>{EVIL}</script><img src=x onerror="{EVIL}"> & \x1b[31m {{{{ 7 * 7 }}}}'
+CHARTS = (
+    "task_score",
+    "heldout_nll",
+    "apart",
+    "margins",
+    "lengths",
+    "drift",
+    "signs",
+    "step_loss",
+    "step_margin",
+    "time",
+)
+
+
+class Page(HTMLParser):
+    """What a browser makes of a page: its elements, its text, and its scripts."""
+
+    def __init__(self, path: Path):
+        super().__init__(convert_charrefs=True)
+        self.elements: list[str] = []
+        self.scripts: list[str] = []
+        self.words: list[str] = []
+        self.addresses: list[str] = []
+        self._inside = ""
+        self.feed(path.read_text(encoding="utf-8"))
+        self.text = " ".join(" ".join(self.words).split())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append(tag)
+        self.addresses += [str(value) for name, value in attrs if name in ("src", "href")]
+        self._inside = tag
+        if tag == "script":
+            self.scripts.append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        self._inside = ""
+
+    def handle_data(self, data: str) -> None:
+        if self._inside == "script":
+            self.scripts[-1] += data
+        elif self._inside != "style":
+            self.words.append(data)
+
+    @property
+    def charts(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(self.scripts[0])
+        return found
+
+
+@pytest.fixture
+def run(reference: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(reference, tmp_path / "run", symlinks=True)
+
+
+def test_a_finished_run(run, cli, tmp_path):
+    result = cli("report", run, folder=tmp_path)
+    path = run / "report.html"
+    assert result.out == f"wrote {path}\n"
+    page = Page(path)
+    assert "The run is finished." in page.text
+    assert re.search(r"Self-play (helped|did not help)", page.text)
+    for name in ("start", "iteration 0", "iteration 1"):
+        assert name in page.text
+    assert set(CHARTS) <= page.charts.keys()
+    measured = [
+        json.loads((run / name / "metrics.json").read_text()) for name in ("start", "iteration-0", "iteration-1")
+    ]
+    (shown,) = page.charts["heldout_nll"]["traces"]
+    assert shown["y"] == [metrics["heldout_nll"] for metrics in measured]
+    low, high = measured[0]["intervals"]["heldout_nll"]
+    assert shown["error_y"]["array"][0] == pytest.approx(high - shown["y"][0])
+    assert shown["error_y"]["arrayminus"][0] == pytest.approx(shown["y"][0] - low)
+    margins = page.charts["margins"]["traces"][0]["y"]
+    assert sum(margins) / len(margins) == pytest.approx(measured[1]["margin"])
+    losses = {trace["name"]: trace["y"] for trace in page.charts["step_loss"]["traces"]}
+    assert losses["iteration 1"] == [
+        line["loss"] for line in read_jsons(run, "metrics.jsonl") if (line["stage"], line["iteration"]) == ("train", 1)
+    ]
+    for answer in read_jsons(run / "iteration-1", "answers.jsonl"):
+        assert " ".join(answer["text"].replace("\0", "�").split()) in page.text
+    assert "prompt in heldout" in page.text and "data.jsonl:43" in page.text
+    assert "tokens_per_micro_batch: 128" in page.text
+
+
+def test_it_loads_nothing(run, cli, tmp_path):
+    cli("report", run, "--to", tmp_path / "page.html", folder=tmp_path)
+    page = Page(tmp_path / "page.html")
+    assert not (run / "report.html").exists()
+    assert all(address.startswith("#") for address in page.addresses)
+    assert not {"link", "img", "iframe", "object", "embed"} & set(page.elements)
+    assert "default-src 'none'" in (tmp_path / "page.html").read_text()
+
+
+@pytest.mark.parametrize("stage", ["generate", "score", "train", "evaluate", "promote"])
+def test_a_run_that_stopped(rewound, cli, tmp_path, stage):
+    run = rewound(1, stage)
+    cli("report", run, folder=tmp_path)
+    assert f"The run is not finished: {stage} of iteration 1 is not complete." in Page(run / "report.html").text
+
+
+def test_a_run_that_has_hardly_begun(run, cli, tmp_path):
+    for entry in run.iterdir():
+        if entry.name not in ("recipe.resolved.json", "lock"):
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+    cli("report", run, folder=tmp_path)
+    page = Page(run / "report.html")
+    assert "prepare is not complete" in page.text and "No player has been evaluated yet." in page.text
+    assert page.charts == {}
+
+
+def test_a_run_without_a_scorer_and_without_margins(run, cli, tmp_path):
+    """As earlier versions wrote it: wins and losses are then those of likelihood."""
+    for folder in run.glob("*/answers.jsonl"):
+        rows = read_jsons(folder.parent, folder.name)
+        write_rows(folder, [{key: value for key, value in row.items() if key != "margins"} for row in rows])
+    recipe = json.loads((run / "recipe.resolved.json").read_text())
+    recipe["evaluate"]["scorer"] = None
+    (run / "recipe.resolved.json").write_text(json.dumps(recipe))
+    cli("report", run, folder=tmp_path)
+    page = Page(run / "report.html")
+    assert "margins" not in page.charts
+    assert "how much likelier the real response has become" in page.text
+    before, after = (
+        {row["id"]: row["nll"] for row in read_jsons(run / name, "answers.jsonl")} for name in ("start", "iteration-1")
+    )
+    best = max(before[key] - after[key] for key in before)
+    assert f"{best:+.3f}" in page.text
+
+
+def test_a_run_under_way(rewound, cli, tmp_path):
+    run = rewound(1, "train")
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"stage": "train", "iterat')  # a line that is being written
+    with (run / "lock").open("a") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        cli("report", run, folder=tmp_path)
+    assert "The run is under way, in train of iteration 1." in Page(run / "report.html").text
+
+
+def test_no_run(cli, tmp_path):
+    result = cli("report", tmp_path, folder=tmp_path, code=2)
+    assert "no run here" in result.message
+
+
+def poison(run: Path) -> None:
+    """Hostile text wherever a model or data set could have written it."""
+    for name in ("start", *(f"iteration-{iteration}" for iteration in range(ITERATIONS))):
+        rows = read_jsons(run / name, "answers.jsonl")
+        write_rows(run / name / "answers.jsonl", [row | {"text": HOSTILE} for row in rows])
+    rows = read_jsons(run / "examples", "heldout.jsonl")
+    for row in rows:
+        row["messages"] = [{"role": HOSTILE, "content": HOSTILE} for _ in row["messages"]]
+        row["response"] = HOSTILE
+    write_rows(run / "examples" / "heldout.jsonl", rows)
+    dropped = json.loads((run / "examples" / "dropped.json").read_text())
+    dropped |= {"dropped": {HOSTILE: 1}, "dropped_rows": [HOSTILE]}
+    (run / "examples" / "dropped.json").write_text(json.dumps(dropped))
+    recipe = json.loads((run / "recipe.resolved.json").read_text())
+    recipe["data"]["path"] = HOSTILE
+    (run / "recipe.resolved.json").write_text(json.dumps(recipe))
+    (run / "recipe.yaml").write_text(HOSTILE)
+
+
+def test_what_data_and_models_wrote_stays_text(run, cli, tmp_path):
+    cli("report", run, folder=tmp_path)
+    clean = Page(run / "report.html")
+    poison(run)
+    cli("report", run, folder=tmp_path)
+    page = Page(run / "report.html")
+    assert set(page.elements) == set(clean.elements)
+    assert page.elements.count("script") == clean.elements.count("script") == 3
+    assert page.scripts[1:] == clean.scripts[1:]
+    assert page.text.count(" ".join(HOSTILE.split())) > 20
+
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+@pytest.mark.parametrize("hostile", [False, True])
+def test_in_a_browser(run, cli, tmp_path, hostile):
+    if hostile:
+        poison(run)
+    cli("report", run, folder=tmp_path)
+    options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'chromium'}"]
+    command = [CHROMIUM, *options, "--enable-logging=stderr", "--virtual-time-budget=10000", "--dump-dom"]
+    done = subprocess.run([*command, (run / "report.html").as_uri()], capture_output=True, text=True, timeout=120)
+    assert "CONSOLE" not in done.stderr, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    assert "<title>run · spinlm</title>" in done.stdout
+    for name in CHARTS:
+        (figure,) = re.findall(rf'<div[^>]* id="chart-{name}"[^>]*>', done.stdout)
+        assert "js-plotly-plot" in figure, f"{name} is not drawn"
+    assert done.stdout.count("main-svg") >= len(CHARTS)
