@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import json
 import logging
 import os
 import shlex
@@ -35,6 +36,7 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(help="Changes to the recipe: section.key=value.", show_default=False)
 ]
 RunPath = Annotated[Path, typer.Argument(help="Run folder.", show_default=False)]
+AsJson = Annotated[bool, typer.Option("--json", help="As JSON, for programs.")]
 RunOption = Annotated[Path | None, typer.Option(help="Run folder; the default is runs/NAME-OF-THE-RECIPE.")]
 Iteration = Annotated[int, typer.Option(help="Iteration, from 0.", show_default=False)]
 
@@ -252,6 +254,58 @@ def export(
     print(f"wrote {to} ({folder.iteration(chosen).name}{beaten})")
     if push_to_hub:
         print(f"pushed to {push(to, push_to_hub)}")
+
+
+@app.command()
+def status(run: RunPath, as_json: AsJson = False) -> None:
+    """Show how far a run has come, and its players."""
+    from rich.console import Console
+
+    from spinlm.standing import last_step, standing
+    from spinlm.standing import status as status_of
+    from spinlm.summary import table, verdict
+
+    folder, _ = _open_run(run)
+    if as_json:
+        print(json.dumps(status_of(folder), ensure_ascii=False))
+        return
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 100)
+    console.print(str(standing(folder)), markup=False)
+    if step := last_step(folder):
+        told = "".join(f", {name} {step[name]:.4f}" for name in ("loss", "margin") if name in step)
+        console.print(f"Last step: {step['stage']}, {step['step']} of {step['steps']}{told}", markup=False)
+    console.print(table(folder))
+    console.print(verdict(folder), markup=False)
+
+
+@app.command()
+def runs(
+    folder: Annotated[Path, typer.Argument(help="Folder with run folders in it.")] = Path("runs"),
+    as_json: AsJson = False,
+) -> None:
+    """List the runs in a folder."""
+    from rich.box import SIMPLE
+    from rich.console import Console
+    from rich.table import Table
+
+    from spinlm.rundir import player_name
+    from spinlm.standing import find_runs
+    from spinlm.standing import status as status_of
+
+    found = [status_of(run) for run in find_runs(folder)]
+    if as_json:
+        for one in found:
+            print(json.dumps(one, ensure_ascii=False))
+        return
+    if not found:
+        print(f"no runs in {folder}")
+        return
+    grid = Table("run", "state", "players", "best", "verdict", box=SIMPLE, pad_edge=False)
+    for one in found:
+        where = "" if one["stage"] is None else f", {one['stage']}"
+        best = "" if one["best"] is None else player_name(one["best"])
+        grid.add_row(Path(one["run"]).name, one["state"] + where, str(len(one["players"])), best, one["verdict"])
+    Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(grid)
 
 
 @app.command()

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from spinlm.report.facts import STAGES, Facts
+from spinlm.report.facts import Facts
 from spinlm.rundir import START, player_name
+from spinlm.standing import BEFORE, STAGES
 
 POINTS = 1500
 """Most points of a curve: of longer ones every so many are shown."""
@@ -120,7 +121,7 @@ def _training(facts: Facts) -> list[Chart]:
 
 def _time(facts: Facts) -> Chart:
     traces = []
-    for stage in STAGES:
+    for stage in dict.fromkeys((*BEFORE, *STAGES)):
         spent = {name: seconds / 60 for name, stages in facts.times if (seconds := stages.get(stage)) is not None}
         if spent:
             traces.append({"type": "bar", "name": stage, "x": list(spent), "y": list(spent.values())})

@@ -11,6 +11,7 @@ from typing import Any
 
 from spinlm.files import read_json
 from spinlm.rundir import START, RunDir, player_name
+from spinlm.standing import stages, standing
 from spinlm.summary import COLUMNS, Row, rows, verdict
 
 SHOWN = 20
@@ -18,8 +19,6 @@ SHOWN = 20
 
 EXTREMES = 5
 """Largest wins, and as many losses."""
-
-STAGES = ("prepare", "warmup", "generate", "score", "train", "evaluate", "promote")
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ class Facts:
     def times(self) -> list[tuple[str, dict[str, float | None]]]:
         """Seconds of each stage by player; None where a stage is complete and its time was not kept."""
         found: dict[str, dict[str, float | None]] = {}
-        for stage, iteration in self._stages():
+        for stage, iteration in stages(self.run):
             marker = self.run.marker(stage, iteration)
             if marker.exists():
                 found.setdefault(player_name(iteration), {})[stage] = read_json(marker).get("seconds")
@@ -88,20 +87,13 @@ class Facts:
     @cached_property
     def state(self) -> str:
         """How far the run has come, in a sentence."""
-        missing = next((one for one in self._stages() if not self.run.marker(*one).exists()), None)
-        if missing is None or self._ended():
-            return "The run is finished."
-        stage, iteration = missing
-        where = stage if iteration == START else f"{stage} of iteration {iteration}"
-        if self.run.in_use():
-            return f"The run is under way, in {where}."
-        return f"The run is not finished: {where} is not complete. The same command goes on there."
+        return str(standing(self.run))
 
     @cached_property
     def opponents(self) -> list[tuple[int, dict[str, Any]]]:
         """By iteration, what `score` noted of its opponent's responses."""
         found = []
-        for iteration in self._iterations():
+        for iteration in count(0):
             if not self.run.marker("score", iteration).exists():
                 break
             noted = self.run.facts("score", iteration)
@@ -191,25 +183,6 @@ class Facts:
         losses = [change for change in found[:EXTREMES] if change.by < 0]
         wins = [change for change in found[::-1][:EXTREMES] if change.by > 0]
         return wins, losses
-
-    def _iterations(self) -> range:
-        return range(self.recipe["selfplay"]["iterations"])
-
-    def _stages(self) -> Iterator[tuple[str, int]]:
-        yield from ((stage, START) for stage in ("prepare", "warmup", "evaluate"))
-        for iteration in self._iterations():
-            yield from ((stage, iteration) for stage in STAGES[2:])
-
-    def _ended(self) -> bool:
-        """Whether promotion has ended the run before its last iteration."""
-        judged = [self.run.facts("promote", one) for one in self._judged()]
-        return bool(judged) and not judged[-1]["go_on"]
-
-    def _judged(self) -> Iterator[int]:
-        for iteration in count(0):
-            if not self.run.marker("promote", iteration).exists():
-                return
-            yield iteration
 
 
 def facts(run: RunDir) -> Facts:

@@ -1,0 +1,105 @@
+"""How far a run has come. Reads the run folder only; imports no torch."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from spinlm.files import read_json
+from spinlm.rundir import START, RunDir
+from spinlm.summary import rows, verdict
+
+STAGES = ("generate", "score", "train", "evaluate", "promote")
+"""Of an iteration."""
+
+BEFORE = ("prepare", "warmup", "evaluate")
+"""Of the start."""
+
+TAIL = 1 << 16  # bytes in which the last line of a file of steps is looked for
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where a run is."""
+
+    stage: str | None  # the first that is not complete; None where the run is finished
+    iteration: int | None  # the stage's; START before the first
+    under_way: bool  # whether a process holds the run folder
+
+    @property
+    def state(self) -> str:
+        """finished, under way, or stopped."""
+        return "finished" if self.stage is None else "under way" if self.under_way else "stopped"
+
+    def __str__(self) -> str:
+        if self.stage is None:
+            return "The run is finished."
+        where = self.stage if self.iteration == START else f"{self.stage} of iteration {self.iteration}"
+        if self.under_way:
+            return f"The run is under way, in {where}."
+        return f"The run is not finished: {where} is not complete. The same command goes on there."
+
+
+def stages(run: RunDir) -> Iterator[tuple[str, int]]:
+    """The stages of a run in order, with their iterations, as its recipe has them."""
+    yield from ((stage, START) for stage in BEFORE)
+    for iteration in range(read_json(run.recipe)["selfplay"]["iterations"]):
+        yield from ((stage, iteration) for stage in STAGES)
+
+
+def standing(run: RunDir) -> Standing:
+    """Where a run is."""
+    missing = next((one for one in stages(run) if not run.marker(*one).exists()), None)
+    if missing is None or _ended_early(run):
+        return Standing(None, None, run.in_use())
+    return Standing(*missing, run.in_use())
+
+
+def status(run: RunDir) -> dict[str, Any]:
+    """All that is known about a run, for programs."""
+    where = standing(run)
+    players = rows(run)
+    return {
+        "run": str(run.root),
+        "state": where.state,
+        "stage": where.stage,
+        "iteration": where.iteration,
+        "seconds": sum(read_json(marker).get("seconds") or 0.0 for marker in _markers(run)),
+        "last_step": last_step(run),
+        "best": run.best(),
+        "verdict": verdict(run),
+        "players": [{"iteration": row.iteration, "name": row.name, **row.metrics} for row in players],
+    }
+
+
+def last_step(run: RunDir) -> dict[str, Any] | None:
+    """What the last optimiser step measured; None before the first."""
+    if not run.step_metrics.exists():
+        return None
+    with run.step_metrics.open("rb") as file:
+        file.seek(max(0, run.step_metrics.stat().st_size - TAIL))
+        lines = file.read().split(b"\n")[:-1]  # what follows the last line's end is still being written
+    step: dict[str, Any] | None = json.loads(lines[-1]) if lines else None
+    return step
+
+
+def find_runs(folder: Path) -> list[RunDir]:
+    """The runs in a folder, by name."""
+    found = sorted(path.parent for path in folder.glob(f"*/{RunDir(folder).recipe.name}"))
+    return [RunDir(path) for path in found]
+
+
+def _markers(run: RunDir) -> Iterator[Path]:
+    return (marker for one in stages(run) if (marker := run.marker(*one)).exists())
+
+
+def _ended_early(run: RunDir) -> bool:
+    """Whether promotion has ended the run before its last iteration."""
+    last: dict[str, Any] = {"go_on": True}
+    for iteration in count(0):
+        if not run.marker("promote", iteration).exists():
+            return not last["go_on"]
+        last = run.facts("promote", iteration)
+    raise AssertionError("iterations end")
