@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from spinlm import __version__
-from spinlm.errors import PeerError, RunError, SpinError
+from spinlm.errors import PeerError, RunError, SpinError, is_out_of_memory
 from spinlm.files import read_json, write_text
 from spinlm.rundir import START, RunDir
 
@@ -400,7 +400,7 @@ def main() -> None:
         print(f"spinlm: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError" and "can't allocate memory" not in str(error):
+        if not is_out_of_memory(error):
             raise
         print(f"spinlm: out of memory ({str(error).splitlines()[0]}).", end=" ", file=sys.stderr)
         print("Lower train.tokens_per_micro_batch or opponent.batch_size, or set", end=" ", file=sys.stderr)

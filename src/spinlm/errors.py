@@ -43,3 +43,8 @@ class StoppedError(SpinError):
     """The user pressed Ctrl-C or the process was asked to end; the run can be continued."""
 
     exit_code = 130
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether PyTorch has found too little memory, on a GPU or for a CPU tensor."""
+    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)

@@ -31,8 +31,9 @@ from spinlm.model.fit import (
     make_optimizer,
     plan_steps,
 )
+from spinlm.model.logprobs import LogProbs
 from spinlm.model.players import Players
-from spinlm.model.trees import Tree
+from spinlm.model.trees import Layout, Tree
 from spinlm.rundir import START, RunDir
 from spinlm.stages.items import pair_objective
 from spinlm.stages.warmup import sft_objective
@@ -550,6 +551,63 @@ def test_a_loss_that_is_not_finite_stops_even_a_finite_gradient(new_players: New
     items = InMemory([Item(Tree(ids(4, 1), (ids(3, 2), ids(5, 3))), (-10.0, -math.inf), ((0, 1),))], [1])
     with pytest.raises(TrainingError, match=r"the loss is inf and the gradient's norm [0-9]"):
         run_fit(players, items, spin_of(players), HOW, tmp_path)
+
+
+def little_memory(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    """Makes a forward pass fail that has more tokens."""
+    forward = LogProbs.forward
+
+    def limited(self: LogProbs, layout: Layout) -> Tensor:
+        if layout.input_ids.numel() > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return forward(self, layout)
+
+    monkeypatch.setattr(LogProbs, "forward", limited)
+
+
+def test_too_little_memory_makes_micro_batches_smaller_and_changes_nothing(
+    new_players: NewPlayers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    items, how = pair_items(8), replace(HOW, tokens_per_micro_batch=1000)
+    players = new_players(lora={"r": 4}, train={"gradient_checkpointing": False})
+    expected = run_fit(players, items, spin_of(players), how, tmp_path / "plenty")
+    weights = [parameter.detach().clone() for _, parameter in players.parameters()]
+    again = new_players(lora={"r": 4}, train={"gradient_checkpointing": False})
+    little_memory(monkeypatch, most=60)
+    with caplog.at_level("WARNING"):
+        found = run_fit(again, items, spin_of(again), how, tmp_path / "little")
+    assert "test: out of memory; going on with " in caplog.text
+    assert caplog.text.count("out of memory") == 1, "it stays with what fits"
+    for one, other in zip(found, expected, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
+    for (_, one), two in zip(again.parameters(), weights, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-4)
+
+
+def test_too_little_memory_for_a_single_tree_is_an_error(
+    new_players: NewPlayers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    players = new_players(lora={"r": 4}, train={"gradient_checkpointing": False})
+    little_memory(monkeypatch, most=5)
+    with pytest.raises(torch.OutOfMemoryError):
+        run_fit(players, pair_items(4), spin_of(players), HOW, tmp_path)
+
+
+def test_another_error_is_no_reason_to_try_again(
+    new_players: NewPlayers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    players = new_players(lora={"r": 4})
+    calls = []
+
+    def broken(self: LogProbs, layout: Layout) -> Tensor:
+        calls.append(layout)
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(LogProbs, "forward", broken)
+    with pytest.raises(RuntimeError, match="shapes"):
+        run_fit(players, pair_items(4), spin_of(players), HOW, tmp_path)
+    assert len(calls) == 1
 
 
 def test_training_can_be_tried_again_in_the_same_process(new_players: NewPlayers, tmp_path: Path) -> None:

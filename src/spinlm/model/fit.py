@@ -5,6 +5,8 @@ and over processes. A checkpoint holds all that the next step depends on, so a r
 a CPU, in the same weights to the bit.
 """
 
+import gc
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +20,7 @@ from torch import Tensor
 
 from spinlm import team
 from spinlm.config import Train
-from spinlm.errors import RecipeError, StoppedError, TrainingError
+from spinlm.errors import RecipeError, StoppedError, TrainingError, is_out_of_memory
 from spinlm.interrupt import asked_to_stop, stop_if_asked
 from spinlm.model.checkpoints import newest, resume, save_checkpoint
 from spinlm.model.parallel import Parallel, share, totals
@@ -26,6 +28,8 @@ from spinlm.model.players import Players
 from spinlm.model.trees import Tree, lay_out, micro_batches
 from spinlm.progress import track
 from spinlm.seeds import derive_seed
+
+log = logging.getLogger("spinlm")
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +124,7 @@ def fit(
     optimizer = make_optimizer(how, players)
     parallel.begin(optimizer, how.max_grad_norm, state)
     parallel.module.train()
-    stop = False
+    stop, budget = False, how.tokens_per_micro_batch
     with track(what, len(steps), already=begin) as advance:
         for step in range(begin, len(steps)):
             epoch, chosen = steps[step]
@@ -131,11 +135,14 @@ def fit(
             began = time.perf_counter()
             rate = set_learning_rate(optimizer, learning_rate_at(step, len(steps), how))
             batch = [items[index] for index in chosen]
-            backward = _Backward(parallel, objective, weight=float(items.weights[chosen].sum()))
+            backward = _Backward(parallel, objective, packing, weight=float(items.weights[chosen].sum()))
             try:
                 if stop:
                     raise StoppedError("stopped as asked; run the same command again to continue")
-                measured = backward(batch, packing, how.tokens_per_micro_batch, derive_seed(how.seed, step))
+                while (measured := backward.if_it_fits(batch, budget, derive_seed(how.seed, step))) is None:
+                    optimizer.zero_grad()
+                    budget = min(budget, sum(len(item.tree) for item in batch)) // 2
+                    log.warning("%s: out of memory; going on with %d tokens in a micro-batch", what, budget)
             except StoppedError:
                 if step > begin:
                     save_checkpoint(checkpoints, players, step)
@@ -164,9 +171,24 @@ class _Backward:
 
     parallel: Parallel
     objective: Objective
+    packing: str
     weight: float  # of the items together: sums are divided by it
 
-    def __call__(self, batch: list[Item], packing: str, tokens: int, seed: int) -> dict[str, float]:
+    def if_it_fits(self, batch: list[Item], tokens: int, seed: int) -> dict[str, float] | None:
+        """As a call; None where memory does not suffice, but may for micro-batches of fewer tokens. One of several
+        processes cannot try again by itself, as the others wait for it elsewhere."""
+        try:
+            return self(batch, tokens, seed)
+        except RuntimeError as error:
+            largest = micro_batches([item.tree for item in batch], tokens, self.packing)
+            if not is_out_of_memory(error) or team.size() > 1 or max(map(len, largest)) == 1:
+                raise
+        gc.collect()  # now that the error is gone, and with it what it held on to
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return None
+
+    def __call__(self, batch: list[Item], tokens: int, seed: int) -> dict[str, float]:
         """Add to the gradients of the parameters.
 
         Returns:
@@ -176,7 +198,7 @@ class _Backward:
         plans = [
             [
                 [part[index] for index in chosen]
-                for chosen in micro_batches([trees[one] for one in part], tokens, packing)
+                for chosen in micro_batches([trees[one] for one in part], tokens, self.packing)
             ]
             for part in share(trees, team.size())
         ]
@@ -192,7 +214,7 @@ class _Backward:
             idle = number >= len(mine)
             part = [min(batch, key=lambda item: len(item.tree))] if idle else [batch[index] for index in mine[number]]
             with self.parallel.micro_batch(last=number + 1 == rounds):
-                logprobs = self.parallel.module(lay_out([item.tree for item in part], packing).to(device))
+                logprobs = self.parallel.module(lay_out([item.tree for item in part], self.packing).to(device))
                 total = self.objective(logprobs, part)
                 self.parallel.backward(total.loss * (0 if idle else team.size()) / self.weight)  # they are averaged
             for name, value in {"loss": total.loss.item(), **total.extra}.items():

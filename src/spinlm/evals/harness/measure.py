@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 from spinlm.config import Recipe
-from spinlm.errors import RunError, SpinError
+from spinlm.errors import RunError, SpinError, is_out_of_memory
 from spinlm.evals.benchmarks import Score, add_scores, read_scores
 from spinlm.evals.harness.data import local_data
 from spinlm.evals.harness.tasks import Unit, harness_version, open_units, wanted_tasks
@@ -182,7 +182,7 @@ def _evaluate(model: "SeatedModel", name: str, task: "Task", limit: int | None, 
     except SpinError:
         raise
     except Exception as error:  # a task is a program: anything may come out of it
-        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        if is_out_of_memory(error):
             raise RunError(f"{name}: out of memory. Lower --batch-size; what was measured is kept") from error
         if isinstance(error, RuntimeError):
             raise  # of the model
