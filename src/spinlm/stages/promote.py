@@ -37,6 +37,7 @@ def promote(recipe: Recipe, run: RunDir, iteration: int) -> bool:
     run.begin("promote", iteration)
     # The best before this iteration comes from the markers, not the link, so that a rerun decides the same.
     best = run.facts("promote", iteration - 1)["best"] if iteration > 0 else START
+    run.require("evaluate", best)
     comparison = compare(recipe, run, iteration, best)
     measured = (read_json(run.iteration_metrics(one)) for one in (START, iteration))
     collapse = signs_of_collapse(recipe.selfplay.guard, *measured)
