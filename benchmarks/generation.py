@@ -39,7 +39,7 @@ class Bench:
         )
         self.players = Players(recipe, RunDir(Path(self.folder.name)))
         path = Path(data) if data else Path(__file__).parent.parent / "recipes" / "quickstart.jsonl"
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()[:prompts]]
+        rows = [json.loads(line) for line in path.read_bytes().splitlines()[:prompts]]
         self.prompts = [self.players.renderer.prompt_ids(_prompt(row)) for row in rows]
         self.new = new
         self.stop_ids = self.players.renderer.stop_ids

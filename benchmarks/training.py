@@ -60,7 +60,7 @@ class Shape:
 
 def _lengths(path: Path) -> list[tuple[int, int]]:
     """Tokens of question and answer, at 3.5 characters a token, and 30 for the template."""
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in path.read_bytes().splitlines()]
     return [(30 + len(row["question"]) * 2 // 7, len(row["answer"]) * 2 // 7) for row in rows]
 
 

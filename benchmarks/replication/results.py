@@ -6,7 +6,6 @@ one half of the held-out prompts and measured on the other half, both ways round
 result.
 """
 
-import json
 import math
 import platform
 import statistics
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spinlm.evals.heldout import is_ahead
-from spinlm.files import read_json
+from spinlm.files import read_json, read_json_lines
 from spinlm.rundir import START, RunDir, player_name
 
 if TYPE_CHECKING:
@@ -61,8 +60,7 @@ class Run:
 
     def values(self, player: int, measure: str) -> dict[str, float]:
         """Task score or NLL of each held-out prompt."""
-        lines = self.run.answers(player).read_text(encoding="utf-8").splitlines()
-        return {row["id"]: float(row[measure]) for row in map(json.loads, lines)}
+        return {row["id"]: float(row[measure]) for row in read_json_lines(self.run.answers(player))}
 
     @cached_property
     def selected(self) -> float:
@@ -136,7 +134,7 @@ def _made_how(plan: "Plan", folder: Path, jobs: int) -> list[str]:
     commits, pythons, devices = (sorted({str(one[key]) for one in made}) for key in ("commit", "python", "device"))
     log = folder / "times.jsonl"
     times: dict[str, float] = {}  # of each run the longest call: others found it done
-    for row in map(json.loads, log.read_text().splitlines() if log.exists() else ()):
+    for row in read_json_lines(log) if log.exists() else ():
         times[row["run"]] = max(row["seconds"], times.get(row["run"], 0))
     return [
         f"Played on {', '.join(days)} at commit {', '.join(commits)} of spinlm, on {processor()}, "

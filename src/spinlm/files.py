@@ -89,6 +89,12 @@ def read_json(path: Path) -> Any:
         raise RunError(f"{path}: damaged ({error}). Delete it and run again to make it anew") from error
 
 
+def read_json_lines(path: Path) -> Iterator[Any]:
+    """The values in a JSON-lines file. Lines end with a line feed alone: text may hold other ends of lines."""
+    with path.open("rb") as file:
+        yield from map(json.loads, file)
+
+
 def file_digest(path: Path) -> str:
     """SHA-256 of a file's contents."""
     with path.open("rb") as stream:

@@ -81,7 +81,10 @@ def last_step(run: RunDir) -> dict[str, Any] | None:
     with run.step_metrics.open("rb") as file:
         file.seek(max(0, run.step_metrics.stat().st_size - TAIL))
         lines = file.read().split(b"\n")[:-1]  # what follows the last line's end is still being written
-    step: dict[str, Any] | None = json.loads(lines[-1]) if lines else None
+    try:
+        step: dict[str, Any] | None = json.loads(lines[-1]) if lines else None
+    except ValueError:  # damaged
+        return None
     return step
 
 

@@ -1,11 +1,10 @@
 """What a run has found so far, as a table and a sentence. Reads the run folder only; imports no torch."""
 
-import json
 from dataclasses import dataclass
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
-from spinlm.files import read_json
+from spinlm.files import read_json, read_json_lines
 from spinlm.rundir import START, RunDir, player_name
 
 if TYPE_CHECKING:
@@ -140,7 +139,7 @@ def side_by_side(run: RunDir, prompts: int) -> list[tuple[str, str, list[tuple[s
     other = next((row for row in players[1:] if row.best), players[-1])
     names = {START: player_name(START), other.iteration: other.name}
     answers = {iteration: _texts(run.answers(iteration)) for iteration in names}
-    examples = [json.loads(line) for line in run.examples("heldout").read_text(encoding="utf-8").splitlines()]
+    examples = list(read_json_lines(run.examples("heldout")))
     same = [len({texts[example["id"]] for texts in answers.values()}) == 1 for example in examples]
     order = sorted(range(len(examples)), key=lambda index: (same[index], index))
     return [
@@ -155,11 +154,9 @@ def side_by_side(run: RunDir, prompts: int) -> list[tuple[str, str, list[tuple[s
 
 def system_prompt(run: RunDir) -> str | None:
     """That of the first held-out example, if it has one."""
-    with run.examples("heldout").open(encoding="utf-8") as file:
-        first = json.loads(file.readline())["messages"][0]
+    first = next(read_json_lines(run.examples("heldout")))["messages"][0]
     return str(first["content"]) if first["role"] == "system" else None
 
 
 def _texts(path: Any) -> dict[str, str]:
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return {answer["id"]: answer["text"] for answer in map(json.loads, lines)}
+    return {answer["id"]: answer["text"] for answer in read_json_lines(path)}

@@ -13,7 +13,7 @@ import pytest
 from runs import ITERATIONS, read_jsons, write_rows
 
 EVIL = "document.title='taken'"
-HOSTILE = f'</script><script>{EVIL}</script><img src=x onerror="{EVIL}"> & \x1b[31m {{{{ 7 * 7 }}}}'
+HOSTILE = f'</script><script>{EVIL}</script><img src=x onerror="{EVIL}"> & \x1b[31m \u2028 \x85 {{{{ 7 * 7 }}}}'
 CHARTS = (
     "task_score",
     "heldout_nll",

@@ -20,7 +20,7 @@ from spinlm.evals.heldout import (
     summarise_samples,
 )
 from spinlm.files import write_json
-from spinlm.records import HeldOutAnswer, HeldOutSample, to_line
+from spinlm.records import Example, HeldOutAnswer, HeldOutSample, to_line
 from spinlm.rundir import START, RunDir
 from spinlm.stages.promote import compare, promote
 from spinlm.summary import rows, side_by_side, verdict
@@ -418,3 +418,15 @@ def test_side_by_side_shows_prompts_where_the_answers_differ_first(play, run):
         ("prompt b", "bb", [("start", "y"), ("iteration 0", "Y")]),
         ("prompt a", "aa", [("start", "x"), ("iteration 0", "x")]),
     ]
+
+
+def test_side_by_side_takes_text_with_other_ends_of_lines(play, run):
+    play([0], [1])
+    text = "a\u2028b\u2029c\x85d\x1ce\r\nf"
+    run.examples("heldout").parent.mkdir(exist_ok=True)
+    run.examples("heldout").write_bytes(
+        to_line(Example("a", [{"role": "user", "content": text}], text, [1], [2], "f:1")).encode()
+    )
+    for iteration in (START, 0):
+        run.answers(iteration).write_bytes(to_line(answer("a", text=text)).encode())
+    assert side_by_side(run, prompts=1) == [(text, text, [("start", text), ("iteration 0", text)])]

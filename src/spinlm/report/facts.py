@@ -1,15 +1,16 @@
 """What a run folder says about its run, however far that came."""
 
+import contextlib
 import json
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import count
 from pathlib import Path
 from typing import Any
 
-from spinlm.files import read_json
+from spinlm.files import read_json, read_json_lines
 from spinlm.rundir import START, RunDir, player_name
 from spinlm.standing import stages, standing
 from spinlm.summary import COLUMNS, Row, rows, verdict
@@ -108,19 +109,21 @@ class Facts:
 
     @cached_property
     def steps(self) -> list[dict[str, Any]]:
-        """Every optimiser step; a last line that is being written is left out."""
-        return list(_lines(self.run.step_metrics))
+        """Every optimiser step, as far as its line can be read: the last may still be written."""
+        return list(_steps(self.run.step_metrics))
 
     @cached_property
     def examples(self) -> list[dict[str, Any]]:
         """The held-out examples."""
-        return list(_lines(self.run.examples("heldout")))
+        path = self.run.examples("heldout")
+        return list(read_json_lines(path)) if path.exists() else []
 
     @cached_property
     def answers(self) -> dict[int, dict[str, dict[str, Any]]]:
         """By player and prompt, what was answered to the held-out prompts."""
         return {
-            row.iteration: {one["id"]: one for one in _lines(self.run.answers(row.iteration))} for row in self.players
+            row.iteration: {one["id"]: one for one in read_json_lines(self.run.answers(row.iteration))}
+            for row in self.players
         }
 
     @property
@@ -194,9 +197,10 @@ def _read(path: Path, otherwise: Any) -> Any:
     return read_json(path) if path.exists() else otherwise
 
 
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    if not path.exists():
-        return
-    lines: Sequence[str] = path.read_text(encoding="utf-8").split("\n")
-    for line in lines[:-1]:  # after the last line's end there is nothing, or a line that is being written
-        yield json.loads(line)
+def _steps(path: Path) -> Iterator[dict[str, Any]]:
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            step = json.loads(line)
+            if {"stage", "iteration", "step"} <= step.keys():
+                yield step

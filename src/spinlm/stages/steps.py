@@ -38,16 +38,17 @@ def recorder(
 
 
 def _forget(run: RunDir, stage: str, iteration: int, step: int) -> int:
-    """Remove the lines of this stage from a step on, and a last line that was cut off; returns how many are left."""
+    """Remove the lines of this stage from a step on, and what is no line of ours; returns how many are left."""
     if not run.step_metrics.exists():
         return 0
     kept = []
-    for text in run.step_metrics.read_text(encoding="utf-8").splitlines():
+    for text in run.step_metrics.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             line = json.loads(text)
-        except ValueError:
+            again = (line["stage"], line["iteration"]) == (stage, iteration) and line["step"] >= step
+        except (ValueError, KeyError, TypeError):  # cut off, or damaged
             continue
-        if (line["stage"], line["iteration"]) != (stage, iteration) or line["step"] < step:
+        if not again:
             kept.append(text + "\n")
     with atomic_file(run.step_metrics, "w") as file:
         file.writelines(kept)
