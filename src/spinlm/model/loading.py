@@ -3,6 +3,7 @@
 import importlib.util
 import logging
 import os
+import pickle
 import struct
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from spinlm.rundir import RunDir
 log = logging.getLogger("spinlm")
 
 # What transformers, safetensors and gguf raise when a file is missing, damaged, or of another model.
-_LOADING = (ValueError, OSError, KeyError, RuntimeError, struct.error, SafetensorError)
+_LOADING = (ValueError, OSError, KeyError, RuntimeError, struct.error, SafetensorError, pickle.UnpicklingError)
 
 
 def compute_dtype(model: Model, device: torch.device) -> torch.dtype:
@@ -126,7 +127,7 @@ def load_tokenizer(model: Model, path: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(path, revision=model.revision, trust_remote_code=model.trust_remote_code)
     except _LOADING as error:
-        raise ModelError(f"{path}: the tokenizer cannot be loaded: {_first_line(error)}") from error
+        raise ModelError(f"{path}: the tokenizer cannot be loaded: {_why(error)}") from error
 
 
 def stop_ids(model: Model, path: str) -> list[int]:
@@ -165,10 +166,25 @@ def load_model(model: Model, path: str, dtype: torch.dtype, *, quantize: bool = 
     except ModelError:
         raise
     except _LOADING as error:
-        raise ModelError(f"{path}: the model cannot be loaded: {_first_line(error)}") from error
+        raise ModelError(f"{path}: the model cannot be loaded: {_why(error)}") from error
     if quantize:
         settle(loaded)
     return loaded
+
+
+def _why(error: Exception) -> str:
+    """The reason, in the library's own words where they do not ask for something dangerous."""
+    if isinstance(error, pickle.UnpicklingError):
+        return (
+            "its weights are a pickle that holds more than tensors, which could run anything and is not opened. Get "
+            "the model as safetensors"
+        )
+    if "custom code" in str(error):
+        return (
+            "it brings code of its own, which is not run unless the recipe has model.trust_remote_code: true. Read its "
+            ".py files first: they run as you"
+        )
+    return _first_line(error)
 
 
 def _first_line(error: Exception) -> str:
