@@ -4,6 +4,7 @@ After arXiv 1910.02054. A step's gradient is what a single process would have co
 """
 
 import contextlib
+import copy
 import logging
 import math
 from collections.abc import Iterator
@@ -101,10 +102,12 @@ class Zero(Parallel):
         first = self.optimizer.state[self._flat()[0]]
         state: OptimizerState = {}
         for index, parameter in enumerate(self._parameters):
-            state[index] = {key: value for key, value in first.items() if not isinstance(value, Tensor)}
-            for key in (key for key in first if key not in state[index]):
-                full = safe_get_full_optimizer_state(parameter, key) if _by_element(first[key]) else first[key].clone()
-                state[index][key] = super().whole(full)
+            state[index] = {}
+            for key, value in first.items():
+                if isinstance(value, Tensor):
+                    full = safe_get_full_optimizer_state(parameter, key) if _by_element(value) else value.clone()
+                    value = super().whole(full)
+                state[index][key] = value
         return state
 
     def _set(self, state: OptimizerState) -> None:
@@ -113,7 +116,8 @@ class Zero(Parallel):
 
         for flat in self._flat():
             self.optimizer.state[flat] = {
-                key: torch.zeros_like(flat) if _by_element(value) else value for key, value in state[0].items()
+                key: torch.zeros_like(flat) if _by_element(value) else copy.deepcopy(value)
+                for key, value in state[0].items()
             }
         if self._stage == 2:
             self.module.optimizer._lazy_init_hp_params_optimizer_state()
