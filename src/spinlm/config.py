@@ -401,7 +401,7 @@ class Recipe(Section):
                 f"train.sharding is {self.train.sharding}, but 4-bit weights cannot be divided over processes. Leave "
                 "train.sharding or lora.quantize out"
             )
-        if self.train.sharding.startswith("zero"):
+        if self.train.sharding != "none":
             for name, optimizer in (
                 ("train.optimizer", self.train.optimizer),
                 ("warmup_sft.optimizer", self.warmup_sft.optimizer if self.warmup_sft else "adamw"),

@@ -9,12 +9,24 @@ from types import FrameType
 from spinlm.errors import SpinError, StoppedError
 
 _reason: SpinError | None = None
+_must_finish = False
 
 
 def stop_if_asked() -> None:
     """Raise StoppedError if the user has asked to stop, or what else came up. Called where stopping loses little."""
-    if _reason is not None:
+    if _reason is not None and not _must_finish:
         raise _reason
+
+
+@contextlib.contextmanager
+def must_finish() -> Iterator[None]:
+    """Within the block nothing is a safe point to stop at: what is being saved because of a stop is saved."""
+    global _must_finish
+    _must_finish = True
+    try:
+        yield
+    finally:
+        _must_finish = False
 
 
 def asked_to_stop() -> bool:

@@ -300,6 +300,11 @@ class RunDir:
             file.flush()
             yield
 
+    def holder(self) -> str:
+        """Who holds the run folder, or held it last."""
+        path = self.root / "lock"
+        return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+
     def in_use(self) -> bool:
         """Whether a process holds the run folder."""
         path = self.root / "lock"

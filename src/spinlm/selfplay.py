@@ -5,13 +5,17 @@ tell the real responses from the opponent's, and becomes θ_{t+1}.
 """
 
 import contextlib
+import socket
+import time
 from pathlib import Path
 
 from spinlm.branch import branch, check_source
 from spinlm.config import EXECUTION_ONLY, Recipe
+from spinlm.errors import RecipeError, RunError
 from spinlm.interrupt import gentle_stop
+from spinlm.model.loading import ensure_base
 from spinlm.model.players import stand_up
-from spinlm.rundir import START, RunDir
+from spinlm.rundir import START, RunDir, differences
 from spinlm.stages.evaluate import evaluate
 from spinlm.stages.generate import generate
 from spinlm.stages.prepare import prepare
@@ -19,7 +23,9 @@ from spinlm.stages.promote import promote
 from spinlm.stages.score import score
 from spinlm.stages.train import train
 from spinlm.stages.warmup import warmup
-from spinlm.team import first, joined
+from spinlm.team import first, gather, joined
+
+VISIBLE = 10.0  # seconds until what one machine has written is seen by another
 
 
 def run(recipe: Recipe, run_dir: Path, *, fresh: bool = False, start_from: Path | None = None) -> RunDir:
@@ -38,15 +44,52 @@ def run(recipe: Recipe, run_dir: Path, *, fresh: bool = False, start_from: Path 
     source = None if start_from is None else RunDir(start_from)
     stand_up()  # an earlier run in this process has trained the model it loaded
     with gentle_stop(), joined(), contextlib.ExitStack() as held:
+        _agree(recipe)
         if source is not None:
             first(check_source, recipe, folder, source)  # before anything is deleted
         first(held.enter_context, folder.locked())
         first(_lay_out, recipe, folder, source, fresh)
+        _see(folder)
         try:
             play(recipe, folder)
         finally:
             stand_up()
     return folder
+
+
+def _agree(recipe: Recipe) -> None:
+    """Make sure that all processes were given the same recipe.
+
+    Raises:
+        RecipeError: one was given another.
+    """
+    theirs = gather((socket.gethostname(), recipe.model_dump(mode="json")))
+    (host, expected), *others = theirs
+    for number, (other, found) in enumerate(others, start=1):
+        if differing := differences(expected, found):
+            raise RecipeError(
+                f"process {number} on {other} was given another recipe than process 0 on {host}:\n  "
+                + "\n  ".join(differing)
+                + "\nStart all processes with the same command"
+            )
+
+
+def _see(folder: RunDir) -> None:
+    """Make sure that all processes see the first one's run folder, on a network file system after a while.
+
+    Raises:
+        RunError: one does not.
+    """
+    expected = first(folder.holder)
+    deadline = time.monotonic() + VISIBLE
+    while (seen := folder.holder()) != expected and time.monotonic() < deadline:
+        time.sleep(0.5)
+    for number, (host, same) in enumerate(gather((socket.gethostname(), seen == expected))):
+        if not same:
+            raise RunError(
+                f"{folder.root.absolute()}: process {number} on {host} does not see the folder that the first process "
+                "writes to. It has to be on a file system that all machines share: choose another --run-dir"
+            )
 
 
 def _lay_out(recipe: Recipe, folder: RunDir, source: RunDir | None, fresh: bool) -> None:
@@ -60,6 +103,7 @@ def _lay_out(recipe: Recipe, folder: RunDir, source: RunDir | None, fresh: bool)
 def play(recipe: Recipe, folder: RunDir) -> None:
     """The stages of a run in order. A stage that is complete does nothing."""
     first(prepare, recipe, folder)
+    first(ensure_base, recipe.model, folder)
     warmup(recipe, folder)
     evaluate(recipe, folder, START)
     for iteration in range(recipe.selfplay.iterations):

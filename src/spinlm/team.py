@@ -5,6 +5,7 @@ All of them do the same things in the same order. What has to happen once, the f
 long as the others are there: see `watch`. A process on its own does everything itself, and all this costs it nothing.
 """
 
+import atexit
 import contextlib
 import itertools
 import json
@@ -32,6 +33,7 @@ class _Team:
 
     def __init__(self, rank: int, size: int, store: Any):
         self.rank, self.size, self.store = rank, size, store
+        self.sound = True  # no fault so far
         self.turns = itertools.count()
         self.met = 0  # at this turn
         self.watch = Watch(store, rank, size)
@@ -166,6 +168,7 @@ def joined() -> Iterator[None]:
         yield
         _team.meet()  # nobody leaves while another still needs the store, which may be in the first process
     except BaseException as error:
+        _team.sound = False
         _team.watch.failing()
         told = _explained(_team, error)
         _team.watch.end_launcher()
@@ -185,10 +188,17 @@ def _join() -> _Team:
     from torch.distributed.distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
+    if torch.cuda.is_available():
+        if local_rank() >= (gpus := torch.cuda.device_count()):
+            raise RunError(
+                f"process {os.environ.get('RANK')} on {socket.gethostname()} is number {local_rank()} there, from 0, "
+                f"and sees {gpus} GPUs. Start one process for each GPU, and let all of them see all GPUs"
+            )
+        torch.cuda.set_device(local_rank())
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun's store remembers those before
     try:
         store, rank, size = next(iter(rendezvous("env://")))
-        if torch.cuda.is_available():
-            torch.cuda.set_device(local_rank())
+        store = PrefixStore(f"attempt-{attempt}", store)
         if not dist.is_initialized():
             # Objects and flags travel between the processors, gradients between the devices.
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -199,7 +209,10 @@ def _join() -> _Team:
             "Start all of them with torchrun or accelerate launch, and see that MASTER_ADDR and MASTER_PORT can be "
             "reached from every machine"
         ) from error
-    return _Team(rank, size, PrefixStore("spinlm", store))
+    team = _Team(rank, size, PrefixStore("spinlm", store))
+    # NCCL complains of whoever ends without; after a failure, taking leave would be waiting for those who are gone.
+    atexit.register(lambda: dist.destroy_process_group() if team.sound and dist.is_initialized() else None)
+    return team
 
 
 def _explained(team: _Team, error: BaseException) -> BaseException:

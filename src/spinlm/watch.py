@@ -30,6 +30,7 @@ class Watch:
         self.lost_after = float(os.environ.get("SPINLM_LOST_AFTER", 120))
         self._store = store.clone()  # a connection of its own: others may be waiting on theirs
         self._rank = rank
+        self._parent = os.getppid()
         self._watched = range(1, size) if rank == 0 else range(1)
         self._over = threading.Event()
 
@@ -54,8 +55,8 @@ class Watch:
 
     def end_launcher(self) -> None:
         """End torchrun where the store is out of reach: it would wait for that without limit, and deaf to signals."""
-        if self._out_of_reach() and "TORCHELASTIC_RUN_ID" in os.environ:
-            os.kill(os.getppid(), signal.SIGKILL)
+        if self._out_of_reach() and "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() == self._parent:
+            os.kill(self._parent, signal.SIGKILL)  # unless another worker has, and somebody else has taken its place
 
     def _out_of_reach(self) -> bool:
         return time.monotonic() - self._contact > self.lost_after

@@ -12,8 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from commands import Cli, Process, asleep
+from model_server import ModelServer, listen
 from runs import CHECKPOINT_EVERY, RECIPE, World, assert_whole, fifo, read_jsons, readme_command, steps
 from safetensors.torch import load_file
 
@@ -49,15 +51,24 @@ def play(world: World, cli: Cli) -> Play:
     return lambda run, *more, **how: launch(cli, world, run, *more, **how)
 
 
-def launch(cli: Cli, world: World, run: Path, *more: str | Path, recipe: Path | None = None) -> list[Process]:
-    """What a launcher does, without its watching over them."""
+def launch(
+    cli: Cli,
+    world: World,
+    run: Path,
+    *more: str | Path,
+    recipe: Path | None = None,
+    of_the_second: tuple[str, tuple[str, ...]] | None = None,
+) -> list[Process]:
+    """What a launcher does, without its watching over them. The second process may have a run folder of its own, and
+    settings."""
+    given = [(run, more), of_the_second or (run, more)]
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = str(listener.getsockname()[1])
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     return [
         cli.start(
-            *("run", recipe or world.recipe, *more, "--run-dir", run),
+            *("run", recipe or world.recipe, *given[rank][1], "--run-dir", given[rank][0]),
             folder=world.folder,
             **place,
             RANK=str(rank),
@@ -208,11 +219,13 @@ def done(run: Path, stage: str, iteration: int) -> int:
     return sum((line["stage"], line["iteration"]) == (stage, iteration) for line in steps(run))
 
 
-def test_one_that_is_asked_to_stop_stops_all(play, together, rewind):
+@pytest.mark.parametrize("asked", [(1,), (0, 1)])
+def test_one_that_is_asked_to_stop_stops_all(play, together, rewind, asked):
     run = rewind(together, 1)
     processes = play(run)
     processes[0].wait_until(lambda: done(run, "train", 1) > 1)
-    processes[1].send(signal.SIGTERM)
+    for rank in asked:
+        processes[rank].send(signal.SIGTERM)
     (message,) = told(processes)
     assert "stopped as asked, by a signal or by the launcher" in message
     (checkpoint,) = (run / LAST / "checkpoints").glob("step-*")
@@ -246,6 +259,30 @@ def test_what_is_wrong_in_all_is_said_once(play, together, world, tmp_path, shar
     assert "the loss is" in message and message.startswith(("process 0 on", "process 1 on"))
 
 
+def test_what_they_were_given_has_to_be_the_same(cli, world, tmp_path):
+    other = (str(tmp_path / "run"), ("train.learning_rate=1e-2", "opponent.top_p=0.5"))
+    (message,) = told(launch(cli, world, tmp_path / "run", of_the_second=other))
+    assert "was given another recipe than process 0" in message
+    assert "train.learning_rate: was 0.002, is 0.01" in message and "opponent.top_p" in message
+    assert not (tmp_path / "run" / "start").exists()
+
+
+def test_the_run_folder_has_to_be_shared(cli, world, tmp_path):
+    (message,) = told(launch(cli, world, tmp_path / "run", of_the_second=(str(tmp_path / "another"), ())))
+    assert "process 1 on" in message and "does not see the folder that the first process writes to" in message
+
+
+def test_a_server_that_the_first_asks(cli, world, tmp_path):
+    """Training comes before, and again after: all of them have to be ready for it."""
+    served = ModelServer("vllm", str(world.model))
+    with listen(served.post, served.get) as url:
+        server = json.dumps({"kind": "vllm", "urls": [f"{url}/v1"]})
+        settings = ("opponent.engine=server", f"opponent.server={server}")
+        processes = launch(cli, world, tmp_path / "run", *settings)
+        assert [process.wait().code for process in processes] == [0, 0]
+    assert len(served.loaded) == 2
+
+
 def test_another_launcher_on_the_same_folder_is_refused(play, together, rewind):
     run = rewind(together, 1)
     with fifo(run / LAST / "generations" / ".train-00000.jsonl.tmp"):
@@ -269,6 +306,27 @@ def test_torchrun(world, plain, tmp_path):
     done = subprocess.run([*launcher, *command], cwd=tmp_path / "here", capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert_like(tmp_path / "here" / "runs" / "recipe", plain)
+
+
+def test_torchrun_starts_again_by_itself(world, plain, tmp_path):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = ["-m", "spinlm", "run", str(world.folder / "plain.yaml"), "--run-dir", str(tmp_path / "run")]
+    log = tmp_path / "log"
+    with (
+        log.open("w") as file,
+        subprocess.Popen(
+            [*launcher, "--max-restarts", "1", *command], cwd=world.folder, stdout=file, stderr=file
+        ) as torchrun,
+    ):
+        deadline = time.monotonic() + 120
+        while done(tmp_path / "run", "warmup", -1) <= CHECKPOINT_EVERY and torchrun.poll() is None:
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.05)
+        workers = psutil.Process(torchrun.pid).children()
+        workers[-1].kill()
+        assert torchrun.wait(timeout=180) == 0, log.read_text()
+    assert "resuming after step" in log.read_text()
+    assert_like(tmp_path / "run", plain)
 
 
 def test_commands_for_one_process(world, cli, tmp_path):

@@ -21,7 +21,7 @@ from torch import Tensor
 from spinlm import team
 from spinlm.config import Train
 from spinlm.errors import RecipeError, StoppedError, TrainingError, is_out_of_memory
-from spinlm.interrupt import asked_to_stop, stop_if_asked
+from spinlm.interrupt import asked_to_stop, must_finish, stop_if_asked
 from spinlm.model.checkpoints import newest, resume, save_checkpoint
 from spinlm.model.parallel import Parallel, share, totals
 from spinlm.model.players import Players
@@ -145,7 +145,8 @@ def fit(
                     log.warning("%s: out of memory; going on with %d tokens in a micro-batch", what, budget)
             except StoppedError:
                 if step > begin:
-                    save_checkpoint(checkpoints, players, step)
+                    with must_finish():
+                        save_checkpoint(checkpoints, players, step)
                 raise
             stop = measured.pop("stop") > 0
             sound = math.isfinite(measured["loss"])
@@ -204,13 +205,14 @@ class _Backward:
         ]
         mine = plans[team.rank()]
         # Where anything is divided, all processes run equally often; and each takes part in the exchange of gradients.
-        rounds = max(1, *(len(plan) for plan in plans)) if self.parallel.divided else max(1, len(mine))
+        most = max(1, *(len(plan) for plan in plans))
+        rounds = most if self.parallel.divided else max(1, len(mine))
         device = next(self.parallel.module.parameters()).device
         sums: dict[str, float] = {}
         for number in range(rounds):
             if team.size() == 1:
                 stop_if_asked()
-            torch.manual_seed(derive_seed(seed, team.rank() * rounds + number))  # the adapter's dropout
+            torch.manual_seed(derive_seed(seed, team.rank() * most + number))  # the adapter's dropout
             idle = number >= len(mine)
             part = [min(batch, key=lambda item: len(item.tree))] if idle else [batch[index] for index in mine[number]]
             with self.parallel.micro_batch(last=number + 1 == rounds):

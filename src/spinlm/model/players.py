@@ -134,7 +134,8 @@ class Players:
     def close(self) -> None:
         """Let trackers write what they still hold."""
         if "accelerator" in vars(self):
-            self.accelerator.end_training()
+            for tracker in self.accelerator.trackers:  # its own end_training would part the processes, too
+                tracker.finish()
 
     def let_go(self) -> None:
         """Free the memory of the model; it is loaded again when it is next asked for."""
@@ -168,13 +169,19 @@ class Players:
         if divided:
             self.let_go()
         else:
+            self._parallel = None  # in all processes: the next is made by all of them together
+            if "accelerator" in vars(self):
+                self.accelerator.free_memory()
             self._sits = self.run.player(iteration)
 
     def _saved(self) -> list[tuple[str, Any]]:
         """The weights that make a player, by name."""
-        return (
-            self.parameters() if self.recipe.lora is not None else list(self.model.state_dict(keep_vars=True).items())
-        )
+        if self.recipe.lora is not None:
+            return self.parameters()
+        once: dict[int, tuple[str, Any]] = {}  # a tied weight has two names
+        for name, tensor in self.model.state_dict(keep_vars=True).items():
+            once.setdefault(id(tensor), (name, tensor))
+        return list(once.values())
 
     def _write(self, iteration: int, weights: dict[str, Any] | None) -> None:
         with atomic_path(self.run.player(iteration)) as folder:

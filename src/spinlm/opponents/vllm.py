@@ -153,7 +153,9 @@ class Worker:
             try:
                 line = self._replies.get(timeout=0.2)
             except queue.Empty:
-                continue
+                if self.process.poll() is None:
+                    continue
+                line = ""  # gone, though a process of its own still holds its output open
             if not line:
                 code = self.process.wait()
                 last = self.log.read_text(encoding="utf-8", errors="replace").strip()[-2000:]
