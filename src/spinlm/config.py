@@ -409,7 +409,7 @@ class Recipe(Section):
                 if optimizer.lower() not in BY_ELEMENT:
                     raise ValueError(
                         f"{name} is {optimizer}, but with train.sharding: {self.train.sharding} it would see parts of "
-                        "weights, not their shapes. Choose train.sharding: full, or one of " + ", ".join(BY_ELEMENT)
+                        "weights, not their shapes. Choose train.sharding: none, or one of " + ", ".join(BY_ELEMENT)
                     )
         if self.selfplay.select.metric == "task_score" and self.evaluate.scorer is None:
             raise ValueError("selfplay.select.metric is task_score, but evaluate.scorer names no scorer")
