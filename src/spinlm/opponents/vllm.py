@@ -155,7 +155,9 @@ class Worker:
             except queue.Empty:
                 if self.process.poll() is None:
                     continue
-                line = ""  # gone, though a process of its own still holds its output open
+                line = ""  # gone, though a process of its own may still hold its output open
+                with suppress(queue.Empty):
+                    line = self._replies.get(timeout=1)  # what it said last was on its way
             if not line:
                 code = self.process.wait()
                 last = self.log.read_text(encoding="utf-8", errors="replace").strip()[-2000:]
