@@ -1,6 +1,7 @@
 """Chat: the same prompt to several players, side by side."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from spinlm.config import Recipe
 from spinlm.data.chat import RowError
@@ -9,16 +10,44 @@ from spinlm.opponents import local_opponent
 from spinlm.records import Message, Sampling
 from spinlm.rundir import START, RunDir
 
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+Show = Callable[[int, str], None]
+"""`show(player, text)`: the answer of a player, by its place among those asked, has grown to this text."""
+
+NARROWEST = 30  # characters of a column in which an answer can be read
+REFRESH = 10  # times a second
+INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # what the first tokens of a character decode to
+
 
 def ask(
-    recipe: Recipe, run: RunDir, iterations: Sequence[int], messages: list[Message], *, temperature: float, seed: int
+    recipe: Recipe,
+    run: RunDir,
+    iterations: Sequence[int],
+    messages: list[Message],
+    show: Show = lambda player, text: None,
+    *,
+    temperature: float,
+    seed: int,
 ) -> list[str]:
     """The answers of several iterations' players to one conversation, in order.
+
+    Args:
+        recipe: the run's.
+        run: whose players.
+        iterations: which players.
+        messages: the conversation; it ends with a message of the user.
+        show: called for each new token of an answer.
+        temperature: 0 is greedy.
+        seed: the same seed gives the same answers.
 
     Raises:
         RowError: the conversation cannot be rendered, or is too long.
     """
     players = seat(recipe, run)
+    decode = players.renderer.decode
     prompt = players.renderer.prompt_ids(messages)
     if len(prompt) >= recipe.train.max_length:
         raise RowError(
@@ -32,10 +61,84 @@ def ask(
         samples=1,
         stop_ids=players.renderer.stop_ids,
     )
-    texts = []
+    texts: list[str] = []
+
+    def grown(_: int, tokens: list[int]) -> None:
+        show(len(texts), decode(tokens).rstrip(INCOMPLETE))
+
     for iteration in iterations:
         players.become(iteration)
         opponent = local_opponent(recipe, players, run.facts("warmup", START)["packing"])
-        ((answer,),) = opponent.answer([prompt], sampling, seed, lambda ended, tokens: None)
-        texts.append(players.renderer.decode(answer.token_ids))
+        ((answer,),) = opponent.answer([prompt], sampling, seed, lambda ended, tokens: None, grown)
+        text = decode(answer.token_ids)
+        show(len(texts), text)
+        texts.append(text)
     return texts
+
+
+def put(console: "Console", names: Sequence[str], answer: Callable[[Show], list[str]]) -> None:
+    """Show answers while they grow: on a wide terminal beside each other, else one below the other.
+
+    Args:
+        console: where.
+        names: of the players.
+        answer: gives the answers, and calls what it is given as they grow.
+    """
+    if not console.is_terminal or len(names) == 1 or console.width // len(names) < NARROWEST:
+        _below_each_other(console, names, answer)
+    else:
+        _beside_each_other(console, names, answer)
+
+
+def _below_each_other(console: "Console", names: Sequence[str], answer: Callable[[Show], list[str]]) -> None:
+    shown: list[str] = []
+
+    def show(player: int, text: str) -> None:
+        if player == len(shown):
+            _write(console, ("\n" if player == 0 else "\n\n") + f"[{names[player]}]\n")
+            shown.append("")
+        _write(console, text[len(shown[player]) :])
+        shown[player] = text
+
+    answer(show)
+    _write(console, "\n")
+
+
+def _write(console: "Console", text: str) -> None:
+    console.out(text, end="", highlight=False)
+    console.file.flush()
+
+
+def _beside_each_other(console: "Console", names: Sequence[str], answer: Callable[[Show], list[str]]) -> None:
+    from rich.live import Live
+
+    texts = ["" for _ in names]
+    with Live(_columns(names, texts), console=console, transient=True, refresh_per_second=REFRESH) as live:
+
+        def show(player: int, text: str) -> None:
+            texts[player] = text
+            # While it grows, what fits on the screen: a live display cannot scroll.
+            room = max(1, console.height - 4)
+            width = console.width // len(names) - 3
+            live.update(_columns(names, [_end(text, room, width) for text in texts]))
+
+        whole = answer(show)
+    console.print(_columns(names, whole))
+
+
+def _columns(names: Sequence[str], texts: Sequence[str]) -> "Table":
+    from rich.box import SIMPLE
+    from rich.table import Table
+    from rich.text import Text
+
+    grid = Table(*names, box=SIMPLE, expand=True, pad_edge=False)
+    for column in grid.columns:
+        column.ratio = 1
+    grid.add_row(*map(Text, texts))
+    return grid
+
+
+def _end(text: str, lines: int, width: int) -> str:
+    """The last lines of a text that is wrapped at a width."""
+    wrapped = [line[begin : begin + width] for line in text.split("\n") for begin in range(0, max(len(line), 1), width)]
+    return "\n".join(wrapped[-lines:])

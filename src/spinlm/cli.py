@@ -9,6 +9,7 @@ import shlex
 import shutil
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,7 +17,7 @@ import typer
 
 from spinlm import __version__
 from spinlm.errors import PeerError, RunError, SpinError, is_out_of_memory
-from spinlm.files import read_json, write_text
+from spinlm.files import read_json
 from spinlm.rundir import START, RunDir
 
 if TYPE_CHECKING:
@@ -36,6 +37,16 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(help="Changes to the recipe: section.key=value.", show_default=False)
 ]
 RunPath = Annotated[Path, typer.Argument(help="Run folder.", show_default=False)]
+
+
+def _hush(quiet: bool) -> bool:
+    if quiet:
+        told = logging.getLogger()
+        told.setLevel(max(told.level, logging.WARNING))
+    return quiet
+
+
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say only warnings and the result.", callback=_hush)]
 AsJson = Annotated[bool, typer.Option("--json", help="As JSON, for programs.")]
 RunOption = Annotated[Path | None, typer.Option(help="Run folder; the default is runs/NAME-OF-THE-RECIPE.")]
 Iteration = Annotated[int, typer.Option(help="Iteration, from 0.", show_default=False)]
@@ -57,6 +68,8 @@ def run(
     start_from: Annotated[
         Path | None, typer.Option(help="Begin with the starting player of another run, to compare what follows.")
     ] = None,
+    quiet: Quiet = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON, as `spinlm status` does.")] = False,
 ) -> None:
     """Play a recipe to its end, or on from where it stopped."""
     loaded = _load(recipe, overrides)
@@ -67,7 +80,7 @@ def run(
 
     finished = selfplay.run(loaded, folder, fresh=fresh, start_from=start_from)
     if is_first():
-        _print_result(finished)
+        _print_status(finished) if as_json else _print_result(finished)
 
 
 @app.command()
@@ -78,21 +91,25 @@ def plan(
     processes: Annotated[
         int, typer.Option(min=1, envvar="WORLD_SIZE", help="How many the run is spread over, one on each device.")
     ] = 1,
+    as_json: AsJson = False,
 ) -> None:
     """Show what a recipe will take. Pairs, steps, tokens, memory, disk, time: without weights, without network."""
     from rich.console import Console
 
-    from spinlm.plan import make_plan, refusals, render
+    from spinlm.plan import as_data, make_plan, refusals, render
 
     loaded = _load(recipe, overrides)
     found = make_plan(loaded, RunDir(_run_folder(recipe, run_dir)), processes)
-    Console().print(render(found))
+    if as_json:
+        print(json.dumps(as_data(found), ensure_ascii=False))
+    else:
+        Console().print(render(found))
     if any(refusals(found)):
         raise typer.Exit(RunError.exit_code)
 
 
 @app.command()
-def check(recipe: RecipePath, overrides: Overrides = None) -> None:
+def check(recipe: RecipePath, overrides: Overrides = None, quiet: Quiet = False) -> None:
     """Try everything a run needs once. Template, end token, ln 2, packing, precision, memory, a few prompts."""
     loaded = _load(recipe, overrides)
 
@@ -103,19 +120,19 @@ def check(recipe: RecipePath, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def generate(run: RunPath, iteration: Iteration) -> None:
+def generate(run: RunPath, iteration: Iteration, quiet: Quiet = False) -> None:
     """Let the opponent of an iteration answer every prompt."""
     _stage("generate", run, iteration)
 
 
 @app.command()
-def score(run: RunPath, iteration: Iteration) -> None:
+def score(run: RunPath, iteration: Iteration, quiet: Quiet = False) -> None:
     """Score the responses of an iteration with its opponent."""
     _stage("score", run, iteration)
 
 
 @app.command()
-def train(run: RunPath, iteration: Iteration) -> None:
+def train(run: RunPath, iteration: Iteration, quiet: Quiet = False) -> None:
     """Train the main player of an iteration."""
     _stage("train", run, iteration)
 
@@ -157,6 +174,7 @@ def evaluate(
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="MT-Bench: longest answer of a player.")] = 1024,
     pairwise: Annotated[bool, typer.Option("--pairwise", help="MT-Bench: players against the first one.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Measure players. On the held-out prompts, or with --suite or --tasks on benchmarks."""
     _refuse_unread(context, "mt-bench" if suite == "mt-bench" else "harness" if suite or tasks else "held-out")
@@ -223,7 +241,9 @@ def _refuse_unread(context: typer.Context, what: str) -> None:
     """Refuse an option of another kind of measurement, which would change nothing."""
     for name in context.params:
         given = context.get_parameter_source(name)
-        mine = name in ("run", "iteration", "suite", *_READ_BY[what]) or (what == "mt-bench" and "judge" in name)
+        mine = name in ("run", "iteration", "suite", "quiet", *_READ_BY[what]) or (
+            what == "mt-bench" and "judge" in name
+        )
         if not mine and given is not None and given.name == "COMMANDLINE":
             where = {
                 "mt-bench": "MT-Bench",
@@ -262,12 +282,11 @@ def status(run: RunPath, as_json: AsJson = False) -> None:
     from rich.console import Console
 
     from spinlm.standing import last_step, standing
-    from spinlm.standing import status as status_of
     from spinlm.summary import table, verdict
 
     folder, _ = _open_run(run)
     if as_json:
-        print(json.dumps(status_of(folder), ensure_ascii=False))
+        _print_status(folder)
         return
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 100)
     console.print(str(standing(folder)), markup=False)
@@ -330,7 +349,9 @@ def chat(
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
 ) -> None:
     """Put the same prompt to several players of a run, side by side."""
-    from spinlm.chat import ask
+    from rich.console import Console
+
+    from spinlm.chat import ask, put
     from spinlm.data.chat import RowError
     from spinlm.export import which_player
 
@@ -348,22 +369,15 @@ def chat(
             text = prompt if prompt is not None else input("you> ")
         except EOFError:
             return
+        asked = [*before, {"role": "user", "content": text}]
+        answer = partial(ask, recipe, folder, chosen, asked, temperature=temperature, seed=recipe.seed)
         try:
-            answers = ask(
-                recipe,
-                folder,
-                chosen,
-                [*before, {"role": "user", "content": text}],
-                temperature=temperature,
-                seed=recipe.seed,
-            )
+            put(Console(), list(names.values()), answer)
         except RowError as error:
             if prompt is not None:
                 raise SpinError(f"this prompt cannot be used: {error}") from error
             print(f"this prompt cannot be used: {error}")
             continue
-        for name, answer in zip(names.values(), answers, strict=True):
-            print(f"\n[{name}]\n{answer}")
         if prompt is not None:
             return
 
@@ -372,13 +386,14 @@ def chat(
 def init(
     path: Annotated[Path, typer.Argument(help="File to write.")] = Path("recipe.yaml"),
 ) -> None:
-    """Write a commented recipe to start from."""
-    from spinlm.template import template
+    """Write a commented recipe that runs as it is, with example data beside it: replace model and data by yours."""
+    from spinlm.template import write_template
 
     if path.exists():
         raise SpinError(f"{path}: already there; name another file")
-    write_text(path, template())
-    print(f"wrote {path}. Set model.path and data.path in it, then: spinlm plan {path}")
+    data = write_template(path)
+    beside = f" and {data}, example data" if data else ""
+    print(f"wrote {path}{beside}. Set model.path and data.path to yours, then: spinlm plan {path}")
 
 
 def main() -> None:
@@ -458,6 +473,12 @@ def _stage(name: str, path: Path, iteration: int) -> None:
 def _called() -> str:
     """How this command line was called."""
     return "python -m spinlm" if sys.argv[0].endswith("__main__.py") else sys.argv[0]
+
+
+def _print_status(run: RunDir) -> None:
+    from spinlm.standing import status
+
+    print(json.dumps(status(run), ensure_ascii=False))
 
 
 def _print_result(run: RunDir) -> None:

@@ -31,6 +31,7 @@ def track(what: str, total: int, already: int = 0, unit: str = "tokens", *, shar
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
+    shown = console.is_terminal and team.is_first() and log.isEnabledFor(logging.INFO)
     begun = time.monotonic()
     spoken = counted = begun
     counter = team.Counter(shared)
@@ -42,7 +43,7 @@ def track(what: str, total: int, already: int = 0, unit: str = "tokens", *, shar
         TextColumn("{task.fields[rate]}"),
         TimeRemainingColumn(),
         console=console,
-        disable=not (console.is_terminal and team.is_first()),
+        disable=not shown,
     )
     with bar:
         task = bar.add_task(what, total=total, completed=already, rate="")
@@ -57,7 +58,7 @@ def track(what: str, total: int, already: int = 0, unit: str = "tokens", *, shar
             counted = now
             items, units = counter.add(new_items, new_units)
             new_items = new_units = 0
-            rate = f"{units / max(now - begun, 1e-9):,.0f} {unit}/s {note}".rstrip()
+            rate = f"{units / max(now - begun, 1e-9):,.0f} {unit}/s" + (f", {note}" if note else "")
             bar.update(task, completed=already + items, rate=rate)
             if bar.disable and team.is_first() and now - spoken > SECONDS_BETWEEN_LINES:
                 spoken = now

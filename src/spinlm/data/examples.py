@@ -19,6 +19,7 @@ from spinlm.config import Columns, Data
 from spinlm.data.chat import Renderer, RowError
 from spinlm.data.sources import Source, kind_of, open_source
 from spinlm.errors import DataError
+from spinlm.progress import track
 from spinlm.records import Example, Message
 
 Turns = Literal["first", "last", "every"]
@@ -58,10 +59,14 @@ def select_examples(
     """
     source = open_source(data)
     draw = _Draw(data, warmup, source, renderer, max_length, write)
-    for index in np.random.default_rng(data.seed).permutation(len(source.numbers)).tolist():
-        if draw.split is None:
-            break
-        draw.row(index)
+    with track("prepare", min(len(source.numbers), sum(draw.wanted.values())), unit="rows") as advance:
+        for index in np.random.default_rng(data.seed).permutation(len(source.numbers)).tolist():
+            if draw.split is None:
+                break
+            before = sum(draw.counts.values())
+            draw.row(index)
+            # Where all rows are wanted, it ends with the last of them; else with the last example.
+            advance(1 if math.isinf(draw.wanted["train"]) else sum(draw.counts.values()) - before, 1)
     return draw.selection()
 
 

@@ -31,6 +31,8 @@ from spinlm.seeds import derive_seed
 
 log = logging.getLogger("spinlm")
 
+SHOWN = ("loss", "margin")  # while a fit is under way
+
 
 @dataclass(frozen=True, slots=True)
 class Item:
@@ -157,7 +159,7 @@ def fit(
             speed = {"tokens_per_second": tokens / (time.perf_counter() - began)}
             place = {"step": step + 1, "steps": len(steps), "epoch": epoch + 1}
             on_step({**place, **measured, "learning_rate": rate, "grad_norm": norm, **speed})
-            advance(1, tokens, f"loss {measured['loss']:.4f}")
+            advance(1, tokens, ", ".join(f"{name} {measured[name]:.4f}" for name in SHOWN if name in measured))
             ends = step + 1 == len(steps) or steps[step + 1][0] > epoch  # before anything is measured there
             if ends or (step + 1) % how.checkpoint_every == 0:
                 save_checkpoint(checkpoints, players, step + 1)

@@ -5,7 +5,7 @@ so a batch never waits for its longest response.
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -21,6 +21,9 @@ from spinlm.opponents.base import Answer, Progress
 from spinlm.records import Sampling
 
 REFILL = 4  # new prompts come in when one in so many rows is free
+
+Show = Callable[[int, list[int]], None]
+"""`show(prompt, tokens)`: the answer to a prompt has grown to these tokens."""
 
 
 @dataclass(slots=True)
@@ -51,9 +54,14 @@ class LocalOpponent:
 
     @torch.inference_mode()
     def answer(
-        self, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: int, progress: Progress
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        seed: int,
+        progress: Progress,
+        show: Show = lambda prompt, tokens: None,
     ) -> list[list[Answer]]:
-        """See `Opponent.answer`."""
+        """See `Opponent.answer`. `show` is called for each new token, in no order among prompts."""
         self.logprobs.eval()
         device = next(self.logprobs.parameters()).device
         replies = [
@@ -67,7 +75,7 @@ class LocalOpponent:
         autocast = torch.autocast(device.type, dtype=kind, enabled=kind is not None)
         try:
             with autocast, packed_adapters(self.logprobs.causal, min(self.batch_size, len(replies))):
-                self._decode(self._rows(prompts, replies), prompts, waiting, sampling, progress)
+                self._decode(self._rows(prompts, replies), prompts, waiting, sampling, progress, show)
         finally:
             self.logprobs.use_attention(tree=False)  # the model as others expect it
         answers: list[list[Answer]] = [[] for _ in prompts]
@@ -88,6 +96,7 @@ class LocalOpponent:
         waiting: deque[_Reply],
         sampling: Sampling,
         progress: Progress,
+        show: Show,
     ) -> None:
         """Bring every waiting reply to its end."""
         running: list[_Reply] = []
@@ -106,6 +115,7 @@ class LocalOpponent:
                 reply.tokens.append(token)
                 reply.logprob += value
                 reply.finished = token in sampling.stop_ids
+                show(reply.prompt, reply.tokens)
                 if not reply.finished and len(reply.tokens) < reply.limit:
                     kept.append(row)
             progress(len(running) - len(kept), len(running))

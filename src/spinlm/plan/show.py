@@ -1,8 +1,9 @@
 """The plan on a terminal: tables, the numbers they rest on, and notes."""
 
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from spinlm.config import OPTIMIZER_BYTES
 from spinlm.data.sources import names_a_file
@@ -32,6 +33,38 @@ def render(plan: Plan) -> "RenderableType":
     if plan.finished and not plan.changed:
         parts += [Text(f"done already, will not be repeated: {', '.join(plan.finished)}", style="green")]
     return Group(*parts)
+
+
+def as_data(plan: Plan) -> dict[str, Any]:
+    """The plan for programs: the same numbers, in bytes, hours and tokens."""
+    sizes = {**(parts := disk(plan)), "run folder": total(parts)}
+    devices = [
+        {
+            "name": device.name,
+            "dtype": device.dtype,
+            "hours": [_named(plan.hours(plan.shape, device, work)) for work in plan.work],
+            "memory": plan.memory(plan.shape, device),
+        }
+        for device in (plan.devices if plan.shape else ())
+    ]
+    return {
+        "refusals": list(refusals(plan)),
+        "notes": list(notes(plan)),
+        "finished": list(plan.finished),
+        "work": [
+            {name: _named(value) for name, value in asdict(work).items()}
+            | {"generated": work.generated, "generated_at_most": work.generated_at_most}
+            for work in plan.work
+        ],
+        "devices": devices,
+        "disk": {part: _named(room) for part, room in sizes.items()},
+        "facts": [dict(zip(("name", "value", "source"), fact, strict=True)) for fact in facts(plan)],
+    }
+
+
+def _named(value: Any) -> Any:
+    """A named tuple with its names."""
+    return value._asdict() if hasattr(value, "_asdict") else value
 
 
 def _tables(plan: Plan) -> Iterator[tuple[str, "Table"]]:

@@ -60,7 +60,8 @@ def evaluate(recipe: Recipe, run: RunDir, iteration: int) -> None:
         for purpose, temperature in (("evaluate", recipe.evaluate.temperature), ("sample", 1.0))
     ]
     mine: dict[int, _Part] = {}
-    with track(f"{player_name(iteration)}: evaluate", 2 * len(heldout), shared=True) as advance:
+    passes = len(ways) + 2  # its own responses and the real ones are read by it, and its own by the start
+    with track(f"{player_name(iteration)}: evaluate", passes * len(heldout), shared=True) as advance:
         for shard in team.deal(range(heldout.shards(size))):
             examples = heldout.shard(shard, size)
             given, drawn = (
@@ -70,12 +71,14 @@ def evaluate(recipe: Recipe, run: RunDir, iteration: int) -> None:
             pairs = None if iteration == START else read_pairs([run.pairs(iteration, "heldout", shard)])
             sampled = [answer.token_ids for answer in drawn]
             real = judge_real(players, examples, packing, budget, pairs, sampled)
+            advance(len(examples))
             mine[shard] = _Part(examples, given, drawn, real)
-    players.become(START)
-    read = {
-        shard: read_samples(players, part.examples, [answer.token_ids for answer in part.drawn], packing, budget)
-        for shard, part in mine.items()
-    }
+        players.become(START)
+        read: dict[int, Reading] = {}
+        for shard, part in mine.items():
+            sampled = [answer.token_ids for answer in part.drawn]
+            read[shard] = read_samples(players, part.examples, sampled, packing, budget)
+            advance(len(part.examples))
     found = {
         shard: (part, theirs[1][shard]) for theirs in team.gather((mine, read)) for shard, part in theirs[0].items()
     }

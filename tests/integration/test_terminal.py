@@ -1,0 +1,96 @@
+"""What a command shows: on a terminal, in a log, and to a program."""
+
+import json
+import os
+import pty
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+ESCAPE = "\x1b"
+
+
+def on_a_terminal(*arguments, folder, columns=100):
+    """What a command writes to a terminal, and its exit code."""
+    ours, theirs = pty.openpty()
+    environment = os.environ | {"TERM": "xterm-256color", "COLUMNS": str(columns), "LINES": "30"}
+    command = [sys.executable, "-m", "spinlm", *map(str, arguments)]
+    with subprocess.Popen(command, cwd=folder, stdin=theirs, stdout=theirs, stderr=theirs, env=environment) as process:
+        os.close(theirs)
+        written = b""
+        try:
+            while chunk := os.read(ours, 1 << 16):
+                written += chunk
+        except OSError:  # the other end is closed
+            pass
+    os.close(ours)
+    return written.decode(), process.returncode
+
+
+def test_a_run_on_a_terminal_shows_bars_with_rate_loss_and_margin(world, rewound):
+    output, code = on_a_terminal("run", world.recipe, "--run-dir", rewound(1), folder=world.folder)
+    assert code == 0
+    for stage in ("generate", "score", "train"):
+        assert f"iteration 1: {stage}" in output
+    assert ESCAPE in output and "tokens/s, loss 0." in output and ", margin " in output
+    assert "0:00:0" in output  # the time it still takes
+
+
+def test_a_run_elsewhere_writes_no_control_characters(world, rewound, cli):
+    done = cli("run", world.recipe, "--run-dir", rewound(1), folder=world.folder)
+    assert "Next:" in done.out and "1: " in done.err
+    assert ESCAPE not in done.out + done.err
+    assert "\r" not in done.out + done.err
+
+
+def test_a_quiet_run_says_its_result_and_nothing_else(world, rewound, cli):
+    done = cli("run", world.recipe, "--run-dir", rewound(1), "--quiet", folder=world.folder)
+    assert "Next:" in done.out
+    assert done.err == ""
+
+
+def test_a_run_for_a_program(world, rewound, cli):
+    run = rewound(1)
+    told = json.loads(cli("run", world.recipe, "--run-dir", run, "--json", folder=world.folder).out)
+    assert told["state"] == "finished" and len(told["players"]) == 3
+    assert told == json.loads(cli("status", run, "--json", folder=world.folder).out)
+
+
+def test_a_plan_for_a_program(world, cli, tmp_path):
+    told = json.loads(cli("plan", world.recipe, "--json", folder=tmp_path).out)
+    assert [work["iteration"] for work in told["work"]] == [-1, 0, 1]
+    assert told["work"][2]["pairs"] == 2 * told["work"][1]["pairs"] > 0
+    assert told["devices"][0]["memory"]["training"] > 0 and told["devices"][0]["hours"][1]["train"] > 0
+    assert told["disk"]["run folder"]["total"] > told["disk"]["players"]["total"] > 0
+    missing = cli("plan", world.recipe, "data.path=none.jsonl", "--json", folder=tmp_path, code=2)
+    assert "none.jsonl: no such file" in json.loads(missing.out)["refusals"][0]
+
+
+@pytest.mark.parametrize("columns", [100, 50])
+def test_players_answer_beside_each_other_where_there_is_room(world, reference, columns):
+    command = ("chat", reference, "--iterations", "start,1", "--prompt", "What is 4?")
+    output, code = on_a_terminal(*command, folder=world.folder, columns=columns)
+    assert code == 0
+    beside = any(re.search(r"start .*m1 ", line) for line in output.splitlines())
+    assert beside == (columns == 100)
+    assert ("[start]" in output and "[1]" in output) == (columns == 50)
+
+
+def test_the_recipe_of_init_runs_as_it_is(world, cli, tmp_path):
+    """But for the model, and for sizes that take minutes on a real one."""
+    cli("init", folder=tmp_path)
+    small = ("data.heldout=4", "data.prompts=8", "opponent.max_new_tokens=8", "selfplay.iterations=1")
+    model = f"model.path={world.model}"
+    done = cli("run", "recipe.yaml", model, *small, "lora.r=2", folder=tmp_path)
+    assert "Next:" in done.out
+    assert (tmp_path / "runs" / "recipe" / "iteration-0" / "promote.done").exists()
+
+
+def test_init_leaves_data_alone(cli, tmp_path):
+    (tmp_path / "data.jsonl").write_text("mine")
+    assert cli("init", "other.yaml", folder=tmp_path).out.startswith("wrote other.yaml. Set ")
+    assert (tmp_path / "data.jsonl").read_text() == "mine"
+    shutil.rmtree(tmp_path)

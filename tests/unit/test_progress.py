@@ -1,0 +1,41 @@
+"""Progress where there is no terminal: a line now and then."""
+
+import logging
+import re
+
+import pytest
+
+from spinlm import progress
+
+
+def test_lines_say_how_far_how_fast_and_how_long(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", -1)
+    caplog.set_level(logging.INFO)
+    with progress.track("train", 8, already=2) as advance:
+        advance(3, 600, "loss 0.5000")
+        advance(3, 600)
+    first, last = caplog.messages
+    assert re.fullmatch(r"train 5/8, [\d,]+ tokens/s, loss 0\.5000, \d+ s left", first)
+    assert re.fullmatch(r"train 8/8, [\d,]+ tokens/s, 0 s left", last)
+
+
+def test_what_was_done_before_says_nothing_about_the_rate(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter([0.0, 10.0])
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", -1)
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    caplog.set_level(logging.INFO)
+    with progress.track("score", 100, already=90) as advance:
+        advance(5, 50)
+    assert caplog.messages == ["score 95/100, 5 tokens/s, 10 s left"]
+
+
+def test_nothing_is_said_to_whom_wants_quiet(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", -1)
+    caplog.set_level(logging.WARNING)
+    with progress.track("train", 1) as advance:
+        advance(1, 10)
+    assert caplog.messages == []
