@@ -59,7 +59,8 @@ def select_examples(
     """
     source = open_source(data)
     draw = _Draw(data, warmup, source, renderer, max_length, write)
-    with track("prepare", min(len(source.numbers), sum(draw.wanted.values())), unit="rows") as advance:
+    rows = len(source.numbers)
+    with track("prepare", int(min(rows, sum(draw.wanted.values()))), unit="rows") as advance:
         for index in np.random.default_rng(data.seed).permutation(len(source.numbers)).tolist():
             if draw.split is None:
                 break

@@ -37,15 +37,16 @@ def render(plan: Plan) -> "RenderableType":
 
 def as_data(plan: Plan) -> dict[str, Any]:
     """The plan for programs: the same numbers, in bytes, hours and tokens."""
-    sizes = {**(parts := disk(plan)), "run folder": total(parts)}
+    sizes, shape = {**(parts := disk(plan)), "run folder": total(parts)}, plan.shape
     devices = [
         {
             "name": device.name,
             "dtype": device.dtype,
-            "hours": [_named(plan.hours(plan.shape, device, work)) for work in plan.work],
-            "memory": plan.memory(plan.shape, device),
+            "hours": [_named(plan.hours(shape, device, work)) for work in plan.work],
+            "memory": plan.memory(shape, device),
         }
-        for device in (plan.devices if plan.shape else ())
+        for device in plan.devices
+        if shape is not None
     ]
     return {
         "refusals": list(refusals(plan)),
