@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from spinlm.config import Recipe
@@ -90,3 +91,9 @@ def tiny_recipe(folder: Path, **sections: Any) -> Recipe:
     """A recipe for a saved model; a `model` section adds to the path."""
     model = {"path": str(folder), **sections.pop("model", {})}
     return parse_recipe({"model": model, "data": {"path": "unused.jsonl"}, **sections})
+
+
+def load_player(model_folder: Path, player: Path):
+    """A player, as a user of PEFT loads it."""
+    base = AutoModelForCausalLM.from_pretrained(model_folder)
+    return PeftModel.from_pretrained(base, str(player)).eval()

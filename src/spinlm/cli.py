@@ -11,7 +11,7 @@ import sys
 import warnings
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -257,23 +257,41 @@ def _refuse_unread(context: typer.Context, what: str) -> None:
 def export(
     run: RunPath,
     to: Annotated[Path, typer.Option(help="Folder to write.", show_default=False)],
-    iteration: Annotated[str, typer.Option(help="A number, `start`, or `best`.")] = "best",
+    iteration: Annotated[
+        str | None, typer.Option(help="A number, `start`, or `best` (the default); for pairs the newest.")
+    ] = None,
     merge: Annotated[bool, typer.Option("--merge", help="Merge the adapter into the base model.")] = False,
+    licence: Annotated[
+        str | None, typer.Option("--license", help="For the model card; the default is the base model's.")
+    ] = None,
+    pairs: Annotated[
+        Literal["trl", "llama-factory"] | None,
+        typer.Option(help="Not a player but the pairs of an iteration, for another trainer.", show_default=False),
+    ] = None,
     push_to_hub: Annotated[
         str | None, typer.Option(help="Upload the result, too; a new repository is private.")
     ] = None,
 ) -> None:
-    """Take a player out of a run. An adapter for PEFT, or a whole model for transformers."""
+    """Take a player out of a run, with a model card: an adapter for PEFT, or a whole model; or take out pairs."""
     from spinlm.export import export as export_player
     from spinlm.export import push, which_player
+    from spinlm.preferences import export_pairs
 
     folder, recipe = _open_run(run)
-    chosen = which_player(folder, iteration)
-    export_player(recipe, folder, chosen, to, merge=merge)
-    beaten = "; no iteration beat the start" if iteration == "best" and chosen == START else ""
-    print(f"wrote {to} ({folder.iteration(chosen).name}{beaten})")
+    if pairs is not None:
+        if merge or licence:
+            raise RunError("--merge and --license have no meaning for --pairs. Leave them out")
+        if iteration is not None and not iteration.isdecimal():
+            raise RunError(f"--iteration {iteration}: pairs are those of an iteration: give its number")
+        written = export_pairs(recipe, folder, None if iteration is None else int(iteration), to, pairs)
+        print(f"wrote {to} ({written})")
+    else:
+        chosen = which_player(folder, iteration or "best")
+        export_player(recipe, folder, chosen, to, merge=merge, licence=licence)
+        beaten = "; no iteration beat the start" if iteration in (None, "best") and chosen == START else ""
+        print(f"wrote {to} ({folder.iteration(chosen).name}{beaten})")
     if push_to_hub:
-        print(f"pushed to {push(to, push_to_hub)}")
+        print(f"pushed to {push(to, push_to_hub, data=pairs is not None)}")
 
 
 @app.command()

@@ -4,12 +4,15 @@ import logging
 import shutil
 from pathlib import Path
 
+from spinlm.card import full_card
 from spinlm.config import Recipe
 from spinlm.errors import RunError
 from spinlm.files import atomic_path
 from spinlm.rundir import START, RunDir
 
 log = logging.getLogger("spinlm")
+
+CARD = "README.md"
 
 
 def which_player(run: RunDir, name: str) -> int:
@@ -35,29 +38,41 @@ def which_player(run: RunDir, name: str) -> int:
     return iteration
 
 
-def export(recipe: Recipe, run: RunDir, iteration: int, to: Path, *, merge: bool = False) -> None:
-    """Copy a player to a folder, or merge its adapter into the base and save a whole model there.
+def export(
+    recipe: Recipe, run: RunDir, iteration: int, to: Path, *, merge: bool = False, licence: str | None = None
+) -> None:
+    """Copy a player to a folder, or merge its adapter into the base and save a whole model there; with a model card.
 
     An adapter that was trained over 4 bits is merged into the base as it came: what is exported is no longer quantised.
+
+    Args:
+        recipe: the run's.
+        run: where from.
+        iteration: whose player.
+        to: a folder that is not there, or empty.
+        merge: whether to merge.
+        licence: for the card; None takes the base model's, where its files state one.
 
     Raises:
         RunError: the folder exists and is not empty, or there is nothing to merge.
     """
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise RunError(f"{to}: already there and not an empty folder. Choose another --to")
+    if merge and recipe.lora is None:
+        raise RunError("--merge: this run fine-tunes the whole model, so its players have no adapter. Leave it out")
+    about = full_card(recipe, run, iteration, merged=merge, licence=licence)
     if not merge:
         with atomic_path(to) as temporary:
             shutil.copytree(run.player(iteration), temporary)
+            (temporary / CARD).write_text(about, encoding="utf-8")
         return
-    if recipe.lora is None:
-        raise RunError("--merge: this run fine-tunes the whole model, so its players have no adapter. Leave it out")
     from peft import PeftModel
 
     from spinlm.model.loading import compute_dtype, ensure_base, load_model
     from spinlm.model.players import seat
 
     players = seat(recipe, run)
-    if recipe.lora.quantize:
+    if recipe.lora and recipe.lora.quantize:
         log.info(
             "the adapter was trained over a base in 4 bits and is merged into the base in %s: the merged model is not "
             "the player that was evaluated; `spinlm check` says how far the two bases are apart",
@@ -69,6 +84,7 @@ def export(recipe: Recipe, run: RunDir, iteration: int, to: Path, *, merge: bool
         merged.save_pretrained(temporary)
         players.tokenizer.chat_template = players.renderer.template
         players.tokenizer.save_pretrained(temporary)
+        (temporary / CARD).write_text(about, encoding="utf-8")
 
 
 def export_for_serving(recipe: Recipe, run: RunDir, iteration: int, to: Path) -> None:
@@ -86,8 +102,13 @@ def export_for_serving(recipe: Recipe, run: RunDir, iteration: int, to: Path) ->
     ).save_pretrained(to)
 
 
-def push(folder: Path, repository: str) -> str:
+def push(folder: Path, repository: str, *, data: bool = False) -> str:
     """Upload an exported folder to the hub, as a private repository if it is new; returns its address.
+
+    Args:
+        folder: what to upload.
+        repository: its name there.
+        data: whether it is a data set, and not a model.
 
     Uses the token of `hf auth login` or HF_TOKEN.
 
@@ -99,8 +120,9 @@ def push(folder: Path, repository: str) -> str:
 
     api = HfApi()
     try:
-        address = api.create_repo(repository, private=True, exist_ok=True)
-        api.upload_folder(folder_path=folder, repo_id=repository)
+        kind = "dataset" if data else "model"
+        address = api.create_repo(repository, private=True, exist_ok=True, repo_type=kind)
+        api.upload_folder(folder_path=folder, repo_id=repository, repo_type=kind)
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise RunError(
             f"{repository}: could not be pushed: {error}. {folder} is complete: remove it to "

@@ -11,13 +11,13 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 COLUMNS = (
-    ("task_score", "task\nscore", "{:.3f}"),
-    ("heldout_nll", "held-out\nNLL", "{:.3f}"),
-    ("pair_accuracy", "pair\naccuracy", "{:.2f}"),
-    ("margin", "\nmargin", "{:+.2f}"),
-    ("identical_share", "\nidentical", "{:.1%}"),
-    ("unfinished_share", "\nunfinished", "{:.1%}"),
-    ("repetition", "\nrepeated", "{:.1%}"),
+    ("task_score", "task score", "{:.3f}"),
+    ("heldout_nll", "held-out NLL", "{:.3f}"),
+    ("pair_accuracy", "pair accuracy", "{:.2f}"),
+    ("margin", "margin", "{:+.2f}"),
+    ("identical_share", "identical", "{:.1%}"),
+    ("unfinished_share", "unfinished", "{:.1%}"),
+    ("repetition", "repeated", "{:.1%}"),
 )
 
 
@@ -60,15 +60,31 @@ def table(run: RunDir) -> "Table":
     from rich.table import Table
 
     players = rows(run)
-    columns = [column for column in COLUMNS if any(column[0] in row.metrics for row in players)]
+    (first, *titles), body = cells(players)
     grid = Table(box=SIMPLE, pad_edge=False, padding=(0, 1))
-    grid.add_column("\nplayer", no_wrap=True)
-    for _, title, _ in columns:
-        grid.add_column(title, justify="right", no_wrap=True)
-    for row in players:
-        cells = [form.format(row.metrics[key]) if key in row.metrics else "–" for key, _, form in columns]
-        grid.add_row(row.name + (" (best)" if row.best else ""), *cells, style="bold" if row.best else "")
+    grid.add_column(_on_two_lines(first), no_wrap=True)
+    for title in titles:
+        grid.add_column(_on_two_lines(title), justify="right", no_wrap=True)
+    for player, values in zip(players, body, strict=True):
+        grid.add_row(*values, style="bold" if player.best else "")
     return grid
+
+
+def _on_two_lines(title: str) -> str:
+    return title.replace(" ", "\n") if " " in title else f"\n{title}"
+
+
+def cells(players: list[Row]) -> tuple[list[str], list[list[str]]]:
+    """The titles of a table of players, and its rows."""
+    columns = [column for column in COLUMNS if any(column[0] in row.metrics for row in players)]
+    body = [
+        [
+            row.name + (" (best)" if row.best else ""),
+            *(form.format(row.metrics[key]) if key in row.metrics else "–" for key, _, form in columns),
+        ]
+        for row in players
+    ]
+    return ["player", *(title for _, title, _ in columns)], body
 
 
 def verdict(run: RunDir) -> str:

@@ -14,11 +14,10 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from peft import PeftModel
 from runs import HELDOUT, PROMPTS, SHARDS, contents, read_jsons, read_pairs, read_rows, rows, steps, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from models import save_tiny_model
+from models import load_player, save_tiny_model
 from spinlm.evals.probe import discriminability
 from spinlm.recipe import load_recipe
 from spinlm.records import Pair
@@ -32,12 +31,6 @@ def naive_logprob(model, prompt: list[int], response: list[int]) -> float:
         logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
     chosen = torch.log_softmax(logits.double(), dim=-1)[torch.arange(len(response)), response]
     return chosen.sum().item()
-
-
-def load_player(model_folder: Path, player: Path):
-    """A player, as a user of PEFT loads it."""
-    base = AutoModelForCausalLM.from_pretrained(model_folder)
-    return PeftModel.from_pretrained(base, str(player)).eval()
 
 
 @pytest.fixture(scope="module")
@@ -500,61 +493,6 @@ def test_model_whose_attention_takes_no_trees_plays_one_response_per_row(world, 
         assert pair["opponent_synthetic"] == pytest.approx(synthetic, abs=1e-4)
     first = next(line for line in steps(run) if line["stage"] == "train")
     assert first["loss"] == pytest.approx(LN2, abs=1e-5)
-
-
-# Taking players out
-
-
-def logits(model) -> torch.Tensor:
-    with torch.no_grad():
-        return model(torch.arange(40)[None]).logits
-
-
-def test_export_an_adapter(world, cli, reference, theta_2, tmp_path):
-    said = cli("export", reference, "--iteration", "1", "--to", "adapter", folder=tmp_path)
-    assert said.out == "wrote adapter (iteration-1)\n"
-    exported = load_player(world.model, tmp_path / "adapter")
-    assert torch.equal(logits(exported), logits(theta_2))
-    question = [{"role": "user", "content": "What is 4?"}]
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "adapter")
-    ours = AutoTokenizer.from_pretrained(world.model).apply_chat_template(question, tokenize=False)
-    assert tokenizer.apply_chat_template(question, tokenize=False) == ours
-
-
-def test_export_a_whole_model(world, cli, reference, theta_1, theta_2, tmp_path):
-    cli("export", reference, "--iteration", "1", "--merge", "--to", tmp_path / "whole", folder=world.folder)
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "whole").eval()
-    assert not (tmp_path / "whole" / "adapter_config.json").exists()
-    assert (logits(merged) - logits(theta_2)).abs().max() < 1e-5 * logits(theta_2).abs().max()
-    assert (logits(merged) - logits(theta_1)).abs().max() > 1e-2
-    assert AutoTokenizer.from_pretrained(tmp_path / "whole").chat_template
-
-
-def test_export_of_the_best_and_of_the_start(cli, reference, tmp_path):
-    best = (reference / "best").readlink().name
-    what = "start; no iteration beat the start" if best == "start" else best
-    assert cli("export", reference, "--to", "best", folder=tmp_path).out == f"wrote best ({what})\n"
-    cli("export", reference, "--iteration", "start", "--to", "start", folder=tmp_path)
-    for name, source in (("best", reference / best), ("start", reference / "start")):
-        exported = (tmp_path / name / "adapter_model.safetensors").read_bytes()
-        assert exported == (source / "player" / "adapter_model.safetensors").read_bytes()
-
-
-def test_export_does_not_overwrite(cli, reference, tmp_path):
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
-    for options in ((), ("--merge",)):
-        refused = cli("export", reference, *options, "--to", "mine", folder=tmp_path, code=2)
-        assert refused.message == "mine: already there and not an empty folder. Choose another --to"
-    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
-
-
-def test_export_of_a_player_that_is_not_there(cli, reference, tmp_path):
-    refused = cli("export", reference, "--iteration", "7", "--to", "new", folder=tmp_path, code=2)
-    assert refused.message == f"{reference}: has no player 7; it has iteration-0, iteration-1, start"
-    refused = cli("export", reference, "--iteration", "last", "--to", "new", folder=tmp_path, code=2)
-    assert "'last' names no player: write best, start, or the number of an iteration" in refused.message
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_chat_asks_several_players(world, cli, reference):

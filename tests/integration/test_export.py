@@ -1,0 +1,202 @@
+"""What leaves a run: players with their cards, and pairs for other trainers."""
+
+import json
+from collections import Counter
+
+import datasets
+import pytest
+import torch
+import yaml
+from runs import HELDOUT, read_pairs, read_rows
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from models import load_player
+
+
+@pytest.fixture(scope="module")
+def theta_1(world, reference):
+    return load_player(world.model, reference / "iteration-0" / "player")
+
+
+@pytest.fixture(scope="module")
+def theta_2(world, reference):
+    return load_player(world.model, reference / "iteration-1" / "player")
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(torch.arange(40)[None]).logits
+
+
+def test_export_an_adapter(world, cli, reference, theta_2, tmp_path):
+    said = cli("export", reference, "--iteration", "1", "--to", "adapter", folder=tmp_path)
+    assert said.out == "wrote adapter (iteration-1)\n"
+    exported = load_player(world.model, tmp_path / "adapter")
+    assert torch.equal(logits(exported), logits(theta_2))
+    question = [{"role": "user", "content": "What is 4?"}]
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "adapter")
+    ours = AutoTokenizer.from_pretrained(world.model).apply_chat_template(question, tokenize=False)
+    assert tokenizer.apply_chat_template(question, tokenize=False) == ours
+
+
+def test_export_a_whole_model(world, cli, reference, theta_1, theta_2, tmp_path):
+    cli("export", reference, "--iteration", "1", "--merge", "--to", tmp_path / "whole", folder=world.folder)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "whole").eval()
+    assert not (tmp_path / "whole" / "adapter_config.json").exists()
+    assert (logits(merged) - logits(theta_2)).abs().max() < 1e-5 * logits(theta_2).abs().max()
+    assert (logits(merged) - logits(theta_1)).abs().max() > 1e-2
+    assert AutoTokenizer.from_pretrained(tmp_path / "whole").chat_template
+
+
+def test_export_of_the_best_and_of_the_start(cli, reference, tmp_path):
+    best = (reference / "best").readlink().name
+    what = "start; no iteration beat the start" if best == "start" else best
+    assert cli("export", reference, "--to", "best", folder=tmp_path).out == f"wrote best ({what})\n"
+    cli("export", reference, "--iteration", "start", "--to", "start", folder=tmp_path)
+    for name, source in (("best", reference / best), ("start", reference / "start")):
+        exported = (tmp_path / name / "adapter_model.safetensors").read_bytes()
+        assert exported == (source / "player" / "adapter_model.safetensors").read_bytes()
+
+
+def test_export_does_not_overwrite(cli, reference, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    for options in ((), ("--merge",)):
+        refused = cli("export", reference, *options, "--to", "mine", folder=tmp_path, code=2)
+        assert refused.message == "mine: already there and not an empty folder. Choose another --to"
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+
+
+def test_export_of_a_player_that_is_not_there(cli, reference, tmp_path):
+    refused = cli("export", reference, "--iteration", "7", "--to", "new", folder=tmp_path, code=2)
+    assert refused.message == f"{reference}: has no player 7; it has iteration-0, iteration-1, start"
+    refused = cli("export", reference, "--iteration", "last", "--to", "new", folder=tmp_path, code=2)
+    assert "'last' names no player: write best, start, or the number of an iteration" in refused.message
+    assert list(tmp_path.iterdir()) == []
+
+
+def card_of(folder):
+    """The front matter of a card, and its text."""
+    opening, matter, text = (folder / "README.md").read_text().split("---\n", 2)
+    assert opening == ""
+    return yaml.safe_load(matter), text
+
+
+def test_card_of_an_exported_player(world, cli, reference, tmp_path):
+    cli("export", reference, "--iteration", "1", "--to", "adapter", folder=tmp_path)
+    matter, text = card_of(tmp_path / "adapter")
+    assert matter["library_name"] == "peft" and "self-play" in matter["tags"] and "license" not in matter
+    assert "a LoRA adapter over the base model model" in text
+    assert f"from {HELDOUT} held-out prompts" in text
+    assert "Self-play" in text.split("## Results")[1]
+    metrics = json.loads((reference / "iteration-1" / "metrics.json").read_text())
+    (row,) = [line for line in text.splitlines() if line.startswith("| iteration 1")]
+    assert f"| {metrics['heldout_nll']:.3f} |" in row
+    recipe = yaml.safe_load(text.split("```yaml")[1].split("```")[0])
+    resolved = json.loads((reference / "recipe.resolved.json").read_text())
+    assert recipe["train"]["learning_rate"] == resolved["train"]["learning_rate"]
+    assert recipe["model"]["path"] == "model" and recipe["data"]["path"] == "data.jsonl"
+    assert str(world.folder) not in text
+    assert "Fill in `license`" in text
+
+
+def test_licence_of_a_card(world, cli, reference, tmp_path):
+    """That of the base model, where it says one, unless another is given."""
+    (world.model / "README.md").write_text("---\nlicense: apache-2.0\n---\nA model.\n")
+    try:
+        cli("export", reference, "--iteration", "1", "--merge", "--to", tmp_path / "whole", folder=world.folder)
+        cli("export", reference, "--to", tmp_path / "own", "--license", "mit", folder=world.folder)
+    finally:
+        (world.model / "README.md").unlink()
+    matter, text = card_of(tmp_path / "whole")
+    assert (matter["license"], matter["library_name"]) == ("apache-2.0", "transformers")
+    assert "apache-2.0, as the base model." in text and "a LoRA adapter merged into" in text
+    matter, text = card_of(tmp_path / "own")
+    assert matter["license"] == "mit" and "mit. The licence of the data" in text
+
+
+def texts(row):
+    return row["prompt"], row["chosen"][0]["content"], row["rejected"][0]["content"]
+
+
+@pytest.fixture(scope="module")
+def exported(session_cli, reference, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pairs")
+    said = session_cli("export", reference, "--pairs", "trl", "--to", "trl", folder=folder)
+    session_cli("export", reference, "--pairs", "llama-factory", "--to", "llama-factory", folder=folder)
+    return folder, said.out
+
+
+def test_pairs_for_trl(world, reference, exported):
+    """The newest pairs that ended, word for word, and nothing else."""
+    folder, said = exported
+    data = datasets.load_dataset(str(folder / "trl"))
+    examples = {line["id"]: line for path in (reference / "examples").glob("*.jsonl") for line in read_rows(path)}
+    answers = {
+        (line["iteration"], line["id"], line["sample"]): line
+        for path in reference.glob("iteration-*/generations/*.jsonl")
+        for line in read_rows(path)
+    }
+    unfinished = 0
+    for split, name in (("train", "train"), ("heldout", "test")):
+        pairs = read_pairs(reference, 1, split)
+        keys = [(pair["source_iteration"], pair["id"], pair["sample"]) for pair in pairs]
+        ended = [key for key in keys if answers[key]["finished"]]
+        unfinished += len(keys) - len(ended)
+        assert [(row["source_iteration"], row["id"], row["sample"]) for row in data[name]] == ended
+        for row, key in zip(data[name], ended, strict=True):
+            example = examples[row["id"]]
+            assert texts(row) == (example["messages"], example["response"], answers[key]["text"])
+    assert len(data["train"]) > 0 and {row["source_iteration"] for row in data["train"]} == {0, 1}
+    assert f"pairs of iteration 1: {len(data['train'])} train, {len(data['test'])} test" in said
+    assert (f"; {unfinished} left out, whose synthetic response did not end" in said) == (unfinished > 0)
+
+
+def test_pairs_for_llama_factory(exported):
+    folder, _ = exported
+    described = json.loads((folder / "llama-factory" / "dataset_info.json").read_text())
+    for name, about in described.items():
+        rows = read_rows(folder / "llama-factory" / about["file_name"])
+        same = datasets.load_dataset(str(folder / "trl"))[name.removeprefix("spin_")]
+        columns, tags = about["columns"], about["tags"]
+        assert about["ranking"] and about["formatting"] == "sharegpt"
+        roles = Counter(turn[tags["role_tag"]] for row in rows for turn in row[columns["messages"]])
+        assert set(roles) <= {tags["user_tag"], tags["assistant_tag"], tags["system_tag"]}
+        assert len(rows) == len(same) > 0
+        for row, other in zip(rows, same, strict=True):
+            assert row[columns["messages"]] == other["prompt"]
+            assert [row[columns["chosen"]], row[columns["rejected"]]] == [other["chosen"][0], other["rejected"][0]]
+
+
+def test_trl_trains_two_steps_on_the_pairs_and_sees_our_tokens(world, reference, exported, tmp_path):
+    trl = pytest.importorskip("trl")
+    folder, _ = exported
+    data = datasets.load_dataset(str(folder / "trl"))
+    tokenizer = AutoTokenizer.from_pretrained(reference / "start" / "player")
+    settings = trl.DPOConfig(
+        output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=2, report_to=[], use_cpu=True, bf16=False
+    )
+    model = AutoModelForCausalLM.from_pretrained(world.model)
+    trainer = trl.DPOTrainer(model, args=settings, train_dataset=data["train"], processing_class=tokenizer)
+    assert trainer.train().global_step == 2
+    ours = {(pair["id"], pair["source_iteration"], pair["sample"]): pair for pair in read_pairs(reference, 1, "train")}
+    for row, theirs in zip(data["train"], trainer.train_dataset, strict=True):
+        pair = ours[row["id"], row["source_iteration"], row["sample"]]
+        length = len(pair["real_ids"])
+        assert (theirs["prompt_ids"], theirs["chosen_ids"][:length]) == (pair["prompt_ids"], pair["real_ids"])
+        assert tokenizer.decode(theirs["chosen_ids"][length:]) == "\n"  # of the template, behind the end of the turn
+
+
+def test_pairs_that_cannot_be_exported(cli, reference, rewound, tmp_path):
+    refused = cli("export", reference, "--pairs", "trl", "--iteration", "7", "--to", "new", folder=tmp_path, code=2)
+    assert refused.message.endswith("iteration 7 has no pairs; the newest are those of iteration 1")
+    refused = cli("export", reference, "--pairs", "trl", "--iteration", "best", "--to", "new", folder=tmp_path, code=2)
+    assert "pairs are those of an iteration: give its number" in refused.message
+    refused = cli("export", reference, "--pairs", "trl", "--merge", "--to", "new", folder=tmp_path, code=2)
+    assert "--merge and --license have no meaning for --pairs" in refused.message
+    run = rewound(1, "score")
+    with (run / "iteration-0" / "pairs" / "train-00000.arrow").open("ab") as file:
+        file.write(b"more")
+    refused = cli("export", run, "--pairs", "trl", "--to", "new", folder=tmp_path, code=2)
+    assert "train-00000.arrow" in refused.message
+    assert not (tmp_path / "new").exists()
