@@ -38,17 +38,18 @@ def atomic_path(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         _sync(temporary)
+        if path.is_dir():
+            shutil.rmtree(path)
+        temporary.replace(path)
+        _sync_one(path.parent)
     except OSError as error:
-        error.filename = error.filename or str(path)
+        if error.filename is None or Path(error.filename) == temporary:  # a name that means nothing to the user
+            error.filename = str(path)
         raise
     except Exception as error:  # each library tells of a full disk in its own class; anything else goes on as it came
         if "No space left on device" in str(error):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
         raise
-    if path.is_dir():
-        shutil.rmtree(path)
-    temporary.replace(path)
-    _sync_one(path.parent)
 
 
 def _sync(path: Path) -> None:

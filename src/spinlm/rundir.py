@@ -338,16 +338,18 @@ class RunDir:
         Raises:
             RunError: the folder belongs to a different recipe; the message lists what changed.
         """
-        if self.recipe.exists() and read_json(self.recipe) == recipe:
-            return
-        if self.recipe.exists() and self.begun() and (changes := self.changes(recipe, harmless)):
-            raise RunError(
-                f"{self.root}: was made with a different recipe:\n"
-                + "\n".join(f"  {line}" for line in changes)
-                + "\nChoose another --run-dir, or start again with --fresh (this deletes what is there)"
-            )
-        write_json(self.recipe, recipe)
-        write_text(self.root / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
+        if not self.recipe.exists() or read_json(self.recipe) != recipe:
+            if self.recipe.exists() and self.begun() and (changes := self.changes(recipe, harmless)):
+                raise RunError(
+                    f"{self.root}: was made with a different recipe:\n"
+                    + "\n".join(f"  {line}" for line in changes)
+                    + "\nChoose another --run-dir, or start again with --fresh (this deletes what is there)"
+                )
+            write_json(self.recipe, recipe)
+        # By itself, as an end between the two would leave the recipe for people behind.
+        readable, text = self.root / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
+        if not readable.exists() or readable.read_text(encoding="utf-8", errors="replace") != text:
+            write_text(readable, text)
 
     def bind_inputs(self, inputs: dict[str, Any]) -> None:
         """Check, once a stage is complete, that the model and data are those the folder began with.
