@@ -34,6 +34,7 @@ START = -1
 """The iteration number of the starting player θ_0."""
 
 Stage = tuple[str, int]  # name and iteration
+SETTLED = 1_000_000_000  # nanoseconds after which a file system gives a change another time
 VARIABLE = ("seconds", "resumed", "sum")
 """What is not the same in a marker every time: how long the stage took, and so the digest of all that is in it."""
 
@@ -247,7 +248,10 @@ class RunDir:
         version = (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
         known = self._digests.get(path)
         if known is None or known[0] != version:
-            self._digests[path] = known = (version, file_digest(path))
+            known = (version, file_digest(path))
+            # A change right after the last one may bear the same time. And who knows what time it was, if it is later?
+            if time.time_ns() - status.st_ctime_ns > SETTLED:
+                self._digests[path] = known
         return known[1]
 
     def player_digest(self, iteration: int) -> str:

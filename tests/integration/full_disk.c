@@ -4,6 +4,7 @@
  *   FULL_DISK_FOLDER  the folder, absolute and without links
  *   FULL_DISK_AT      n, from 1; 0 or absent is never
  *   FULL_DISK_ONCE    any value: the call after it works again; without it the disk stays full
+ *   FULL_DISK_ERROR   the number of another error: read-only, damaged
  *   FULL_DISK_LOG     a file elsewhere that gets a line for each of these calls
  *
  * The environment is read at each call, so that a process may set it for itself.
@@ -54,7 +55,8 @@ static int full(const char *what, const char *path, long bytes)
     long number = atomic_fetch_add(&calls, 1) + 1, first = at ? atol(at) : 0;
     int fails = first > 0 && (getenv("FULL_DISK_ONCE") ? number == first : number >= first);
     note(number, what, path, bytes, fails);
-    errno = fails ? ENOSPC : before;
+    const char *error = getenv("FULL_DISK_ERROR");
+    errno = !fails ? before : error ? atoi(error) : ENOSPC;
     return fails;
 }
 
@@ -157,7 +159,7 @@ TRUNCATE(ftruncate64, off64_t)
 #define ALLOCATE(name, offset_type)                                                                                    \
     int name(int file, offset_type offset, offset_type size)                                                           \
     {                                                                                                                  \
-        return full_file("allocate", file, (long)size) ? ENOSPC : REAL(name)(file, offset, size);                      \
+        return full_file("allocate", file, (long)size) ? errno : REAL(name)(file, offset, size);                      \
     }
 ALLOCATE(posix_fallocate, off_t)
 ALLOCATE(posix_fallocate64, off64_t)

@@ -644,10 +644,10 @@ def run_until_full(filling: Cli, world: World, run: Path, at: int, *changes: str
     return filling.start("run", world.recipe, *changes, "--run-dir", run, folder=world.folder, **environment).wait()
 
 
-def assert_told_of_full_disk(result: Result, run: Path) -> None:
+def assert_told_of_full_disk(result: Result, run: Path, what: str = "the disk is full") -> None:
     assert result.code == 2, result.err
     assert result.message.startswith(str(run))
-    assert ": the disk is full (" in result.message
+    assert f": {what} (" in result.message
     assert ".tmp:" not in result.message, "a name that means nothing to the user"
     if run.exists():
         assert_whole(run)

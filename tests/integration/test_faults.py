@@ -1,5 +1,6 @@
 """Faults by the dozen, for `make test-all`: each ends in the right result or in a message, never in a wrong player."""
 
+import errno
 import json
 import os
 import random
@@ -18,7 +19,7 @@ from commands import Process
 from runs import assert_whole, contents, reseal, without
 from safetensors.torch import load_file, save_file
 from test_bad_input import assert_told_of_full_disk, run_until_full
-from test_kill import assert_same_result
+from test_kill import assert_same_result, between_checkpoints, catch
 
 from spinlm.files import file_digest, short_digest
 from spinlm.records import read_pairs
@@ -100,11 +101,19 @@ def test_a_flipped_bit_in_any_file(start, reference, rewound, stage):
 
 
 BRIEF = ("data.prompts=8", "data.heldout=4", "train.epochs=1", "warmup_sft.epochs=1", "train.checkpoint_every=1")
-FULL_DISKS = int(os.environ.get("FULL_DISKS", "100"))  # a large number tries every point there is
+FULL_DISKS = int(os.environ.get("FULL_DISKS", "50"))  # a large number tries every point there is
 
 
-@pytest.mark.parametrize("lasting", [True, False], ids=["full from then on", "full once"])
-def test_disk_full_at_any_write(filling, world, tmp_path, lasting):
+@pytest.mark.parametrize(
+    ("error", "lasting", "what"),
+    [
+        (errno.ENOSPC, True, "the disk is full"),
+        (errno.ENOSPC, False, "the disk is full"),
+        (errno.EROFS, True, "cannot write there"),
+        (errno.EIO, True, "cannot write there"),
+    ],
+)
+def test_disk_that_fails_at_any_write(filling, world, tmp_path, error, lasting, what):
     """The n-th call that writes fails: open, write, ftruncate, fsync, rename, mkdir, symlink, in whatever language.
 
     A disk that has room again at once finds out whether a library goes on as if it had written everything.
@@ -114,13 +123,13 @@ def test_disk_full_at_any_write(filling, world, tmp_path, lasting):
     assert_every_file_is_seen(reference, log)
     points = len(log.read_text().splitlines())
     count = min(FULL_DISKS, points)
-    once = {} if lasting else {"FULL_DISK_ONCE": "yes"}
+    fault = {"FULL_DISK_ERROR": str(error)} | ({} if lasting else {"FULL_DISK_ONCE": "yes"})
     refused = 0
     for number in range(count):
         run = tmp_path / "run"
-        result = run_until_full(filling, world, run, 1 + number * points // count, *BRIEF, **once)
+        result = run_until_full(filling, world, run, 1 + number * points // count, *BRIEF, **fault)
         if result.code != 0 or lasting:
-            assert_told_of_full_disk(result, run)
+            assert_told_of_full_disk(result, run, what)
             refused += 1
             assert run_until_full(filling, world, run, 0, *BRIEF).code == 0
         assert contents(run) == contents(reference), number
@@ -243,3 +252,24 @@ def test_a_checkpoint_that_has_changed(start, rewound, file):
         message = start(run).wait().message
         assert message.startswith(f"{checkpoint}: damaged checkpoint (1 weights are not finite")
     assert not (run / "iteration-1" / "player").exists()
+
+
+# The clock
+
+
+@pytest.mark.parametrize("year", [1980, 2040])
+@pytest.mark.parametrize("killed", [True, False])
+def test_clock_that_is_set(start, reference, rewound, year, killed):
+    """While a run is in training, or after it was killed there: all files seem old, or from the future."""
+    run, process = catch(start, lambda: rewound(1), lambda run: between_checkpoints(run, "train", 1))
+    if killed:
+        process.kill()
+    seconds = (year - 1970) * 365.25 * 86400
+    for number, path in enumerate([run, *sorted(run.rglob("*"), reverse=True)]):  # newer ones seem older
+        os.utime(path, (seconds + number, seconds + number), follow_symlinks=False)
+    if killed:
+        process = start(run)
+    else:
+        process.send(signal.SIGCONT)
+    assert process.wait().code == 0
+    assert_same_result(run, reference)
