@@ -25,8 +25,6 @@ from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from spinlm.errors import RunError
 from spinlm.files import file_digest, read_json, short_digest, write_json, write_text
 
@@ -342,6 +340,8 @@ class RunDir:
         Raises:
             RunError: the folder belongs to a different recipe; the message lists what changed.
         """
+        from spinlm.recipe import as_yaml
+
         if not self.recipe.exists() or read_json(self.recipe) != recipe:
             if self.recipe.exists() and self.begun() and (changes := self.changes(recipe, harmless)):
                 raise RunError(
@@ -351,7 +351,7 @@ class RunDir:
                 )
             write_json(self.recipe, recipe)
         # By itself, as an end between the two would leave the recipe for people behind.
-        readable, text = self.root / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
+        readable, text = self.root / "recipe.yaml", as_yaml(recipe)
         if not readable.exists() or readable.read_text(encoding="utf-8", errors="replace") != text:
             write_text(readable, text)
 
