@@ -3,6 +3,7 @@
 import math
 import os
 import re
+import shutil
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -494,9 +495,13 @@ def test_a_killed_training_goes_on_from_its_last_checkpoint(new_players: NewPlay
     assert_equal_to_the_bit(weights_of(continued), weights_of(straight))
     assert [path.name for path in (tmp_path / "parts" / "checkpoints").iterdir()] == ["step-000006"]
 
+    shutil.copytree(
+        tmp_path / "parts" / "checkpoints" / "step-000006", tmp_path / "parts" / "checkpoints" / "step-000005"
+    )
     done = new_players(lora=lora)  # a complete training is loaded, not done again
     assert run_fit(done, items, spin_of(done), how, tmp_path / "parts") == []
     assert_equal_to_the_bit(weights_of(done), weights_of(straight))
+    assert [path.name for path in (tmp_path / "parts" / "checkpoints").iterdir()] == ["step-000006"]
 
 
 @pytest.mark.parametrize("file", ["weights.safetensors", "optimizer.safetensors", "state.json"])

@@ -55,9 +55,13 @@ def _write(folder: Path, step: int, weights: dict[str, Any], tensors: dict[str, 
         digests = {name: file_digest(temporary / name) for name in _FILES}  # safetensors has none
         noted = {"step": step, "optimizer": scalars, "files": digests}
         write_json(temporary / "state.json", noted | {"sum": short_digest(noted)})
-    for old in folder.glob("step-*"):
-        if old != target:
-            shutil.rmtree(old)
+    _remove_others(folder, target.name)
+
+
+def _remove_others(folder: Path, kept: str) -> None:
+    for other in folder.glob("step-*"):
+        if other.name != kept:
+            shutil.rmtree(other)
 
 
 def resume(folder: Path, players: Players) -> tuple[int, OptimizerState]:
@@ -90,6 +94,7 @@ def resume(folder: Path, players: Players) -> tuple[int, OptimizerState]:
     for name, value in {**tensors, **noted["optimizer"]}.items():
         index, _, key = name.partition(".")
         state.setdefault(int(index), {})[key] = value
+    team.first(_remove_others, folder, found.name)  # which an end right after it was saved has left
     log.info("resuming after step %d", noted["step"])
     return int(noted["step"]), state
 
