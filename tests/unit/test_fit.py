@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -584,6 +585,24 @@ def test_weights_that_are_not_finite_are_not_saved(new_players: NewPlayers, tmp_
     with pytest.raises(ModelError, match=r"player: not saved: 1 weights are not finite"):
         players.save(0)
     assert not players.run.player(0).exists()
+
+
+@pytest.mark.parametrize("lora", [{"r": 4}, None])
+def test_a_player_that_is_not_finite_is_neither_loaded_nor_measured(new_players: NewPlayers, lora: Any) -> None:
+    players = new_players(lora=lora)
+    players.save(0)
+    poison(players)
+    tree = Tree(ids(4, 1), (ids(3, 2), ids(5, 3)))
+    for measure in (players.response_logprobs, players.read):
+        with pytest.raises(ModelError, match=r"player: its log-probabilities are not finite"):
+            measure([tree], "tree")
+    (path,) = players.run.player(0).glob("*.safetensors")
+    tensors = load_file(path)
+    next(iter(tensors.values())).view(-1)[0] = math.inf
+    save_file(tensors, path, metadata={"format": "pt"})
+    players.changed()
+    with pytest.raises(ModelError, match=r"1 weights are not finite .*training has destroyed this player"):
+        players.become(0)
 
 
 def test_a_gradient_that_is_not_finite_leaves_the_weights_alone(new_players: NewPlayers, tmp_path: Path) -> None:
