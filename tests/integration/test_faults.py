@@ -101,7 +101,7 @@ def test_a_flipped_bit_in_any_file(start, reference, rewound, stage):
 
 
 BRIEF = ("data.prompts=8", "data.heldout=4", "train.epochs=1", "warmup_sft.epochs=1", "train.checkpoint_every=1")
-FULL_DISKS = int(os.environ.get("FULL_DISKS", "50"))  # a large number tries every point there is
+FULL_DISKS = int(os.environ.get("FULL_DISKS", "40"))  # a large number tries every point there is
 
 
 @pytest.mark.parametrize(
