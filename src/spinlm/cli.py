@@ -17,7 +17,7 @@ import typer
 
 from spinlm import __version__
 from spinlm.errors import PeerError, RunError, SpinError, is_out_of_memory
-from spinlm.files import read_json
+from spinlm.files import UNWRITABLE, read_json
 from spinlm.rundir import START, RunDir
 
 if TYPE_CHECKING:
@@ -440,11 +440,12 @@ def main() -> None:
         print("train.gradient_checkpointing: true, then run the same command again: it goes on", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+        if error.errno not in UNWRITABLE:
             raise
         where = error.filename or "the run folder"
-        what = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "cannot write there"
-        print(f"spinlm: {where}: {what} ({error.strerror}). Make room or", end=" ", file=sys.stderr)
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        what, remedy = ("the disk is full", "Make room") if full else ("cannot write there", "Put that right")
+        print(f"spinlm: {where}: {what} ({error.strerror}). {remedy} or", end=" ", file=sys.stderr)
         print(
             "choose another --run-dir, then run the same command again: nothing that was done is lost", file=sys.stderr
         )

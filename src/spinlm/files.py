@@ -12,6 +12,9 @@ from typing import IO, Any
 
 from spinlm.errors import RunError
 
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO)
+"""What is wrong with a disk, or with who may write to it, not with what is written."""
+
 _UMASK = os.umask(0)
 os.umask(_UMASK)
 
@@ -29,7 +32,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """A temporary path for a file or a folder that takes the name `path` when the block ends without an error.
 
     Raises:
-        OSError: it cannot be written; a full disk is ENOSPC, whatever library noticed it.
+        OSError: it cannot be written; a full disk is ENOSPC and one of `UNWRITABLE`, whatever library noticed it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{path.name}.tmp"
@@ -38,17 +41,19 @@ def atomic_path(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         _sync(temporary)
+        if path.is_dir():
+            shutil.rmtree(path)
+        temporary.replace(path)
+        _sync_one(path.parent)
     except OSError as error:
-        error.filename = error.filename or str(path)
+        if error.filename is None or Path(error.filename) == temporary:  # a name that means nothing to the user
+            error.filename = str(path)
         raise
     except Exception as error:  # each library tells of a full disk in its own class; anything else goes on as it came
-        if "No space left on device" in str(error):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+        for number in UNWRITABLE:
+            if os.strerror(number) in str(error):
+                raise OSError(number, os.strerror(number), str(path)) from error
         raise
-    if path.is_dir():
-        shutil.rmtree(path)
-    temporary.replace(path)
-    _sync_one(path.parent)
 
 
 def _sync(path: Path) -> None:

@@ -71,7 +71,19 @@ class _Loader(yaml.SafeLoader):
 
 
 _EXPONENT = re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$")
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+0123456789"))
+
+
+class _Dumper(yaml.SafeDumper):
+    """YAML that `_Loader` reads as it was: a text such as `12e4567`, a commit maybe, is quoted."""
+
+
+for _kind in (_Loader, _Dumper):
+    _kind.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+0123456789"))
+
+
+def as_yaml(recipe: dict[str, Any]) -> str:
+    """A recipe, given as plain data, as a file that `load_recipe` reads."""
+    return yaml.dump(recipe, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def _parse_yaml(text: str, where: str) -> Any:
@@ -79,6 +91,8 @@ def _parse_yaml(text: str, where: str) -> Any:
         return yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none
         raise RecipeError(f"{where}: not valid YAML: {error}") from None
+    except RecursionError:
+        raise RecipeError(f"{where}: not valid YAML: nested too deeply") from None
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:

@@ -25,8 +25,6 @@ from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from spinlm.errors import RunError
 from spinlm.files import file_digest, read_json, short_digest, write_json, write_text
 
@@ -34,6 +32,7 @@ START = -1
 """The iteration number of the starting player θ_0."""
 
 Stage = tuple[str, int]  # name and iteration
+SETTLED = 1_000_000_000  # nanoseconds after which a file system gives a change another time
 VARIABLE = ("seconds", "resumed", "sum")
 """What is not the same in a marker every time: how long the stage took, and so the digest of all that is in it."""
 
@@ -247,7 +246,10 @@ class RunDir:
         version = (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
         known = self._digests.get(path)
         if known is None or known[0] != version:
-            self._digests[path] = known = (version, file_digest(path))
+            known = (version, file_digest(path))
+            # A change right after the last one may bear the same time. And who knows what time it was, if it is later?
+            if time.time_ns() - status.st_ctime_ns > SETTLED:
+                self._digests[path] = known
         return known[1]
 
     def player_digest(self, iteration: int) -> str:
@@ -338,16 +340,20 @@ class RunDir:
         Raises:
             RunError: the folder belongs to a different recipe; the message lists what changed.
         """
-        if self.recipe.exists() and read_json(self.recipe) == recipe:
-            return
-        if self.recipe.exists() and self.begun() and (changes := self.changes(recipe, harmless)):
-            raise RunError(
-                f"{self.root}: was made with a different recipe:\n"
-                + "\n".join(f"  {line}" for line in changes)
-                + "\nChoose another --run-dir, or start again with --fresh (this deletes what is there)"
-            )
-        write_json(self.recipe, recipe)
-        write_text(self.root / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
+        from spinlm.recipe import as_yaml
+
+        if not self.recipe.exists() or read_json(self.recipe) != recipe:
+            if self.recipe.exists() and self.begun() and (changes := self.changes(recipe, harmless)):
+                raise RunError(
+                    f"{self.root}: was made with a different recipe:\n"
+                    + "\n".join(f"  {line}" for line in changes)
+                    + "\nChoose another --run-dir, or start again with --fresh (this deletes what is there)"
+                )
+            write_json(self.recipe, recipe)
+        # By itself, as an end between the two would leave the recipe for people behind.
+        readable, text = self.root / "recipe.yaml", as_yaml(recipe)
+        if not readable.exists() or readable.read_text(encoding="utf-8", errors="replace") != text:
+            write_text(readable, text)
 
     def bind_inputs(self, inputs: dict[str, Any]) -> None:
         """Check, once a stage is complete, that the model and data are those the folder began with.

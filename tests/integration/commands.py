@@ -5,16 +5,18 @@ runs what `python -m spinlm` runs, with its own arguments, standard streams, sig
 """
 
 import atexit
+import contextlib
 import gc
 import importlib.util
 import json
 import os
 import runpy
 import signal
+import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -122,6 +124,28 @@ def asleep(pid: int) -> bool:
 def state(pid: int) -> str:
     """R runs, S sleeps, D waits for the disk, T is stopped."""
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+@contextlib.contextmanager
+def serving(**environment: str) -> Iterator[Ask]:
+    """A server of commands, with changes to the environment."""
+    command = [sys.executable, __file__]
+    quiet = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    whole = os.environ | quiet | environment
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=whole, start_new_session=True
+    ) as process:
+        assert process.stdin and process.stdout
+        assert process.stdout.readline() == "ready\n"
+
+        def ask(request: dict[str, Any]) -> Any:
+            assert process.stdin and process.stdout
+            process.stdin.write(json.dumps(request) + "\n")
+            process.stdin.flush()
+            return json.loads(process.stdout.readline())
+
+        yield ask
+        process.stdin.close()
 
 
 def serve() -> None:

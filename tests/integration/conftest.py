@@ -1,7 +1,6 @@
 """A tiny model, one finished run, and the command line."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -10,9 +9,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import commands
 import pytest
-from commands import Ask, Cli
+from commands import Ask, Cli, serving
 from runs import ITERATIONS, RECIPE, World, rows, steps, write_rows
 
 from models import save_tiny_model
@@ -20,22 +18,8 @@ from models import save_tiny_model
 
 @pytest.fixture(scope="session")
 def server() -> Iterator[Ask]:
-    command = [sys.executable, commands.__file__]
-    environment = os.environ | {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True
-    ) as process:
-        assert process.stdin and process.stdout
-        assert process.stdout.readline() == "ready\n"
-
-        def ask(request: dict[str, Any]) -> Any:
-            assert process.stdin and process.stdout
-            process.stdin.write(json.dumps(request) + "\n")
-            process.stdin.flush()
-            return json.loads(process.stdout.readline())
-
+    with serving() as ask:
         yield ask
-        process.stdin.close()
 
 
 @pytest.fixture(scope="session")
@@ -48,6 +32,18 @@ def session_cli(server, tmp_path_factory) -> Iterator[Cli]:
 def cli(server, tmp_path_factory) -> Iterator[Cli]:
     """Runs commands; what a test leaves running is killed."""
     yield from _cli(server, tmp_path_factory.mktemp("streams"))
+
+
+@pytest.fixture(scope="session")
+def filling(tmp_path_factory) -> Iterator[Cli]:
+    """Runs commands on a disk that gets full when their environment says so: see full_disk.c."""
+    compiler = shutil.which("cc")
+    if compiler is None or sys.platform != "linux":
+        pytest.skip("needs a C compiler, and Linux, to make a disk full")
+    source, library = Path(__file__).with_name("full_disk.c"), tmp_path_factory.mktemp("full_disk") / "full_disk.so"
+    subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", library, source, "-ldl"], check=True)
+    with serving(LD_PRELOAD=str(library)) as ask:
+        yield from _cli(ask, tmp_path_factory.mktemp("streams"))
 
 
 def _cli(server: Any, streams: Path) -> Iterator[Cli]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spinlm.rundir import VARIABLE
+from spinlm.rundir import START, VARIABLE, RunDir
 
 RECIPE = """\
 # a tiny recipe
@@ -85,6 +85,18 @@ def change_marker(path: Path, **facts: Any) -> None:
     """Give a marker other facts, as if its stage had come to them."""
     kept = without(json.loads(path.read_text(encoding="utf-8")), "sum")
     path.write_text(json.dumps(kept | facts), encoding="utf-8")
+
+
+def reseal(run: Path) -> None:
+    """Make all markers fit what the run folder holds now, as if its stages had come to that."""
+    folder = RunDir(run)
+    players = [("prepare", START), ("warmup", START), ("evaluate", START)]
+    stages = ("generate", "score", "train", "evaluate", "promote")
+    for stage, iteration in [*players, *((stage, iteration) for iteration in range(ITERATIONS) for stage in stages)]:
+        if (marker := folder.marker(stage, iteration)).exists():
+            noted = json.loads(marker.read_text(encoding="utf-8"))
+            outputs = [run / name for name in noted["outputs"]]
+            folder.complete(stage, iteration, outputs, **without(noted, "made_from", "digest", "outputs", "sum"))
 
 
 def without(values: dict[str, Any], *names: str) -> dict[str, Any]:

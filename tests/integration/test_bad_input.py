@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import Cli
+from commands import Cli, Result
 from runs import CHECKPOINT_EVERY, World, assert_whole, change_marker, contents, rows, steps, without, write_rows
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -626,3 +626,28 @@ def test_disk_that_gets_full_while_training(cli, world, reference, rewound, tmp_
     goes_on(cli, world, kept)
     player = "iteration-1/player/adapter_model.safetensors"
     assert (kept / player).read_bytes() == (reference / player).read_bytes()
+
+
+def test_disk_that_gets_full_again_and_again(filling, world, reference, tmp_path):
+    """From an empty folder: whenever some more has been written, by whatever library, the disk is full."""
+    run, failures = tmp_path / "run", 0
+    while (result := run_until_full(filling, world, run, 150)).code != 0:
+        assert_told_of_full_disk(result, run)
+        failures += 1
+    assert 8 <= failures <= 15, "each goes on where the one before stopped"
+    assert contents(run) == contents(reference)
+
+
+def run_until_full(filling: Cli, world: World, run: Path, at: int, *changes: str, **environment: str) -> Result:
+    """Play the recipe until something is written for the n-th time: from then on the disk is full."""
+    environment = {"FULL_DISK_FOLDER": str(run), "FULL_DISK_AT": str(at), **environment}
+    return filling.start("run", world.recipe, *changes, "--run-dir", run, folder=world.folder, **environment).wait()
+
+
+def assert_told_of_full_disk(result: Result, run: Path, what: str = "the disk is full") -> None:
+    assert result.code == 2, result.err
+    assert result.message.startswith(str(run))
+    assert f": {what} (" in result.message
+    assert ".tmp:" not in result.message, "a name that means nothing to the user"
+    if run.exists():
+        assert_whole(run)

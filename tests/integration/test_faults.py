@@ -1,16 +1,28 @@
 """Faults by the dozen, for `make test-all`: each ends in the right result or in a message, never in a wrong player."""
 
+import errno
+import json
+import os
 import random
+import re
 import shutil
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from commands import Process
-from runs import assert_whole
-from test_kill import assert_same_result
+from runs import assert_whole, contents, reseal, without
+from safetensors.torch import load_file, save_file
+from test_bad_input import assert_told_of_full_disk, run_until_full
+from test_kill import assert_same_result, between_checkpoints, catch
+
+from spinlm.files import file_digest, short_digest
+from spinlm.records import read_pairs
 
 pytestmark = pytest.mark.slow
 
@@ -86,3 +98,178 @@ def test_a_flipped_bit_in_any_file(start, reference, rewound, stage):
         shutil.copytree(kept, run, symlinks=True)
     print(f"before {stage}: {told} files of {told + silent} refused, the others made no difference")
     assert told > 10
+
+
+BRIEF = ("data.prompts=8", "data.heldout=4", "train.epochs=1", "warmup_sft.epochs=1", "train.checkpoint_every=1")
+FULL_DISKS = int(os.environ.get("FULL_DISKS", "40"))  # a large number tries every point there is
+
+
+@pytest.mark.parametrize(
+    ("error", "lasting", "what"),
+    [
+        (errno.ENOSPC, True, "the disk is full"),
+        (errno.ENOSPC, False, "the disk is full"),
+        (errno.EROFS, True, "cannot write there"),
+        (errno.EIO, True, "cannot write there"),
+    ],
+)
+def test_disk_that_fails_at_any_write(filling, world, tmp_path, error, lasting, what):
+    """The n-th call that writes fails: open, write, ftruncate, fsync, rename, mkdir, symlink, in whatever language.
+
+    A disk that has room again at once finds out whether a library goes on as if it had written everything.
+    """
+    reference, log = tmp_path / "reference", tmp_path / "log"
+    assert run_until_full(filling, world, reference, 0, *BRIEF, FULL_DISK_LOG=str(log)).code == 0
+    assert_every_file_is_seen(reference, log)
+    points = len(log.read_text().splitlines())
+    count = min(FULL_DISKS, points)
+    fault = {"FULL_DISK_ERROR": str(error)} | ({} if lasting else {"FULL_DISK_ONCE": "yes"})
+    refused = 0
+    for number in range(count):
+        run = tmp_path / "run"
+        result = run_until_full(filling, world, run, 1 + number * points // count, *BRIEF, **fault)
+        if result.code != 0 or lasting:
+            assert_told_of_full_disk(result, run, what)
+            refused += 1
+            assert run_until_full(filling, world, run, 0, *BRIEF).code == 0
+        assert contents(run) == contents(reference), number
+        shutil.rmtree(run)
+    print(f"{count} of {points} points: {refused} refused, the others made no difference")
+
+
+def assert_every_file_is_seen(run: Path, log: Path) -> None:
+    """What is in the run folder has gone through the calls that can be made to fail, each byte of it."""
+    written: Counter[str] = Counter()
+    for line in log.read_text().splitlines():
+        _, call, count, path = line.split(" ", 3)
+        assert call not in ("mmap", "writev"), "bytes that are not counted"
+        if call == "write":
+            written[re.sub(r"\.([^/]+)\.tmp(?=/|$)", r"\1", str(Path(path).parent))] += int(count)
+    for folder in (run, *(path for path in run.rglob("*") if path.is_dir() and not path.is_symlink())):
+        sizes = [path.stat().st_size for path in folder.iterdir() if path.is_file() and not path.is_symlink()]
+        assert written[str(folder)] >= sum(sizes), folder
+
+
+# Weights that are no numbers
+
+
+def poison(path: Path, chance: random.Random) -> None:
+    """Make one number of one tensor NaN."""
+    tensors = load_file(path)
+    name = chance.choice(sorted(name for name, tensor in tensors.items() if tensor.is_floating_point()))
+    flat = tensors[name].view(-1)
+    flat[chance.randrange(len(flat))] = torch.nan
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def assert_numbers(folder: Path) -> None:
+    """Nothing in a folder is made of what is no number."""
+    for path in folder.rglob("*.json*"):
+        assert not {"NaN", "Infinity"} & set(re.findall(r"\w+", path.read_text(encoding="utf-8"))), path
+    for path in folder.rglob("*.safetensors"):
+        assert all(torch.isfinite(tensor).all() for tensor in load_file(path).values()), path
+    for path in folder.rglob("*.arrow"):
+        table = read_pairs([path])
+        assert all(np.isfinite(table.column(name).to_numpy()).all() for name in ("opponent_real", "opponent_synthetic"))
+
+
+def made(run: Path) -> dict[str, str]:
+    """What the last iteration has made, without markers: they know what it was made of."""
+    return {name: is_ for name, is_ in contents(run / "iteration-1").items() if not name.endswith((".done", ".begun"))}
+
+
+@pytest.mark.parametrize("kind", ["adapter", "whole model"])
+def test_a_weight_of_a_player_that_is_no_number(cli, world, rewind, tmp_path, kind):
+    """Before each stage of the last iteration, in each player, with markers as if it had been trained so."""
+    changes = (*BRIEF, *(() if kind == "adapter" else ("lora=null",)))
+    reference, chance = tmp_path / "reference", random.Random(kind)
+    cli("run", world.recipe, *changes, "--run-dir", reference, folder=world.folder)
+    told = silent = 0
+    for stage in ("generate", "score", "train", "evaluate"):
+        for player in ("start", "iteration-0", *(["iteration-1"] if stage == "evaluate" else [])):
+            for _ in range(3):
+                run = rewind(reference, 1, stage)
+                (weights,) = (run / player / "player").glob("*.safetensors")
+                poison(weights, chance)
+                reseal(run)
+                result = cli.start("run", world.recipe, *changes, "--run-dir", run, folder=world.folder).wait()
+                if result.code == 0:
+                    assert made(run) == made(reference)
+                    silent += 1
+                else:
+                    assert "not finite" in result.message
+                    assert not (run / "iteration-1" / "promote.done").exists()
+                    told += 1
+                weights.unlink()
+                assert_numbers(run)
+                shutil.rmtree(run)
+    print(f"{kind}: {told} of {told + silent} places refused, the others made no difference")
+    assert told > silent
+
+
+def test_a_weight_of_the_base_that_is_no_number(cli, world, tmp_path):
+    """Under an adapter. It may be of a token that nobody says."""
+    own = shutil.copytree(world.folder, tmp_path / "world")
+    command = ("run", own / "recipe.yaml", *BRIEF, "--run-dir")
+    cli(*command, own / "reference", folder=own)
+    told = silent = 0
+    chance, kept = random.Random(0), (own / "model" / "model.safetensors").read_bytes()
+    for _ in range(10):
+        poison(own / "model" / "model.safetensors", chance)
+        result = cli.start(*command, own / "run", folder=own).wait()
+        if result.code == 0:
+            assert made(own / "run") == made(own / "reference")
+            silent += 1
+        else:
+            assert "not finite" in result.message
+            told += 1
+        assert_numbers(own / "run")
+        shutil.rmtree(own / "run")
+        (own / "model" / "model.safetensors").write_bytes(kept)
+    print(f"{told} of {told + silent} places refused, the others made no difference")
+    assert told > silent
+
+
+@pytest.mark.parametrize("file", ["weights.safetensors", "optimizer.safetensors", "state.json"])
+def test_a_checkpoint_that_has_changed(start, rewound, file):
+    """One bit of it, or one number that is none, with digests as if it had been saved so."""
+    run, chance, flips = rewound(1, "evaluate"), random.Random(file), 20
+    shutil.rmtree(run / "iteration-1" / "player")
+    (run / "iteration-1" / "train.done").unlink()
+    (checkpoint,) = (run / "iteration-1" / "checkpoints").glob("step-*")
+    kept = (checkpoint / file).read_bytes()
+    for _ in range(flips):
+        flip(checkpoint / file, chance)
+        message = start(run).wait().message
+        assert message.startswith(f"{checkpoint}") and "damaged" in message
+        (checkpoint / file).write_bytes(kept)
+    if file != "state.json":
+        poison(checkpoint / file, chance)
+        state = json.loads((checkpoint / "state.json").read_text())
+        state["files"][file] = file_digest(checkpoint / file)
+        state["sum"] = short_digest(without(state, "sum"))
+        (checkpoint / "state.json").write_text(json.dumps(state))
+        message = start(run).wait().message
+        assert message.startswith(f"{checkpoint}: damaged checkpoint (1 weights are not finite")
+    assert not (run / "iteration-1" / "player").exists()
+
+
+# The clock
+
+
+@pytest.mark.parametrize("year", [1980, 2040])
+@pytest.mark.parametrize("killed", [True, False])
+def test_clock_that_is_set(start, reference, rewound, year, killed):
+    """While a run is in training, or after it was killed there: all files seem old, or from the future."""
+    run, process = catch(start, lambda: rewound(1), lambda run: between_checkpoints(run, "train", 1))
+    if killed:
+        process.kill()
+    seconds = (year - 1970) * 365.25 * 86400
+    for number, path in enumerate([run, *sorted(run.rglob("*"), reverse=True)]):  # newer ones seem older
+        os.utime(path, (seconds + number, seconds + number), follow_symlinks=False)
+    if killed:
+        process = start(run)
+    else:
+        process.send(signal.SIGCONT)
+    assert process.wait().code == 0
+    assert_same_result(run, reference)

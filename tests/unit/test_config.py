@@ -1,16 +1,26 @@
 """The recipe's schema: what is accepted, and what is said about what is not."""
 
+import contextlib
+import json
 import re
-from collections.abc import Iterator
+import tempfile
+import types
+import typing
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from random import Random
+from typing import Any, get_args, get_origin
 
 import pytest
+import yaml
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from pydantic.fields import FieldInfo
 
 import spinlm
 from spinlm.config import READ_BY, Objective, Recipe, Section, at_iteration
 from spinlm.errors import RecipeError
-from spinlm.recipe import load_recipe, parse_recipe
+from spinlm.recipe import as_yaml, load_recipe, parse_recipe
 
 SMALLEST = "model:\n  path: m\ndata:\n  path: d\n"
 
@@ -305,3 +315,137 @@ def test_no_dead_knob(name: str) -> None:
     sources = [path for path in package.rglob("*.py") if path.name != "config.py" and "plan" not in path.parts]
     read = re.compile(rf"\.{name.rpartition('.')[2]}\b")
     assert any(read.search(path.read_text()) for path in sources), f"nothing in src/spinlm reads {name}"
+
+
+# Whatever a recipe holds
+
+words = st.text(st.characters(exclude_categories=["C", "Z"]), min_size=1, max_size=8) | st.from_regex(
+    r"[0-9]{1,3}e[0-9]{1,2}|0x[0-9a-f]{2}|[0-9]{1,4}|yes|null|~", fullmatch=True
+)
+
+
+def values_of(annotation: Any, metadata: Sequence[Any] = ()) -> st.SearchStrategy[Any]:
+    """Anything that a field of this type takes."""
+    bounds = {name: value for one in metadata for name, value in vars_of(one).items()}
+    match get_origin(annotation), annotation:
+        case typing.Annotated, _:
+            inner, *more = get_args(annotation)
+            return values_of(inner, more)
+        case typing.Literal, _:
+            return st.sampled_from(get_args(annotation))
+        case ((typing.Union | types.UnionType), _):
+            return st.one_of(map(values_of, get_args(annotation)))
+        case container, _ if container is list:
+            return st.lists(values_of(get_args(annotation)[0]), max_size=3)
+        case container, _ if container is dict:
+            return st.dictionaries(words, st.none() | st.integers() | words, max_size=2)
+        case _, kind if kind is float:
+            low, high = bounds.get("gt", bounds.get("ge")), bounds.get("le")
+            return st.floats(low, high, exclude_min="gt" in bounds, allow_nan=False, allow_infinity=False)
+        case _, kind if kind is int:
+            return st.integers(bounds.get("ge"), 10**6 if "ge" in bounds else None)
+        case _, kind if isinstance(kind, type) and issubclass(kind, Section):
+            return section_of(kind)
+    return {bool: st.booleans(), str: words, type(None): st.none()}[annotation]
+
+
+def vars_of(bound: Any) -> dict[str, Any]:
+    if isinstance(bound, FieldInfo):
+        return {name: value for one in bound.metadata for name, value in vars_of(one).items()}
+    return {name: getattr(bound, name) for name in ("gt", "ge", "le") if getattr(bound, name, None) is not None}
+
+
+def section_of(section: type[Section]) -> st.SearchStrategy[dict[str, Any]]:
+    fields = {name: values_of(field.annotation, field.metadata) for name, field in section.model_fields.items()}
+    needed = {name for name, field in section.model_fields.items() if field.is_required()}
+    return st.fixed_dictionaries(
+        {name: fields[name] for name in needed}, optional={name: fields[name] for name in fields.keys() - needed}
+    )
+
+
+@st.composite
+def recipes(draw: st.DrawFn) -> dict[str, Any]:
+    """Recipes that are accepted: what a section takes by itself, made to fit the others."""
+    values = draw(section_of(Recipe))
+    values["model"]["path"], values["data"]["path"] = "org/model", "org/data"
+    values["data"].pop("chat_template", None)
+    values["data"].pop("columns", None)
+    game = values.setdefault("selfplay", {})
+    count = game["iterations"] = draw(st.integers(1, 3))
+    objective, train = values.setdefault("objective", {}), values.setdefault("train", {})
+    reads = READ_BY[objective.get("name", "spin")]
+    values["objective"] = objective = {name: objective[name] for name in objective if name in ("name", *reads)}
+    for section, name in ((objective, "beta"), (train, "learning_rate")):
+        if isinstance(section.get(name), list):
+            section[name] = (section[name] + [0.5] * count)[:count]
+    train.pop("sharding", None)
+    game.pop("select", None)
+    for name in ("engine", "server", "vllm"):
+        values.get("opponent", {}).pop(name, None)
+    return values
+
+
+@given(values=recipes())
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_a_recipe_written_out_is_the_same_recipe(values: dict[str, Any]) -> None:
+    recipe = parse_recipe(values)
+    written = recipe.model_dump(mode="json")
+    assert parse_recipe(json.loads(json.dumps(written))) == recipe
+    with tempfile.TemporaryDirectory() as folder:
+        assert load(Path(folder), as_yaml(written)) == recipe
+
+
+@given(values=recipes(), chance=st.randoms(use_true_random=False))
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_overrides_say_what_the_file_could_have_said(values: dict[str, Any], chance: Random) -> None:
+    """In any order, and each for a value or for a whole section."""
+    overrides = []
+    for section, value in values.items():
+        if isinstance(value, dict) and (section in ("model", "data") or chance.random() < 0.7) and value:
+            overrides += [f"{section}.{key}={json.dumps(one, ensure_ascii=False)}" for key, one in value.items()]
+        else:
+            overrides.append(f"{section}={json.dumps(value, ensure_ascii=False)}")
+    chance.shuffle(overrides)
+    with tempfile.TemporaryDirectory() as folder:
+        assert load(Path(folder), SMALLEST, *overrides) == parse_recipe(values)
+
+
+@given(values=recipes(), chance=st.randoms(use_true_random=False))
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_an_unknown_key_is_named_wherever_it_is(values: dict[str, Any], chance: Random) -> None:
+    place, names = values, []
+    while inner := [name for name, value in place.items() if isinstance(value, dict)]:
+        if chance.random() < 0.3:
+            break
+        names.append(chance.choice(inner))
+        place = place[names[-1]]
+    place["unheard_of"] = 1
+    with pytest.raises(RecipeError) as error:
+        parse_recipe(values)
+    assert f"recipe: {'.'.join([*names, 'unheard_of'])}: unknown key; " in str(error.value)
+
+
+known_names = st.sampled_from(sorted({part for name in dict(fields(Recipe)) for part in name.split(".")}))
+junk = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.dates(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(known_names | st.text(max_size=3), inner, max_size=4),
+    max_leaves=15,
+)
+
+
+@given(
+    text=st.text(max_size=60)
+    | st.text("[]{}:&*!|>-#%@`'\"\n ,?abmodelpath0.1e~\t\\", max_size=60)
+    | junk.map(lambda value: yaml.safe_dump(value, allow_unicode=True))
+    | st.dictionaries(st.sampled_from(list(Recipe.model_fields)), junk).map(yaml.safe_dump),
+    override=st.none() | st.text(max_size=20) | st.builds("{}.{}={}".format, known_names, known_names, st.text()),
+)
+@example(text="[" * 5000, override=None)
+@example(text="model: &m {path: *m}\ndata: *m\n", override="model.path.x=[" + "{" * 3000)
+@settings(max_examples=300, deadline=None)
+def test_junk_is_refused_in_words(text: str, override: str | None) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "recipe.yaml"
+        path.write_bytes(text.encode("utf-8", "surrogatepass"))
+        with contextlib.suppress(RecipeError):
+            load_recipe(path, [] if override is None else [override])

@@ -1,6 +1,7 @@
 """Datasets of every layout and kind of file, and every way a row can be bad."""
 
 import json
+import tempfile
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -10,8 +11,10 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from spinlm.config import Data
+from spinlm.config import Columns, Data
 from spinlm.data.chat import Renderer
 from spinlm.data.examples import Selection, select_examples
 from spinlm.errors import DataError
@@ -672,3 +675,59 @@ def test_examples_are_written_as_they_are_accepted(renderer: Renderer, tmp_path:
             lambda split, example: written.append(split),
         )
     assert written == ["heldout"] * 2 + ["train"] * 3
+
+
+# Whatever the rows are
+
+drawn_rows = st.lists(
+    st.fixed_dictionaries(
+        {"prompt": st.sampled_from(["a", "b", "c", "d", "e", "f"]), "response": st.sampled_from(["x", "y", "z"])},
+        optional={"name": st.sampled_from(["one", "two", 3])},
+    ),
+    min_size=1,
+    max_size=25,
+)
+
+
+def drawn(data: Data, warmup: int | None, renderer: Renderer) -> tuple[Selection | None, Splits]:
+    """What is selected; no selection where there are not enough rows."""
+    splits: Splits = defaultdict(list)
+    try:
+        return select_examples(data, warmup, renderer, 1000, lambda *taken: splits[taken[0]].append(taken[1])), splits
+    except DataError as error:
+        assert "not enough usable examples" in str(error)
+        return None, splits
+
+
+@given(
+    rows=drawn_rows,
+    heldout=st.integers(1, 4),
+    warmup=st.none() | st.integers(1, 3),
+    prompts=st.none() | st.integers(1, 6),
+    seed=st.integers(0, 5),
+)
+@settings(max_examples=60, deadline=None)
+def test_splits_share_nothing_whatever_the_rows(
+    renderer: Renderer, rows: list[Row], heldout: int, warmup: int | None, prompts: int | None, seed: int
+) -> None:
+    """Enough or not: no prompt held out is trained on, nothing comes twice, ids are unique, a seed gives it again."""
+    rows = [{"name": None, **row} for row in rows]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "rows.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        data = Data(path=str(path), heldout=heldout, prompts=prompts, seed=seed, columns=Columns(id="name"))
+        first, (selection, splits) = (drawn(data, warmup, renderer) for _ in range(2))
+    assert first == (selection, splits)
+    found = everything(splits)
+    pairs = [(example.messages[-1]["content"], example.response) for example in found]
+    assert len(set(pairs)) == len(pairs)
+    assert set(pairs) <= {(row["prompt"], row["response"]) for row in rows}
+    assert len({example.id for example in found}) == len(found)
+    held = {example.messages[-1]["content"] for example in splits["heldout"]}
+    assert not held & {example.messages[-1]["content"] for split in ("warmup", "train") for example in splits[split]}
+    for split, wanted in (("heldout", heldout), ("warmup", warmup or 0), ("train", prompts)):
+        assert wanted is None or len(splits[split]) <= wanted
+        assert selection is None or wanted is None or len(splits[split]) == wanted
+    if selection is not None:
+        assert selection.rows == len(rows)
+        assert len(found) + sum(selection.dropped.values()) + selection.not_sampled == len(rows)

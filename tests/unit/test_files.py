@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from spinlm.errors import RunError
-from spinlm.files import atomic_file, atomic_path, read_json, write_json
+from spinlm.files import UNWRITABLE, atomic_file, atomic_path, read_json, write_json
 
 
 def names(folder: Path) -> list[str]:
@@ -73,6 +73,20 @@ def test_full_disk_names_the_file(tmp_path, raised):
     with pytest.raises(OSError) as caught, atomic_path(tmp_path / "weights"):
         raise raised
     assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(tmp_path / "weights"))
+
+
+@pytest.mark.parametrize("number", UNWRITABLE)
+def test_whatever_is_wrong_with_a_disk_names_the_file(tmp_path, number):
+    with pytest.raises(OSError) as caught, atomic_path(tmp_path / "weights"):
+        raise RuntimeError(f"I/O error: {os.strerror(number)} (os error {number})")
+    assert (caught.value.errno, caught.value.filename) == (number, str(tmp_path / "weights"))
+
+
+def test_a_name_that_is_for_the_time_being_is_told_to_nobody(tmp_path):
+    (tmp_path / ".weights.tmp").symlink_to(tmp_path / "nowhere" / "weights")
+    with pytest.raises(OSError) as caught, atomic_file(tmp_path / "weights"):
+        pass
+    assert str(caught.value.filename) == str(tmp_path / "weights")
 
 
 def test_other_errors_stay_as_they_are(tmp_path):

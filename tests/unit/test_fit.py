@@ -3,6 +3,7 @@
 import math
 import os
 import re
+import shutil
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -14,11 +15,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from models import save_tiny_model, tiny_recipe
-from spinlm.errors import RecipeError, RunError, StoppedError, TrainingError
+from spinlm.errors import ModelError, RecipeError, RunError, StoppedError, TrainingError
 from spinlm.interrupt import gentle_stop
 from spinlm.model.fit import (
     Fit,
@@ -373,6 +375,22 @@ def test_learning_rate_of_each_of_ten_steps(schedule: str, warmup: float, expect
     )
 
 
+@given(
+    steps=st.integers(1, 300),
+    warmup=st.floats(0, 1),
+    schedule=st.sampled_from(["linear", "cosine", "constant"]),
+)
+@settings(max_examples=100, deadline=None)
+def test_learning_rate_rises_to_its_peak_and_never_beyond(steps: int, warmup: float, schedule: str) -> None:
+    how = replace(HOW, learning_rate=3e-4, schedule=schedule, warmup=warmup)
+    rates = [learning_rate_at(step, steps, how) for step in range(steps)]
+    assert all(0 < rate <= how.learning_rate for rate in rates)
+    assert max(rates) == how.learning_rate
+    peak = rates.index(how.learning_rate)
+    assert rates[: peak + 1] == sorted(rates[: peak + 1])
+    assert rates[peak:] == sorted(rates[peak:], reverse=True)
+
+
 def test_find_optimizer() -> None:
     assert find_optimizer("adamw") is torch.optim.AdamW
     assert find_optimizer("RMSprop") is torch.optim.RMSprop
@@ -478,9 +496,13 @@ def test_a_killed_training_goes_on_from_its_last_checkpoint(new_players: NewPlay
     assert_equal_to_the_bit(weights_of(continued), weights_of(straight))
     assert [path.name for path in (tmp_path / "parts" / "checkpoints").iterdir()] == ["step-000006"]
 
+    shutil.copytree(
+        tmp_path / "parts" / "checkpoints" / "step-000006", tmp_path / "parts" / "checkpoints" / "step-000005"
+    )
     done = new_players(lora=lora)  # a complete training is loaded, not done again
     assert run_fit(done, items, spin_of(done), how, tmp_path / "parts") == []
     assert_equal_to_the_bit(weights_of(done), weights_of(straight))
+    assert [path.name for path in (tmp_path / "parts" / "checkpoints").iterdir()] == ["step-000006"]
 
 
 @pytest.mark.parametrize("file", ["weights.safetensors", "optimizer.safetensors", "state.json"])
@@ -492,6 +514,18 @@ def test_a_damaged_checkpoint_is_named(new_players: NewPlayers, tmp_path: Path, 
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]) if damage == "cut" else path.unlink()
     with pytest.raises(RunError, match=re.escape(str(path.parent))):
         run_fit(players, pair_items(1), spin_of(players), HOW, tmp_path)
+
+
+@pytest.mark.parametrize("file", ["weights.safetensors", "optimizer.safetensors", "state.json"])
+def test_a_bit_of_a_checkpoint_that_has_flipped_is_noticed(new_players: NewPlayers, tmp_path: Path, file: str) -> None:
+    players = new_players(lora={"r": 4})
+    run_fit(players, pair_items(1), spin_of(players), HOW, tmp_path)
+    path = tmp_path / "checkpoints" / "step-000001" / file
+    content = path.read_bytes()
+    for place in range(0, len(content), len(content) // 7):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        with pytest.raises(RunError, match=r"damaged checkpoint .*Delete it and run again: training starts over"):
+            run_fit(players, pair_items(1), spin_of(players), HOW, tmp_path)
 
 
 # Numbers that are not finite
@@ -532,6 +566,43 @@ def test_a_loss_that_is_not_finite_at_once(new_players: NewPlayers, tmp_path: Pa
     poison(players)
     with pytest.raises(TrainingError, match=r"test, step 1: the loss is nan.*no checkpoint had been made yet"):
         run_fit(players, pair_items(2), spin_of(players), HOW, tmp_path)
+
+
+def test_weights_that_are_not_finite_are_not_saved(new_players: NewPlayers, tmp_path: Path) -> None:
+    """Whatever was measured of the step that made them so; the checkpoint before it stays."""
+    players = new_players(lora={"r": 4})
+    how = replace(HOW, epochs=2, batch_size=2)
+
+    def watch(step: dict[str, float]) -> None:
+        if step["step"] == 2:
+            poison(players)
+
+    with pytest.raises(TrainingError, match=r"step-000002: not saved: 1 weights are not finite") as caught:
+        run_fit(players, pair_items(2), spin_of(players), how, tmp_path, on_step=watch)
+    kept = tmp_path / "checkpoints" / "step-000001"
+    assert f"The last good checkpoint is {kept}. Lower train.learning_rate" in str(caught.value)
+    assert list((tmp_path / "checkpoints").iterdir()) == [kept]
+    with pytest.raises(ModelError, match=r"player: not saved: 1 weights are not finite"):
+        players.save(0)
+    assert not players.run.player(0).exists()
+
+
+@pytest.mark.parametrize("lora", [{"r": 4}, None])
+def test_a_player_that_is_not_finite_is_neither_loaded_nor_measured(new_players: NewPlayers, lora: Any) -> None:
+    players = new_players(lora=lora)
+    players.save(0)
+    poison(players)
+    tree = Tree(ids(4, 1), (ids(3, 2), ids(5, 3)))
+    for measure in (players.response_logprobs, players.read):
+        with pytest.raises(ModelError, match=r"player: its log-probabilities are not finite"):
+            measure([tree], "tree")
+    (path,) = players.run.player(0).glob("*.safetensors")
+    tensors = load_file(path)
+    next(iter(tensors.values())).view(-1)[0] = math.inf
+    save_file(tensors, path, metadata={"format": "pt"})
+    players.changed()
+    with pytest.raises(ModelError, match=r"1 weights are not finite .*training has destroyed this player"):
+        players.become(0)
 
 
 def test_a_gradient_that_is_not_finite_leaves_the_weights_alone(new_players: NewPlayers, tmp_path: Path) -> None:

@@ -1,6 +1,10 @@
 import json
+import tempfile
+from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from spinlm.errors import RunError
 from spinlm.journal import Journal
@@ -33,3 +37,17 @@ def test_a_damaged_line_is_named(tmp_path, line):
     path.write_text('{"a": 1}\n' + line + '\n{"a": 3}\n')
     with pytest.raises(RunError, match=r"journal\.jsonl, line 2: .*Delete the line, and run again"):
         Journal(path)
+
+
+texts = st.text(st.characters(exclude_categories=[]))  # halves of characters, too
+numbers = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | texts
+values = st.recursive(numbers, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3))
+
+
+@given(st.lists(st.dictionaries(texts, values, max_size=3), max_size=5))
+@settings(max_examples=60, deadline=None)
+def test_whatever_is_added_is_read_again(records):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "journal.jsonl"
+        Journal(path).add(*records)
+        assert Journal(path).records == records

@@ -4,10 +4,13 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
 from models import ARCHITECTURES, save_tiny_model, tiny_model, tiny_recipe
 from spinlm.config import Lora
@@ -345,6 +348,53 @@ def test_top_p_is_of_the_distribution_at_the_temperature() -> None:
     assert len(chosen.unique()) == 2
 
 
+@given(
+    levels=st.lists(st.integers(-60, 60), min_size=2, max_size=12, unique=True),
+    temperature=st.sampled_from([0.25, 1.0, 2.0]),
+    top_p=st.floats(0.05, 1.0),
+)
+@settings(max_examples=60, deadline=None)
+def test_what_is_drawn_is_the_nucleus_in_proportion(levels: list[int], temperature: float, top_p: float) -> None:
+    """The most likely tokens, as few as hold the share, each as often as the plain formula says."""
+    weights = [math.exp(level / 10 / temperature) for level in levels]
+    order = sorted(range(len(levels)), key=lambda token: -weights[token])
+    shares = [sum(weights[token] for token in order[:count]) / sum(weights) for count in range(len(order) + 1)]
+    assume(top_p == 1 or all(abs(share - top_p) > 1e-4 for share in shares))  # rounding decides there
+    count = len(order) if top_p == 1 else next(number for number, share in enumerate(shares) if share >= top_p)
+    nucleus = order[:count]
+    draws = (torch.arange(4096) + 0.5) / 4096
+    logits = torch.tensor([level / 10 for level in levels]).expand(len(draws), -1)
+    tokens, logprobs = sample(logits, temperature, top_p, draws)
+    drawn = Counter(tokens.tolist())
+    assert set(drawn) <= set(nucleus)
+    for token in nucleus:
+        expected = weights[token] / sum(weights[one] for one in nucleus)
+        assert abs(drawn[token] / len(draws) - expected) <= 2 / len(draws)
+    whole = torch.log_softmax(logits[0].double(), dim=0)  # neither the temperature nor the nucleus is in what is told
+    assert torch.allclose(logprobs.double(), whole[tokens], atol=1e-4)
+
+
+@given(
+    rows=st.lists(st.lists(st.integers(-50, 50), min_size=5, max_size=5), min_size=1, max_size=6),
+    temperature=st.sampled_from([0.0, 0.7, 1.0]),
+    top_p=st.sampled_from([0.5, 0.9, 1.0]),
+    chance=st.randoms(use_true_random=False),
+)
+@settings(max_examples=60, deadline=None)
+def test_a_row_is_drawn_alike_alone_and_among_others(
+    rows: list[list[int]], temperature: float, top_p: float, chance: Random
+) -> None:
+    logits, draws = torch.tensor(rows) / 10, torch.tensor([chance.random() for _ in rows])
+    together, _ = sample(logits, temperature, top_p, draws)
+    order = chance.sample(range(len(rows)), len(rows))
+    shuffled, _ = sample(logits[order], temperature, top_p, draws[order])
+    assert shuffled.tolist() == together[order].tolist()
+    alone = [sample(logits[[row]], temperature, top_p, draws[[row]])[0].item() for row in range(len(rows))]
+    assert alone == together.tolist()
+    if temperature == 0:
+        assert all(row[token] == max(row) for row, token in zip(rows, alone, strict=True))
+
+
 def test_greedy_takes_the_most_likely() -> None:
     logits = torch.tensor([LOGITS, LOGITS[::-1]])
     chosen, logprobs = sample(logits, 0.0, 0.5, draws(2))
@@ -371,11 +421,11 @@ def test_answers_have_the_models_distribution() -> None:
     prompts = [[3, 4], [3, 1, 4, 1, 0, 2, 2, 3, 4, 0, 1]]
     sampling = Sampling(0.8, 1.0, max_new_tokens=2, max_length=100, samples=2500, stop_ids=())
     answers = answer(model, prompts, sampling, batch_size=5000)
-    for prompt, given in zip(prompts, answers, strict=True):
+    for prompt, drawn in zip(prompts, answers, strict=True):
         with torch.no_grad():
             rows = torch.tensor([[*prompt, token] for token in range(5)])
             logits = model(input_ids=rows).logits.double() / 0.8
         first = torch.softmax(logits[0, -2], dim=-1)
         second = torch.softmax(logits[:, -1], dim=-1)
         expected = (first[:, None] * second).flatten().tolist()
-        assert_frequencies(Counter(5 * one.token_ids[0] + one.token_ids[1] for one in given), expected)
+        assert_frequencies(Counter(5 * one.token_ids[0] + one.token_ids[1] for one in drawn), expected)

@@ -161,6 +161,20 @@ def test_file_that_changed_is_noticed_before_it_is_built_on(run, name, damage, w
     assert not run.marker("generate", 0).exists()
 
 
+@pytest.mark.parametrize("ahead", [0, -50 * 365 * 86400, 20 * 365 * 86400])  # of the clock that dated it, in seconds
+def test_file_that_changed_is_noticed_whatever_the_clock_says(run, ahead):
+    """In place, to the same length, at once, and with the time it had before."""
+    path = written(run)["player/deep/weights"]
+    then = time.time() + ahead
+    os.utime(path, (then, then))
+    run.require("warmup", START)
+    content = path.read_bytes()
+    path.write_bytes(bytes([content[0] ^ 1]) + content[1:])
+    os.utime(path, (then, then))
+    with pytest.raises(RunError, match="has changed since it was written"):
+        run.require("warmup", START)
+
+
 def test_files_of_others_are_no_concern(run):
     written(run)
     (run.player(START) / "notes.txt").write_text("mine")
@@ -292,6 +306,17 @@ def test_recipe_can_be_corrected_until_there_are_examples(run):
     with pytest.raises(RunError, match="seed: was 1, is 0"):
         run.bind(GAME, ())
     assert json.loads(run.recipe.read_text())["seed"] == 1
+
+
+@pytest.mark.parametrize("left", [None, "seed: 1\n"])
+def test_recipe_for_people_is_written_after_an_interruption(run, left):
+    """Between the two files of a recipe."""
+    run.bind(GAME, ())
+    readable = run.root / "recipe.yaml"
+    expected = readable.read_text()
+    readable.unlink() if left is None else readable.write_text(left)
+    run.bind(GAME, ())
+    assert readable.read_text() == expected
 
 
 def test_recipe_stays_while_anything_was_made_from_it(run):

@@ -110,13 +110,18 @@ def test_micro_batches_by_hand() -> None:
     assert micro_batches([], 8) == []
 
 
+@pytest.mark.parametrize("packing", ["tree", "pair"])
 @given(trees=st.lists(trees_of, max_size=12), budget=st.integers(1, 60))
 @settings(max_examples=100, deadline=None)
-def test_micro_batches_cover_all_and_keep_the_budget(trees: list[Tree], budget: int) -> None:
-    batches = micro_batches(trees, budget)
+def test_micro_batches_cover_all_and_keep_the_budget(packing: str, trees: list[Tree], budget: int) -> None:
+    """Every response is in one micro-batch, and what that takes as a tensor is in the budget, padding included."""
+    batches = micro_batches(trees, budget, packing)
     assert Counter(index for batch in batches for index in batch) == Counter(range(len(trees)))
     for batch in batches:
-        assert len(batch) == 1 or sum(len(trees[index]) for index in batch) <= budget
+        layout = lay_out([trees[index] for index in batch], packing)
+        assert layout.responses == sum(len(trees[index].responses) for index in batch)
+        rounded = BLOCK - 1 if packing == "tree" and budget > BLOCK else 0
+        assert len(batch) == 1 or layout.input_ids.numel() <= budget + rounded
 
 
 # The attention

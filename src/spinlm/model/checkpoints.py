@@ -14,12 +14,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from spinlm import team
-from spinlm.errors import RunError
-from spinlm.files import atomic_path, read_json, write_json
+from spinlm.errors import RunError, TrainingError
+from spinlm.files import atomic_path, file_digest, read_json, short_digest, write_json
+from spinlm.model.loading import not_finite
 from spinlm.model.parallel import OptimizerState
 from spinlm.model.players import Players
 
 log = logging.getLogger("spinlm")
+
+_FILES = ("weights.safetensors", "optimizer.safetensors")
 
 
 def save_checkpoint(folder: Path, players: Players, step: int) -> None:
@@ -38,14 +41,27 @@ def save_checkpoint(folder: Path, players: Players, step: int) -> None:
 
 def _write(folder: Path, step: int, weights: dict[str, Any], tensors: dict[str, Any], scalars: dict[str, Any]) -> None:
     target = folder / f"step-{step:06d}"
+    if names := not_finite(weights.items()):
+        kept = newest(folder)
+        raise TrainingError(
+            f"{target}: not saved: {names}. "
+            + (f"The last good checkpoint is {kept}" if kept else "No checkpoint had been made yet")
+            + ". Lower train.learning_rate, or compute in model.dtype: float32, and run in another --run-dir"
+        )
     with atomic_path(target) as temporary:
         temporary.mkdir()
         save_file(weights, temporary / "weights.safetensors")
         save_file(tensors, temporary / "optimizer.safetensors")
-        write_json(temporary / "state.json", {"step": step, "optimizer": scalars})
-    for old in folder.glob("step-*"):
-        if old != target:
-            shutil.rmtree(old)
+        digests = {name: file_digest(temporary / name) for name in _FILES}  # safetensors has none
+        noted = {"step": step, "optimizer": scalars, "files": digests}
+        write_json(temporary / "state.json", noted | {"sum": short_digest(noted)})
+    _remove_others(folder, target.name)
+
+
+def _remove_others(folder: Path, kept: str) -> None:
+    for other in folder.glob("step-*"):
+        if other.name != kept:
+            shutil.rmtree(other)
 
 
 def resume(folder: Path, players: Players) -> tuple[int, OptimizerState]:
@@ -62,13 +78,15 @@ def resume(folder: Path, players: Players) -> tuple[int, OptimizerState]:
         return 0, {}
     found = folder / name
     try:
+        noted = team.first(_state, found)
         weights = load_file(found / "weights.safetensors")
         tensors: dict[str, Any] = dict(load_file(found / "optimizer.safetensors"))
-        noted = read_json(found / "state.json")
+        if names := not_finite([*weights.items(), *tensors.items()]):
+            raise RunError(names)
         with torch.no_grad():
             for name, parameter in players.parameters():
                 parameter.copy_(weights[name])
-    except (OSError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         raise RunError(
             f"{found}: damaged checkpoint ({error}). Delete it and run again: training starts over"
         ) from error
@@ -76,8 +94,24 @@ def resume(folder: Path, players: Players) -> tuple[int, OptimizerState]:
     for name, value in {**tensors, **noted["optimizer"]}.items():
         index, _, key = name.partition(".")
         state.setdefault(int(index), {})[key] = value
+    team.first(_remove_others, folder, found.name)  # which an end right after it was saved has left
     log.info("resuming after step %d", noted["step"])
     return int(noted["step"]), state
+
+
+def _state(checkpoint: Path) -> dict[str, Any]:
+    """What a checkpoint notes, once it is clear that nothing in it has changed.
+
+    Raises:
+        RunError: something has.
+    """
+    noted: dict[str, Any] = read_json(checkpoint / "state.json")
+    if noted.pop("sum") != short_digest(noted):
+        raise RunError("state.json has changed since it was written")
+    for name in _FILES:
+        if noted["files"][name] != file_digest(checkpoint / name):
+            raise RunError(f"{name} has changed since it was written")
+    return noted
 
 
 def _newest_name(folder: Path) -> str | None:

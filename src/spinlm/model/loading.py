@@ -4,12 +4,13 @@ import logging
 import os
 import pickle
 import struct
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 
 from spinlm.config import Lora, Model
 from spinlm.errors import ModelError
@@ -193,6 +194,8 @@ def load_player(model: Any, folder: Path) -> None:
     load = _load_adapter if hasattr(model, "get_base_model") else _load_whole
     try:
         wrong = load(model, folder)
+    except ModelError:
+        raise
     except _LOADING as error:
         raise ModelError(f"{folder}: not a player of this model: {_first_line(error)}") from error
     if wrong:
@@ -206,6 +209,7 @@ def _load_adapter(model: Any, folder: Path) -> set[str]:
     from safetensors.torch import load_file
 
     weights = load_file(folder / "adapter_model.safetensors")
+    _check_finite(folder, weights)
     wrong = set(weights) ^ set(get_peft_model_state_dict(model, save_embedding_layers=False))
     if not wrong:
         set_peft_model_state_dict(model, weights)
@@ -224,8 +228,23 @@ def _load_whole(model: Any, folder: Path) -> set[str]:
     fresh, info = type(model).from_pretrained(folder, dtype=dtype, output_loading_info=True)
     wrong = {str(name) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in info[kind]}
     if not wrong:
+        _check_finite(folder, fresh.state_dict())
         model.load_state_dict(fresh.state_dict())
     return wrong
+
+
+def _check_finite(folder: Path, weights: Mapping[str, Tensor]) -> None:
+    if names := not_finite(weights.items()):
+        raise ModelError(
+            f"{folder}: {names}: training has destroyed this player. Lower train.learning_rate, and run in another "
+            "--run-dir"
+        )
+
+
+def not_finite(weights: Iterable[tuple[str, Any]]) -> str:
+    """Which weights hold what is no number, or an infinite one, in words; empty for none."""
+    names = [name for name, tensor in weights if tensor is not None and not torch.isfinite(tensor).all()]
+    return f"{len(names)} weights are not finite ({', '.join(names[:3])} …)" if names else ""
 
 
 def silence_dropout(model: Any) -> None:

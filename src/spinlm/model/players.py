@@ -30,6 +30,7 @@ from spinlm.model.loading import (
     load_model,
     load_player,
     load_tokenizer,
+    not_finite,
     silence_dropout,
     stop_ids,
 )
@@ -44,6 +45,12 @@ log = logging.getLogger("spinlm")
 
 PARITY = {torch.float32: 1e-3, torch.bfloat16: 0.15}
 """Largest mean difference per token, in nats, at which packed and plain log-probabilities count as equal."""
+
+
+_DESTROYED = (
+    "Training has destroyed it, or the model came so. Lower train.learning_rate, or compute in model.dtype: float32, "
+    "and run in another --run-dir"
+)
 
 
 class Players:
@@ -185,6 +192,8 @@ class Players:
         return list(once.values())
 
     def _write(self, iteration: int, weights: dict[str, Any] | None) -> None:
+        if names := not_finite(weights.items() if weights is not None else self._saved()):
+            raise ModelError(f"{self.run.player(iteration)}: not saved: {names}. {_DESTROYED}")
         with atomic_path(self.run.player(iteration)) as folder:
             extra = {"save_embedding_layers": False} if self.recipe.lora is not None else {}
             self.model.save_pretrained(folder, state_dict=weights, **extra)
@@ -199,14 +208,23 @@ class Players:
         """Log-probability of each response of each tree under the current weights, in order, in one forward pass."""
         self.logprobs.eval()
         values: list[float] = self.logprobs(lay_out(trees, packing).to(self.device)).tolist()
+        self._check(values)
         return values
 
     @torch.no_grad()
     def read(self, trees: Sequence[Tree], packing: str) -> tuple[list[float], np.ndarray]:
         """As `response_logprobs`, and beside them features of each response: [S, D]."""
         self.logprobs.eval()
-        values, features = self.logprobs.read(lay_out(trees, packing).to(self.device))
-        return values.tolist(), features.cpu().numpy()
+        logprobs, features = self.logprobs.read(lay_out(trees, packing).to(self.device))
+        values = logprobs.tolist()
+        self._check(values)
+        return values, features.cpu().numpy()
+
+    def _check(self, logprobs: list[float]) -> None:
+        """Let no measure, and no pair, be made of what is no number."""
+        if not all(map(math.isfinite, logprobs)):
+            who = self._sits or "the player in training"
+            raise ModelError(f"{who}: its log-probabilities are not finite. {_DESTROYED}")
 
     def packing(self, trees: Sequence[Tree]) -> str:
         """The layout this run uses, `tree` or `pair`: decided once, on these trees, and kept in the run folder.
