@@ -49,7 +49,7 @@ test: $(VENV)/model $(VENV)/extras
 	$(BIN)/pytest -n $(WORKERS) --dist loadfile
 
 test-all: $(VENV)/model $(VENV)/extras
-	$(BIN)/pytest -n $(WORKERS) --dist loadfile -m 'slow or not slow'
+	HYPOTHESIS_PROFILE=default $(BIN)/pytest -n $(WORKERS) --dist loadfile -m 'slow or not slow'
 
 check: $(VENV)/installed
 	$(BIN)/ruff format --check .

@@ -384,7 +384,7 @@ def test_what_is_drawn_is_the_nucleus_in_proportion(levels: list[int], temperatu
 def test_a_row_is_drawn_alike_alone_and_among_others(
     rows: list[list[int]], temperature: float, top_p: float, chance: Random
 ) -> None:
-    logits, draws = torch.tensor(rows) / 10, torch.tensor([chance.random() for _ in rows])
+    logits, draws = torch.tensor(rows) / 10, torch.tensor([chance.randrange(2**24) / 2**24 for _ in rows])
     together, _ = sample(logits, temperature, top_p, draws)
     order = chance.sample(range(len(rows)), len(rows))
     shuffled, _ = sample(logits[order], temperature, top_p, draws[order])

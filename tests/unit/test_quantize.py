@@ -20,7 +20,7 @@ from spinlm.model.players import Players
 from spinlm.model.quantize import check_quantization, count, four_bits, is_quantised, unpack
 from spinlm.model.trees import Tree, lay_out
 from spinlm.recipe import parse_recipe
-from spinlm.rundir import RunDir
+from spinlm.rundir import START, RunDir
 
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="4 bits need the extra `bitsandbytes`")
 
@@ -196,13 +196,14 @@ def test_a_merged_export_is_over_the_base_as_it_came(
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    recipe = tiny_recipe(saved(), lora=LORA)
-    players = Players(recipe, RunDir(tmp_path))
+    recipe, run = tiny_recipe(saved(), lora=LORA), RunDir(tmp_path)
+    players = Players(recipe, run)
     stir(players.model)
     players.changed()
     players.save(0)
+    run.complete("prepare", START, [], counts={"train": 8, "heldout": 2})
     with caplog.at_level(logging.INFO, logger="spinlm"):
-        export(recipe, RunDir(tmp_path), 0, tmp_path / "out", merge=True)
+        export(recipe, run, 0, tmp_path / "out", merge=True)
     assert "was trained over a base in 4 bits and is merged into the base in torch.float32" in caplog.text
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     assert not any(is_quantised(layer) for layer in merged.modules())

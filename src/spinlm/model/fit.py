@@ -265,7 +265,7 @@ def learning_rate_at(step: int, steps: int, how: Fit) -> float:
     """The learning rate of a step (from 0): a linear rise to the peak, then the schedule's way down to 0."""
     rise = math.ceil(how.warmup * steps)
     if step < rise:
-        return how.learning_rate * (step + 1) / rise
+        return how.learning_rate * ((step + 1) / rise)  # the other way round it may pass the peak
     left = (steps - step) / max(steps - rise, 1)  # 1 after the rise, towards 0 at the end
     match how.schedule:
         case "linear":
