@@ -14,13 +14,26 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from runs import HELDOUT, PROMPTS, SHARDS, contents, read_jsons, read_pairs, read_rows, rows, steps, write_rows
+from runs import (
+    HELDOUT,
+    ITERATIONS,
+    PROMPTS,
+    SHARDS,
+    contents,
+    read_jsons,
+    read_pairs,
+    read_rows,
+    rows,
+    steps,
+    write_rows,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from models import load_player, save_tiny_model
 from spinlm.evals.probe import discriminability
 from spinlm.recipe import load_recipe
 from spinlm.records import Pair
+from spinlm.rundir import START, RunDir
 
 LN2 = math.log(2)
 
@@ -393,6 +406,22 @@ def test_a_collapse_ends_training_after_its_epoch_and_the_run_after_its_iteratio
 
 
 # What was measured
+
+
+def test_a_memorised_answer_leaves_nothing_to_learn(world, cli, tmp_path):
+    """The opponent says what the data say: no pairs, players that stay what they were, and the start stays the best."""
+    data = write_rows(tmp_path / "data.jsonl", [{"prompt": f"What is {n}?", "response": "green"} for n in range(60)])
+    result = cli(
+        *("run", world.recipe, f"data.path={data}", "opponent.temperature=0", "--run-dir", tmp_path / "run"),
+        folder=tmp_path,
+    )
+    assert "iteration 0: every synthetic response equals the real one; nothing is left to learn" in result.err
+    assert "The starting player stays the best" in result.out
+    run = RunDir(tmp_path / "run")
+    start = (run.player(START) / "adapter_model.safetensors").read_bytes()
+    for iteration in range(ITERATIONS):
+        assert run.facts("train", iteration)["steps"] == 0
+        assert (run.player(iteration) / "adapter_model.safetensors").read_bytes() == start
 
 
 @pytest.mark.parametrize("name", ["start", "iteration-0", "iteration-1"])

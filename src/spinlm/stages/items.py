@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +49,7 @@ class PairItems:
         starts = np.flatnonzero(np.r_[True, names[1:] != names[:-1]]) if len(names) else np.array([], dtype=np.int64)
         bounds = [
             (begin, min(begin + batch_size, end))
-            for start, end in zip(starts, [*starts[1:], len(names)], strict=True)
+            for start, end in pairwise([*starts, len(names)])
             for begin in range(start, end, batch_size)
         ]
         self._bounds = np.array(bounds, dtype=np.int64).reshape(-1, 2)
