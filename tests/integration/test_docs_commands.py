@@ -81,15 +81,19 @@ def readers(session_cli: Cli, world: World, tmp_path_factory: pytest.TempPathFac
         if arguments[0] == "init":
             recipe = world.recipe.read_text(encoding="utf-8").replace("max_length: 64", "max_length: 128")
             (folder / arguments[1]).write_text(recipe, encoding="utf-8")
-            rows = [{"prompt": f"What is {number}?", "response": "green"} for number in range(100)]
+            rows = [
+                {"prompt": f"What is {number}?", "response": ("Paris", "Yes", "red", "three")[number % 4]}
+                for number in range(100)
+            ]
             write_rows(folder / "data.jsonl", rows)
     return folder
 
 
 def test_commands_run(readers: Path) -> None:
     """That none of them fails is seen by the fixture; this is what they should have left."""
-    for name in ("recipe/report.html", "control/metrics.jsonl", "dpo-positive/best", "tracked/tensorboard"):
+    for name in ("recipe/report.html", "control/metrics.jsonl", "dpo-positive/best", "tracked/recipe.yaml"):
         assert (readers / "runs" / name).exists()
+    assert list((readers / "runs" / "tracked").rglob("events.out.*"))  # what tensorboard shows
     for name in ("my-adapter/adapter_model.safetensors", "my-model/model.safetensors", "pairs", "pairs-lf"):
         assert (readers / name).exists()
 
