@@ -33,6 +33,7 @@ START = -1
 
 Stage = tuple[str, int]  # name and iteration
 SETTLED = 1_000_000_000  # nanoseconds after which a file system gives a change another time
+SUMS = ".sums"  # folder with the digests of a stage's files, until its marker has them
 VARIABLE = ("seconds", "resumed", "sum")
 """What is not the same in a marker every time: how long the stage took, and so the digest of all that is in it."""
 
@@ -185,9 +186,13 @@ class RunDir:
         what that took before is not known.
 
         Raises:
-            RunError: the stage before it is not complete.
+            RunError: the stage before it is not complete, or a file is not what was sealed.
         """
-        written = {str(path.relative_to(self.root)): self._digest(path) for path in _files(outputs)}
+        files = _files(outputs)
+        for path in files:
+            if self._sum(path).exists() and not self.sealed(path):
+                raise RunError(f"{path}: has changed since it was written. Run again to make it anew")
+        written = {str(path.relative_to(self.root)): self._digest(path) for path in files}
         marker = {
             "made_from": self._upstream_digest(stage, iteration),
             "digest": hashlib.sha256(json.dumps(written, sort_keys=True).encode()).hexdigest(),
@@ -196,6 +201,27 @@ class RunDir:
             "outputs": written,
         }
         write_json(self.marker(stage, iteration), marker | {"sum": short_digest(marker)})
+        for folder in {path.parent for path in files}:
+            shutil.rmtree(folder / SUMS, ignore_errors=True)
+
+    def seal(self, path: Path) -> None:
+        """Note what a file is known by that is written while its stage goes on."""
+        write_text(self._sum(path), self._digest(path))
+
+    def sealed(self, path: Path) -> bool:
+        """Whether a file of an unfinished stage is there, and as it was when it was sealed."""
+        note = self._sum(path)
+        return path.exists() and note.exists() and note.read_text(encoding="utf-8") == self._digest(path)
+
+    def tidy(self) -> None:
+        """Remove the digests of files whose stage was interrupted right after its marker was written."""
+        for folder, stage in (("generations", "generate"), ("pairs", "score")):
+            for sums in self.root.glob(f"*/{folder}/{SUMS}"):
+                if (sums.parent.parent / f"{stage}.done").exists():
+                    shutil.rmtree(sums)
+
+    def _sum(self, path: Path) -> Path:
+        return path.parent / SUMS / path.name
 
     def _seconds(self, stage: str, iteration: int) -> dict[str, Any]:
         if (stage, iteration) not in self._began:

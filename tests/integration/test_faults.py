@@ -21,8 +21,10 @@ from safetensors.torch import load_file, save_file
 from test_bad_input import assert_told_of_full_disk, run_until_full
 from test_kill import assert_same_result, between_checkpoints, catch
 
-from spinlm.files import file_digest, short_digest
+from spinlm.errors import RunError
+from spinlm.files import file_digest, short_digest, write_text
 from spinlm.records import read_pairs
+from spinlm.rundir import START, RunDir
 
 pytestmark = pytest.mark.slow
 
@@ -98,6 +100,42 @@ def test_a_flipped_bit_in_any_file(start, reference, rewound, stage):
         shutil.copytree(kept, run, symlinks=True)
     print(f"before {stage}: {told} files of {told + silent} refused, the others made no difference")
     assert told > 10
+
+
+@pytest.mark.parametrize(("stage", "folder"), [("generate", "generations"), ("score", "pairs")])
+def test_a_flipped_bit_in_a_shard_of_an_unfinished_stage(start, reference, rewound, stage, folder):
+    """It is made anew, and the others are kept."""
+    run, chance = RunDir(rewound(1, stage)), random.Random(stage)
+    shards = run.iteration(1) / folder
+    source = reference / "iteration-1" / folder
+    run.begin(stage, 1, shards)
+    written = sorted(path.name for path in source.iterdir())[:5]
+    for damaged in (None, *written):
+        kept = Path(shutil.copytree(run.root, run.root.with_name("kept"), symlinks=True))
+        shards.mkdir()
+        for name in written:
+            shutil.copy(source / name, shards)
+            run.seal(shards / name)
+        if damaged:
+            flip(shards / damaged, chance)
+        before = {name: (shards / name).stat().st_ino for name in written}
+        assert start(run.root).wait().code == 0
+        assert_same_result(run.root, reference)
+        assert {name for name in written if (shards / name).stat().st_ino != before[name]} == {damaged} - {None}
+        assert not (shards / ".sums").exists()
+        shutil.rmtree(run.root)
+        kept.rename(run.root)
+
+
+def test_a_file_that_changes_before_its_stage_is_complete(tmp_path):
+    run, path = RunDir(tmp_path), tmp_path / "iteration-0" / "generations" / "train-00000.jsonl"
+    write_text(path, "a line\n")
+    run.seal(path)
+    assert run.sealed(path)
+    write_text(path, "another line\n")
+    assert not run.sealed(path)
+    with pytest.raises(RunError, match="has changed since it was written. Run again to make it anew"):
+        run.complete("prepare", START, [path])
 
 
 BRIEF = ("data.prompts=8", "data.heldout=4", "train.epochs=1", "warmup_sft.epochs=1", "train.checkpoint_every=1")

@@ -58,14 +58,16 @@ def generate(recipe: Recipe, run: RunDir, iteration: int) -> None:
             else:
                 seed = derive_seed(recipe.seed, "generate", iteration, split, shard)
                 rows = _answer(players, opponent, chosen, sampling, seed, iteration, advance)
-            with atomic_file(run.generations(iteration, split, shard), "w") as file:
+            path = run.generations(iteration, split, shard)
+            with atomic_file(path, "w") as file:
                 file.writelines(to_line(row) for row in rows)
+            run.seal(path)
     outputs = [run.generations(iteration, split, shard) for split, shard in shards]
     team.first(run.complete, "generate", iteration, outputs)
 
 
 def _missing(run: RunDir, iteration: int, shards: Sequence[tuple[str, int]]) -> list[tuple[str, int]]:
-    return [one for one in shards if not run.generations(iteration, *one).exists()]
+    return [one for one in shards if not run.sealed(run.generations(iteration, *one))]
 
 
 def opponent_sampling(recipe: Recipe, players: Players) -> Sampling:

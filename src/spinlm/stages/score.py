@@ -54,7 +54,7 @@ def score(recipe: Recipe, run: RunDir, iteration: int) -> None:
                 for generation in read_lines(run.generations(source, split, shard), Generation)
             ]
             path = run.pairs(iteration, split, shard)
-            if path.exists():
+            if run.sealed(path):
                 pairs = [Pair(**row) for row in read_pairs([path]).to_pylist()]
                 advance(len(chosen))
             else:
@@ -63,6 +63,7 @@ def score(recipe: Recipe, run: RunDir, iteration: int) -> None:
                     pairs = _beside_initial(pairs, read_lines(run.generations(0, split, shard), Generation))
                 with atomic_path(path) as temporary:
                     write_pairs(temporary, pairs)
+                run.seal(path)
             tally.add(split, iteration, chosen, generations, pairs)
     tally = _Tally.together(team.gather(tally.counts))
     if team.is_first():
