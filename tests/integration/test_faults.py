@@ -134,7 +134,7 @@ def test_a_file_that_changes_before_its_stage_is_complete(tmp_path):
     assert run.sealed(path)
     write_text(path, "another line\n")
     assert not run.sealed(path)
-    with pytest.raises(RunError, match="has changed since it was written. Run again to make it anew"):
+    with pytest.raises(RunError, match="has changed since it was written"):
         run.complete("prepare", START, [path])
 
 
