@@ -6,7 +6,7 @@ end-of-turn token. A response that did not end has none, so its pair is left out
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,7 +121,6 @@ class _Rows:
 
 
 ROWS_AT_ONCE = 1000
-Write = Callable[[Path, str, _Rows], int]
 
 
 def _write_parquet(folder: Path, name: str, rows: _Rows) -> int:
