@@ -331,7 +331,7 @@ def test_complete_shards_are_kept(cli: Cli, world: World, tmp_path: Path) -> Non
         result = cli("run", world.recipe, *changes, *dead, "--run-dir", run, folder=world.folder, code=2)
     assert "the end" in result.message
     assert_whole(run)
-    files = sorted((run / "iteration-0" / "generations").glob("*.jsonl*"))
+    files = sorted((run / "iteration-0" / "generations").glob("*.jsonl"))
     kept = {path: path.read_bytes() for path in files}
     assert len(kept) == 2
     served.bodies.clear()

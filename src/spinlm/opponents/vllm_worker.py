@@ -42,7 +42,7 @@ def main() -> None:
                 lora_request=lora or None,
             )
             reply({"done": [read_output(output) for output in outputs]})
-    except Exception as error:
+    except Exception as error:  # whatever ends this process, the one that waits for its answers must hear of it
         traceback.print_exc()
         reply({"error": f"{type(error).__name__}: {error}"})
 
