@@ -6,6 +6,7 @@ runs what `python -m spinlm` runs, with its own arguments, standard streams, sig
 
 import atexit
 import contextlib
+import faulthandler
 import gc
 import importlib.util
 import json
@@ -82,8 +83,16 @@ class Process:
         while not happened():
             ended = self.poll()
             assert ended is None or happened(), f"{self.arguments} ended ({ended}) first:\n{self._err.read_text()}"
-            assert time.monotonic() < deadline, f"{self.arguments} is stuck:\n{self._err.read_text()}"
+            assert time.monotonic() < deadline, f"{self.arguments} is stuck:\n{self._stacks()}"
             time.sleep(every)
+
+    def _stacks(self) -> str:
+        """What the process has said, and where its threads are; ends it."""
+        self.send(signal.SIGABRT)
+        deadline = time.monotonic() + 5
+        while self.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        return self._err.read_text()
 
     def kill(self) -> None:
         """SIGKILL, as the power going out would do it to a process."""
@@ -173,6 +182,7 @@ def obey(arguments: list[str], folder: str, stdout: str, stderr: str, environmen
     """Become a command. Taking the imported modules down would last longer than most commands, so that is left out."""
     for number, path in ((0, "/dev/null"), (1, stdout), (2, stderr)):
         os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644), number)
+    faulthandler.enable()
     os.chdir(folder)
     os.environ.update(environment)
     sys.path[:0] = environment.get("PYTHONPATH", "").split(":")  # which is read when Python starts

@@ -139,6 +139,11 @@ def assert_whole(run: Path) -> None:
             datasets.Dataset.from_file(str(path))
 
 
+def held_by(run: Path, pid: int) -> bool:
+    """Whether the process has locked the run folder."""
+    return RunDir(run).holder().startswith(f"pid {pid} on ")
+
+
 @contextlib.contextmanager
 def fifo(path: Path) -> Iterator[Path]:
     """A pipe without a reader: whoever opens it to write stops there, until it is killed."""

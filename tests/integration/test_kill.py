@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from commands import Cli, Process, asleep, state
-from runs import CHECKPOINT_EVERY, PROMPTS, World, assert_whole, fifo, read_rows, steps
+from runs import CHECKPOINT_EVERY, PROMPTS, World, assert_whole, fifo, held_by, read_rows, steps
 
 LAST = "iteration-1"
 STOPPED = "stopped as asked; run the same command again to continue"
@@ -215,7 +215,7 @@ def test_lock_goes_with_the_process(start, world, cli, reference, rewound):
     run = rewound(1)
     with fifo(run / LAST / "generations" / ".train-00000.jsonl.tmp"):
         process = start(run)
-        process.wait_until(lambda: (run / LAST / "generations").exists() and asleep(process.pid))
+        process.wait_until(lambda: held_by(run, process.pid))
         for command in (("run", world.recipe, "--run-dir", run), ("generate", run, "--iteration", "1")):
             refused = cli(*command, folder=world.folder, code=2)
             assert f"{run}: in use by another process (pid {process.pid} on " in refused.message

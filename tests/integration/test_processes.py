@@ -16,7 +16,7 @@ import psutil
 import pytest
 from commands import Cli, Process, asleep
 from model_server import ModelServer, listen
-from runs import CHECKPOINT_EVERY, RECIPE, World, assert_whole, fifo, read_jsons, readme_command, steps
+from runs import CHECKPOINT_EVERY, RECIPE, World, assert_whole, fifo, held_by, read_jsons, readme_command, steps
 from safetensors.torch import load_file
 
 LAST = "iteration-1"
@@ -287,7 +287,7 @@ def test_another_launcher_on_the_same_folder_is_refused(play, together, rewind):
     run = rewind(together, 1)
     with fifo(run / LAST / "generations" / ".train-00000.jsonl.tmp"):
         processes = play(run)
-        processes[0].wait_until(lambda: (run / LAST / "generations").exists() and asleep(processes[0].pid))
+        processes[0].wait_until(lambda: held_by(run, processes[0].pid))
         messages = told(play(run))
         assert len(messages) == 1, messages
         (message,) = messages
