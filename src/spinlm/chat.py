@@ -9,6 +9,7 @@ from spinlm.model.players import seat
 from spinlm.opponents import local_opponent
 from spinlm.records import Message, Sampling
 from spinlm.rundir import START, RunDir
+from spinlm.terminal import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -97,7 +98,7 @@ def _below_each_other(console: "Console", names: Sequence[str], answer: Callable
         if player == len(shown):
             _write(console, ("\n" if player == 0 else "\n\n") + f"[{names[player]}]\n")
             shown.append("")
-        _write(console, text[len(shown[player]) :])
+        _write(console, printable(text[len(shown[player]) :]))
         shown[player] = text
 
     answer(show)
@@ -116,14 +117,14 @@ def _beside_each_other(console: "Console", names: Sequence[str], answer: Callabl
     with Live(_columns(names, texts), console=console, transient=True, refresh_per_second=REFRESH) as live:
 
         def show(player: int, text: str) -> None:
-            texts[player] = text
+            texts[player] = printable(text)
             # While it grows, what fits on the screen: a live display cannot scroll.
             room = max(1, console.height - 4)
             width = console.width // len(names) - 3
             live.update(_columns(names, [_end(text, room, width) for text in texts]))
 
         whole = answer(show)
-    console.print(_columns(names, whole))
+    console.print(_columns(names, [printable(text) for text in whole]))
 
 
 def _columns(names: Sequence[str], texts: Sequence[str]) -> "Table":

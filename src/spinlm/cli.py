@@ -19,6 +19,7 @@ from spinlm import __version__
 from spinlm.errors import PeerError, RunError, SpinError, is_out_of_memory
 from spinlm.files import UNWRITABLE, read_json
 from spinlm.rundir import START, RunDir
+from spinlm.terminal import printable
 
 if TYPE_CHECKING:
     from spinlm.config import Recipe
@@ -430,7 +431,7 @@ def main() -> None:
     except PeerError as error:  # which has said why
         sys.exit(error.exit_code)
     except SpinError as error:
-        print(f"spinlm: {error}", file=sys.stderr)
+        print(f"spinlm: {printable(str(error))}", file=sys.stderr)
         sys.exit(error.exit_code)
     except RuntimeError as error:
         if not is_out_of_memory(error):
@@ -507,10 +508,9 @@ def _print_result(run: RunDir) -> None:
 
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 100)
     for prompt, real, answers in side_by_side(run, prompts=3):
-        console.print(f"\nprompt      {prompt}", markup=False)
-        console.print(f"real        {real}", markup=False)
-        for name, answer in answers:
-            console.print(f"{name:<11} {answer}", markup=False)
+        console.print()
+        for name, text in (("prompt", prompt), ("real", real), *answers):
+            console.print(f"{name:<11} {printable(text)}", markup=False)
     console.print(table(run))
     console.print(verdict(run), markup=False)
     asked = system_prompt(run)  # without it, a prompt would be another task
@@ -529,4 +529,4 @@ def _print_result(run: RunDir) -> None:
         del commands[control]
     console.print(f"\nThe run is in {run.root}; the best player is {run.best_link}/player. Next:", markup=False)
     for command, purpose in commands.items():
-        console.print(f"  {spinlm} {command}    # {purpose}", markup=False, soft_wrap=True)
+        console.print(f"  {spinlm} {printable(command)}    # {purpose}", markup=False, soft_wrap=True)

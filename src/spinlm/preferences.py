@@ -8,6 +8,7 @@ end-of-turn token. A response that did not end has none, so its pair is left out
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from spinlm.config import Recipe
 from spinlm.errors import RunError
 from spinlm.files import atomic_path, write_json
 from spinlm.records import Example, Generation, read_lines, read_pairs
-from spinlm.rundir import RunDir
+from spinlm.rundir import START, RunDir
 from spinlm.shards import RecordFile
 
 SPLITS = {"train": "train", "heldout": "test"}
@@ -59,6 +60,9 @@ def export_pairs(recipe: Recipe, run: RunDir, iteration: int | None, to: Path, f
         iteration = newest
     if not run.marker("score", iteration).exists():
         raise RunError(f"{run.root}: iteration {iteration} has no pairs; the newest are those of iteration {newest}")
+    run.require("prepare", START)
+    for source in range(max(0, iteration - recipe.selfplay.replay), iteration + 1):
+        run.require("generate", source)
     run.require("score", iteration)
     write = {"trl": _write_parquet, "llama-factory": _write_json}[form]
     counts, unfinished = {}, 0
@@ -138,7 +142,7 @@ def _write_parquet(folder: Path, name: str, rows: _Rows) -> int:
     )
     written, waiting = 0, iter(rows)
     with pq.ParquetWriter(folder / f"{name}.parquet", schema) as writer:
-        while chunk := [row for row, _ in zip(waiting, range(ROWS_AT_ONCE), strict=False)]:
+        while chunk := list(islice(waiting, ROWS_AT_ONCE)):
             writer.write_table(pa.Table.from_pylist(chunk, schema=schema))
             written += len(chunk)
     return written

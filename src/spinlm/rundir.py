@@ -18,6 +18,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
 import time
@@ -28,12 +29,14 @@ from typing import Any
 from spinlm.errors import RunError
 from spinlm.files import file_digest, read_json, short_digest, write_json, write_text
 
+log = logging.getLogger("spinlm")
+
 START = -1
 """The iteration number of the starting player θ_0."""
 
 Stage = tuple[str, int]  # name and iteration
 SETTLED = 1_000_000_000  # nanoseconds after which a file system gives a change another time
-SUMS = ".sums"  # folder with the digests of a stage's files, until its marker has them
+SEALS = ".seals"  # folder with the digests of files that are written while their stage goes on
 VARIABLE = ("seconds", "resumed", "sum")
 """What is not the same in a marker every time: how long the stage took, and so the digest of all that is in it."""
 
@@ -186,11 +189,15 @@ class RunDir:
         what that took before is not known.
 
         Raises:
-            RunError: the stage before it is not complete, or a file is not what was sealed.
+            RunError: the stage before it is not complete, or a file is missing, or not as it was sealed.
         """
+        outputs = list(outputs)
+        for path in outputs:
+            if not path.exists():
+                raise RunError(f"{path}: is missing. Run again to make it anew")
         files = _files(outputs)
         for path in files:
-            if self._sum(path).exists() and not self.sealed(path):
+            if self._seal(path).exists() and not self._as_sealed(path):
                 raise RunError(f"{path}: has changed since it was written. Run again to make it anew")
         written = {str(path.relative_to(self.root)): self._digest(path) for path in files}
         marker = {
@@ -201,27 +208,25 @@ class RunDir:
             "outputs": written,
         }
         write_json(self.marker(stage, iteration), marker | {"sum": short_digest(marker)})
-        for folder in {path.parent for path in files}:
-            shutil.rmtree(folder / SUMS, ignore_errors=True)
 
     def seal(self, path: Path) -> None:
         """Note what a file is known by that is written while its stage goes on."""
-        write_text(self._sum(path), self._digest(path))
+        write_text(self._seal(path), self._digest(path))
 
     def sealed(self, path: Path) -> bool:
         """Whether a file of an unfinished stage is there, and as it was when it was sealed."""
-        note = self._sum(path)
-        return path.exists() and note.exists() and note.read_text(encoding="utf-8") == self._digest(path)
+        if not (path.exists() and self._seal(path).exists()):
+            return False
+        if not self._as_sealed(path):
+            log.warning("%s: has changed since it was written, and is made anew", path)
+            return False
+        return True
 
-    def tidy(self) -> None:
-        """Remove the digests of files whose stage was interrupted right after its marker was written."""
-        for folder, stage in (("generations", "generate"), ("pairs", "score")):
-            for sums in self.root.glob(f"*/{folder}/{SUMS}"):
-                if (sums.parent.parent / f"{stage}.done").exists():
-                    shutil.rmtree(sums)
+    def _as_sealed(self, path: Path) -> bool:
+        return self._seal(path).read_bytes() == self._digest(path).encode()
 
-    def _sum(self, path: Path) -> Path:
-        return path.parent / SUMS / path.name
+    def _seal(self, path: Path) -> Path:
+        return path.parent / SEALS / f"{path.name}.sha256"
 
     def _seconds(self, stage: str, iteration: int) -> dict[str, Any]:
         if (stage, iteration) not in self._began:

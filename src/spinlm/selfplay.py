@@ -96,7 +96,6 @@ def _lay_out(recipe: Recipe, folder: RunDir, source: RunDir | None, fresh: bool)
     if fresh:
         folder.clear()
     folder.bind(recipe.model_dump(mode="json"), EXECUTION_ONLY)
-    folder.tidy()
     if source is not None:
         branch(recipe, folder, source)
 

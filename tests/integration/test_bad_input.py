@@ -520,7 +520,9 @@ def test_damaged_file_can_be_made_again_as_the_message_says(
     assert message == remake(folder / name, folder / f"{stage}.done", CHANGED)
     (folder / name).unlink()
     (folder / f"{stage}.done").unlink()
+    others = {path: path.stat().st_ino for path in (folder / name).parent.glob("train-*")}
     goes_on(cli, world, run)
+    assert {path: path.stat().st_ino for path in others} == others  # the other shards are kept
     assert (folder / name).read_bytes() == (reference / "iteration-1" / name).read_bytes()
     again, first = (json.loads((run / "iteration-1" / f"{stage}.done").read_text()) for run in (run, reference))
     assert without(again, *VARIABLE) == without(first, *VARIABLE)

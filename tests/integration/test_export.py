@@ -1,6 +1,7 @@
 """What leaves a run: players with their cards, and pairs for other trainers."""
 
 import json
+import shutil
 from collections import Counter
 
 import datasets
@@ -11,6 +12,10 @@ from runs import HELDOUT, read_pairs, read_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from models import load_player
+from spinlm.config import Recipe
+from spinlm.files import read_json
+from spinlm.preferences import export_pairs
+from spinlm.rundir import RunDir
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +157,14 @@ def test_pairs_for_trl(world, reference, exported):
     assert (f"; {unfinished} left out, whose synthetic response did not end" in said) == (unfinished > 0)
 
 
+def test_pairs_do_not_depend_on_how_many_are_written_at_once(reference, exported, tmp_path, monkeypatch):
+    monkeypatch.setattr("spinlm.preferences.ROWS_AT_ONCE", 3)
+    run = RunDir(reference)
+    export_pairs(Recipe.model_validate(read_json(run.recipe)), run, 1, tmp_path / "few", "trl")
+    few, all_ = (datasets.load_dataset(str(folder)) for folder in (tmp_path / "few", exported[0] / "trl"))
+    assert {name: list(rows) for name, rows in few.items()} == {name: list(rows) for name, rows in all_.items()}
+
+
 def test_pairs_for_llama_factory(exported):
     folder, _ = exported
     described = json.loads((folder / "llama-factory" / "dataset_info.json").read_text())
@@ -194,9 +207,11 @@ def test_pairs_that_cannot_be_exported(cli, reference, rewound, tmp_path):
     assert "pairs are those of an iteration: give its number" in refused.message
     refused = cli("export", reference, "--pairs", "trl", "--merge", "--to", "new", folder=tmp_path, code=2)
     assert "--merge and --license have no meaning for --pairs" in refused.message
-    run = rewound(1, "score")
-    with (run / "iteration-0" / "pairs" / "train-00000.arrow").open("ab") as file:
-        file.write(b"more")
-    refused = cli("export", run, "--pairs", "trl", "--to", "new", folder=tmp_path, code=2)
-    assert "train-00000.arrow" in refused.message
-    assert not (tmp_path / "new").exists()
+    for changed in ("iteration-0/pairs/train-00000.arrow", "iteration-0/generations/train-00000.jsonl"):
+        run = rewound(1, "score")
+        with (run / changed).open("ab") as file:
+            file.write(b"more")
+        refused = cli("export", run, "--pairs", "trl", "--to", "new", folder=tmp_path, code=2)
+        assert f"{run / changed}: has changed since it was written" in refused.message
+        assert not (tmp_path / "new").exists()
+        shutil.rmtree(run)

@@ -9,10 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
-from runs import RECIPE, World
+from runs import RECIPE, World, rows, write_rows
 
 KEYS = ("HF_TOKEN", "OPENAI_API_KEY", "SPINLM_SERVER_KEY", "SPINLM_JUDGE_KEY", "WANDB_API_KEY")
 SECRET = "sk-do-not-keep-me-1234567890"
+CLEAR = "\x1b[2J"  # to a terminal: clear the screen
 
 GUARDED = """
 import socket, sys
@@ -33,6 +34,8 @@ def place(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run, its report and an exported player, made with keys in the environment and without a network."""
     place = tmp_path_factory.mktemp("place")
     shutil.copytree(world.folder, place / "work")
+    commanding = [{**row, "response": f"{row['response']}{CLEAR}"} for row in rows()]
+    write_rows(place / "work" / "data.jsonl", commanding)
     for folder in ("home", "temporary"):
         (place / folder).mkdir()
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "XDG_"))}
@@ -53,6 +56,7 @@ def place(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert done.returncode == 0, done.stderr
         assert "REACHED" not in done.stderr
         assert SECRET not in done.stdout + done.stderr
+        (place / arguments[0]).write_text(done.stdout + done.stderr)
     return place
 
 
@@ -74,6 +78,12 @@ def test_nothing_is_written_beside_the_run_folder(place, world):
 
 def test_no_pickles_are_written(place):
     assert not [path for path in place.rglob("*") if path.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt")]
+
+
+def test_what_is_shown_cannot_command_the_terminal(cli, world, place):
+    shown = (place / "run").read_text()
+    assert r"\x1b[2J" in shown and CLEAR not in shown
+    assert r"no\x1b[2J.yaml" in cli("plan", f"no{CLEAR}.yaml", folder=world.folder, code=2).message
 
 
 class Trap:

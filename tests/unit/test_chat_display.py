@@ -2,6 +2,7 @@
 
 import io
 
+import pytest
 from rich.console import Console
 
 from spinlm.chat import Show, put
@@ -42,3 +43,18 @@ def test_a_long_answer_shows_its_end_while_it_grows_and_then_all_of_it() -> None
     grown, whole = file.getvalue().rsplit("line 0", 1)
     assert "line 39" in grown and "line 20" not in grown
     assert all(f"line {number}" in whole for number in range(1, 40))
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_an_answer_cannot_command_the_terminal(terminal: bool) -> None:
+    file = io.StringIO()
+    clears = "a\x1b[2Jb\x9b2Jc\x07"
+
+    def hostile(show: Show) -> list[str]:
+        show(0, clears)
+        show(1, "")
+        return [clears, ""]
+
+    put(Console(file=file, force_terminal=terminal, width=80, color_system=None), ["start", "best"], hostile)
+    assert r"a\x1b[2Jb\x9b2Jc\x07" in file.getvalue()
+    assert not any(command in file.getvalue() for command in ("\x1b[2J", "\x9b", "\x07"))

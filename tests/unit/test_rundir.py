@@ -249,6 +249,40 @@ def test_redoing_a_stage_with_another_result_is_noticed(run, redone, stale):
         run.require(*stale)
 
 
+def sealed_shard(run: RunDir) -> Path:
+    path = run.generations(0, "train", 0)
+    path.parent.mkdir(parents=True)
+    path.write_text("a line\n")
+    assert not run.sealed(path)
+    run.seal(path)
+    assert run.sealed(path)
+    return path
+
+
+def test_a_shard_that_changes_before_its_stage_is_complete(run, caplog):
+    path = sealed_shard(run)
+    path.write_text("another line\n")
+    assert not run.sealed(path)
+    assert f"{path}: has changed since it was written, and is made anew" in caplog.text
+    with pytest.raises(RunError, match="has changed since it was written"):
+        run.complete("prepare", START, [path])
+
+
+def test_a_seal_that_is_damaged_does_not_fit(run):
+    path = sealed_shard(run)
+    (seal,) = (path.parent / ".seals").iterdir()
+    seal.write_bytes(b"\xff" + seal.read_bytes()[1:])
+    assert not run.sealed(path)
+
+
+def test_a_stage_is_not_complete_without_all_its_files(run):
+    path = sealed_shard(run)
+    path.unlink()
+    with pytest.raises(RunError, match=r"is missing\. Run again to make it anew"):
+        run.complete("prepare", START, [path])
+    assert not run.marker("prepare", START).exists()
+
+
 def test_completing_a_stage_needs_the_one_before(run):
     finish(run, ("prepare", START))
     with pytest.raises(RunError, match=r"warmup has not been completed, and generate of iteration 0 needs it"):

@@ -29,7 +29,10 @@ def splits(recipe: Recipe) -> tuple[str, ...]:
 
 
 def generate(recipe: Recipe, run: RunDir, iteration: int) -> None:
-    """Write the responses of the opponent of an iteration, a shard of prompts at a time; shards on disk are kept."""
+    """Write the responses of the opponent of an iteration, a shard of prompts at a time.
+
+    Shards that are there and as they were written are kept.
+    """
     if team.first(run.done, "generate", iteration):
         return
     team.first(run.begin, "generate", iteration, run.generations(iteration, "train", 0).parent)

@@ -26,7 +26,7 @@ GAP = 0.1  # nats per token between sampler and scorer that rounding does not ex
 
 
 def score(recipe: Recipe, run: RunDir, iteration: int) -> None:
-    """Write the pairs of an iteration, a shard at a time; shards on disk are kept.
+    """Write the pairs of an iteration, a shard at a time; those that are there and as they were written are kept.
 
     Training pairs use the newest synthetic responses and those of `selfplay.replay` iterations before; held-out pairs
     the newest only. A synthetic response equal to the real one carries no gradient: it makes no pair, and is counted.

@@ -1,0 +1,10 @@
+"""What others have written (a model, a data set) on a terminal: to be read, and without the power to command it."""
+
+import re
+
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def printable(text: str) -> str:
+    r"""The text with control characters as their codes (`\x1b`), but for tabs and ends of lines."""
+    return CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
