@@ -341,7 +341,7 @@ def test_the_sft_control_learns_from_the_real_responses_alone(variant, reference
     run = variant("lora.dropout=0.0", "objective.name=sft")
     for iteration in range(2):
         folder = run / f"iteration-{iteration}"
-        answered = [*folder.glob("generations/*"), *folder.glob("pairs/*")]
+        answered = [*folder.glob("generations/[!.]*"), *folder.glob("pairs/[!.]*")]
         assert {path.name.split("-")[0] for path in answered} == {"heldout"}
         ours, theirs = (
             [line for line in steps(folder) if (line["stage"], line["iteration"]) == ("train", iteration)]
