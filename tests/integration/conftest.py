@@ -37,10 +37,21 @@ def cli(server, tmp_path_factory) -> Iterator[Cli]:
 @pytest.fixture(scope="session")
 def filling(tmp_path_factory) -> Iterator[Cli]:
     """Runs commands on a disk that gets full when their environment says so: see full_disk.c."""
+    yield from _under("full_disk", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def jumping(tmp_path_factory) -> Iterator[Cli]:
+    """Runs commands under a clock that jumps when their environment says so: see jumping_clock.c."""
+    yield from _under("jumping_clock", tmp_path_factory)
+
+
+def _under(name: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cli]:
+    """Runs commands with a library of ours between them and the system."""
     compiler = shutil.which("cc")
     if compiler is None or sys.platform != "linux":
-        pytest.skip("needs a C compiler, and Linux, to make a disk full")
-    source, library = Path(__file__).with_name("full_disk.c"), tmp_path_factory.mktemp("full_disk") / "full_disk.so"
+        pytest.skip("needs a C compiler, and Linux, to come between a program and its system")
+    source, library = Path(__file__).with_name(f"{name}.c"), tmp_path_factory.mktemp(name) / f"{name}.so"
     subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", library, source, "-ldl"], check=True)
     with serving(LD_PRELOAD=str(library)) as ask:
         yield from _cli(ask, tmp_path_factory.mktemp("streams"))

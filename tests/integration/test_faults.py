@@ -298,3 +298,17 @@ def test_clock_that_is_set(start, reference, rewound, year, killed):
         process.send(signal.SIGCONT)
     assert process.wait().code == 0
     assert_same_result(run, reference)
+
+
+@pytest.mark.parametrize("every", [1, 7, 50])
+def test_clock_that_jumps(jumping, world, reference, tmp_path, every):
+    """By years, forth and back, from the first moment of a run to its end."""
+    run, log = tmp_path / "run", tmp_path / "log"
+    clock = {"JUMPING_CLOCK": str(every), "JUMPING_CLOCK_LOG": str(log)}
+    process = jumping.start("run", world.recipe, "--run-dir", run, folder=world.folder, **clock)
+    assert process.wait().code == 0
+    assert_same_result(run, reference)
+    assert all(json.loads(path.read_text())["seconds"] >= 0 for path in run.rglob("*.done"))
+    jumps = len(log.read_text().splitlines())
+    assert jumps > 3
+    print(f"{jumps} jumps")
