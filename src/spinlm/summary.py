@@ -112,10 +112,11 @@ def verdict(run: RunDir) -> str:
     if best == START:
         if any(item.get("better") for item in last):
             return f"{what} did not help: what was ahead of the starting player's {metric} had collapsed." + ending
-        tried = len(last)
+        tried, closest = len(last), max(last, key=lambda item: float(item["lead"]))
         return (
             f"{what} did not help: none of {tried} iteration{'s' if tried > 1 else ''} beat the starting player's "
-            f"{metric} by more than {noise}. The starting player stays the best."
+            f"{metric} by more than {noise} (the closest: iteration {closest['iteration']}, {closest['lead']:+.3f} ± "
+            f"{closest['standard_error']:.3f}). The starting player stays the best."
         ) + ending
     scored = last[-1]["metric"] == "task_score"
     caveat = "" if scored else LIKELIHOOD_ONLY

@@ -383,13 +383,14 @@ def test_verdict_when_it_did_not_help(play, run):
     play([1, 1, 1, 1], [0, 1, 1, 1], [1, 1, 1, 1])
     assert verdict(run) == (
         "Self-play did not help: none of 2 iterations beat the starting player's task score by more than 1 standard "
-        "error of the paired difference. The starting player stays the best."
+        "error of the paired difference (the closest: iteration 1, +0.000 ± 0.000). The starting player stays the best."
     )
 
 
 def test_verdict_after_one_iteration(play, run):
     play([1, 1], [0, 1], standard_errors=2.0)
     assert "none of 1 iteration beat the starting player's task score by more than 2 standard errors of" in verdict(run)
+    assert "(the closest: iteration 0, -0.500 ± 0.500)" in verdict(run)
 
 
 def test_verdict_before_anything_is_judged(run):

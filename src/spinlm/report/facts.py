@@ -132,13 +132,10 @@ class Facts:
         return statistics.fmean(len(one["response_ids"]) for one in self.examples) if self.examples else None
 
     @property
-    def table(self) -> list[tuple[str, str]]:
-        """Which measures to show for each player: key and title."""
-        return [
-            (key, " ".join(title.split()))
-            for key, title, _ in (*COLUMNS, ("discriminability", "discriminability", ""), ("drift", "drift", ""))
-            if any(key in row.metrics for row in self.players)
-        ]
+    def table(self) -> list[tuple[str, str, str]]:
+        """Which measures to show for each player: key, title, and the format of a number."""
+        columns = (*COLUMNS, ("discriminability", "discriminability", "{:.2f}"), ("drift", "drift", "{:.3f}"))
+        return [column for column in columns if any(column[0] in row.metrics for row in self.players)]
 
     @cached_property
     def comparisons(self) -> list[Comparison]:
