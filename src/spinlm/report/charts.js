@@ -17,7 +17,7 @@
       Plotly.react(`chart-${name}`, coloured, {
         paper_bgcolor: "rgba(0,0,0,0)",
         plot_bgcolor: "rgba(0,0,0,0)",
-        font: { family: style.fontFamily, size: 12, color: colour("--text") },
+        font: { family: getComputedStyle(document.body).fontFamily, size: 12, color: colour("--text") },
         colorway: [1, 2, 3, 4, 5, 6, 7].map(palette),
         margin: { l: 8, r: 8, t: 8, b: 8 },
         legend: { orientation: "h", y: -0.15 },
