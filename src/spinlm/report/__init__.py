@@ -46,7 +46,7 @@ def page(run: RunDir) -> str:
     known = facts(run)
     drawn = charts(known)
     data = _for_script({chart.name: chart.traces_and_layout() for chart in drawn})
-    scripts = [get_plotlyjs(), (HERE / "charts.js").read_text(encoding="utf-8")]
+    scripts = [get_plotlyjs(), (HERE / "page.js").read_text(encoding="utf-8")]
     environment = Environment(loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined)
     environment.filters |= {"number": _number, "share": _share, "duration": _duration, "json": _json}
     return environment.get_template("page.html").render(

@@ -1,4 +1,4 @@
-"""The charts of a report, as plotly.js takes them: traces and a layout. Colours are the page's, see charts.js."""
+"""The charts of a report, as plotly.js takes them: traces and a layout. Colours are the page's, see page.js."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field

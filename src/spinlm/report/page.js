@@ -1,4 +1,5 @@
-// Draws the charts in the page's colours, again whenever those change: by the device's setting, or for paper.
+// Draws the charts in the page's colours, again whenever those change: by the device's setting, or for paper. There all
+// that is folded is open.
 (() => {
   const data = JSON.parse(document.getElementById("charts").textContent);
   const root = document.documentElement;
@@ -32,6 +33,16 @@
 
   draw();
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
-  addEventListener("beforeprint", () => { root.dataset.paper = ""; draw(); });
-  addEventListener("afterprint", () => { delete root.dataset.paper; draw(); });
+  let unfolded = [];
+  addEventListener("beforeprint", () => {
+    root.dataset.paper = "";
+    unfolded = [...document.querySelectorAll("details:not([open])")];
+    for (const one of unfolded) one.open = true;
+    draw();
+  });
+  addEventListener("afterprint", () => {
+    delete root.dataset.paper;
+    for (const one of unfolded) one.open = false;
+    draw();
+  });
 })();
