@@ -85,8 +85,9 @@ def predict(overrides: list[str]) -> tuple[dict[str, float], dict[str, float]]:
 def measure(folder: Path) -> tuple[dict[str, float], dict[str, float]]:
     """The same of a finished run, from its folder."""
     from spinlm.files import read_json
+    from spinlm.order import START
     from spinlm.records import Example, Generation, HeldOutAnswer, HeldOutSample, read_lines, read_pairs
-    from spinlm.rundir import START, RunDir
+    from spinlm.rundir import RunDir
 
     run = RunDir(folder)
     epochs = read_json(run.recipe)["train"]["epochs"]

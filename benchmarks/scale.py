@@ -11,11 +11,11 @@ import textwrap
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from spinlm.order import START
 from spinlm.plan import Plan, make_plan
 from spinlm.plan.devices import GPU
 from spinlm.plan.disk import disk, total
 from spinlm.recipe import load_recipe
-from spinlm.rundir import START
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "zephyr-7b-ultrachat.yaml"
 PROMPT, RESPONSE = 300, 250  # tokens in a typical example, and a response of the opponent is as long

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from spinlm.evals.heldout import is_ahead
 from spinlm.files import read_json, read_json_lines
-from spinlm.rundir import START, RunDir, player_name
+from spinlm.order import START, player_name
+from spinlm.rundir import RunDir
 
 if TYPE_CHECKING:
     from play import Plan

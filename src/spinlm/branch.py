@@ -9,7 +9,8 @@ from pathlib import Path
 from spinlm.config import EXECUTION_ONLY, Recipe
 from spinlm.errors import RunError
 from spinlm.files import atomic_path, read_json, write_json
-from spinlm.rundir import START, RunDir, differences, filled
+from spinlm.order import BEFORE, START
+from spinlm.rundir import RunDir, differences, filled
 from spinlm.stages.prepare import provenance
 
 log = logging.getLogger("spinlm")
@@ -29,8 +30,6 @@ AFTER_THE_START = (
 )
 """Sections and fields that nothing before iteration 0 reads: in these a branch may differ from the run it leaves."""
 
-STAGES = ("prepare", "warmup", "evaluate")
-
 
 def branch(recipe: Recipe, folder: RunDir, source: RunDir) -> None:
     """Take examples, starting player and its evaluation from another run. A folder that has them is left as it is.
@@ -43,14 +42,14 @@ def branch(recipe: Recipe, folder: RunDir, source: RunDir) -> None:
         _check_came_from(folder, source)
         if folder.done("evaluate", START):
             return
-    markers = {source.marker(stage, START) for stage in STAGES}
+    markers = {source.marker(stage, START) for stage in BEFORE}
     for part in (source.base, source.packing, source.examples("train").parent, source.iteration(START)):
         for path in (path for path in [part, *part.rglob("*")] if path.is_file()):
             if path not in markers and source.checkpoints(START) not in path.parents:
                 _take(path, folder.root / path.relative_to(source.root), link=part == source.base)
     inputs = read_json(source.provenance)["inputs"]
     write_json(folder.provenance, {"inputs": inputs, **provenance(), "start_from": str(source.root.absolute())})
-    for stage in STAGES:  # last, and in order: what a marker stands for is there
+    for stage in BEFORE:  # last, and in order: what a marker stands for is there
         _take(source.marker(stage, START), folder.marker(stage, START))
     log.info("the start is that of %s", source.root)
 
@@ -63,7 +62,7 @@ def check_source(recipe: Recipe, folder: RunDir, source: RunDir) -> None:
     """
     if source.root.resolve() == folder.root.resolve():
         raise RunError(f"--start-from {source.root}: is the run folder itself. Choose another --run-dir")
-    for stage in STAGES:
+    for stage in BEFORE:
         source.require(stage, START)
     theirs = filled(read_json(source.recipe))
     changes = [
@@ -80,7 +79,7 @@ def check_source(recipe: Recipe, folder: RunDir, source: RunDir) -> None:
 
 
 def _check_came_from(folder: RunDir, source: RunDir) -> None:
-    for stage in STAGES:
+    for stage in BEFORE:
         if folder.marker(stage, START).exists() and folder.lasting(stage, START) != source.lasting(stage, START):
             raise RunError(
                 f"{folder.root}: has begun with another start than that of {source.root}. Choose another --run-dir, "

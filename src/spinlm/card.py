@@ -8,7 +8,8 @@ import yaml
 from spinlm import __version__
 from spinlm.config import Model, Recipe
 from spinlm.locate import locate
-from spinlm.rundir import START, RunDir, player_name
+from spinlm.order import START, player_name
+from spinlm.rundir import RunDir
 from spinlm.summary import cells, rows, verdict
 
 UNKNOWN = "Not stated by the base model's files. Fill in `license` above before you publish this."
@@ -43,7 +44,7 @@ def full_card(recipe: Recipe, run: RunDir, iteration: int, *, merged: bool, lice
         licence: of the player, an SPDX name; None is the base model's, where its files say one.
     """
     adapter = recipe.lora is not None and not merged
-    found = licence or base_licence(recipe.model, run)
+    found = licence or base_licence(recipe.model)
     counts = run.facts("prepare", START)["counts"]
     own = f", {counts['warmup']} for the warm-up alone" if counts.get("warmup") else ""
     titles, body = cells(rows(run))
@@ -79,7 +80,7 @@ def full_card(recipe: Recipe, run: RunDir, iteration: int, *, merged: bool, lice
     )
 
 
-def base_licence(model: Model, run: RunDir) -> str | None:
+def base_licence(model: Model) -> str | None:
     """The licence that a base model's own files state: its card, here or in the hub cache, or its .gguf header."""
     path = locate(model.path)
     if path is None:

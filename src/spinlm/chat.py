@@ -7,8 +7,9 @@ from spinlm.config import Recipe
 from spinlm.data.chat import RowError
 from spinlm.model.players import seat
 from spinlm.opponents import local_opponent
+from spinlm.order import START
 from spinlm.records import Message, Sampling
-from spinlm.rundir import START, RunDir
+from spinlm.rundir import RunDir
 from spinlm.terminal import printable
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ def ask(
     run: RunDir,
     iterations: Sequence[int],
     messages: list[Message],
-    show: Show = lambda player, text: None,
+    show: Show,
     *,
     temperature: float,
     seed: int,

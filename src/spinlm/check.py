@@ -24,9 +24,10 @@ from spinlm.model.players import Players, seat
 from spinlm.model.quantize import count
 from spinlm.model.trees import Tree, lay_out, micro_batches
 from spinlm.opponents import local_opponent, open_opponent
+from spinlm.order import START
 from spinlm.plan import make_plan, refusals
 from spinlm.records import Example, Generation, read_lines
-from spinlm.rundir import START, RunDir
+from spinlm.rundir import RunDir
 from spinlm.stages.generate import generate, opponent_sampling
 from spinlm.stages.items import PairItems, pair_objective
 from spinlm.stages.prepare import prepare

@@ -18,7 +18,8 @@ import typer
 from spinlm import __version__
 from spinlm.errors import PeerError, RunError, SpinError, is_out_of_memory
 from spinlm.files import UNWRITABLE, read_json
-from spinlm.rundir import START, RunDir
+from spinlm.order import START
+from spinlm.rundir import RunDir
 from spinlm.terminal import printable
 
 if TYPE_CHECKING:
@@ -326,7 +327,7 @@ def runs(
     from rich.console import Console
     from rich.table import Table
 
-    from spinlm.rundir import player_name
+    from spinlm.order import player_name
     from spinlm.standing import find_runs
     from spinlm.standing import status as status_of
 

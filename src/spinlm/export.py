@@ -8,7 +8,8 @@ from spinlm.card import full_card
 from spinlm.config import Recipe
 from spinlm.errors import RunError
 from spinlm.files import atomic_path
-from spinlm.rundir import START, RunDir
+from spinlm.order import START
+from spinlm.rundir import RunDir
 
 log = logging.getLogger("spinlm")
 

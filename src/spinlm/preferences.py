@@ -15,8 +15,9 @@ from typing import Any
 from spinlm.config import Recipe
 from spinlm.errors import RunError
 from spinlm.files import atomic_path, write_json
+from spinlm.order import START
 from spinlm.records import Example, Generation, read_lines, read_pairs
-from spinlm.rundir import START, RunDir
+from spinlm.rundir import RunDir
 from spinlm.shards import RecordFile
 
 SPLITS = {"train": "train", "heldout": "test"}

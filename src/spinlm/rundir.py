@@ -28,22 +28,14 @@ from typing import Any
 
 from spinlm.errors import RunError
 from spinlm.files import file_digest, read_json, short_digest, write_json, write_text
+from spinlm.order import START, Stage, describe, read_by, upstream
 
 log = logging.getLogger("spinlm")
 
-START = -1
-"""The iteration number of the starting player θ_0."""
-
-Stage = tuple[str, int]  # name and iteration
 SETTLED = 1_000_000_000  # nanoseconds after which a file system gives a change another time
 SEALS = ".seals"  # folder with the digests of files that are written while their stage goes on
 VARIABLE = ("seconds", "resumed", "sum")
 """What is not the same in a marker every time: how long the stage took, and so the digest of all that is in it."""
-
-
-def player_name(iteration: int) -> str:
-    """How messages and tables call the player that an iteration made; `START` is the starting player."""
-    return "start" if iteration == START else f"iteration {iteration}"
 
 
 class RunDir:
@@ -156,7 +148,7 @@ class RunDir:
             return False
         if self.facts(stage, iteration)["made_from"] != self._upstream_digest(stage, iteration):
             raise RunError(
-                f"{marker}: this stage was made from another result of {_say(_upstream(stage, iteration))} than the "
+                f"{marker}: this stage was made from another result of {describe(upstream(stage, iteration))} than the "
                 f"run folder holds now. Remove {marker} and what follows it to redo the stage, or start again with "
                 "--fresh"
             )
@@ -168,7 +160,7 @@ class RunDir:
         Raises:
             RunError: a stage whose files it reads is not complete, or they have changed since.
         """
-        for made in _read_by(stage, iteration):
+        for made in read_by(stage, iteration):
             self.require(*made)
         self._began[stage, iteration] = time.monotonic(), False
         if unfinished is None:
@@ -261,7 +253,7 @@ class RunDir:
         """
         if not self.done(stage, iteration):
             raise RunError(
-                f"{self.root}: {_say((stage, iteration))} has not been completed; it comes first. "
+                f"{self.root}: {describe((stage, iteration))} has not been completed; it comes first. "
                 "`spinlm run` does all stages in order"
             )
         for name, expected in self.facts(stage, iteration)["outputs"].items():
@@ -294,12 +286,12 @@ class RunDir:
         return str(self.facts(stage, iteration)["digest"])
 
     def _upstream_digest(self, stage: str, iteration: int) -> str | None:
-        before = _upstream(stage, iteration)
+        before = upstream(stage, iteration)
         if before is None:
             return None
         if not self.marker(*before).exists():
             raise RunError(
-                f"{self.root}: {_say(before)} has not been completed, and {_say((stage, iteration))} needs it. "
+                f"{self.root}: {describe(before)} has not been completed, and {describe((stage, iteration))} needs it. "
                 "`spinlm run` does all stages in order"
             )
         return str(self.facts(*before)["digest"])
@@ -411,53 +403,6 @@ class RunDir:
         # The recipe goes last: a deletion that is cut short leaves a folder that --fresh still recognises.
         for entry in sorted(entries, key=lambda entry: entry == self.recipe):
             shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
-
-
-def _upstream(stage: str, iteration: int) -> Stage | None:
-    """The stage whose result a stage is made from."""
-    match stage:
-        case "prepare":
-            return None
-        case "warmup":
-            return ("prepare", START)
-        case "generate":
-            return ("warmup", START) if iteration == 0 else ("train", iteration - 1)
-        case "score":
-            return ("generate", iteration)
-        case "train":
-            return ("score", iteration)
-        case "evaluate":
-            return ("warmup", START) if iteration == START else ("train", iteration)
-        case "promote":
-            return ("evaluate", iteration)
-    raise AssertionError(f"unknown stage {stage}")
-
-
-def _read_by(stage: str, iteration: int) -> list[Stage]:
-    """The stages whose files a stage reads."""
-
-    def player(iteration: int) -> Stage:
-        return ("warmup", START) if iteration == START else ("train", iteration)
-
-    match stage:
-        case "generate":
-            also = [player(iteration - 1)]
-        case "score" | "train":
-            also = [player(iteration - 1), player(START)]
-        case "evaluate":
-            also = [player(iteration), player(START)] + ([("score", iteration)] if iteration != START else [])
-        case _:
-            also = []
-    before = _upstream(stage, iteration)
-    data: list[Stage] = [] if stage in ("prepare", "promote") else [("prepare", START)]
-    return list(dict.fromkeys([*data, *also, *([] if before is None else [before])]))
-
-
-def _say(stage: Stage | None) -> str:
-    if stage is None:
-        return "nothing"
-    name, iteration = stage
-    return name if iteration == START else f"{name} of iteration {iteration}"
 
 
 def filled(recipe: dict[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,8 @@ from spinlm.errors import RecipeError, RunError
 from spinlm.interrupt import gentle_stop
 from spinlm.model.loading import ensure_base
 from spinlm.model.players import stand_up
-from spinlm.rundir import START, RunDir, differences
+from spinlm.order import START
+from spinlm.rundir import RunDir, differences
 from spinlm.stages.evaluate import evaluate
 from spinlm.stages.generate import generate
 from spinlm.stages.prepare import prepare

@@ -3,19 +3,13 @@
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
 from typing import Any
 
 from spinlm.files import read_json
-from spinlm.rundir import START, RunDir
-from spinlm.summary import rows, verdict
-
-STAGES = ("generate", "score", "train", "evaluate", "promote")
-"""Of an iteration."""
-
-BEFORE = ("prepare", "warmup", "evaluate")
-"""Of the start."""
+from spinlm.order import START, Stage, stages
+from spinlm.rundir import RunDir
+from spinlm.summary import promotions, rows, verdict
 
 TAIL = 1 << 16  # bytes in which the last line of a file of steps is looked for
 
@@ -42,17 +36,11 @@ class Standing:
         return f"The run is not finished: {where} is not complete. The same command goes on there."
 
 
-def stages(run: RunDir) -> Iterator[tuple[str, int]]:
-    """The stages of a run in order, with their iterations, as its recipe has them."""
-    yield from ((stage, START) for stage in BEFORE)
-    for iteration in range(read_json(run.recipe)["selfplay"]["iterations"]):
-        yield from ((stage, iteration) for stage in STAGES)
-
-
 def standing(run: RunDir) -> Standing:
     """Where a run is."""
-    missing = next((one for one in stages(run) if not run.marker(*one).exists()), None)
-    if missing is None or _ended_early(run):
+    missing = next((one for one in stages_of(run) if not run.marker(*one).exists()), None)
+    judged = promotions(run)
+    if missing is None or (judged and not judged[-1]["go_on"]):
         return Standing(None, None, run.in_use())
     return Standing(*missing, run.in_use())
 
@@ -94,15 +82,10 @@ def find_runs(folder: Path) -> list[RunDir]:
     return [RunDir(path) for path in found]
 
 
+def stages_of(run: RunDir) -> Iterator[Stage]:
+    """The stages of a run in order, as its recipe has them."""
+    return stages(read_json(run.recipe)["selfplay"]["iterations"])
+
+
 def _markers(run: RunDir) -> Iterator[Path]:
-    return (marker for one in stages(run) if (marker := run.marker(*one)).exists())
-
-
-def _ended_early(run: RunDir) -> bool:
-    """Whether promotion has ended the run before its last iteration."""
-    last: dict[str, Any] = {"go_on": True}
-    for iteration in count(0):
-        if not run.marker("promote", iteration).exists():
-            return not last["go_on"]
-        last = run.facts("promote", iteration)
-    raise AssertionError("iterations end")
+    return (marker for one in stages_of(run) if (marker := run.marker(*one)).exists())

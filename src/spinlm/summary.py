@@ -5,7 +5,8 @@ from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from spinlm.files import read_json, read_json_lines
-from spinlm.rundir import START, RunDir, player_name
+from spinlm.order import START, player_name
+from spinlm.rundir import RunDir
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -89,7 +90,7 @@ def cells(players: list[Row]) -> tuple[list[str], list[list[str]]]:
 
 def verdict(run: RunDir) -> str:
     """One honest sentence about whether it helped."""
-    last = _promotions(run)
+    last = promotions(run)
     if not last:
         return "No iteration has been judged yet."
     best = last[-1]["best"]
@@ -136,7 +137,8 @@ def is_control(run: RunDir) -> bool:
     return bool(read_json(run.recipe)["objective"]["name"] == "sft")
 
 
-def _promotions(run: RunDir) -> list[dict[str, Any]]:
+def promotions(run: RunDir) -> list[dict[str, Any]]:
+    """How the players of the iterations were judged, as far as they were."""
     found: list[dict[str, Any]] = []
     for iteration in count(0):
         if not run.marker("promote", iteration).exists():

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spinlm.rundir import START, VARIABLE, RunDir
+from spinlm.order import START
+from spinlm.rundir import VARIABLE, RunDir
 
 RECIPE = """\
 # a tiny recipe

@@ -31,9 +31,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from models import load_player, save_tiny_model
 from spinlm.evals.probe import discriminability
+from spinlm.order import START
 from spinlm.recipe import load_recipe
 from spinlm.records import Pair
-from spinlm.rundir import START, RunDir
+from spinlm.rundir import RunDir
 
 LN2 = math.log(2)
 

@@ -25,8 +25,9 @@ from spinlm.evals.benchmarks import comparable, read_scores
 from spinlm.evals.mt_bench.bench import mt_bench
 from spinlm.evals.mt_bench.judge import REMINDER, Judge, JudgeError, read_mark, read_options
 from spinlm.files import read_json
+from spinlm.order import START
 from spinlm.recipe import parse_recipe
-from spinlm.rundir import START, RunDir
+from spinlm.rundir import RunDir
 
 KEY = "sk-very-secret/1+2"
 QUESTIONS = [

@@ -7,7 +7,8 @@ from typing import Any
 from rich.console import Console
 
 from spinlm.evals.benchmarks import AVERAGED, Score, add_scores, average, read_scores, table
-from spinlm.rundir import START, RunDir
+from spinlm.order import START
+from spinlm.rundir import RunDir
 
 SUITE = "open-llm-leaderboard"
 

@@ -36,7 +36,8 @@ from spinlm.model.fit import (
 from spinlm.model.logprobs import LogProbs
 from spinlm.model.players import Players
 from spinlm.model.trees import Layout, Tree
-from spinlm.rundir import START, RunDir
+from spinlm.order import START
+from spinlm.rundir import RunDir
 from spinlm.stages.items import pair_objective
 from spinlm.stages.warmup import sft_objective
 

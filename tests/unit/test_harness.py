@@ -25,7 +25,8 @@ from spinlm.evals.harness.data import local_data
 from spinlm.evals.harness.measure import harness
 from spinlm.evals.harness.tasks import SUITES, Unit, open_units, wanted_tasks
 from spinlm.model.players import Players, seat
-from spinlm.rundir import START, RunDir
+from spinlm.order import START
+from spinlm.rundir import RunDir
 
 CHOICE = """\
 task: choice

@@ -20,8 +20,9 @@ from spinlm.evals.heldout import (
     summarise_samples,
 )
 from spinlm.files import write_json
+from spinlm.order import START
 from spinlm.records import Example, HeldOutAnswer, HeldOutSample, to_line
-from spinlm.rundir import START, RunDir
+from spinlm.rundir import RunDir
 from spinlm.stages.promote import compare, promote
 from spinlm.summary import rows, side_by_side, verdict
 

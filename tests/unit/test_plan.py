@@ -13,6 +13,7 @@ import pytest
 import spinlm
 from spinlm.config import Lora, Objective, Opponent, Recipe, Server, Train
 from spinlm.files import write_json, write_text
+from spinlm.order import START
 from spinlm.plan import Plan, make_plan, render
 from spinlm.plan.devices import CPU, GPU, Device
 from spinlm.plan.disk import disk
@@ -23,7 +24,7 @@ from spinlm.plan.shapes import Shape, shape_from_config
 from spinlm.plan.show import facts, notes, refusals
 from spinlm.recipe import load_recipe, parse_recipe
 from spinlm.records import Example, to_line
-from spinlm.rundir import START, RunDir
+from spinlm.rundir import RunDir
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "recipes"

@@ -20,7 +20,8 @@ from spinlm.model.loading import add_adapter, compute_dtype, ensure_base, load_m
 from spinlm.model.logprobs import LogProbs
 from spinlm.model.players import Players, seat
 from spinlm.model.trees import Tree, lay_out
-from spinlm.rundir import START, RunDir
+from spinlm.order import START
+from spinlm.rundir import RunDir
 
 LORA = {"r": 4, "alpha": 8.0}
 TREES = [Tree([5, 6, 7, 8], ([9, 10, 11], [12, 13])), Tree([20, 21], ([22], [23, 24, 25]))]

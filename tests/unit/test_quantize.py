@@ -19,8 +19,9 @@ from spinlm.model.loading import add_adapter, load_model, silence_dropout
 from spinlm.model.players import Players
 from spinlm.model.quantize import check_quantization, count, four_bits, is_quantised, unpack
 from spinlm.model.trees import Tree, lay_out
+from spinlm.order import START
 from spinlm.recipe import parse_recipe
-from spinlm.rundir import START, RunDir
+from spinlm.rundir import RunDir
 
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="4 bits need the extra `bitsandbytes`")
 

@@ -13,7 +13,8 @@ import yaml
 
 from spinlm.errors import RunError
 from spinlm.files import read_json, write_json
-from spinlm.rundir import START, RunDir, differences
+from spinlm.order import START
+from spinlm.rundir import RunDir, differences
 
 
 @pytest.fixture

@@ -6,7 +6,8 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from spinlm.files import read_json, write_json
-from spinlm.rundir import RunDir, player_name
+from spinlm.order import player_name
+from spinlm.rundir import RunDir
 
 if TYPE_CHECKING:
     from rich.table import Table

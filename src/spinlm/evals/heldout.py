@@ -16,6 +16,7 @@ from spinlm.model.trees import Tree, micro_batches
 from spinlm.records import Example, HeldOutAnswer, HeldOutSample
 
 NGRAM = 4
+RESAMPLES = 2000  # of the bootstrap
 
 
 @dataclass(frozen=True)
@@ -185,27 +186,17 @@ def with_intervals(**measures: tuple[Sequence[float], Sequence[float] | None]) -
     return {**means, "intervals": intervals}
 
 
-def bootstrap(
-    values: Sequence[float],
-    by: Sequence[float] | None = None,
-    *,
-    seed: int = 0,
-    resamples: int = 2000,
-    level: float = 0.95,
-) -> tuple[float, float]:
-    """Percentile bootstrap interval of Σ values / Σ by over prompts.
+def bootstrap(values: Sequence[float], by: Sequence[float] | None = None) -> tuple[float, float]:
+    """95% percentile bootstrap interval of Σ values / Σ by over prompts.
 
     Args:
         values: one for each prompt.
         by: likewise; absent means ones, so that the ratio is the mean.
-        seed: of the resampling.
-        resamples: how many.
-        level: of the interval.
     """
     over, under = np.asarray(values, dtype=float), np.ones(len(values)) if by is None else np.asarray(by, dtype=float)
-    chosen = np.random.default_rng(seed).integers(0, len(over), (resamples, len(over)))
+    chosen = np.random.default_rng(0).integers(0, len(over), (RESAMPLES, len(over)))
     ratios = over[chosen].sum(axis=1) / under[chosen].sum(axis=1)
-    low, high = np.quantile(ratios, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(ratios, [0.025, 0.975])
     return float(low), float(high)
 
 

@@ -13,12 +13,11 @@ from collections.abc import Callable
 import numpy as np
 
 FOLDS = 5
+RESAMPLES = 1000  # of the bootstrap
 
 
-def discriminability(
-    real: np.ndarray, synthetic: np.ndarray, *, seed: int = 0, resamples: int = 1000, level: float = 0.95
-) -> tuple[float, float, float]:
-    """Cross-validated AUC of a linear probe, and a bootstrap interval of it over prompts.
+def discriminability(real: np.ndarray, synthetic: np.ndarray, *, seed: int = 0) -> tuple[float, float, float]:
+    """Cross-validated AUC of a linear probe, and a 95% bootstrap interval of it over prompts.
 
     Ridge regression on standardised features; both responses to a prompt are in the same fold, so that no prompt is
     seen before it is judged. AUC is the share of (real, synthetic) within a fold in which the real one scores higher,
@@ -28,8 +27,6 @@ def discriminability(
         real: [P, D] features of the real responses.
         synthetic: [P, D] of a player's, to the same prompts.
         seed: decides the folds and the resampling.
-        resamples: of the bootstrap.
-        level: of the interval.
 
     Returns:
         The AUC, and the interval's lower and upper end; (nan, nan, nan) for fewer than two prompts in a fold.
@@ -45,12 +42,12 @@ def discriminability(
         score = _fit(np.concatenate([real[rest], synthetic[rest]]), np.repeat([1.0, -1.0], len(rest)))
         ours, theirs = score(real[fold])[:, None], score(synthetic[fold])[None, :]
         wins.append((ours > theirs) + 0.5 * (ours == theirs))
-    resampled = np.zeros(resamples)
+    resampled = np.zeros(RESAMPLES)
     for won in wins:
         size = len(won)
-        times = random.multinomial(size, np.full(size, 1 / size), resamples)  # [R, p] how often each prompt is drawn
+        times = random.multinomial(size, np.full(size, 1 / size), RESAMPLES)  # [R, p] how often each prompt is drawn
         resampled += ((times @ won) * times).sum(axis=1) / size**2 / FOLDS
-    low, high = np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(resampled, [0.025, 0.975])
     return float(np.mean([won.mean() for won in wins])), float(low), float(high)
 
 

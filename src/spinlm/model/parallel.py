@@ -8,7 +8,7 @@ third way, DeepSpeed's, is in `zero`.
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -148,12 +148,12 @@ def totals(values: dict[str, float]) -> dict[str, float]:
     return dict(zip(values, sums.tolist(), strict=True))
 
 
-def share(trees: Sequence[Tree], processes: int, cost: Callable[[Tree], int] = len) -> list[list[int]]:
+def share(trees: Sequence[Tree], processes: int) -> list[list[int]]:
     """Divide trees over processes, as indices: the longest first, each to whoever has the least to do."""
     shares: list[list[int]] = [[] for _ in range(processes)]
     loads = [0] * processes
-    for index in sorted(range(len(trees)), key=lambda index: (-cost(trees[index]), index)):
+    for index in sorted(range(len(trees)), key=lambda index: (-len(trees[index]), index)):
         least = loads.index(min(loads))
         shares[least].append(index)
-        loads[least] += cost(trees[index])
+        loads[least] += len(trees[index])
     return [sorted(indices) for indices in shares]

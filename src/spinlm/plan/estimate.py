@@ -6,11 +6,12 @@ from functools import cached_property
 from typing import NamedTuple
 
 from spinlm.config import EXECUTION_ONLY, MEMORY_MARGIN, Recipe, at_iteration, optimizer_bytes
+from spinlm.order import START, stages
 from spinlm.plan.devices import CPU, DEVICES, GPU, TOKENISER_SPEED, Device
 from spinlm.plan.lengths import Lengths, Tokens, find_lengths
 from spinlm.plan.lookup import find_shape
 from spinlm.plan.shapes import Shape, UnknownShapeError
-from spinlm.rundir import START, RunDir
+from spinlm.rundir import RunDir
 
 UNKNOWN_PROMPTS = 1000
 LOGITS_BYTES = {CPU: 2 * (4 << 23), GPU: 2 * (4 << 26)}  # a chunk of logits in float32, and a copy
@@ -318,8 +319,5 @@ def make_plan(recipe: Recipe, run: RunDir | None = None, processes: int = 1) -> 
 
 
 def _finished(recipe: Recipe, run: RunDir) -> tuple[str, ...]:
-    stages = {name: (name, START) for name in ("prepare", "warmup", "evaluate")}
-    for iteration in range(recipe.selfplay.iterations):
-        for name in ("generate", "score", "train", "evaluate", "promote"):
-            stages[f"{name} {iteration}"] = (name, iteration)
-    return tuple(title for title, stage in stages.items() if run.marker(*stage).exists())
+    done = (stage for stage in stages(recipe.selfplay.iterations) if run.marker(*stage).exists())
+    return tuple(name if iteration == START else f"{name} {iteration}" for name, iteration in done)

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from spinlm.config import Data, Recipe
-from spinlm.rundir import START, RunDir
+from spinlm.order import START
+from spinlm.rundir import RunDir
 
 SAMPLE_ROWS = 200
 TURN_TOKENS = 5  # a chat template's marks around a message, its role among them

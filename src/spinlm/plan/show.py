@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from spinlm.config import OPTIMIZER_BYTES
 from spinlm.data.sources import names_a_file
+from spinlm.order import START
 from spinlm.plan.devices import GPU, TOKENISER_SPEED, Device
 from spinlm.plan.disk import disk, total
 from spinlm.plan.estimate import Hours, Plan, Work
 from spinlm.plan.shapes import Shape
-from spinlm.rundir import START
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -4,9 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from spinlm.order import BEFORE, STAGES, START, player_name
 from spinlm.report.facts import Facts
-from spinlm.rundir import START, player_name
-from spinlm.standing import BEFORE, STAGES
 
 POINTS = 1500
 """Most points of a curve: of longer ones every so many are shown."""

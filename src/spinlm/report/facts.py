@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from spinlm.files import read_json, read_json_lines
-from spinlm.rundir import START, RunDir, player_name
-from spinlm.standing import stages, standing
+from spinlm.order import START, player_name
+from spinlm.rundir import RunDir
+from spinlm.standing import stages_of, standing
 from spinlm.summary import COLUMNS, Row, rows, verdict
 
 SHOWN = 20
@@ -75,7 +76,7 @@ class Facts:
     def times(self) -> list[tuple[str, dict[str, float | None]]]:
         """Seconds of each stage by player; None where a stage is complete and its time was not kept."""
         found: dict[str, dict[str, float | None]] = {}
-        for stage, iteration in stages(self.run):
+        for stage, iteration in stages_of(self.run):
             marker = self.run.marker(stage, iteration)
             if marker.exists():
                 found.setdefault(player_name(iteration), {})[stage] = read_json(marker).get("seconds")

@@ -23,9 +23,10 @@ from spinlm.files import atomic_file, write_json
 from spinlm.model.players import Players, seat
 from spinlm.opponents import local_opponent
 from spinlm.opponents.base import Answer
+from spinlm.order import START, player_name
 from spinlm.progress import Advance, track
 from spinlm.records import Example, HeldOutAnswer, HeldOutSample, Sampling, read_pairs, to_line
-from spinlm.rundir import START, RunDir, player_name
+from spinlm.rundir import RunDir
 from spinlm.seeds import derive_seed
 from spinlm.shards import RecordFile
 

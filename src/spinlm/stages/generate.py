@@ -11,9 +11,10 @@ from spinlm.files import atomic_file
 from spinlm.model.players import Players, seat
 from spinlm.opponents import open_opponent
 from spinlm.opponents.base import Opponent
+from spinlm.order import START
 from spinlm.progress import Advance, track
 from spinlm.records import Example, Generation, Sampling, to_line
-from spinlm.rundir import START, RunDir
+from spinlm.rundir import RunDir
 from spinlm.seeds import derive_seed
 from spinlm.shards import RecordFile
 

@@ -25,8 +25,9 @@ from spinlm.model.players import check_trackers, seat
 from spinlm.model.quantize import check_quantization
 from spinlm.model.zero import check_deepspeed
 from spinlm.opponents.vllm import check_vllm
+from spinlm.order import START
 from spinlm.records import Example, to_line
-from spinlm.rundir import START, RunDir
+from spinlm.rundir import RunDir
 
 log = logging.getLogger("spinlm")
 

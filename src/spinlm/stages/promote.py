@@ -8,8 +8,9 @@ from spinlm.config import Recipe
 from spinlm.evals.guard import signs_of_collapse
 from spinlm.evals.heldout import is_ahead, standard_error
 from spinlm.files import read_json, write_json
+from spinlm.order import START
 from spinlm.records import HeldOutAnswer, read_lines
-from spinlm.rundir import START, RunDir
+from spinlm.rundir import RunDir
 
 log = logging.getLogger("spinlm")
 

@@ -14,9 +14,10 @@ from spinlm.files import atomic_path
 from spinlm.interrupt import stop_if_asked
 from spinlm.model.players import Players, seat
 from spinlm.model.trees import Tree, micro_batches
+from spinlm.order import START
 from spinlm.progress import Advance, track
 from spinlm.records import Example, Generation, Pair, read_lines, read_pairs, write_pairs
-from spinlm.rundir import START, RunDir
+from spinlm.rundir import RunDir
 from spinlm.shards import RecordFile
 from spinlm.stages.generate import SPLITS, splits
 

@@ -9,7 +9,8 @@ from spinlm.evals.guard import signs_of_collapse
 from spinlm.files import read_json
 from spinlm.model.fit import Fit, Items, Objective, fit
 from spinlm.model.players import seat
-from spinlm.rundir import START, RunDir
+from spinlm.order import START
+from spinlm.rundir import RunDir
 from spinlm.seeds import derive_seed
 from spinlm.shards import count_shards
 from spinlm.stages.curve import Curve

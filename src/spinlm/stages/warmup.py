@@ -7,8 +7,9 @@ from spinlm.config import Recipe
 from spinlm.model.fit import Fit, fit
 from spinlm.model.players import seat
 from spinlm.model.trees import Tree
+from spinlm.order import START
 from spinlm.records import Example, read_lines
-from spinlm.rundir import START, RunDir
+from spinlm.rundir import RunDir
 from spinlm.seeds import derive_seed
 from spinlm.stages.curve import Curve
 from spinlm.stages.items import SftItems, sft_objective

@@ -19,7 +19,8 @@ from spinlm.errors import RunError, SpinError, is_out_of_memory
 from spinlm.evals.benchmarks import Score, add_scores, read_scores
 from spinlm.evals.harness.data import local_data
 from spinlm.evals.harness.tasks import Unit, harness_version, open_units, wanted_tasks
-from spinlm.rundir import RunDir, player_name
+from spinlm.order import player_name
+from spinlm.rundir import RunDir
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task

@@ -17,7 +17,8 @@ from spinlm.evals.mt_bench.prompts import prompt_name
 from spinlm.evals.mt_bench.questions import read_questions, read_references
 from spinlm.evals.mt_bench.sitting import Sitting
 from spinlm.files import short_digest
-from spinlm.rundir import RunDir, player_name
+from spinlm.order import player_name
+from spinlm.rundir import RunDir
 
 MAX_NEW_TOKENS = 1024
 

@@ -11,9 +11,10 @@ from spinlm.errors import DataError, RunError
 from spinlm.evals.mt_bench.questions import OTHER_TEMPERATURE, TEMPERATURES, Question, References
 from spinlm.files import short_digest
 from spinlm.journal import Journal
+from spinlm.order import START, player_name
 from spinlm.progress import track
 from spinlm.records import Message, Sampling
-from spinlm.rundir import START, RunDir, player_name
+from spinlm.rundir import RunDir
 from spinlm.seeds import derive_seed
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from spinlm.evals.mt_bench.judge import read_choice
 from spinlm.evals.mt_bench.sitting import Sitting, counts_of, mean_and_error, nothing_readable, remark_unreadable
 from spinlm.evals.mt_bench.verdicts import Asked, Place, ask_about, collect, verdicts_file
 from spinlm.journal import Journal
-from spinlm.rundir import player_name
+from spinlm.order import player_name
 
 SUITE = "mt-bench pairwise"
 
