@@ -188,7 +188,7 @@ def _gradients(model: Any) -> dict[str, Any]:
 
 class _Ours:
     def __init__(self, shape: Shape, checkpointed: bool = False):
-        from spinlm.model.fit import Fit, make_optimizer
+        from spinlm.model.optimizers import make_optimizer
         from spinlm.model.players import Players
         from spinlm.model.trees import Tree
         from spinlm.recipe import parse_recipe
@@ -211,8 +211,8 @@ class _Ours:
         self.module = self.players.parallel().module
         self.trees = [Tree(prompt, (real, *others)) for prompt, real, others in shape.groups()]
         self.budget, self.pairs, self.recipe = recipe.train.tokens_per_micro_batch, shape.pairs, recipe
-        how = Fit.of(recipe.train, learning_rate=1e-6, seed=0)
-        self.optimizer = make_optimizer(how, self.players)
+        trained = (parameter for _, parameter in self.players.parameters())
+        self.optimizer = make_optimizer(recipe.train.optimizer, trained, 1e-6, recipe.train.weight_decay)
         self.score()
 
     def score(self) -> None:

@@ -26,14 +26,12 @@ from spinlm.model.fit import (
     Fit,
     Item,
     Objective,
-    check_optimizer,
-    find_optimizer,
     fit,
     learning_rate_at,
-    make_optimizer,
     plan_steps,
 )
 from spinlm.model.logprobs import LogProbs
+from spinlm.model.optimizers import check_optimizer, find_optimizer, make_optimizer
 from spinlm.model.players import Players
 from spinlm.model.trees import Layout, Tree
 from spinlm.order import START
@@ -400,14 +398,14 @@ def test_find_optimizer() -> None:
             find_optimizer(unknown)
 
 
-def test_an_optimizer_that_takes_other_settings(new_players: NewPlayers) -> None:
-    players = new_players(lora={"r": 4})
+def test_an_optimizer_that_takes_other_settings() -> None:
+    weights = [torch.nn.Parameter(torch.ones(2)) for _ in range(3)]
     with pytest.raises(RecipeError, match=r"optimizer lbfgs: .*weight_decay.*choose another"):
-        make_optimizer(replace(HOW, optimizer="lbfgs"), players)
-    optimizer = make_optimizer(replace(HOW, optimizer="rmsprop", weight_decay=0.1), players)
+        make_optimizer("lbfgs", weights, 1e-3, 0.1)
+    optimizer = make_optimizer("rmsprop", weights, 1e-3, 0.1)
     assert isinstance(optimizer, torch.optim.RMSprop)
-    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1]
-    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(players.parameters())
+    assert [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups] == [(1e-3, 0.1)]
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == 3
 
 
 @pytest.mark.parametrize("name", ["lbfgs", "SparseAdam", "nothing"])

@@ -20,9 +20,10 @@ from torch import Tensor
 
 from spinlm import team
 from spinlm.config import Train
-from spinlm.errors import RecipeError, StoppedError, TrainingError, is_out_of_memory
+from spinlm.errors import StoppedError, TrainingError, is_out_of_memory
 from spinlm.interrupt import asked_to_stop, must_finish, stop_if_asked
 from spinlm.model.checkpoints import newest, resume, save_checkpoint
+from spinlm.model.optimizers import make_optimizer
 from spinlm.model.parallel import Parallel, share, totals
 from spinlm.model.players import Players
 from spinlm.model.trees import Tree, lay_out, micro_batches
@@ -123,7 +124,8 @@ def fit(
     begin, state = resume(checkpoints, players)
     players.changed()
     parallel = players.parallel()
-    optimizer = make_optimizer(how, players)
+    trained = (parameter for _, parameter in players.parameters())
+    optimizer = make_optimizer(how.optimizer, trained, how.learning_rate, how.weight_decay)
     parallel.begin(optimizer, how.max_grad_norm, state)
     parallel.module.train()
     stop, budget = False, how.tokens_per_micro_batch
@@ -281,56 +283,3 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> float:
     for group in optimizer.param_groups:
         group["lr"] = rate
     return rate
-
-
-def find_optimizer(name: str) -> type[torch.optim.Optimizer]:
-    """The optimiser of torch.optim with a name, in any case.
-
-    Raises:
-        RecipeError: there is none.
-    """
-    known = {
-        key.lower(): value
-        for key, value in vars(torch.optim).items()
-        if isinstance(value, type) and issubclass(value, torch.optim.Optimizer) and value is not torch.optim.Optimizer
-    }
-    if name.lower() not in known:
-        raise RecipeError(f"optimizer: no {name!r} in torch.optim; known: {', '.join(sorted(known))}")
-    return known[name.lower()]
-
-
-def check_optimizer(name: str, weight_decay: float, where: str) -> None:
-    """Try an optimiser on a small matrix, so that one that cannot be used is told before hours of other work.
-
-    Args:
-        name: of the optimiser.
-        weight_decay: the recipe's.
-        where: the recipe's field that names it, for the message.
-
-    Raises:
-        RecipeError: there is no such optimiser, or it needs what training does not give (settings, a closure, …).
-    """
-    make: Any = find_optimizer(name)
-    weight = torch.nn.Parameter(torch.ones(2, 2))
-    weight.grad = torch.ones(2, 2)
-    try:
-        make([weight], lr=1e-3, weight_decay=weight_decay).step()
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise RecipeError(
-            f"{where}: {name} cannot be used: {error}; choose another, such as adamw or rmsprop"
-        ) from error
-
-
-def make_optimizer(how: Fit, players: Players) -> torch.optim.Optimizer:
-    """A fresh optimiser over what is trained.
-
-    Raises:
-        RecipeError: there is no such optimiser, or it takes other settings than a learning rate and weight decay.
-    """
-    parameters = [parameter for _, parameter in players.parameters()]
-    make: Any = find_optimizer(how.optimizer)
-    try:
-        optimizer: torch.optim.Optimizer = make(parameters, lr=how.learning_rate, weight_decay=how.weight_decay)
-    except (TypeError, ValueError) as error:
-        raise RecipeError(f"optimizer {how.optimizer}: {error}; choose another, such as adamw or rmsprop") from error
-    return optimizer

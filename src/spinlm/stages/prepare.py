@@ -19,8 +19,8 @@ from spinlm.errors import DataError, RecipeError
 from spinlm.evals.scorers import get_scorer
 from spinlm.files import atomic_file, file_digest, write_json
 from spinlm.locate import locate
-from spinlm.model.fit import check_optimizer
 from spinlm.model.loading import ensure_base
+from spinlm.model.optimizers import check_optimizer
 from spinlm.model.players import check_trackers, seat
 from spinlm.model.quantize import check_quantization
 from spinlm.model.zero import check_deepspeed
