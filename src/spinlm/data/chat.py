@@ -6,12 +6,12 @@ other program that uses the model's chat template sees.
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from spinlm.errors import ModelError
+from spinlm.errors import ModelError, shortened
 from spinlm.records import Message
 
 if TYPE_CHECKING:
@@ -37,6 +37,9 @@ DEFAULT_TEMPLATE = """\
 
 _REMEDY = "Give another template in data.chat_template (Jinja text, or a file that holds it)"
 
+QUICK = 1_000_000  # characters that are soon tokens, however they come
+TIMES_TOO_LONG = 4  # a tokeniser may shorten text before it makes tokens of it
+
 _QUESTION: Message = {"role": "user", "content": "What colour is the sky?"}
 _ANSWER = "It is blue."
 _SAMPLES: dict[str, list[Message]] = {
@@ -50,7 +53,7 @@ class RowError(Exception):
     """One row cannot be used; the rest of the data can. `reason` is a snake_case name to count it under."""
 
     def __init__(self, reason: str, detail: str):
-        super().__init__(detail)
+        super().__init__(shortened(detail))
         self.reason = reason
 
 
@@ -104,6 +107,10 @@ class Renderer:
         always = {*self._special, *self.stop_ids}
         control = sorted(text for i, text in self._added.items() if i in always or text in self.template)
         self._control = re.compile("|".join(map(re.escape, control)) or "(?!)")
+        # Tokenisers of the Rust kind look for some added tokens in the text as they have normalised it.
+        normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
+        self._normalize: Callable[[str], str] = normalizer.normalize_str if normalizer else str
+        self._longest = max(map(len, tokenizer.get_vocab()))
         self._drops_system = False
         self._check_samples()
 
@@ -122,8 +129,10 @@ class Renderer:
         fit is cut and not given an end.
 
         Raises:
-            RowError: control_token, template_refused, response_changed, prompt_not_a_prefix, prompt_too_long.
+            RowError: control_token, template_refused, response_changed, prompt_not_a_prefix, prompt_too_long,
+                too_long: so much too long that to find out how much would take long itself.
         """
+        self._refuse_what_never_fits(messages, response, max_length)
         self._refuse_control_tokens(response)
         prompt = self._prompt_text(messages)
         whole = self._render([*messages, {"role": "assistant", "content": response}])
@@ -185,8 +194,13 @@ class Renderer:
                 raise RowError("template_refused", "the chat template leaves the system message out")
         return self._render(messages, generation_prompt=True)
 
+    def _refuse_what_never_fits(self, messages: Sequence[Message], response: str, max_length: int) -> None:
+        signs = len(response) + sum(len(message["content"]) for message in messages)
+        if signs > max(QUICK, TIMES_TOO_LONG * self._longest * max_length):
+            raise RowError("too_long", f"it has {signs} characters, far more than {max_length} tokens can have")
+
     def _refuse_control_tokens(self, text: str) -> None:
-        if found := self._control.search(text):
+        if found := self._control.search(text) or self._control.search(self._normalize(text)):
             raise RowError("control_token", f"the text contains the control token {found.group()}")
 
     def _render(self, messages: Sequence[Message], generation_prompt: bool = False) -> str:

@@ -1,13 +1,14 @@
 """Datasets in, checked examples out: which rows a run uses, what it leaves out, and why.
 
-Rows are read one at a time in a seeded order and handed on as they are accepted, so the size of a .jsonl, .parquet or
-hub dataset does not matter; .json and .csv files are held in memory.
+Rows are read one at a time in a seeded order and handed on as they are accepted, so the size of a .jsonl or
+hub dataset does not matter; other files are held in memory.
 """
 
 import difflib
 import hashlib
 import json
 import math
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ import numpy as np
 from spinlm.config import Columns, Data
 from spinlm.data.chat import Renderer, RowError
 from spinlm.data.sources import Source, kind_of, open_source
-from spinlm.errors import DataError
+from spinlm.errors import DataError, shortened
 from spinlm.progress import track
 from spinlm.records import Example, Message
 
@@ -133,26 +134,29 @@ class _Draw:
         *rejected: str,
     ) -> None:
         """Take one prompt, its response and, where the data are preferences, the rejected one; or count why not."""
-        prompt_digest, digest = _digest(messages), _digest([messages, response, *rejected])
-        if digest in self.contents:
-            self.drops.add(number, "duplicate", "the same prompt and response as an earlier row")
-            return
-        if split != "heldout" and prompt_digest in self.heldout_prompts:
-            self.drops.add(number, "prompt_in_heldout", "its prompt is one of the held-out ones")
-            return
         try:
             _check_not_empty(messages, response, *rejected)
             encoded, *worse = (self.renderer.encode(messages, text, self.max_length) for text in (response, *rejected))
         except RowError as error:
             self.drops.bad_row(number, error)
             return
-        example_id = (row_id or digest.hex()[:16]) + suffix
-        if example_id in self.ids:
-            example_id += f"-{digest.hex()[:16]}"
+        # By tokens, since a template may make the same of different texts.
+        prompt = _digest(encoded.prompt_ids)
+        digest = _digest([encoded.prompt_ids, *(one.response_ids for one in (encoded, *worse))])
+        if digest in self.contents:
+            self.drops.add(number, "duplicate", "the same prompt and response as an earlier row")
+            return
+        if split != "heldout" and prompt in self.heldout_prompts:
+            self.drops.add(number, "prompt_in_heldout", "its prompt is one of the held-out ones")
+            return
+        content = _digest([messages, response, *rejected]).hex()[:16]
+        example_id = (row_id or content) + suffix
+        while example_id in self.ids:
+            example_id += f"-{content}"
         self.ids.add(example_id)
         self.contents.add(digest)
         if split == "heldout":
-            self.heldout_prompts.add(prompt_digest)
+            self.heldout_prompts.add(prompt)
         self.counts[split] += 1
         self.cut += encoded.cut
         source_row = f"{self.source.name}:{number}"
@@ -266,11 +270,12 @@ def _recognise(source: Source, named: Columns) -> _Layout:
     columns = _columns(source)
     for key, column in named.model_dump(exclude_none=True).items():
         if column not in columns:
+            known = shortened(", ".join(map(repr, columns)))
             near = difflib.get_close_matches(column, columns, n=1, cutoff=0.5)
             guess = f"; did you mean {near[0]!r}?" if near else ""
             raise DataError(
                 f"{source.where}: data.columns.{key} is {column!r}, which is no column of the data{guess} "
-                f"(columns: {', '.join(columns)})"
+                f"(columns: {known})"
             )
     if named.messages and (named.prompt or named.response):
         raise DataError(
@@ -299,9 +304,10 @@ def _recognise(source: Source, named: Columns) -> _Layout:
     elif present("question") and present("answer"):
         prompt, response = "question", "answer"
     if not prompt or not response or prompt == response:
+        known = shortened(", ".join(map(repr, columns)))
         raise DataError(
-            f"{source.where}: cannot tell which columns hold the prompt and the response (columns: "
-            f"{', '.join(columns)}). Name them: data.columns.prompt and data.columns.response, or "
+            f"{source.where}: cannot tell which columns hold the prompt and the response (columns: {known}). "
+            "Name them: data.columns.prompt and data.columns.response, or "
             "data.columns.messages for a list of messages"
         )
     addition = present("input") if prompt == "instruction" and response != "input" else None
@@ -341,7 +347,7 @@ def _text(value: Any, name: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise RowError("not_text", f"{name!r} holds half a character (a lone surrogate): {error}") from error
+        raise RowError("not_text", f"{name!r} holds what is not UTF-8, or half a character: {error}") from error
     return value
 
 
@@ -357,7 +363,7 @@ def _message(value: Any, name: str) -> Message:
     role = value["role"]
     if not isinstance(role, str) or role not in _ROLES:
         raise RowError("unknown_role", f"{name!r} has the role {role!r}; known: {', '.join(_ROLES)}")
-    if value.get("tool_calls"):
+    if value.get("tool_calls") or value.get("function_call"):
         raise RowError("tool_call", f"{name!r} calls a tool, which self-play cannot answer")
     content = value["content"]
     if isinstance(content, list):
@@ -367,9 +373,10 @@ def _message(value: Any, name: str) -> Message:
 
 def _parts(parts: list[Any], name: str) -> Iterator[str]:
     for part in parts:
-        kind = part.get("type") if isinstance(part, dict) else kind_of(part)
-        if kind != "text":
-            raise RowError("not_text", f"{name!r} has a part of the type {kind}, not text")
+        if not isinstance(part, dict):
+            raise RowError("not_text", f"{name!r} has a part that is {kind_of(part)}, not an object with type and text")
+        if (kind := part.get("type")) != "text":
+            raise RowError("not_text", f"{name!r} has a part of the type {kind!r}, not text")
         yield _text(part.get("text"), f"{name}.content")
 
 
@@ -400,10 +407,16 @@ def _targets(conversation: list[Message], turns: Turns) -> list[int]:
 
 
 def _check_not_empty(messages: list[Message], *responses: str) -> None:
-    if not all(response.strip() for response in responses):
+    if not all(map(_visible, responses)):
         raise RowError("empty_response", "the response is empty")
-    if not any(message["content"].strip() for message in messages if message["role"] == "user"):
+    *_, asked = (message["content"] for message in messages if message["role"] == "user")
+    if not _visible(asked):
         raise RowError("empty_prompt", "the prompt is empty")
+
+
+def _visible(text: str) -> bool:
+    """Whether there is more to a text than white space and characters without a shape (zero-width, control)."""
+    return any(not sign.isspace() and unicodedata.category(sign) not in ("Cc", "Cf") for sign in text)
 
 
 def _digest(value: Any) -> bytes:

@@ -10,7 +10,8 @@ from typing import Any
 
 from spinlm.config import Data
 from spinlm.data.chat import RowError
-from spinlm.errors import DataError
+from spinlm.errors import DataError, shortened
+from spinlm.locate import local
 
 
 @dataclass(frozen=True)
@@ -35,16 +36,17 @@ def open_source(data: Data) -> Source:
     Raises:
         DataError: there is no such file or dataset, or it cannot be read or is empty.
     """
-    path = Path(data.path).expanduser()
-    if path.is_dir():
+    path = local(data.path)
+    if path is not None and path.is_dir():
         raise DataError(f"{data.path}: is a folder; name a file in it ({', '.join(_FILES)})")
-    if not names_a_file(data.path) and not path.exists():
-        rows = _hub_rows(data)
-        source = Source(data.path, data.path, range(1, len(rows) + 1), rows.__getitem__)
-    elif not path.exists():
+    if path is None and names_a_file(data.path):
         raise DataError(f"{data.path}: no such file")
+    if path is None:
+        source = Source(data.path, data.path, *_hub(data))
     elif path.suffix.lower() not in _FILES:
         raise DataError(f"{data.path}: not a kind of file that can be read; known: {', '.join(_FILES)}")
+    elif not path.is_file():
+        raise DataError(f"{data.path}: is not a file")
     elif path.stat().st_size == 0:
         raise DataError(f"{data.path}: is empty")
     else:
@@ -108,7 +110,8 @@ def _csv(path: Path) -> _Rows:
     records: list[list[str]] = []
     numbers = []
     start = 1  # the line on which the record begins; text in quotes may span several
-    with path.open(encoding="utf-8-sig", newline="") as file:
+    # What is not UTF-8 becomes lone surrogates, which no text may hold: so its row is refused and not the file.
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         reader = csv.reader(file, strict=True)
         try:
             for record in reader:
@@ -118,11 +121,8 @@ def _csv(path: Path) -> _Rows:
                 start = reader.line_num + 1
         except csv.Error as error:
             raise DataError(f"{path}, line {start}: not CSV: {error}") from error
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path}: not UTF-8: {error}") from error
     header = records.pop(0) if records else []
-    if len(set(header)) < len(header):
-        raise DataError(f"{path}: two columns have the same name ({', '.join(header)})")
+    _check_names(path, header)
 
     def read(index: int) -> Any:
         if len(records[index]) != len(header):
@@ -133,23 +133,53 @@ def _csv(path: Path) -> _Rows:
 
 
 def _parquet(path: Path) -> _Rows:
-    from datasets import Dataset
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
     try:
-        rows = Dataset.from_parquet(str(path))
-    except Exception as error:  # pyarrow and datasets have no common family
-        raise DataError(f"{path}: not a Parquet file that can be read: {error.__cause__ or error}") from error
-    return range(1, len(rows) + 1), rows.__getitem__
+        # Not through `datasets`, which would open what a column of images names, and keep a copy in its cache.
+        table = pq.ParquetFile(path).read()
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise DataError(f"{path}: not a Parquet file that can be read: {error}") from error
+    _check_names(path, table.column_names)
+    return range(1, len(table) + 1), lambda index: _values(table.slice(index, 1))
 
 
 _FILES: dict[str, Callable[[Path], _Rows]] = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}
 
 
-def _hub_rows(data: Data) -> Any:
+def _values(row: Any) -> dict[str, Any]:
+    """The row of an Arrow table that has one."""
+    values = {}
+    for name, column in zip(row.column_names, row.columns, strict=True):
+        try:
+            (values[name],) = column.to_pylist()
+        except Exception as error:  # not UTF-8, a date that Python has not, a time zone that nobody knows
+            raise RowError("unreadable", f"{name!r} cannot be read: {error}") from error
+    return values
+
+
+def _check_names(path: Path, columns: Sequence[str]) -> None:
+    """
+    Raises:
+        DataError: two columns have the same name.
+    """
+    seen: set[str] = set()
+    for name in columns:
+        if name in seen:
+            raise DataError(f"{path}: two columns have the same name, {shortened(repr(name))}")
+        seen.add(name)
+
+
+def _hub(data: Data) -> _Rows:
     from datasets import load_dataset
 
+    if "/" not in data.path:  # a name alone may be one of the library's readers, which takes what lies in this folder
+        raise DataError(f"{data.path}: no such file here. A dataset of the hub is named OWNER/NAME")
     try:
-        return load_dataset(data.path, name=data.subset, split=data.split, revision=data.revision)
+        rows = load_dataset(data.path, name=data.subset, split=data.split, revision=data.revision)
+        arrow = rows.with_format("arrow")  # the rest of a row (images, sound) is not decoded
+        return range(1, len(rows) + 1), lambda index: _values(arrow[index])
     except Exception as error:  # the hub client, its transport and the readers have no common family
         raise DataError(
             f"{data.path}: no such file here, and the hub did not give a dataset of that name: {error}"
