@@ -6,12 +6,26 @@ The string under a field is its documentation.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, JsonValue, Tag, model_validator
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
+
+Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
+
+
+def _no_address(path: str) -> str:
+    """Refuse an address without showing it: a password may be in it."""
+    scheme, found, _ = path.partition("://")
+    if found and scheme != "package":
+        raise ValueError(f"an address ({scheme}://…) is not read: name a file here, or the hub id OWNER/NAME")
+    return path
+
+
+Place = Annotated[str, Field(min_length=1), AfterValidator(_no_address)]
+Options = dict[str, JsonValue]
 
 ONE, LIST = "<one>", "<list>"  # what pydantic's errors call the two alternatives
 
@@ -34,7 +48,7 @@ class Section(BaseModel):
 
 
 class Model(Section):
-    path: str
+    path: Place
     """A folder, a .gguf file, `package://NAME/FILE` (a file inside an installed Python package), or a hub id."""
     revision: str | None = None
     """Commit, tag or branch of a hub model. Pin it: repositories change."""
@@ -78,7 +92,7 @@ class Columns(Section):
 
 
 class Data(Section):
-    path: str
+    path: Place
     """A .jsonl, .json, .parquet or .csv file, or a hub dataset id."""
     subset: str | None = None
     """Configuration of a hub dataset that has several, such as `main` of openai/gsm8k."""
@@ -94,7 +108,7 @@ class Data(Section):
     """How many examples to draw at random for self-play; absent means all that are left after the held-out ones."""
     heldout: Count = 512
     """How many examples to set aside for evaluation. Their prompts are never trained on."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
     """Decides which examples are drawn."""
     on_bad_row: Literal["error", "skip"] = "error"
     """Stop at a row that cannot be used, or leave it out and count it."""
@@ -125,13 +139,19 @@ class Server(Section):
     """Requests at once."""
     timeout: Positive = 600.0
     """Seconds within which a response has to be there, waiting in the server's queue included."""
-    options: dict[str, Any] = {}
+    options: Options = {}
     """Further fields of each request; null leaves one out that would be sent."""
 
     @model_validator(mode="after")
     def _has_an_address(self) -> "Server":
         from spinlm.endpoint import fault_of
 
+        for name in self.options:
+            if name.lower().endswith(("key", "authorization", "password", "secret")):
+                raise ValueError(
+                    f"opponent.server.options: {name} would be kept in the run folder. A key goes into the "
+                    "environment, as SPINLM_SERVER_KEY"
+                )
         for url in self.urls:
             if fault := fault_of(url):
                 raise ValueError(f"opponent.server.urls: {fault}")
@@ -157,8 +177,15 @@ class Vllm(Section):
     """Copies of the model, which share the prompts."""
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
     """Share of a GPU's memory that vLLM takes."""
-    options: dict[str, Any] = {}
+    options: Options = {}
     """Further arguments of vllm.LLM, such as max_num_seqs; null leaves one out that would be given."""
+
+    @model_validator(mode="after")
+    def _names_no_other_model(self) -> "Vllm":
+        for name in ("model", "tokenizer", "revision", "trust_remote_code", "hf_token"):
+            if name in self.options:
+                raise ValueError(f"opponent.vllm.options: {name} is not for here: it goes by the section model:")
+        return self
 
 
 class Opponent(Section):
@@ -382,7 +409,7 @@ class Recipe(Section):
     """What is measured on held-out prompts."""
     tracking: list[str] = []
     """Trackers of Accelerate to report to: tensorboard, wandb, …"""
-    seed: int = 0
+    seed: Seed = 0
     """Decides sampling, shuffling and the adapter's initial weights."""
 
     @model_validator(mode="after")

@@ -32,6 +32,9 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
+SHORTEST_KEY = 4  # characters; what is shorter stands in any text
+
+
 @dataclass(frozen=True)
 class Wording:
     """How messages call the settings of an endpoint, so that they say what to change."""
@@ -138,8 +141,8 @@ def _is_here(address: str) -> bool:
 
 def redact(text: str, wording: Wording) -> str:
     """A text without the keys that are set."""
-    for name in wording.keys:
-        if key := os.environ.get(name, "").strip():
+    for name in (*wording.keys, "HF_TOKEN"):
+        if len(key := os.environ.get(name, "").strip()) >= SHORTEST_KEY:
             text = text.replace(key, "[key]")
     return text
 

@@ -11,6 +11,9 @@ from pydantic import ValidationError
 
 from spinlm.config import LIST, ONE, Recipe, Section
 from spinlm.errors import RecipeError
+from spinlm.locate import local
+
+LONGEST = 1_000_000  # bytes of a recipe
 
 
 def load_recipe(path: Path, overrides: tuple[str, ...] | list[str] = ()) -> Recipe:
@@ -23,10 +26,12 @@ def load_recipe(path: Path, overrides: tuple[str, ...] | list[str] = ()) -> Reci
         RecipeError: the file is missing or no YAML mapping, or a key or value is wrong.
     """
     try:
+        if path.exists() and not path.is_dir() and not (path.is_file() and path.stat().st_size <= LONGEST):
+            raise RecipeError(f"{path}: not a recipe: a file of text, of at most {LONGEST} bytes")
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise RecipeError(f"{path}: no such recipe. `spinlm init` writes one to start from") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a name that no file can have
         raise RecipeError(f"{path}: cannot be read as text: {error}") from None
     values = _parse_yaml(text, str(path))
     if not isinstance(values, dict):
@@ -44,14 +49,36 @@ def parse_recipe(values: dict[str, Any], where: str = "recipe") -> Recipe:
         RecipeError: with one line for each thing that is wrong.
     """
     try:
-        return Recipe.model_validate(values)
+        recipe = Recipe.model_validate(values)
     except ValidationError as error:
         lines = list(dict.fromkeys(_explain(item) for item in error.errors(include_url=False)))
         raise RecipeError("\n".join(f"{where}: {line}" for line in lines)) from None
+    try:
+        json.dumps(recipe.model_dump(mode="json"), ensure_ascii=False, allow_nan=False).encode()
+    except ValueError as error:  # a lone surrogate, as in a name that is not UTF-8; NaN; a number without end
+        raise RecipeError(f"{where}: holds a text or a number that cannot be written down: {error}") from None
+    return recipe
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML where `5e-7` is a number, as in YAML 1.2 and everywhere else, and a repeated or empty key is an error."""
+    """YAML where `5e-7` is a number, as in YAML 1.2 and everywhere else.
+
+    Errors are: a repeated or empty key; an alias, which recipes do not need and of which a few lines fill any memory; a
+    whole number such as 010 or 1:30, which YAML 1.1 takes for 8 and 90.
+    """
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            alias = self.peek_event()
+            raise yaml.YAMLError(f"*{alias.anchor} (line {alias.start_mark.line + 1}): write out what it stands for")
+        return super().compose_node(parent, index)
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        text = self.construct_scalar(node).lstrip("+-")
+        if ":" in text or (text.startswith("0") and text.strip("0_").isdigit()):
+            line = node.start_mark.line + 1
+            raise yaml.YAMLError(f"{text} (line {line}): write it as a plain number, or as text in quotes")
+        return int(super().construct_yaml_int(node))
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -77,6 +104,8 @@ class _Dumper(yaml.SafeDumper):
     """YAML that `_Loader` reads as it was: a text such as `12e4567`, a commit maybe, is quoted."""
 
 
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+
 for _kind in (_Loader, _Dumper):
     _kind.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+0123456789"))
 
@@ -89,7 +118,7 @@ def as_yaml(recipe: dict[str, Any]) -> str:
 def _parse_yaml(text: str, where: str) -> Any:
     try:
         return yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, OverflowError) as error:  # a tag amiss
         raise RecipeError(f"{where}: not valid YAML: {error}") from None
     except RecursionError:
         raise RecipeError(f"{where}: not valid YAML: nested too deeply") from None
@@ -123,7 +152,7 @@ def _resolve_paths(values: dict[str, Any], folder: Path) -> None:
         except RuntimeError as error:  # ~name of a user that does not exist
             raise RecipeError(f"{section}.{key}: {value}: {error}") from None
         # Absolute, so that the run can be continued, and asked, from any folder.
-        found = next((path for path in (folder / here, here) if path.exists()), None)
+        found = next(filter(None, (local(str(path)) for path in (folder / here, here))), None)
         if found is not None or value.startswith("~"):
             block[key] = str((found or here).absolute())
 
@@ -146,7 +175,8 @@ def _explain(item: Any) -> str:
         hint = "; put it in quotes to make it text"
     if item["type"] == "float_type" and isinstance(item["input"], str) and _is_number(item["input"]):
         hint = "; leave the quotes out"
-    return f"{dotted}: {message.replace('input should', 'should')}, got {_show(item['input'])}{hint}"
+    secret = "" if "server" in location else f", got {_show(item['input'])}"  # a password or a key may be in it
+    return f"{dotted}: {message.replace('input should', 'should')}{secret}{hint}"
 
 
 def _suggest(location: list[str]) -> str:
@@ -173,9 +203,10 @@ def _section(names: list[str]) -> Any:
 
 def _show(value: Any) -> str:
     try:
-        return json.dumps(value, default=str, ensure_ascii=False)[:80]
-    except (TypeError, ValueError):  # keys that JSON has not, or a value that holds itself
-        return repr(value)[:80]
+        text = json.dumps(value, default=str, ensure_ascii=False)
+    except (TypeError, ValueError):  # keys that JSON has not, a value that holds itself, a number without end
+        text = f"a value of the type {type(value).__name__}"
+    return text[:80].encode("utf-8", "backslashreplace").decode()
 
 
 def _is_number(text: str) -> bool:

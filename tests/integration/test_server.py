@@ -281,7 +281,7 @@ def test_an_address_that_failed_once_gets_work_again(opponent: Callable[..., Ser
 @pytest.mark.parametrize(
     ("reply", "said"),
     [
-        (refuse(401), "refuses the key in SPINLM_SERVER_KEY or OPENAI_API_KEY (401: because). It was not sent any"),
+        (refuse(401), "refuses the key in SPINLM_SERVER_KEY (401: because). It was not sent any"),
         (refuse(404), "Either it has no model player, which opponent.server.model names, or opponent.server.urls"),
         (refuse(400, "too long"), "refuses the request (400: too long)"),
         ((200, {}, "<html>hello</html>"), "something other than JSON (<html>hello</html>)"),

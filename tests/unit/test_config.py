@@ -7,6 +7,7 @@ import tempfile
 import types
 import typing
 from collections.abc import Iterator, Sequence
+from datetime import date
 from pathlib import Path
 from random import Random
 from typing import Any, get_args, get_origin
@@ -41,6 +42,11 @@ def with_section(**sections: Any) -> str:
     with pytest.raises(RecipeError) as error:
         parse_recipe({"model": {"path": "m"}, "data": {"path": "d"}} | sections)
     return str(error.value)
+
+
+def served(**changes: Any) -> dict[str, Any]:
+    server = {"kind": "vllm", "urls": ["http://127.0.0.1:1/v1"], "command": "serve"}
+    return {"engine": "server", "server": server | changes}
 
 
 # Values
@@ -270,6 +276,12 @@ def test_four_bits_are_not_divided() -> None:
         ("[a, b]: c\n", "not valid YAML"),
         ("seed: 2024-13-45\n", "not valid YAML"),
         ("seed: !!python/object:os.system {}\n", "not valid YAML"),
+        ("seed: !!int ''\n", "not valid YAML"),
+        ("seed: !!bool maybe\n", "not valid YAML"),
+        ("seed: !!timestamp nope\n", "not valid YAML"),
+        ("seed: 010\n", "010 (line 1): write it as a plain number, or as text in quotes"),
+        ("seed: 1:30\n", "1:30 (line 1): write it as a plain number"),
+        ("a: &a 1\nseed: *a\n", "*a (line 2): write out what it stands for"),
     ],
 )
 def test_files_that_are_no_recipe(tmp_path: Path, text: str, said: str) -> None:
@@ -285,6 +297,36 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(RecipeError, match="cannot be read as text"):
         load_recipe(tmp_path / "binary.yaml")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"model": {"path": ""}}, "model.path: string should have at least 1 character"),
+        ({"model": {"path": "x\ud800"}}, "model.path: should be a valid string"),
+        ({"data": {"path": "https://me:secret@host/data.jsonl"}}, "an address (https://…) is not read: name a file"),
+        ({"seed": -1}, "seed: should be greater than or equal to 0"),
+        ({"seed": 1 << 63}, "seed: should be less than"),
+        ({"seed": 10**5000}, "seed: should be less than"),
+        ({"opponent": served(options={"seed": float("nan")})}, "holds a text or a number that cannot be written down"),
+        ({"opponent": served(options={"day": date(2024, 1, 1)})}, "opponent.server.options.day: "),
+        ({"opponent": served(options={"api_key": "secret"})}, "A key goes into the environment"),
+        ({"opponent": served(urls="http://me:secret@host/v1")}, "opponent.server.urls: should be a valid list"),
+        (
+            {"opponent": {"engine": "vllm", "vllm": {"options": {"trust_remote_code": True}}}},
+            "goes by the section model:",
+        ),
+    ],
+)
+def test_values_that_no_recipe_can_have(changes: dict[str, Any], said: str) -> None:
+    """And what may be a password is not shown."""
+    whole = with_section(**changes)
+    assert said in whole and "secret" not in whole and len(whole) < 500
+
+
+def test_paths_that_no_file_can_have_are_names(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("model: {path: a/b}\ndata: {path: c/d}\n", encoding="utf-8")
+    assert load_recipe(tmp_path / "r.yaml", [f"data.path={'x' * 300}"]).data.path == "x" * 300
 
 
 # The schema itself

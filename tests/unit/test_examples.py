@@ -736,7 +736,9 @@ def test_ids_are_of_one_example_each(select: Any) -> None:
     given = [{"prompt": f"p{n}", "response": "r", "id": "x"} for n in range(3)]
     _, splits = select(given, columns={"id": "id"})
     second = next(example.id for example in everything(splits) if example.id != "x")
-    _, splits = select([{**given[0], "prompt": "z", "id": second}, *given, {**given[1], "prompt": "q"}], columns={"id": "id"})
+    _, splits = select(
+        [{**given[0], "prompt": "z", "id": second}, *given, {**given[1], "prompt": "q"}], columns={"id": "id"}
+    )
     ids = [example.id for example in everything(splits)]
     assert len(set(ids)) == len(ids) == 5
 

@@ -18,7 +18,7 @@ from spinlm.errors import DataError, RecipeError
 Scorer = Callable[[str, str], float]
 """Takes (answer, reference) and returns a score from 0 to 1."""
 
-_FENCED = re.compile(r"```\w*\s*(.*)```", re.DOTALL)
+_FENCED = re.compile(r"```\w*+\s*+(.*)```", re.DOTALL)
 _NUMBER = r"(?:(?<![\w)])-)?\$?(?:[0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+)"  # the minus of 7-3 belongs to no number
 _LAST_NUMBER = re.compile(_NUMBER)
 _MARKED_NUMBER = re.compile(rf"####\s*({_NUMBER})")
@@ -137,6 +137,10 @@ def _import_function(name: str) -> Scorer:
         meant = f"; did you mean {near[0]}?" if near else f". Define {function_name}(answer, reference) there"
         raise RecipeError(
             f"evaluate.scorer: {name}: {module_name} ({_file(module)}) has no function {function_name}{meant}"
+        )
+    if getattr(function, "__module__", "").partition(".")[0] in {*sys.stdlib_module_names, "builtins"}:
+        raise RecipeError(
+            f"evaluate.scorer: {name}: a function of Python itself scores nothing, and may run an answer as a command"
         )
     if not _takes_two(function):
         raise RecipeError(

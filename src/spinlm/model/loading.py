@@ -1,5 +1,6 @@
 """Finding and loading what a player is made of: the model, its tokenizer, a fresh adapter, saved weights."""
 
+import functools
 import logging
 import os
 import pickle
@@ -40,6 +41,10 @@ def ensure_base(model: Model, run: RunDir) -> str:
         ModelError: there is no such model, or it cannot be unpacked.
     """
     quieten_deepspeed()
+    if model.trust_remote_code:
+        warn_of_code()
+    # Or transformers asks a service of the hub to turn pickled weights into safetensors, which nobody has asked for.
+    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
     path = locate(model.path)
     if path is None:
         return model.path
@@ -51,6 +56,12 @@ def ensure_base(model: Model, run: RunDir) -> str:
     if not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")):
         raise ModelError(f"{path}: a model folder without weights (no *.safetensors, no *.bin)")
     return str(path)
+
+
+@functools.cache
+def warn_of_code() -> None:
+    """Say once in a process that code which comes with a model is run."""
+    log.warning("model.trust_remote_code is on: the code that comes with the model runs on this machine, as you")
 
 
 def quieten_deepspeed() -> None:

@@ -44,7 +44,7 @@ WORDING = Wording(
     url="opponent.server.urls",
     model="opponent.server.model",
     timeout="opponent.server.timeout",
-    keys=("SPINLM_SERVER_KEY", "OPENAI_API_KEY"),
+    keys=("SPINLM_SERVER_KEY",),
     goes_on="Complete shards are kept: run the same command again to go on",
 )
 
@@ -314,7 +314,7 @@ def _first_model(urls: list[str]) -> str | None:
 def _last_words(command: str, journal: Path) -> str:
     lines = journal.read_text(encoding="utf-8", errors="replace").splitlines()[-8:]
     words = "".join(f"\n  {line}" for line in lines)
-    return f"It was: {command}\nIts last words, from {journal}:{redact(words, WORDING)}"
+    return redact(f"It was: {command}\nIts last words, from {journal}:{words}", WORDING)
 
 
 def _promote(command: str, patience: float, journal: Path) -> None:

@@ -98,8 +98,6 @@ def _check_names(recipe: Recipe) -> None:
         MissingPackageError: a tracker's package, or the one that quantises or divides, is not installed.
         ModelError: this machine cannot quantise.
     """
-    if recipe.model.trust_remote_code:
-        log.warning("model.trust_remote_code is on: the code that comes with the model runs on this machine, as you")
     check_optimizer(recipe.train.optimizer, recipe.train.weight_decay, "train.optimizer")
     if recipe.warmup_sft is not None:
         check_optimizer(recipe.warmup_sft.optimizer, recipe.train.weight_decay, "warmup_sft.optimizer")
