@@ -204,7 +204,9 @@ def _section(names: list[str]) -> Any:
 def _show(value: Any) -> str:
     try:
         text = json.dumps(value, default=str, ensure_ascii=False)
-    except (TypeError, ValueError):  # keys that JSON has not, a value that holds itself, a number without end
+    except TypeError:  # keys that JSON has not
+        text = repr(value)
+    except ValueError:  # a value that holds itself, a number without end
         text = f"a value of the type {type(value).__name__}"
     return text[:80].encode("utf-8", "backslashreplace").decode()
 
