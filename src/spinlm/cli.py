@@ -17,7 +17,7 @@ import typer
 
 from spinlm import __version__
 from spinlm.errors import PeerError, RunError, SpinError, is_out_of_memory
-from spinlm.files import UNWRITABLE, read_json
+from spinlm.files import UNWRITABLE
 from spinlm.order import START
 from spinlm.rundir import RunDir
 from spinlm.terminal import printable
@@ -465,12 +465,10 @@ def _load(recipe: Path, overrides: list[str] | None) -> "Recipe":
 
 
 def _open_run(path: Path) -> tuple[RunDir, "Recipe"]:
-    run = RunDir(path)
-    if not run.recipe.exists():
-        raise RunError(f"{path}: not a run folder (it has no {run.recipe.name}). `spinlm run RECIPE` makes one")
     from spinlm.recipe import parse_recipe
 
-    return run, parse_recipe(read_json(run.recipe), str(run.recipe))
+    run = RunDir(path)
+    return run, parse_recipe(run.read_recipe(), str(run.recipe))
 
 
 def _stage(name: str, path: Path, iteration: int) -> None:

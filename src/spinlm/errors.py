@@ -51,5 +51,10 @@ def shortened(text: str, most: int = 200) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether PyTorch has found too little memory, on a GPU or for a CPU tensor."""
-    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+    """Whether too little memory was found, on a GPU or for a CPU tensor, by whichever library."""
+    signs = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or any(sign in str(error) for sign in signs)
+    )

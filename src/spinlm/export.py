@@ -17,10 +17,10 @@ CARD = "README.md"
 
 
 def which_player(run: RunDir, name: str) -> int:
-    """The iteration that a player's name means: `best`, `start`, or a number.
+    """The iteration that a player's name means: `best`, `start`, or a number. Its files are looked through.
 
     Raises:
-        RunError: the run has no such player.
+        RunError: the run has no such player, or it is not as it was saved.
     """
     iteration: int | None
     if name == "best":
@@ -36,6 +36,7 @@ def which_player(run: RunDir, name: str) -> int:
     if not run.player(iteration).is_dir():
         made = [path.parent.name for path in sorted(run.root.glob("*/player")) if not path.parent.is_symlink()]
         raise RunError(f"{run.root}: has no player {name}; it has {', '.join(made) or 'none yet'}")
+    run.player_digest(iteration)
     return iteration
 
 

@@ -12,7 +12,10 @@ from typing import IO, Any
 
 from spinlm.errors import RunError
 
-UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO)
+UNWRITABLE = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+    *(errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE),
+)
 """What is wrong with a disk, or with who may write to it, not with what is written."""
 
 _UMASK = os.umask(0)
@@ -41,7 +44,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         _sync(temporary)
-        if path.is_dir():
+        if path.is_dir() and temporary.is_dir():  # a file never takes the place of a folder
             shutil.rmtree(path)
         temporary.replace(path)
         _sync_one(path.parent)
@@ -59,7 +62,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
 def _sync(path: Path) -> None:
     for child in [*path.rglob("*"), path]:
         if child.is_file():
-            child.chmod(0o666 & ~_UMASK)  # safetensors lets nobody else read what it writes
+            with contextlib.suppress(PermissionError):  # a file system without modes
+                child.chmod(0o666 & ~_UMASK)  # safetensors lets nobody else read what it writes
         _sync_one(child)
 
 
@@ -86,18 +90,31 @@ def read_json(path: Path) -> Any:
     """Read JSON this program wrote.
 
     Raises:
-        RunError: the file is damaged.
+        RunError: the file is missing or damaged.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise RunError(f"{path}: is missing. Run again to make it anew") from error
     except ValueError as error:
         raise RunError(f"{path}: damaged ({error}). Delete it and run again to make it anew") from error
 
 
 def read_json_lines(path: Path) -> Iterator[Any]:
-    """The values in a JSON-lines file. Lines end with a line feed alone: text may hold other ends of lines."""
-    with path.open("rb") as file:
-        yield from map(json.loads, file)
+    """The values in a JSON-lines file. Lines end with a line feed alone: text may hold other ends of lines.
+
+    Raises:
+        RunError: the file is missing, or a line is damaged.
+    """
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                try:
+                    yield json.loads(line)
+                except ValueError as error:
+                    raise RunError(f"{path}, line {number}: damaged ({error})") from error
+    except FileNotFoundError as error:
+        raise RunError(f"{path}: is missing") from error
 
 
 def file_digest(path: Path) -> str:

@@ -15,8 +15,10 @@ that no longer fits, is noticed before anything is built on it.
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -24,14 +26,16 @@ import shutil
 import time
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from spinlm.errors import RunError
-from spinlm.files import file_digest, read_json, short_digest, write_json, write_text
+from spinlm.files import UNWRITABLE, file_digest, read_json, short_digest, write_json, write_text
 from spinlm.order import START, Stage, describe, read_by, upstream
 
 log = logging.getLogger("spinlm")
 
+GLANCE = 1.0  # seconds in which those that only look whether a run is under way are gone
+LINKLESS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS)  # what a file system says that has no symbolic links
 SETTLED = 1_000_000_000  # nanoseconds after which a file system gives a change another time
 SEALS = ".seals"  # folder with the digests of files that are written while their stage goes on
 VARIABLE = ("seconds", "resumed", "sum")
@@ -45,6 +49,7 @@ class RunDir:
         self.root = root
         self._digests: dict[Path, tuple[tuple[int, ...], str]] = {}  # of files, as they were when they were read
         self._began: dict[Stage, tuple[float, bool]] = {}  # when, and whether earlier work was found
+        self._held: IO[str] | None = None  # the lock, while this process has it
 
     def iteration(self, iteration: int) -> Path:
         """Folder of an iteration; `START` is the starting player's."""
@@ -109,10 +114,8 @@ class RunDir:
 
     def best(self) -> int | None:
         """The iteration whose player is the best so far (`START` for θ_0), or None before the first evaluation."""
-        if not self.best_link.is_symlink():
-            return None
-        name = self.best_link.readlink().name
-        return START if name == "start" else int(name.removeprefix("iteration-"))
+        judged = list(itertools.takewhile(lambda n: self.marker("promote", n).exists(), itertools.count()))
+        return int(self.facts("promote", judged[-1])["best"]) if judged else None
 
     @property
     def packing(self) -> Path:
@@ -128,9 +131,21 @@ class RunDir:
         return self.iteration(iteration) / "promotion.json"
 
     def set_best(self, iteration: int) -> None:
-        temporary = self.root / ".best.tmp"
+        """Let `best` lead to a player's folder, for people; the markers know it, too."""
+        temporary, name = self.root / ".best.tmp", self.iteration(iteration).name
+        if self.best_link.is_symlink() and self.best_link.readlink() == Path(name):
+            return
+        if self.best_link.is_dir() and not self.best_link.is_symlink():
+            log.warning("%s: a folder stands where a link to %s should be; it is left alone", self.best_link, name)
+            return
         temporary.unlink(missing_ok=True)
-        temporary.symlink_to(self.iteration(iteration).name)
+        try:
+            temporary.symlink_to(name)
+        except OSError as error:
+            if error.errno not in LINKLESS:
+                raise
+            log.warning("%s: this file system has no links; the best player is in %s", self.best_link, name)
+            return
         temporary.replace(self.best_link)
 
     def marker(self, stage: str, iteration: int) -> Path:
@@ -160,13 +175,14 @@ class RunDir:
         Raises:
             RunError: a stage whose files it reads is not complete, or they have changed since.
         """
+        self._check_held()
         for made in read_by(stage, iteration):
             self.require(*made)
         self._began[stage, iteration] = time.monotonic(), False
         if unfinished is None:
             return
         note = self.iteration(iteration) / f"{stage}.begun"
-        made_from = {"made_from": self._upstream_digest(stage, iteration)}
+        made_from = {"made_from": self._upstream_digest(stage, iteration), "recipe": self._identity()}
         if note.exists() and read_json(note) == made_from:
             self._began[stage, iteration] = time.monotonic(), True
             return
@@ -183,6 +199,7 @@ class RunDir:
         Raises:
             RunError: the stage before it is not complete, or a file is missing, or not as it was sealed.
         """
+        self._check_held()
         outputs = list(outputs)
         for path in outputs:
             if not path.exists():
@@ -203,6 +220,7 @@ class RunDir:
 
     def seal(self, path: Path) -> None:
         """Note what a file is known by that is written while its stage goes on."""
+        self._check_held()
         write_text(self._seal(path), self._digest(path))
 
     def sealed(self, path: Path) -> bool:
@@ -311,19 +329,38 @@ class RunDir:
         if foreign and not self.recipe.exists():
             raise RunError(f"{self.root}: holds files but no spinlm run. Choose another --run-dir")
         with (self.root / "lock").open("a+") as file:
+            deadline = time.monotonic() + GLANCE
+            while not _lock(file, self.root):
+                if time.monotonic() > deadline:
+                    file.seek(0)
+                    holder = file.read().strip() or "unknown"
+                    raise RunError(
+                        f"{self.root}: in use by another process ({holder}). Wait for it to end, or choose another "
+                        "--run-dir"
+                    )
+                time.sleep(GLANCE / 20)
+            self._held = file
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                file.seek(0)
-                holder = file.read().strip() or "unknown"
-                raise RunError(
-                    f"{self.root}: in use by another process ({holder}). Wait for it to end, or choose another "
-                    "--run-dir"
-                ) from None
-            file.truncate(0)
-            file.write(f"pid {os.getpid()} on {os.uname().nodename}")
-            file.flush()
-            yield
+                file.truncate(0)
+                file.write(f"pid {os.getpid()} on {os.uname().nodename}")
+                file.flush()
+                yield
+            except OSError as error:
+                if error.errno in UNWRITABLE and error.filename is None:
+                    error.filename = str(self.root)
+                raise
+            finally:
+                self._held = None
+
+    def _check_held(self) -> None:
+        """
+        Raises:
+            RunError: the folder that this process holds is no longer under its name; another may be there.
+        """
+        if self._held is not None:
+            lock = self.root / "lock"
+            if not lock.exists() or not os.path.samestat(lock.stat(), os.fstat(self._held.fileno())):
+                raise RunError(f"{self.root}: was removed or replaced while it was in use. Run the same command again")
 
     def holder(self) -> str:
         """Who holds the run folder, or held it last."""
@@ -347,7 +384,7 @@ class RunDir:
 
         More iterations may be asked for, too: they continue the run.
         """
-        old = filled(read_json(self.recipe))
+        old = filled(self._known_recipe())
         found = differences(old, recipe)
         more = recipe["selfplay"]["iterations"] >= old["selfplay"]["iterations"]
         allowed = {*harmless, "selfplay.iterations"} if more else set(harmless)
@@ -365,7 +402,7 @@ class RunDir:
         """
         from spinlm.recipe import as_yaml
 
-        if not self.recipe.exists() or read_json(self.recipe) != recipe:
+        if not self._intact() or read_json(self.recipe) != recipe:
             if self.recipe.exists() and self.begun() and (changes := self.changes(recipe, harmless)):
                 raise RunError(
                     f"{self.root}: was made with a different recipe:\n"
@@ -373,10 +410,63 @@ class RunDir:
                     + "\nChoose another --run-dir, or start again with --fresh (this deletes what is there)"
                 )
             write_json(self.recipe, recipe)
+            self.seal(self.recipe)
         # By itself, as an end between the two would leave the recipe for people behind.
         readable, text = self.root / "recipe.yaml", as_yaml(recipe)
         if not readable.exists() or readable.read_text(encoding="utf-8", errors="replace") != text:
             write_text(readable, text)
+
+    def read_recipe(self) -> Any:
+        """The recipe of the run, as plain data.
+
+        Raises:
+            RunError: there is none, or it is not as it was written.
+        """
+        if not self.recipe.exists():
+            raise RunError(
+                f"{self.root}: not a run folder (it has no {self.recipe.name}). `spinlm run RECIPE` makes one"
+            )
+        if not self._intact():
+            raise RunError(
+                f"{self.recipe}: has changed since it was written. `spinlm run` with the run's recipe writes it anew"
+            )
+        return read_json(self.recipe)
+
+    def _intact(self) -> bool:
+        """Whether the recipe is there, and as it was written."""
+        return self.recipe.exists() and (not self._seal(self.recipe).exists() or self._as_sealed(self.recipe))
+
+    def _known_recipe(self) -> Any:
+        """The recipe of the run; where its file has changed, as the one for people has it.
+
+        Raises:
+            RunError: that is of no use, either.
+        """
+        from spinlm.errors import RecipeError
+        from spinlm.recipe import load_recipe
+
+        if self._intact():
+            return read_json(self.recipe)
+        try:
+            return load_recipe(self.root / "recipe.yaml").model_dump(mode="json")
+        except RecipeError as error:
+            raise RunError(f"{self.recipe}: damaged, and so is {error}. Start again with --fresh") from error
+
+    def _identity(self) -> str | None:
+        """What the run's recipe is known by, but for what may change while it is under way."""
+        from spinlm.config import EXECUTION_ONLY
+
+        if not self.recipe.exists():
+            return None
+        recipe = filled(read_json(self.recipe))
+        for name in (*EXECUTION_ONLY, "selfplay.iterations"):
+            *sections, last = name.split(".")
+            section: Any = recipe
+            for one in sections:
+                section = (section or {}).get(one)
+            if section:
+                section.pop(last, None)
+        return short_digest(recipe)
 
     def bind_inputs(self, inputs: dict[str, Any]) -> None:
         """Check, once a stage is complete, that the model and data are those the folder began with.
@@ -385,7 +475,12 @@ class RunDir:
             RunError: with what changed.
         """
         if self.provenance.exists() and self.begun():
-            changes = differences(read_json(self.provenance)["inputs"], inputs)
+            noted = read_json(self.provenance)
+            if not isinstance(noted, dict) or "inputs" not in noted:
+                raise RunError(
+                    f"{self.provenance}: damaged: it says nothing of model and data. Start again with --fresh"
+                )
+            changes = differences(noted["inputs"], inputs)
             if changes:
                 raise RunError(
                     f"{self.root}: the model or data has changed since this run began:\n"
@@ -400,9 +495,26 @@ class RunDir:
     def clear(self) -> None:
         """Delete everything but the lock. Called with the lock held, so this is a run folder."""
         entries = [entry for entry in self.root.iterdir() if entry.name != "lock"]
+        for note in self.root.glob("*/*.begun"):  # first: what a deletion that is cut short leaves is not gone on with
+            note.unlink()
         # The recipe goes last: a deletion that is cut short leaves a folder that --fresh still recognises.
         for entry in sorted(entries, key=lambda entry: entry == self.recipe):
             shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+
+
+def _lock(file: IO[str], root: Path) -> bool:
+    """Whether the lock could be taken.
+
+    Raises:
+        RunError: the file system has no locks.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            return False
+        raise RunError(f"{root}: cannot be locked ({error.strerror}). Choose another --run-dir") from error
+    return True
 
 
 def filled(recipe: dict[str, Any]) -> dict[str, Any]:

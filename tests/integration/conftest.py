@@ -116,6 +116,21 @@ def rewound(reference, rewind) -> Callable[..., Path]:
     return lambda iteration, stage="generate": rewind(reference, iteration, stage)
 
 
+@pytest.fixture
+def stopped_in_training(world, cli, rewound) -> Path:
+    """A run that was killed in the last iteration's training, with a checkpoint of it."""
+    from test_kill import between_checkpoints, catch
+
+    command = ("run", world.recipe, "--run-dir")
+    run, process = catch(
+        lambda run: cli.start(*command, run, folder=world.folder),
+        lambda: rewound(1),
+        lambda run: between_checkpoints(run, "train", 1),
+    )
+    process.kill()
+    return run
+
+
 UNDO = {
     "generate": ("generations", "generate.done"),
     "score": ("pairs", "score.done"),

@@ -256,11 +256,9 @@ def test_a_weight_of_the_base_that_is_no_number(cli, world, tmp_path):
 
 
 @pytest.mark.parametrize("file", ["weights.safetensors", "optimizer.safetensors", "state.json"])
-def test_a_checkpoint_that_has_changed(start, rewound, file):
+def test_a_checkpoint_that_has_changed(start, stopped_in_training, file):
     """One bit of it, or one number that is none, with digests as if it had been saved so."""
-    run, chance, flips = rewound(1, "evaluate"), random.Random(file), 20
-    shutil.rmtree(run / "iteration-1" / "player")
-    (run / "iteration-1" / "train.done").unlink()
+    run, chance, flips = stopped_in_training, random.Random(file), 20
     (checkpoint,) = (run / "iteration-1" / "checkpoints").glob("step-*")
     kept = (checkpoint / file).read_bytes()
     for _ in range(flips):

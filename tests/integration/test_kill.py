@@ -112,7 +112,6 @@ def test_killed_in_training(start, reference, rewound):
 
     again = start(run).wait()
     assert re.search(r"resuming after step (\d+)", again.err)[1] == str(done // CHECKPOINT_EVERY * CHECKPOINT_EVERY)
-    shutil.rmtree(half)
     assert_same_result(run, reference)
 
 
@@ -135,7 +134,7 @@ def test_killed_in_warmup(start, reference, tmp_path):
     ]
     assert curves[0] == curves[1]
     assert list(curves[0]) == ["0", "1", "2", "3"]
-    assert json.loads((run / "start" / "checkpoints" / "heldout_nll.json").read_text()) == curves[0]
+    assert json.loads((run / "start" / "checkpoints" / "heldout_nll.json").read_text())["values"] == curves[0]
 
 
 def test_killed_again_and_again(start, reference, rewound):

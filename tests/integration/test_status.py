@@ -7,6 +7,8 @@ import shutil
 import pytest
 from runs import change_marker, read_jsons
 
+from spinlm.rundir import RunDir
+
 
 def test_a_finished_run(reference, cli, tmp_path):
     said = cli("status", reference, folder=tmp_path).out
@@ -48,6 +50,7 @@ def test_a_run_that_promotion_ended(reference, cli, tmp_path):
     recipe = json.loads((run / "recipe.resolved.json").read_text())
     recipe["selfplay"]["iterations"] = 4
     (run / "recipe.resolved.json").write_text(json.dumps(recipe))
+    RunDir(run).seal(run / "recipe.resolved.json")
     assert cli("status", run, folder=tmp_path).out.startswith("The run is finished.")
 
 

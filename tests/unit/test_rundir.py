@@ -5,15 +5,17 @@ import fcntl
 import hashlib
 import json
 import os
+import threading
 import time
 from pathlib import Path
 
 import pytest
 import yaml
 
+from spinlm.config import Recipe
 from spinlm.errors import RunError
 from spinlm.files import read_json, write_json
-from spinlm.order import START
+from spinlm.order import STAGES, START
 from spinlm.rundir import RunDir, differences
 
 
@@ -203,16 +205,30 @@ def test_unfinished_work_is_kept_as_long_as_it_fits(run):
     files = written(run)
     work = run.iteration(0) / "generations"
     run.begin("generate", 0, work)
-    assert read_json(run.iteration(0) / "generate.begun") == {"made_from": run.facts("warmup", START)["digest"]}
+    noted = read_json(run.iteration(0) / "generate.begun")
+    assert noted["made_from"] == run.facts("warmup", START)["digest"]
     work.mkdir()
     (work / "half.txt").write_text("half")
     run.begin("generate", 0, work)
     assert names(work) == ["half.txt"]
+    recipe = Recipe(model={"path": "m"}, data={"path": "d"}).model_dump(mode="json")
+    write_json(run.recipe, recipe)
+    run.begin("generate", 0, work)
+    assert not work.exists(), "the work was begun by no recipe that is known"
+    work.mkdir()
+    write_json(run.recipe, recipe | {"tracking": ["wandb"]})  # which may change
+    run.begin("generate", 0, work)
+    assert work.exists()
+    write_json(run.recipe, recipe | {"seed": 1})
+    run.begin("generate", 0, work)
+    assert not work.exists(), "another recipe makes something else"
+    work.mkdir()
     add_a_bit(files["a"])
     run.complete("warmup", START, [run.player(START), files["a"], files["b"]])  # redone, with another result
     run.begin("generate", 0, work)
     assert not work.exists()
-    assert read_json(run.iteration(0) / "generate.begun") == {"made_from": run.facts("warmup", START)["digest"]}
+    now = read_json(run.iteration(0) / "generate.begun")["made_from"]
+    assert now == run.facts("warmup", START)["digest"] != noted["made_from"]
 
 
 def test_unfinished_work_that_nobody_began_is_thrown_away(run):
@@ -435,13 +451,83 @@ def test_lock_of_another_process(run):
 
 
 def test_best(run):
-    run.root.mkdir()
+    written(run)
     assert run.best() is None
-    for iteration, name in ((START, "start"), (2, "iteration-2"), (10, "iteration-10")):
+    for judged, best in enumerate((START, 1, 1)):
+        for stage in STAGES:
+            run.complete(stage, judged, [], **({"best": best} if stage == "promote" else {}))
+        assert run.best() == best
+
+
+def test_the_link_to_the_best(run):
+    run.root.mkdir()
+    for iteration, name in ((START, "start"), (2, "iteration-2"), (10, "iteration-10"), (10, "iteration-10")):
         run.set_best(iteration)
-        assert run.best() == iteration
         assert run.best_link.readlink() == Path(name)  # relative, so that a run folder can be moved
     assert names(run.root) == ["best"]
+
+
+def test_a_folder_where_the_link_to_the_best_should_be(run, caplog):
+    """What `cp -rL` and most archives make of it."""
+    (run.root / "best").mkdir(parents=True)
+    (run.root / "best" / "mine.txt").write_text("mine")
+    run.set_best(2)
+    assert "a folder stands where a link to iteration-2 should be" in caplog.text
+    assert (run.root / "best" / "mine.txt").read_text() == "mine"
+
+
+def test_a_file_system_without_links(run, caplog, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    run.root.mkdir()
+    monkeypatch.setattr(Path, "symlink_to", refuse)
+    run.set_best(2)
+    assert "this file system has no links; the best player is in iteration-2" in caplog.text
+
+
+def test_a_folder_that_is_replaced_under_a_process(run):
+    with run.locked():
+        run.root.rename(run.root.with_name("elsewhere"))
+        with pytest.raises(RunError, match="was removed or replaced while it was in use"):
+            run.begin("prepare", START)
+        with RunDir(run.root).locked(), pytest.raises(RunError, match="was removed or replaced"):
+            run.complete("prepare", START, [])
+
+
+def test_who_only_looks_is_waited_for(run):
+    with run.locked():
+        pass
+    with (run.root / "lock").open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        threading.Timer(0.2, fcntl.flock, (file, fcntl.LOCK_UN)).start()
+        with run.locked():
+            assert run.in_use()
+
+
+RECIPE = {"model": {"path": "m"}, "data": {"path": "d"}}
+
+
+def test_a_recipe_that_has_changed_on_disk(run):
+    """It is told, and written anew by whoever has the right one."""
+    recipe = Recipe.model_validate(RECIPE).model_dump(mode="json")
+    written(run)
+    run.bind(recipe, ())
+    sound = run.recipe.read_bytes()
+    assert run.read_recipe() == recipe
+    for damaged in (sound.replace(b'"beta": 0.1', b'"beta": 0.5'), sound[:100], b""):
+        assert damaged != sound
+        run.recipe.write_bytes(damaged)
+        with pytest.raises(RunError, match=r"recipe.resolved.json: has changed since it was written"):
+            run.read_recipe()
+        with pytest.raises(RunError, match=r"(?s)was made with a different recipe:.*seed: was 0, is 1"):
+            run.bind(recipe | {"seed": 1}, ())
+        run.bind(recipe, ())
+        assert run.recipe.read_bytes() == sound
+    run.recipe.write_bytes(b"")
+    (run.root / "recipe.yaml").write_text("damaged: too")
+    with pytest.raises(RunError, match="damaged, and so is"):
+        run.bind(recipe, ())
 
 
 def test_clear(run, tmp_path):

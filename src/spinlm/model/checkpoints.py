@@ -55,11 +55,12 @@ def _write(folder: Path, step: int, weights: dict[str, Any], tensors: dict[str, 
         digests = {name: file_digest(temporary / name) for name in _FILES}  # safetensors has none
         noted = {"step": step, "optimizer": scalars, "files": digests}
         write_json(temporary / "state.json", noted | {"sum": short_digest(noted)})
-    _remove_others(folder, target.name)
+    remove(folder, target.name)
 
 
-def _remove_others(folder: Path, kept: str) -> None:
-    for other in folder.glob("step-*"):
+def remove(folder: Path, kept: str = "") -> None:
+    """Remove a folder's checkpoints, those that were not written to the end as well, but for one."""
+    for other in (*folder.glob("step-*"), *folder.glob(".step-*.tmp")):
         if other.name != kept:
             shutil.rmtree(other)
 
@@ -74,6 +75,7 @@ def resume(folder: Path, players: Players) -> tuple[int, OptimizerState]:
         RunError: it is damaged.
     """
     name = team.first(_newest_name, folder)
+    team.first(remove, folder, name or "")  # what an end while one was saved, or right after that, has left
     if name is None:
         return 0, {}
     found = folder / name
@@ -94,7 +96,6 @@ def resume(folder: Path, players: Players) -> tuple[int, OptimizerState]:
     for name, value in {**tensors, **noted["optimizer"]}.items():
         index, _, key = name.partition(".")
         state.setdefault(int(index), {})[key] = value
-    team.first(_remove_others, folder, found.name)  # which an end right after it was saved has left
     log.info("resuming after step %d", noted["step"])
     return int(noted["step"]), state
 

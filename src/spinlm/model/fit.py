@@ -121,8 +121,8 @@ def fit(
     """
     steps = plan_steps(items.sizes, how.batch_size, how.epochs, how.seed)
     players.make_room(packing)
+    players.changed()  # first, as one that is damaged may be loaded in part
     begin, state = resume(checkpoints, players)
-    players.changed()
     parallel = players.parallel()
     trained = (parameter for _, parameter in players.parameters())
     optimizer = make_optimizer(how.optimizer, trained, how.learning_rate, how.weight_decay)
@@ -184,7 +184,7 @@ class _Backward:
         processes cannot try again by itself, as the others wait for it elsewhere."""
         try:
             return self(batch, tokens, seed)
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             largest = micro_batches([item.tree for item in batch], tokens, self.packing)
             if not is_out_of_memory(error) or team.size() > 1 or max(map(len, largest)) == 1:
                 raise

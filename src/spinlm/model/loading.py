@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from spinlm.config import Lora, Model
 from spinlm.errors import ModelError
-from spinlm.files import atomic_path, read_json, write_json
+from spinlm.files import atomic_path, file_digest, read_json, write_json
 from spinlm.locate import locate
 from spinlm.model.quantize import check_quantization, four_bits, settle
 from spinlm.rundir import RunDir
@@ -75,7 +75,8 @@ def _unpack_gguf(path: Path, folder: Path) -> None:
     """Save a .gguf file as an ordinary model, unless that has been done."""
     source = {"file": path.name, "bytes": path.stat().st_size}
     noted = folder / "source.json"
-    if noted.exists() and read_json(noted) == source:
+    if folder in _unpacked or (noted.exists() and read_json(noted) == source | {"files": _digests(folder)}):
+        _unpacked.add(folder)
         return
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
@@ -93,7 +94,27 @@ def _unpack_gguf(path: Path, folder: Path) -> None:
     with atomic_path(folder) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-        write_json(temporary / noted.name, source)
+        write_json(temporary / noted.name, source | {"files": _digests(temporary)})
+    _unpacked.add(folder)
+
+
+_unpacked: set[Path] = set()  # folders that this process has made, or looked through
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """What the files of an unpacked model are known by, but for the one that notes it."""
+    return {path.name: file_digest(path) for path in sorted(folder.iterdir()) if path.name != "source.json"}
+
+
+def hub_commit(model: Model) -> str | None:
+    """The commit of the hub that a model's name means now; None where that cannot be found out."""
+    from transformers.utils.hub import cached_file, extract_commit_hash
+
+    try:
+        found = cached_file(model.path, "config.json", revision=model.revision)
+    except OSError:  # loading it will tell
+        return None
+    return extract_commit_hash(found, None)
 
 
 def load_tokenizer(model: Model, path: str) -> Any:

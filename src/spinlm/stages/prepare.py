@@ -2,7 +2,6 @@
 
 import contextlib
 import datetime
-import hashlib
 import importlib.metadata
 import logging
 import os
@@ -19,7 +18,7 @@ from spinlm.errors import DataError, RecipeError
 from spinlm.evals.scorers import get_scorer
 from spinlm.files import atomic_file, file_digest, write_json
 from spinlm.locate import locate
-from spinlm.model.loading import ensure_base
+from spinlm.model.loading import ensure_base, hub_commit
 from spinlm.model.optimizers import check_optimizer
 from spinlm.model.players import check_trackers, seat
 from spinlm.model.quantize import check_quantization
@@ -31,6 +30,7 @@ from spinlm.rundir import RunDir
 
 log = logging.getLogger("spinlm")
 
+MODEL_FILES = (".safetensors", ".bin", ".json", ".jinja", ".model")
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "numpy")
 
 
@@ -45,10 +45,15 @@ def prepare(recipe: Recipe, run: RunDir) -> None:
     _check_names(recipe)
     inputs = {"data": _data_fingerprint(recipe), "model": _model_fingerprint(recipe)}
     run.bind_inputs(inputs)
-    if run.done("prepare", START):
-        return
-    run.begin("prepare", START)
-    write_json(run.provenance, {"inputs": inputs, **provenance()})
+    if not run.done("prepare", START):
+        run.begin("prepare", START)
+        write_json(run.provenance, {"inputs": inputs, **provenance()})
+        _examples(recipe, run, inputs["data"])
+    elif not run.provenance.exists():  # without it, nobody would notice other inputs
+        write_json(run.provenance, {"inputs": inputs, **provenance()})
+
+
+def _examples(recipe: Recipe, run: RunDir, data: dict[str, Any]) -> None:
     ensure_base(recipe.model, run)
     players = seat(recipe, run)
     own = recipe.warmup_sft.prompts if recipe.warmup_sft else None
@@ -59,6 +64,8 @@ def prepare(recipe: Recipe, run: RunDir) -> None:
             files[split].write(to_line(example))
 
         selection = select_examples(recipe.data, own, players.renderer, recipe.train.max_length, write)
+    if _data_fingerprint(recipe) != data:
+        raise DataError(f"{recipe.data.path}: has changed while it was read. Run the same command again")
     write_json(
         run.dropped,
         {
@@ -126,19 +133,12 @@ def _data_fingerprint(recipe: Recipe) -> dict[str, Any]:
 
 
 def _model_fingerprint(recipe: Recipe) -> dict[str, Any]:
-    """Sizes of the weight files and a digest of the small files: enough to notice another model, at no cost."""
+    """Digests of a model's files, or the commit of one of the hub: another of the same shape is another model."""
     path = locate(recipe.model.path)
     if path is None:
-        return {"id": recipe.model.path, "revision": recipe.model.revision}
-    if path.is_file():
-        return {path.name: path.stat().st_size}
-    prints: dict[str, Any] = {}
-    for file in sorted(path.iterdir()):
-        if file.suffix in (".safetensors", ".bin"):
-            prints[file.name] = file.stat().st_size
-        elif file.suffix in (".json", ".jinja", ".model"):
-            prints[file.name] = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
-    return prints
+        return {"id": recipe.model.path, "revision": recipe.model.revision, "commit": hub_commit(recipe.model)}
+    files = [path] if path.is_file() else [file for file in sorted(path.iterdir()) if file.suffix in MODEL_FILES]
+    return {file.name: file_digest(file) for file in files}
 
 
 def provenance() -> dict[str, Any]:

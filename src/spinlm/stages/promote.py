@@ -33,7 +33,9 @@ def promote(recipe: Recipe, run: RunDir, iteration: int) -> bool:
     difference, so the starting player stays best until one is better beyond the noise.
     """
     if run.done("promote", iteration):
-        return bool(run.facts("promote", iteration)["go_on"])
+        judged = run.facts("promote", iteration)
+        run.set_best(judged["best"])
+        return bool(judged["go_on"])
     run.require("evaluate", START)
     run.begin("promote", iteration)
     # The best before this iteration comes from the markers, not the link, so that a rerun decides the same.
