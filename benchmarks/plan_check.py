@@ -137,7 +137,7 @@ def measure(folder: Path) -> tuple[dict[str, float], dict[str, float]]:
 
 
 def _part(path: Path) -> str:
-    kinds = {"player": "players", **{name: name for name in ("generations", "pairs", "checkpoints")}}
+    kinds = {"player": "players", **{name: name for name in ("generations", "pairs")}}
     if path.suffix == ".done":
         return "measurements and markers"
     known = [kinds[part] for part in path.parts if part in kinds]

@@ -64,7 +64,7 @@ def row(scale: Scale, processes: int, divided: bool) -> list[str]:
     sent = plan.traffic(plan.shape, GPU, plan.work[-1])
     moving = sum(work.steps * plan.traffic(plan.shape, GPU, work) / speed / 3600 for work in plan.work)
     room = total(disk(plan))
-    shards = disk(plan)["pairs"].files // sum(work.iteration != START for work in plan.work)
+    shards = disk(plan)["pairs"].files // 2 // sum(work.iteration != START for work in plan.work)
     return [
         f"{processes}{', divided' if divided else ''}",
         *(f"{hour:,.0f}" if hour >= 10 else f"{hour:.1f}" for hour in stages),

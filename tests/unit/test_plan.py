@@ -417,19 +417,19 @@ def test_an_unknown_optimiser_is_counted_as_adam_and_said() -> None:
 def test_disk_of_players() -> None:
     parts, tokenizer = disk(make_plan(paper())), 75 * 32_000
     assert parts["players"].total == 5 * (4 * 7_241_732_096 + tokenizer)  # θ_0 and four more
-    assert parts["checkpoints"].total == 4 * (4 + 4) * 7_241_732_096  # weights and RMSProp's state, of each iteration
+    assert parts["checkpoint"].total == (4 + 4) * 7_241_732_096  # weights and RMSProp's state, of the one in training
     parts = disk(make_plan(recipe(lora={"r": 1})))
     assert parts["players"].last == 4 * 147_456 + 75 * 50_257 and "base" not in parts
 
 
 def test_disk_of_shards() -> None:
     parts = disk(make_plan(paper()))
-    assert parts["generations"].files == parts["pairs"].files == 4 * (196 + 2)
+    assert parts["generations"].files == parts["pairs"].files == 2 * 4 * (196 + 2)  # each with a digest
     pair = 4 * (1792 + 256 + 256) + 90
     assert parts["pairs"].last == 100_512 * pair + 198 * 2000
     assert parts["pairs"].total == (350_000 + 4 * 512) * pair + 4 * 198 * 2000
     alone = disk(make_plan(paper().model_copy(update={"objective": SFT})))
-    assert alone["generations"].files == 4 * 2, "the control generates held-out responses alone"
+    assert alone["generations"].files == 2 * 4 * 2, "the control generates held-out responses alone"
 
 
 # Several processes

@@ -27,9 +27,9 @@ class Room(NamedTuple):
 
 
 def disk(plan: Plan) -> dict[str, Room]:
-    """The run folder when the run is over, nothing having been removed.
+    """The run folder when the run is over, but for a training's checkpoint, which goes when its stage is complete.
 
-    The newest checkpoint of every iteration stays there; while one is being written there is one more.
+    While one is being written there are two.
     """
     recipe, lengths, shape = plan.recipe, plan.lengths, plan.shape
     iterations, heldout = recipe.selfplay.iterations, recipe.data.heldout
@@ -48,21 +48,19 @@ def disk(plan: Plan) -> dict[str, Room]:
     answers = 2 * heldout * (ANSWER_BYTES + plan.work[0].answered.tokens * token)
     small = [int(FOLDER_BYTES + answers + work.steps * STEP_BYTES + 2 * shards * MARKED_BYTES) for work in plan.work]
 
-    player = checkpoint = base = warmed = None
+    player = checkpoint = base = None
     if shape is not None:
         trained = shape.trained(recipe.lora)
         tokenizer = TOKENIZER_BYTES * shape.vocab
         player, base = 4 * trained + tokenizer, 4 * shape.parameters + tokenizer
         checkpoint = (4 + optimizer_bytes(recipe.train.optimizer)) * trained
-        warmed = (4 + optimizer_bytes(recipe.warmup_sft.optimizer)) * trained if recipe.warmup_sft else 0
-    starts = 1 if recipe.warmup_sft else 0
     return {
         "examples": Room(0, int(rows), 5),
-        "generations": Room(generations, iterations * generations, iterations * shards),
-        "pairs": Room(pairs[-1], sum(pairs), iterations * shards),
+        "generations": Room(generations, iterations * generations, 2 * iterations * shards),  # each with its digest
+        "pairs": Room(pairs[-1], sum(pairs), 2 * iterations * shards),
         **({"base": Room(0, base, 7)} if recipe.model.path.endswith(".gguf") else {}),
         "players": Room(player, _times(player, iterations + 1), 6 * (iterations + 1)),  # θ_0 and each iteration's
-        "checkpoints": Room(checkpoint, _plus(_times(checkpoint, iterations), warmed), 4 * iterations + 4 * starts),
+        "checkpoint": Room(checkpoint, checkpoint, 4),
         "measurements and markers": Room(small[-1], sum(small) + FOLDER_BYTES, 12 * iterations + 12),
     }
 
@@ -77,7 +75,3 @@ def total(parts: dict[str, Room]) -> Room:
 
 def _times(one: int | None, count: int) -> int | None:
     return None if one is None else one * count
-
-
-def _plus(one: int | None, other: int | None) -> int | None:
-    return None if one is None or other is None else one + other
