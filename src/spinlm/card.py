@@ -7,11 +7,20 @@ import yaml
 
 from spinlm import __version__
 from spinlm.config import Model, Recipe
-from spinlm.locate import locate
+from spinlm.data.sources import names_a_file
+from spinlm.errors import ModelError
+from spinlm.files import read_json
+from spinlm.locate import local, locate
 from spinlm.order import START, player_name
+from spinlm.recipe import parse_yaml
 from spinlm.rundir import RunDir
 from spinlm.summary import cells, rows, verdict
 
+Licence = dict[str, Any]
+"""The fields of a card's front matter that say under which licence a model is."""
+
+LICENCE = ("license", "license_name", "license_link")
+LONGEST_CARD = 1_000_000  # bytes
 UNKNOWN = "Not stated by the base model's files. Fill in `license` above before you publish this."
 
 
@@ -22,12 +31,12 @@ def card(recipe: Recipe, iteration: int) -> str:
     what = "The starting player" if iteration == START else f"The player that iteration {iteration} made"
     return "\n".join(
         (
-            _front_matter(recipe, adapter=lora is not None, licence=None),
+            _front_matter(recipe, adapter=lora is not None, licence={}),
             f"{what} in {_game(recipe)} with spinlm {__version__}.\n",
             f"- weights: {'the whole model' if lora is None else 'a LoRA adapter'}"
             + (", trained over the base in 4 bits (nf4)" if lora and lora.quantize else ""),
-            f"- began from: {_public(model.path)}{f' at {model.revision}' if model.revision else ''}",
-            f"- data: {_public(recipe.data.path)}",
+            f"- began from: {public_name(model.path)}{f' at {model.revision}' if model.revision else ''}",
+            f"- data: {public_name(recipe.data.path)}",
             f"- objective: {recipe.objective.name}{''.join(f', {key} {value}' for key, value in settings.items())}\n",
         )
     )
@@ -44,15 +53,19 @@ def full_card(recipe: Recipe, run: RunDir, iteration: int, *, merged: bool, lice
         licence: of the player, an SPDX name; None is the base model's, where its files say one.
     """
     adapter = recipe.lora is not None and not merged
-    found = licence or base_licence(recipe.model)
+    found: Licence = {"license": licence} if licence else base_licence(recipe.model)
+    named = found.get("license_name") or found.get("license") or ""
+    named = named if isinstance(named, str) else ", ".join(named)
+    made = read_json(run.provenance) if run.provenance.exists() else {}
+    version = made.get("spinlm", __version__) + (f" ({made['commit']})" if made.get("commit") else "")
     counts = run.facts("prepare", START)["counts"]
     own = f", {counts['warmup']} for the warm-up alone" if counts.get("warmup") else ""
     titles, body = cells(rows(run))
     table = [titles, ["---", *("---:" for _ in titles[1:])], *([name, *values] for name, *values in body)]
-    with_base = f"over the base model {_public(recipe.model.path)}"
+    with_base = f"over the base model {public_name(recipe.model.path)}"
     weights = f"a LoRA adapter {with_base}" if adapter else "a whole model"
     if recipe.lora is not None and merged:
-        weights = f"a whole model: a LoRA adapter merged into the base model {_public(recipe.model.path)}"
+        weights = f"a whole model: a LoRA adapter merged into the base model {public_name(recipe.model.path)}"
     revision = f" at revision {recipe.model.revision}" if recipe.model.revision else ""
     trained_in_4_bits = (
         " The adapter was trained over the base in 4 bits." if recipe.lora and recipe.lora.quantize else ""
@@ -61,10 +74,10 @@ def full_card(recipe: Recipe, run: RunDir, iteration: int, *, merged: bool, lice
         (
             _front_matter(recipe, adapter=adapter, licence=found),
             f"# {player_name(iteration).capitalize()} of {run.root.absolute().name}\n",
-            f"Made in {_game(recipe)} with spinlm {__version__}. It is {weights}{revision}.{trained_in_4_bits}\n",
+            f"Made in {_game(recipe)} with spinlm {version}. It is {weights}{revision}.{trained_in_4_bits}\n",
             "## Data\n",
-            f"{_public(recipe.data.path)}: {counts['train']} prompts for self-play{own}; the figures below are from "
-            f"{counts['heldout']} held-out prompts that nothing was trained on.\n",
+            f"{public_name(recipe.data.path)}: {counts['train']} prompts for self-play{own}; the figures below are "
+            f"from {counts['heldout']} held-out prompts that nothing was trained on.\n",
             "## Results\n",
             verdict(run) + "\n",
             *(f"| {' | '.join(cell)} |" for cell in table),
@@ -74,46 +87,55 @@ def full_card(recipe: Recipe, run: RunDir, iteration: int, *, merged: bool, lice
             yaml.safe_dump(_public_recipe(recipe), sort_keys=False, allow_unicode=True).rstrip(),
             "```\n",
             "## Licence\n",
-            (f"{found}." if licence else f"{found}, as the base model." if found else UNKNOWN)
+            (f"{named}." if licence else f"{named}, as the base model." if found else UNKNOWN)
             + " The licence of the data applies, too.\n",
         )
     )
 
 
-def base_licence(model: Model) -> str | None:
-    """The licence that a base model's own files state: its card, here or in the hub cache, or its .gguf header."""
-    path = locate(model.path)
+def base_licence(model: Model) -> Licence:
+    """The licence that a base model's own files state: its card, here or in the hub cache, or its .gguf header. None of
+    it where they state none, or are no longer there."""
+    try:
+        path = locate(model.path)
+    except ModelError:
+        return {}
     if path is None:
         from huggingface_hub import try_to_load_from_cache
 
         found = try_to_load_from_cache(model.path, "README.md", revision=model.revision)
-        return _stated(Path(found)) if isinstance(found, str) else None
+        return _stated(Path(found)) if isinstance(found, str) else {}
     if path.is_dir():
         return _stated(path / "README.md")
     from gguf import GGUFReader
 
     field = GGUFReader(path).get_field("general.license")
-    return None if field is None else str(field.contents())
+    return {} if field is None else {"license": str(field.contents())}
 
 
-def _stated(readme: Path) -> str | None:
-    """The licence in the front matter of a card."""
+def _stated(readme: Path) -> Licence:
+    """The licence in the front matter of a card, which somebody else has written: text, or lists of it."""
     try:
+        if readme.stat().st_size > LONGEST_CARD:
+            return {}
         opening, matter, *_ = readme.read_text(encoding="utf-8").split("---\n", 2)
-        values = yaml.safe_load(matter)
-        return None if opening or not values.get("license") else str(values["license"])
-    except (OSError, ValueError, AttributeError, yaml.YAMLError):  # none, or not as cards are
-        return None
+        values = None if opening else parse_yaml(matter, str(readme))
+    except (OSError, ValueError):  # none, or not as cards are
+        return {}
+    fields = {name: values.get(name) for name in LICENCE} if isinstance(values, dict) else {}
+    return {name: value for name, value in fields.items() if value and _is_text(value)}
 
 
-def _front_matter(recipe: Recipe, *, adapter: bool, licence: str | None) -> str:
-    values: dict[str, Any] = {}
-    if licence:
-        values["license"] = licence
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(one, str) for one in value))
+
+
+def _front_matter(recipe: Recipe, *, adapter: bool, licence: Licence) -> str:
+    values: dict[str, Any] = dict(licence)
     if _on_hub(recipe.model.path):
         values["base_model"] = recipe.model.path
         values["base_model_relation"] = "adapter" if adapter else "finetune"
-    if _on_hub(recipe.data.path):
+    if not names_a_file(recipe.data.path) and _on_hub(recipe.data.path):
         values["datasets"] = [recipe.data.path]
     values |= {"library_name": "peft" if adapter else "transformers", "pipeline_tag": "text-generation"}
     if tags := _tags(recipe):
@@ -134,11 +156,17 @@ def _tags(recipe: Recipe) -> list[str]:
 
 
 def _on_hub(path: str) -> bool:
-    return path.count("/") == 1 and not Path(path).exists()
+    return not _is_place(path) and path.count("/") < 2 and not path.endswith(".gguf")
 
 
-def _public(path: str) -> str:
-    return Path(path).name if Path(path).exists() else path
+def _is_place(path: str) -> bool:
+    """Whether a path is of a machine, here or elsewhere."""
+    return path.startswith(("/", ".", "~")) or "://" in path or local(path) is not None
+
+
+def public_name(path: str) -> str:
+    """A path of a recipe as others may see it: of a file or folder on a machine its name alone."""
+    return path if path.startswith("package://") or not _is_place(path) else Path(path).name
 
 
 def _public_recipe(recipe: Recipe) -> dict[str, Any]:
@@ -146,7 +174,7 @@ def _public_recipe(recipe: Recipe) -> dict[str, Any]:
     values = recipe.model_dump(mode="json", exclude_defaults=True)
     for section, key in (("model", "path"), ("data", "path"), ("data", "chat_template")):
         if value := values[section].get(key):
-            values[section][key] = _public(value)
+            values[section][key] = public_name(value)
     for name in ("server", "vllm"):
         values.get("opponent", {}).pop(name, None)
     values.pop("tracking", None)

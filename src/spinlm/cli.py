@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import io
 import json
 import logging
 import os
@@ -18,9 +19,9 @@ import typer
 from spinlm import __version__
 from spinlm.errors import PeerError, RunError, SpinError, is_out_of_memory
 from spinlm.files import UNWRITABLE
-from spinlm.order import START
+from spinlm.order import START, describe, player_name
 from spinlm.rundir import RunDir
-from spinlm.terminal import printable
+from spinlm.terminal import console, printable
 
 if TYPE_CHECKING:
     from spinlm.config import Recipe
@@ -103,7 +104,7 @@ def plan(
     loaded = _load(recipe, overrides)
     found = make_plan(loaded, RunDir(_run_folder(recipe, run_dir)), processes)
     if as_json:
-        print(json.dumps(as_data(found), ensure_ascii=False))
+        print(json.dumps(as_data(found)))
     else:
         Console().print(render(found))
     if any(refusals(found)):
@@ -118,7 +119,7 @@ def check(recipe: RecipePath, overrides: Overrides = None, quiet: Quiet = False)
     from spinlm.check import check as check_recipe
 
     for line in check_recipe(loaded):
-        print(line, flush=True)
+        print(printable(line), flush=True)
 
 
 @app.command()
@@ -185,8 +186,6 @@ def evaluate(
             raise RunError("--iteration: name the number of one iteration, or a benchmark with --suite or --tasks")
         _stage("evaluate", run, int(iteration))
         return
-    from rich.console import Console
-
     from spinlm.evals import benchmarks
     from spinlm.export import which_player
     from spinlm.interrupt import gentle_stop
@@ -226,10 +225,10 @@ def evaluate(
                 chat_template=apply_chat_template,
                 batch_size=batch_size,
             )
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
-    console.print(benchmarks.table(folder, players, suite or "tasks"))
+    out = console(200)
+    out.print(benchmarks.table(folder, players, suite or "tasks"))
     for remark in remarks:
-        console.print(remark, markup=False)
+        out.print(printable(remark))
 
 
 _READ_BY = {
@@ -299,8 +298,6 @@ def export(
 @app.command()
 def status(run: RunPath, as_json: AsJson = False) -> None:
     """Show how far a run has come, and its players."""
-    from rich.console import Console
-
     from spinlm.standing import last_step, standing
     from spinlm.summary import table, verdict
 
@@ -308,13 +305,13 @@ def status(run: RunPath, as_json: AsJson = False) -> None:
     if as_json:
         _print_status(folder)
         return
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 100)
-    console.print(str(standing(folder)), markup=False)
+    out = console(100)
+    out.print(str(standing(folder)))
     if step := last_step(folder):
         told = "".join(f", {name} {step[name]:.4f}" for name in ("loss", "margin") if name in step)
-        console.print(f"Last step: {step['stage']}, {step['step']} of {step['steps']}{told}", markup=False)
-    console.print(table(folder))
-    console.print(verdict(folder), markup=False)
+        out.print(f"Last step: {describe((step['stage'], step['iteration']))}, {step['step']} of {step['steps']}{told}")
+    out.print(table(folder))
+    out.print(verdict(folder))
 
 
 @app.command()
@@ -324,17 +321,14 @@ def runs(
 ) -> None:
     """List the runs in a folder."""
     from rich.box import SIMPLE
-    from rich.console import Console
     from rich.table import Table
 
-    from spinlm.order import player_name
-    from spinlm.standing import find_runs
-    from spinlm.standing import status as status_of
+    from spinlm.standing import find_runs, status_of_all
 
-    found = [status_of(run) for run in find_runs(folder)]
+    found = status_of_all(find_runs(folder))
     if as_json:
         for one in found:
-            print(json.dumps(one, ensure_ascii=False))
+            print(json.dumps(one))
         return
     if not found:
         print(f"no runs in {folder}")
@@ -343,8 +337,9 @@ def runs(
     for one in found:
         where = "" if one["stage"] is None else f", {one['stage']}"
         best = "" if one["best"] is None else player_name(one["best"])
-        grid.add_row(Path(one["run"]).name, one["state"] + where, str(len(one["players"])), best, one["verdict"])
-    Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(grid)
+        values = Path(one["run"]).name, one["state"] + where, str(len(one["players"])), best, one["verdict"]
+        grid.add_row(*map(printable, values))
+    console(160).print(grid)
 
 
 @app.command()
@@ -381,8 +376,9 @@ def chat(
         names.setdefault(which_player(folder, name.strip()), name.strip())
     chosen = list(names)
     if len(names) < iterations.count(",") + 1:
-        best = "the best player is the start" if folder.best() == START else "two of these names mean the same player"
-        print(f"({best}; it answers once)")
+        start = {"best", "start"} <= {name.strip() for name in iterations.split(",")} and folder.best() == START
+        same = "the best player is the start" if start else "two of these names mean the same player"
+        print(f"({same}; it answers once)")
     before = [{"role": "system", "content": system}] if system else []
     while True:
         try:
@@ -423,6 +419,9 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TQDM_DISABLE", "1")  # spinlm shows its own progress
     warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries, about each other
+    for stream in (sys.stdout, sys.stderr):  # one that is not UTF-8 shows a ? rather than nothing at all
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     alone = os.environ.get("RANK", "0") == "0"  # of several processes the first tells how it goes
     logging.basicConfig(format="%(message)s", level=logging.INFO if alone else logging.ERROR, stream=sys.stderr)
     for noisy in ("transformers", "httpx", "accelerate", "datasets", "peft", "lm_eval", "bitsandbytes"):
@@ -434,10 +433,10 @@ def main() -> None:
     except SpinError as error:
         print(f"spinlm: {printable(str(error))}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        print(f"spinlm: out of memory ({str(error).splitlines()[0]}).", end=" ", file=sys.stderr)
+        print(f"spinlm: out of memory ({(str(error) or 'MemoryError').splitlines()[0]}).", end=" ", file=sys.stderr)
         print("Lower train.tokens_per_micro_batch or opponent.batch_size, or set", end=" ", file=sys.stderr)
         print("train.gradient_checkpointing: true, then run the same command again: it goes on", file=sys.stderr)
         sys.exit(2)
@@ -497,21 +496,19 @@ def _called() -> str:
 def _print_status(run: RunDir) -> None:
     from spinlm.standing import status
 
-    print(json.dumps(status(run), ensure_ascii=False))
+    print(json.dumps(status(run)))
 
 
 def _print_result(run: RunDir) -> None:
-    from rich.console import Console
-
     from spinlm.summary import is_control, side_by_side, system_prompt, table, verdict
 
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 100)
+    out = console(100)
     for prompt, real, answers in side_by_side(run, prompts=3):
-        console.print()
+        out.print()
         for name, text in (("prompt", prompt), ("real", real), *answers):
-            console.print(f"{name:<11} {printable(text)}", markup=False)
-    console.print(table(run))
-    console.print(verdict(run), markup=False)
+            out.print(f"{name:<11} {printable(text)}")
+    out.print(table(run))
+    out.print(verdict(run))
     asked = system_prompt(run)  # without it, a prompt would be another task
     system = f" --system {shlex.quote(asked)}" if asked else ""
     spinlm = "spinlm" if shutil.which("spinlm") else _called()
@@ -526,6 +523,6 @@ def _print_result(run: RunDir) -> None:
     }
     if is_control(run):
         del commands[control]
-    console.print(f"\nThe run is in {run.root}; the best player is {run.best_link}/player. Next:", markup=False)
+    out.print(f"\nThe run is in {run.root}; the best player is {run.best_link}/player. Next:")
     for command, purpose in commands.items():
-        console.print(f"  {spinlm} {printable(command)}    # {purpose}", markup=False, soft_wrap=True)
+        out.print(f"  {spinlm} {printable(command)}    # {purpose}", soft_wrap=True)

@@ -4,10 +4,10 @@ import logging
 import shutil
 from pathlib import Path
 
-from spinlm.card import full_card
+from spinlm.card import full_card, public_name
 from spinlm.config import Recipe
 from spinlm.errors import RunError
-from spinlm.files import atomic_path
+from spinlm.files import atomic_path, read_json, write_json
 from spinlm.order import START
 from spinlm.rundir import RunDir
 
@@ -118,16 +118,25 @@ def push(folder: Path, repository: str, *, data: bool = False) -> str:
         RunError: the hub refused or could not be reached.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
 
     api = HfApi()
+    _take_paths_out(folder)
     try:
         kind = "dataset" if data else "model"
         address = api.create_repo(repository, private=True, exist_ok=True, repo_type=kind)
         api.upload_folder(folder_path=folder, repo_id=repository, repo_type=kind)
-    except (HfHubHTTPError, OSError, ValueError) as error:
+    except Exception as error:  # the hub's client and its transport, of which it has had several, have no common family
         raise RunError(
             f"{repository}: could not be pushed: {error}. {folder} is complete: remove it to "
             "export again, or upload it with `hf upload`"
         ) from error
     return str(address)
+
+
+def _take_paths_out(folder: Path) -> None:
+    """Let an adapter that leaves this machine name its base without a folder of this machine."""
+    config = folder / "adapter_config.json"
+    if config.exists():
+        values = read_json(config)
+        values["base_model_name_or_path"] = public_name(values["base_model_name_or_path"])
+        write_json(config, values)

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -115,6 +116,15 @@ def read_json_lines(path: Path) -> Iterator[Any]:
                     raise RunError(f"{path}, line {number}: damaged ({error})") from error
     except FileNotFoundError as error:
         raise RunError(f"{path}: is missing") from error
+
+
+def finite(value: Any) -> Any:
+    """A JSON value with null for numbers that JSON has not: NaN and infinities."""
+    if isinstance(value, dict):
+        return {key: finite(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def file_digest(path: Path) -> str:

@@ -8,7 +8,7 @@ end-of-turn token. A response that did not end has none, so its pair is left out
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import count, islice, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -84,10 +84,10 @@ def _newest(run: RunDir) -> int:
     Raises:
         RunError: there is none.
     """
-    found = [int(path.parent.name.removeprefix("iteration-")) for path in run.root.glob("iteration-*/score.done")]
-    if not found:
+    scored = list(takewhile(lambda iteration: run.marker("score", iteration).exists(), count()))
+    if not scored:
         raise RunError(f"{run.root}: has no pairs yet: `spinlm score` makes them, as `spinlm run` does")
-    return max(found)
+    return scored[-1]
 
 
 class _Rows:

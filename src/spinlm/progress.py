@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import sys
 import time
 from collections.abc import Callable, Iterator
 
@@ -31,7 +32,7 @@ def track(what: str, total: int, already: int = 0, unit: str = "tokens", *, shar
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
-    shown = console.is_terminal and team.is_first() and log.isEnabledFor(logging.INFO)
+    shown = sys.stderr.isatty() and not console.is_dumb_terminal and team.is_first() and log.isEnabledFor(logging.INFO)
     begun = time.monotonic()
     spoken = counted = begun
     counter = team.Counter(shared)

@@ -33,7 +33,7 @@ def load_recipe(path: Path, overrides: tuple[str, ...] | list[str] = ()) -> Reci
         raise RecipeError(f"{path}: no such recipe. `spinlm init` writes one to start from") from None
     except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a name that no file can have
         raise RecipeError(f"{path}: cannot be read as text: {error}") from None
-    values = _parse_yaml(text, str(path))
+    values = parse_yaml(text, str(path))
     if not isinstance(values, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of sections (model:, data:, …)")
     for override in overrides:
@@ -115,7 +115,12 @@ def as_yaml(recipe: dict[str, Any]) -> str:
     return yaml.dump(recipe, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
-def _parse_yaml(text: str, where: str) -> Any:
+def parse_yaml(text: str, where: str) -> Any:
+    """The value of YAML that anybody may have written.
+
+    Raises:
+        RecipeError: it is none.
+    """
     try:
         return yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, OverflowError) as error:  # a tag amiss
@@ -136,7 +141,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         target = target[section]
         if not isinstance(target, dict):
             raise RecipeError(f"override {override!r}: {section} is not a section")
-    target[last] = _parse_yaml(text, f"override {override!r}")
+    target[last] = parse_yaml(text, f"override {override!r}")
 
 
 def _resolve_paths(values: dict[str, Any], folder: Path) -> None:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spinlm.files import read_json
+from spinlm.errors import SpinError
+from spinlm.files import finite, read_json
 from spinlm.order import START, Stage, stages
 from spinlm.rundir import RunDir
 from spinlm.summary import promotions, rows, verdict
@@ -49,7 +50,7 @@ def status(run: RunDir) -> dict[str, Any]:
     """All that is known about a run, for programs."""
     where = standing(run)
     players = rows(run)
-    return {
+    told = {
         "run": str(run.root),
         "state": where.state,
         "stage": where.stage,
@@ -60,6 +61,7 @@ def status(run: RunDir) -> dict[str, Any]:
         "verdict": verdict(run),
         "players": [{"iteration": row.iteration, "name": row.name, **row.metrics} for row in players],
     }
+    return dict(finite(told))
 
 
 def last_step(run: RunDir) -> dict[str, Any] | None:
@@ -73,7 +75,32 @@ def last_step(run: RunDir) -> dict[str, Any] | None:
         step: dict[str, Any] | None = json.loads(lines[-1]) if lines else None
     except ValueError:  # damaged
         return None
-    return step
+    return step if is_step(step) else None
+
+
+def is_step(line: Any) -> bool:
+    """Whether a line of metrics.jsonl is what a step has left, and not damaged."""
+    return isinstance(line, dict) and {"stage", "iteration", "step", "steps"} <= line.keys()
+
+
+def status_of_all(found: list[RunDir]) -> list[dict[str, Any]]:
+    """As `status`, of each run; one that cannot be read says why in the place of its verdict."""
+
+    def one(run: RunDir) -> dict[str, Any]:
+        try:
+            return status(run)
+        except (SpinError, KeyError, TypeError, AttributeError) as error:
+            why = str(error) if isinstance(error, SpinError) else f"{type(error).__name__}: {error}"
+            return {
+                "run": str(run.root),
+                "state": "damaged",
+                "stage": None,
+                "best": None,
+                "players": [],
+                "verdict": why,
+            }
+
+    return [one(run) for run in found]
 
 
 def find_runs(folder: Path) -> list[RunDir]:

@@ -12,7 +12,7 @@ from spinlm.rundir import RunDir
 
 def test_a_finished_run(reference, cli, tmp_path):
     said = cli("status", reference, folder=tmp_path).out
-    assert said.startswith("The run is finished.\nLast step: train, ")
+    assert said.startswith("The run is finished.\nLast step: train of iteration 1, ")
     assert "iteration 1" in said and "Self-play" in said
     told = json.loads(cli("status", reference, "--json", folder=tmp_path).out)
     assert (told["state"], told["stage"], told["iteration"]) == ("finished", None, None)

@@ -1,5 +1,7 @@
 """Trackers get what metrics.jsonl gets, and stay off the network where that is asked for."""
 
+import json
+
 import pytest
 from runs import steps
 
@@ -23,6 +25,10 @@ def test_tensorboard(tracked):
     for name in ("loss", "margin", "learning_rate", "grad_norm"):
         values = [point.value for point in found.Scalars(f"train/{name}")]
         assert values == pytest.approx([line[name] for line in lines])
+    measured = json.loads((run / "iteration-1" / "metrics.json").read_text())
+    for name in ("task_score", "heldout_nll", "margin", "drift"):
+        (point,) = found.Scalars(f"evaluate/{name}")
+        assert point.value == pytest.approx(measured[name]) and point.step == len(steps(run))
     numbers = [point.step for point in found.Scalars("train/loss")]
     assert numbers == list(range(numbers[0], numbers[0] + len(lines))) and numbers[-1] == len(steps(run))
 

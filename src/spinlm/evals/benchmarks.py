@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from spinlm.files import read_json, write_json
 from spinlm.order import player_name
 from spinlm.rundir import RunDir
+from spinlm.terminal import printable
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -71,35 +72,49 @@ def average(scores: dict[str, Score], tasks: Sequence[str]) -> Score | None:
     )
 
 
-def table(run: RunDir, iterations: Sequence[int], suite: str) -> "Table":
-    """A rich table with a row for each task of a suite and a column for each player, value ± standard error.
+@dataclass(frozen=True)
+class Scores:
+    """What players scored in a suite, as text: a row for each task, and a column for each player."""
 
-    A score that was measured in another way than the first one of its row is marked: the two cannot be compared.
-    """
+    titles: list[str]  # of the columns; the first two hold text, the others numbers
+    rows: list[list[str]]
+    caption: str
+
+
+def table(run: RunDir, iterations: Sequence[int], suite: str) -> "Table":
+    """`scores_of` as a rich table."""
     from rich.box import SIMPLE
     from rich.table import Table
 
+    scores = scores_of(run, iterations, suite)
+    grid = Table(box=SIMPLE, pad_edge=False, padding=(0, 1), caption_justify="left", caption=scores.caption or None)
+    for number, title in enumerate(scores.titles):
+        grid.add_column(title, justify="left" if number < 2 else "right", no_wrap=True)
+    for row in scores.rows:
+        grid.add_row(*map(printable, row))
+    return grid
+
+
+def scores_of(run: RunDir, iterations: Sequence[int], suite: str) -> Scores:
+    """What players scored in a suite, value ± standard error.
+
+    A score that was measured in another way than the first one of its row is marked: the two cannot be compared.
+    """
     measured = {iteration: read_scores(run, iteration).get(suite, {}) for iteration in iterations}
     for scores in measured.values():
         if suite in AVERAGED and (mean := average(scores, AVERAGED[suite])):
             scores["average"] = mean
-    grid = Table(box=SIMPLE, pad_edge=False, padding=(0, 1), caption_justify="left")
-    for title in (suite, "metric"):
-        grid.add_column(title, no_wrap=True)
-    grid.add_column("examples", justify="right", no_wrap=True)
-    for iteration in iterations:
-        grid.add_column(player_name(iteration), justify="right", no_wrap=True)
-    marked = False
+    marked, rows = False, []
     for task in dict.fromkeys(task for scores in measured.values() for task in scores):
         row = [scores.get(task) for scores in measured.values()]
         first = next(score for score in row if score is not None)
         odd = [score is not None and not comparable(score, first) for score in row]
         marked = marked or any(odd)
         cells = (_cell(score) + " *" * differs for score, differs in zip(row, odd, strict=True))
-        grid.add_row(task.removesuffix(f" {first.metric}"), first.metric, str(first.examples), *cells)
-    if marked:
-        grid.caption = "* measured with other settings than the first score of its row: do not compare the two"
-    return grid
+        rows.append([task.removesuffix(f" {first.metric}"), first.metric, str(first.examples), *cells])
+    titles = [suite, "metric", "examples", *map(player_name, iterations)]
+    caption = "* measured with other settings than the first score of its row: do not compare the two" if marked else ""
+    return Scores(titles, rows, caption)
 
 
 def comparable(one: Score, other: Score) -> bool:

@@ -20,6 +20,8 @@ from spinlm.model.logprobs import LogProbs
 from spinlm.opponents.base import Answer, Progress
 from spinlm.records import Sampling
 
+GREEDY = 1e-6  # temperatures below it would divide to infinity
+
 REFILL = 4  # new prompts come in when one in so many rows is free
 
 Show = Callable[[int, list[int]], None]
@@ -153,7 +155,7 @@ def sample(logits: Tensor, temperature: float, top_p: float, draws: Tensor) -> t
             "the player's logits are not finite: training has destroyed it. Lower train.learning_rate, and run in "
             "another --run-dir"
         )
-    if temperature == 0:
+    if temperature < GREEDY:
         chosen = logits.argmax(dim=-1)
     else:
         probs = torch.softmax(logits / temperature, dim=-1)

@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from spinlm.errors import RunError
-from spinlm.files import short_digest, write_text
+from spinlm.files import finite, short_digest, write_text
 from spinlm.report.charts import charts
-from spinlm.report.facts import facts
+from spinlm.report.facts import Spent, facts
 from spinlm.rundir import RunDir
 
 HERE = Path(__file__).parent
+
+LONGEST = 20_000
+"""Characters of a text that are shown."""
 
 
 def write_report(run: RunDir, to: Path | None = None) -> Path:
@@ -22,7 +25,7 @@ def write_report(run: RunDir, to: Path | None = None) -> Path:
 
     Args:
         run: the run folder.
-        to: the file to write; by default `report.html` in the run folder.
+        to: the file to write, or a folder that is there; by default the run folder. In one it is `report.html`.
 
     Returns:
         The file.
@@ -32,7 +35,8 @@ def write_report(run: RunDir, to: Path | None = None) -> Path:
     """
     if not run.recipe.exists():
         raise RunError(f"{run.root}: no run here. `spinlm run` makes one")
-    path = to or run.root / "report.html"
+    path = to or run.root
+    path = path / "report.html" if path.is_dir() else path
     write_text(path, page(run).encode("utf-8", "replace").decode("utf-8"))  # half a character may stand anywhere
     return path
 
@@ -48,7 +52,7 @@ def page(run: RunDir) -> str:
     data = _for_script({chart.name: chart.traces_and_layout() for chart in drawn})
     scripts = [get_plotlyjs(), (HERE / "page.js").read_text(encoding="utf-8")]
     environment = Environment(loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined)
-    environment.filters |= {"number": _number, "share": _share, "duration": _duration, "json": _json}
+    environment.filters |= {"number": _number, "share": _share, "spent": _spent, "cut": _cut, "json": _json}
     return environment.get_template("page.html").render(
         facts=known,
         sections=_by_section(drawn),
@@ -65,12 +69,17 @@ def _by_section(drawn: list[Any]) -> dict[str, list[Any]]:
 
 def _for_script(value: Any) -> str:
     """JSON that can stand in a script element: nothing in it ends one."""
-    text = json.dumps(value, allow_nan=False, separators=(",", ":"))
+    text = json.dumps(finite(value), allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 def _json(value: Any) -> str:
     return json.dumps(value, indent=1, ensure_ascii=False)
+
+
+def _cut(text: str) -> str:
+    """The beginning of a text that is longer than anybody reads."""
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]} … ({len(text):,} characters)"
 
 
 def _number(value: float | None) -> str:
@@ -81,10 +90,14 @@ def _share(value: float | None) -> str:
     return "–" if value is None else f"{value:.1%}"
 
 
-def _duration(seconds: float | None) -> str:
-    """Seconds as people say them."""
-    if seconds is None:
+def _spent(spent: Spent) -> str:
+    """A time as people say it."""
+    if spent.seconds is None:
         return "–"
+    return ("at least " if spent.at_least else "") + _duration(spent.seconds)
+
+
+def _duration(seconds: float) -> str:
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)

@@ -121,7 +121,8 @@ def _training(facts: Facts) -> list[Chart]:
 def _time(facts: Facts) -> Chart:
     traces = []
     for stage in dict.fromkeys((*BEFORE, *STAGES)):
-        spent = {name: seconds / 60 for name, stages in facts.times if (seconds := stages.get(stage)) is not None}
+        taken = {name: stages[stage].seconds for name, stages in facts.times if stage in stages}
+        spent = {name: seconds / 60 for name, seconds in taken.items() if seconds is not None}
         if spent:
             traces.append({"type": "bar", "name": stage, "x": list(spent), "y": list(spent.values())})
     layout = {"barmode": "stack", "yaxis": {"title": {"text": "minutes"}}}

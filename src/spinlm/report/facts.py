@@ -10,10 +10,11 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from spinlm.evals.benchmarks import Scores, read_scores, scores_of
 from spinlm.files import read_json, read_json_lines
 from spinlm.order import START, player_name
 from spinlm.rundir import RunDir
-from spinlm.standing import stages_of, standing
+from spinlm.standing import is_step, stages_of, standing
 from spinlm.summary import COLUMNS, Row, rows, verdict
 
 SHOWN = 20
@@ -44,6 +45,14 @@ class Comparison:
 
 
 @dataclass(frozen=True)
+class Spent:
+    """Time by the clock; `at_least`, where a stage went on with what an interruption had left."""
+
+    seconds: float | None  # None where it was not kept
+    at_least: bool
+
+
+@dataclass(frozen=True)
 class Facts:
     """A run, read once."""
 
@@ -58,7 +67,9 @@ class Facts:
     @property
     def recipe_text(self) -> str:
         path = self.run.root / "recipe.yaml"
-        return path.read_text(encoding="utf-8") if path.exists() else json.dumps(self.recipe, indent=1)
+        return (
+            path.read_text(encoding="utf-8", errors="replace") if path.exists() else json.dumps(self.recipe, indent=1)
+        )
 
     @cached_property
     def verdict(self) -> str:
@@ -73,18 +84,21 @@ class Facts:
         return _read(self.run.dropped, {})
 
     @cached_property
-    def times(self) -> list[tuple[str, dict[str, float | None]]]:
-        """Seconds of each stage by player; None where a stage is complete and its time was not kept."""
-        found: dict[str, dict[str, float | None]] = {}
+    def times(self) -> list[tuple[str, dict[str, "Spent"]]]:
+        """What each complete stage took, by player."""
+        found: dict[str, dict[str, Spent]] = {}
         for stage, iteration in stages_of(self.run):
-            marker = self.run.marker(stage, iteration)
-            if marker.exists():
-                found.setdefault(player_name(iteration), {})[stage] = read_json(marker).get("seconds")
+            if self.run.marker(stage, iteration).exists():
+                noted = self.run.facts(stage, iteration)
+                spent = Spent(noted.get("seconds"), bool(noted.get("resumed")))
+                found.setdefault(player_name(iteration), {})[stage] = spent
         return list(found.items())
 
     @cached_property
-    def seconds(self) -> float:
-        return sum(value or 0.0 for _, stages in self.times for value in stages.values())
+    def spent(self) -> "Spent":
+        """What all complete stages took."""
+        each = [spent for _, stages in self.times for spent in stages.values()]
+        return Spent(sum(one.seconds or 0.0 for one in each), any(one.at_least for one in each))
 
     @cached_property
     def state(self) -> str:
@@ -103,10 +117,11 @@ class Facts:
         return found
 
     @cached_property
-    def benchmarks(self) -> list[tuple[str, dict[str, Any]]]:
-        """Benchmark scores by player."""
-        both = ((row.name, _read(self.run.benchmarks(row.iteration), {})) for row in self.players)
-        return [(name, scores) for name, scores in both if scores]
+    def benchmarks(self) -> list[Scores]:
+        """Benchmark scores, a table for each suite."""
+        measured = [row.iteration for row in self.players if self.run.benchmarks(row.iteration).exists()]
+        suites = dict.fromkeys(suite for iteration in measured for suite in read_scores(self.run, iteration))
+        return [scores_of(self.run, measured, suite) for suite in suites]
 
     @cached_property
     def steps(self) -> list[dict[str, Any]]:
@@ -200,5 +215,5 @@ def _steps(path: Path) -> Iterator[dict[str, Any]]:
     for line in lines:
         with contextlib.suppress(ValueError):
             step = json.loads(line)
-            if {"stage", "iteration", "step"} <= step.keys():
+            if is_step(step):
                 yield step

@@ -28,7 +28,8 @@ from spinlm.progress import Advance, track
 from spinlm.records import Example, HeldOutAnswer, HeldOutSample, Sampling, read_pairs, to_line
 from spinlm.rundir import RunDir
 from spinlm.seeds import derive_seed
-from spinlm.shards import RecordFile
+from spinlm.shards import RecordFile, count_records
+from spinlm.stages.steps import tracker
 
 log = logging.getLogger("spinlm")
 
@@ -129,6 +130,8 @@ def _conclude(
     write_json(run.iteration_metrics(iteration), metrics)
     outputs = run.answers(iteration), run.samples(iteration), run.iteration_metrics(iteration)
     run.complete("evaluate", iteration, outputs)
+    steps = count_records(run.step_metrics) if run.step_metrics.exists() else 0
+    tracker(players, run, recipe, "evaluate", iteration)(metrics, steps)
     log.info("%s: %s", player_name(iteration), _about(metrics))
 
 

@@ -1,4 +1,5 @@
-"""One line in metrics.jsonl, and one call to the trackers, for each optimiser step."""
+"""What is measured, as it is measured: a line in metrics.jsonl for each optimiser step, and a call to the trackers for
+it and for each player."""
 
 import json
 from collections.abc import Callable
@@ -17,11 +18,7 @@ def recorder(
     """A function that records the measurements of a step. Lines of steps that are done again are replaced."""
     if not team.is_first():
         return lambda measured: None
-    accelerator = players.accelerator
-    if recipe.tracking and not accelerator.trackers:
-        name = run.root.absolute().name
-        own = {"wandb": {"name": name, "dir": str(run.root)}, "trackio": {"name": name, "resume": "allow"}}
-        accelerator.init_trackers("spinlm", {"recipe": json.dumps(recipe.model_dump(mode="json"))}, own)
+    track = tracker(players, run, recipe, stage, iteration)
     lines: int | None = None  # in the file, once its old lines are gone
 
     def record(measured: dict[str, Any]) -> None:
@@ -32,11 +29,29 @@ def recorder(
         line = {"stage": stage, "iteration": iteration, **measured}
         with run.step_metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-        if recipe.tracking:
-            numbers = {f"{stage}/{name}": value for name, value in measured.items() if name not in ("step", "steps")}
-            accelerator.log({**numbers, "iteration": iteration}, step=lines)
+        track({name: value for name, value in measured.items() if name not in ("step", "steps")}, lines)
 
     return record
+
+
+def tracker(
+    players: Players, run: RunDir, recipe: Recipe, stage: str, iteration: int
+) -> Callable[[dict[str, Any], int], None]:
+    """A function that gives the recipe's trackers what was measured in a stage, and after which optimiser step of the
+    run. Called in the first process alone."""
+    if not recipe.tracking:
+        return lambda measured, step: None
+    accelerator = players.accelerator
+    if not accelerator.trackers:
+        name = run.root.absolute().name
+        own = {"wandb": {"name": name, "dir": str(run.root)}, "trackio": {"name": name, "resume": "allow"}}
+        accelerator.init_trackers("spinlm", {"recipe": json.dumps(recipe.model_dump(mode="json"))}, own)
+
+    def track(measured: dict[str, Any], step: int) -> None:
+        numbers = {f"{stage}/{name}": value for name, value in measured.items() if isinstance(value, int | float)}
+        accelerator.log({**numbers, "iteration": iteration}, step=step)
+
+    return track
 
 
 def _forget(run: RunDir, stage: str, iteration: int, step: int) -> int:
