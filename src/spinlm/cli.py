@@ -523,6 +523,6 @@ def _print_result(run: RunDir) -> None:
     }
     if is_control(run):
         del commands[control]
-    out.print(f"\nThe run is in {run.root}; the best player is {run.best_link}/player. Next:")
+    out.print(printable(f"\nThe run is in {run.root}; the best player is {run.best_link}/player. Next:"))
     for command, purpose in commands.items():
         out.print(f"  {spinlm} {printable(command)}    # {purpose}", soft_wrap=True)

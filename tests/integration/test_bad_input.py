@@ -226,6 +226,41 @@ def test_data_that_changed_since_the_run_began(cli, world, tmp_path):
     assert contents(own / "run") == before
 
 
+def test_model_that_changed_since_the_run_began(cli, world, tmp_path):
+    """To another of the same shape, as another fine-tuning of the same base is."""
+    own = shutil.copytree(world.folder, tmp_path / "world")
+    command = ("run", "recipe.yaml", *few(), "--run-dir", "run")
+    cli(*command, folder=own)
+    weights = own / "model" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    message = cli(*command, folder=own, code=2).message
+    assert message.startswith(
+        "run: the model or data has changed since this run began:\n  model.model.safetensors: was "
+    )
+
+
+def test_provenance_that_is_damaged_or_gone(cli, world, reference, tmp_path):
+    run = shutil.copytree(reference, tmp_path / "run", symlinks=True)
+    for content in ("[]", "{}", "{"):
+        (run / "provenance.json").write_text(content)
+        message = cli("run", world.recipe, "--run-dir", run, folder=world.folder, code=2).message
+        assert message.startswith(f"{run / 'provenance.json'}: damaged")
+    (run / "provenance.json").unlink()
+    goes_on(cli, world, run)
+    inputs = [json.loads((one / "provenance.json").read_text())["inputs"] for one in (run, reference)]
+    assert inputs[0] == inputs[1]
+
+
+def test_recipe_of_a_run_that_is_damaged(stage_refused, rewound):
+    """A stage by hand has no other."""
+    run = rewound(1, "train")
+    path = run / "recipe.resolved.json"
+    path.write_text(path.read_text().replace('"learning_rate": 0.002', '"learning_rate": 0.003'))
+    assert stage_refused("train", run).startswith(f"{path}: has changed since it was written. `spinlm run` with")
+
+
 def test_relative_paths_mean_the_same_from_any_folder(cli, world, reference, tmp_path):
     """The recipe lies elsewhere, and so does the run: what is relative is beside the recipe."""
     run = shutil.copytree(reference, tmp_path / "run", symlinks=True)

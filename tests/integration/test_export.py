@@ -12,7 +12,8 @@ from runs import HELDOUT, read_pairs, read_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from models import load_player
-from spinlm.config import Recipe
+from spinlm.card import base_licence
+from spinlm.config import Model, Recipe
 from spinlm.files import read_json
 from spinlm.preferences import export_pairs
 from spinlm.rundir import RunDir
@@ -78,6 +79,59 @@ def test_export_of_a_player_that_is_not_there(cli, reference, tmp_path):
     refused = cli("export", reference, "--iteration", "last", "--to", "new", folder=tmp_path, code=2)
     assert "'last' names no player: write best, start, or the number of an iteration" in refused.message
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", ["export", "chat"])
+def test_a_player_that_has_changed_is_not_handed_out(cli, reference, tmp_path, command):
+    run = shutil.copytree(reference, tmp_path / "run", symlinks=True)
+    weights = run / "iteration-1" / "player" / "adapter_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    how = {"export": ("--iteration", "1", "--to", "new"), "chat": ("--iterations", "1", "--prompt", "What is 4?")}
+    refused = cli(command, run, *how[command], folder=tmp_path, code=2)
+    assert refused.message.startswith(f"{weights}: has changed since it was written")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_hub_that_cannot_be_reached(cli, reference, tmp_path):
+    """The export is there, and names no folder of this machine."""
+    nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
+    refused = cli("export", reference, "--push-to-hub", "a/b", "--to", "new", folder=tmp_path, code=2, **nowhere)
+    assert refused.message.startswith("a/b: could not be pushed: ") and "new is complete" in refused.message
+    assert json.loads((tmp_path / "new" / "adapter_config.json").read_text())["base_model_name_or_path"] == "model"
+
+
+def test_a_card_where_the_model_and_the_data_are_gone(reference, cli, tmp_path):
+    """As on the machine at home, after a run elsewhere: their places are nobody's business."""
+    run = shutil.copytree(reference, tmp_path / "run", symlinks=True)
+    resolved = json.loads((run / "recipe.resolved.json").read_text())
+    resolved["model"]["path"], resolved["data"]["path"] = "/home/alice/clients/acme/model", "/data.jsonl"
+    (run / "recipe.resolved.json").write_text(json.dumps(resolved))
+    RunDir(run).seal(run / "recipe.resolved.json")
+    cli("export", run, "--to", "new", folder=tmp_path)
+    matter, text = card_of(tmp_path / "new")
+    assert "alice" not in text and "base_model" not in matter and "datasets" not in matter
+    assert "over the base model model" in text
+
+
+@pytest.mark.parametrize(
+    ("given", "taken"),
+    [
+        (
+            "license: other\nlicense_name: own\nlicense_link: x",
+            {"license": "other", "license_name": "own", "license_link": "x"},
+        ),
+        ("license: [mit, apache-2.0]", {"license": ["mit", "apache-2.0"]}),
+        ("license: 7", {}),
+        ("license: &a [mit]\nother: *a", {}),
+        ("license: !!int ''", {}),
+        ("- license", {}),
+    ],
+)
+def test_licences_that_cards_state(given, taken, tmp_path):
+    (tmp_path / "README.md").write_text(f"---\n{given}\n---\nA model.\n")
+    assert base_licence(Model(path=str(tmp_path))) == taken
 
 
 def card_of(folder):

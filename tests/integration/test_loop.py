@@ -406,6 +406,12 @@ def test_a_collapse_ends_training_after_its_epoch_and_the_run_after_its_iteratio
     assert contents(run) == before
 
 
+def test_a_finished_run_keeps_no_checkpoints(reference):
+    """They are what an interruption needs, and may be most of what is on the disk."""
+    assert not list(reference.glob("*/checkpoints/*step-*"))
+    assert len(list(reference.glob("*/player"))) == 4  # of the start, of two iterations, and by the link
+
+
 # What was measured
 
 

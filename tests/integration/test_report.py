@@ -10,7 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import ITERATIONS, read_jsons, write_rows
+from runs import ITERATIONS, change_marker, read_jsons, write_rows
+
+from spinlm.evals.benchmarks import Score, add_scores
+from spinlm.order import START
+from spinlm.rundir import RunDir
 
 EVIL = "document.title='taken'"
 HOSTILE = f'</script><script>{EVIL}</script><img src=x onerror="{EVIL}"> & \x1b[31m \u2028 \x85 {{{{ 7 * 7 }}}}'
@@ -207,3 +211,54 @@ def test_in_a_browser(run, cli, tmp_path, hostile):
         (figure,) = re.findall(rf'<div[^>]* id="chart-{name}"[^>]*>', done.stdout)
         assert "js-plotly-plot" in figure, f"{name} is not drawn"
     assert done.stdout.count("main-svg") >= len(CHARTS)
+
+
+def test_a_folder_is_written_into_and_never_over(run, cli, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    said = cli("report", run, "--to", "mine", folder=tmp_path).out
+    assert said == "wrote mine/report.html\n"
+    assert {path.name for path in (tmp_path / "mine").iterdir()} == {"thesis.txt", "report.html"}
+    (tmp_path / "mine" / "report.html").unlink()
+    (tmp_path / "mine" / "report.html").mkdir()
+    assert "a folder stands where" in cli("report", run, "--to", "mine", folder=tmp_path, code=2).message
+
+
+@pytest.mark.parametrize("name", ["iteration-1/answers.jsonl", "examples/heldout.jsonl", "iteration-1/metrics.json"])
+def test_a_damaged_file_is_named(run, cli, tmp_path, name):
+    (run / name).write_bytes((run / name).read_bytes()[:-20])
+    assert cli("report", run, folder=tmp_path, code=2).message.startswith(f"{run / name}")
+    (run / name).unlink()
+    if not name.startswith("examples"):  # which a run that has hardly begun has not, either
+        assert f"{run / name}: is missing" in cli("report", run, folder=tmp_path, code=2).message
+
+
+def test_what_is_damaged_and_not_needed_is_left_out(run, cli, tmp_path):
+    (run / "recipe.yaml").write_bytes(b"seed: \xff")
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('7\n[]\n{"stage": "train", "iteration": 1, "step": 99, "steps": 99, "loss": NaN}\n')
+    cli("report", run, folder=tmp_path)
+    page = Page(run / "report.html")
+    assert "seed: \ufffd" in page.text
+    losses = {trace["name"]: trace["y"] for trace in page.charts["step_loss"]["traces"]}
+    assert losses["iteration 1"][-1] is None
+    assert cli("status", run, folder=tmp_path).out.startswith("The run is finished.")
+    told = json.loads(cli("status", run, "--json", folder=tmp_path).out, parse_constant=pytest.fail)
+    assert told["last_step"]["loss"] is None
+
+
+def test_times_of_stages_that_went_on_with_others_work(run, cli, tmp_path):
+    change_marker(run / "iteration-1" / "train.done", resumed=True, seconds=90.0)
+    cli("report", run, folder=tmp_path)
+    page = Page(run / "report.html")
+    assert "train at least 1 min 30 s" in page.text
+    assert re.search(r"at least 1 min \d+ s in all, on 1 process: at least 0\.02\d+ device-hours", page.text)
+
+
+def test_benchmarks(run, cli, tmp_path):
+    score = Score(0.25, 0.125, "acc", 8, {})
+    for iteration in (START, 1):
+        add_scores(RunDir(run), iteration, "tasks", {"<b>mine</b>": score})
+    cli("report", run, folder=tmp_path)
+    page = Page(run / "report.html")
+    assert "tasks metric examples start iteration 1 <b>mine</b> acc 8 0.250 ± 0.125 0.250 ± 0.125" in page.text

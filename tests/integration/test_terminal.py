@@ -1,5 +1,7 @@
 """What a command shows: on a terminal, in a log, and to a program."""
 
+import contextlib
+import io
 import json
 import os
 import pty
@@ -9,6 +11,10 @@ import subprocess
 import sys
 
 import pytest
+from runs import read_rows, write_rows
+
+from spinlm.rundir import RunDir
+from spinlm.terminal import printable
 
 ESCAPE = "\x1b"
 
@@ -94,3 +100,46 @@ def test_init_leaves_data_alone(cli, tmp_path):
     assert cli("init", "other.yaml", folder=tmp_path).out.startswith("wrote other.yaml. Set ")
     assert (tmp_path / "data.jsonl").read_text() == "mine"
     shutil.rmtree(tmp_path)
+
+
+ODD = "{a:100:b} :smile: [red]not red[/red] \x1b[31m\x9b31m"
+
+
+def test_text_is_shown_as_it_is(reference, cli, tmp_path):
+    """No emoji for codes, no markup, no control characters: what models wrote, and what folders are called."""
+    run = shutil.copytree(reference, tmp_path / "runs" / "lr[red]1e-5\x1b[31m", symlinks=True)
+    for path in run.glob("*/answers.jsonl"):
+        write_rows(path, [row | {"text": ODD} for row in read_rows(path)])
+    shown = printable(ODD)
+    from spinlm.cli import _print_result
+
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        _print_result(RunDir(run))
+    assert shown in " ".join(out.getvalue().split()) and ESCAPE not in out.getvalue()
+    listed = cli("runs", folder=tmp_path).out
+    assert "lr[red]1e-5\\x1b[31m" in listed and ESCAPE not in listed
+
+
+def test_a_damaged_run_hides_no_other(reference, cli, tmp_path):
+    for name in ("a", "b", "c"):
+        shutil.copytree(reference, tmp_path / "runs" / name, symlinks=True)
+    (tmp_path / "runs" / "a" / "iteration-1" / "metrics.json").unlink()
+    (tmp_path / "runs" / "b" / "recipe.resolved.json").write_text("{}")
+    told = [json.loads(line) for line in cli("runs", "--json", folder=tmp_path).out.splitlines()]
+    assert [one["state"] for one in told] == ["damaged", "damaged", "finished"]
+    assert "runs/a/iteration-1/metrics.json: is missing" in told[0]["verdict"]
+    assert "damaged" in cli("runs", folder=tmp_path).out
+
+
+def test_colours_asked_for_in_a_log_are_no_bars(world, rewound, cli):
+    done = cli("run", world.recipe, "--run-dir", rewound(1), folder=world.folder, FORCE_COLOR="1")
+    assert ESCAPE not in done.err
+
+
+def test_an_output_that_is_not_utf8(reference, tmp_path):
+    command = [sys.executable, "-m", "spinlm", "status", str(reference)]
+    for more in ([], ["--json"]):
+        done = subprocess.run(
+            [*command, *more], cwd=tmp_path, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "ascii"}
+        )
+        assert done.returncode == 0 and done.stdout.isascii()

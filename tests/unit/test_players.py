@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from models import ARCHITECTURES, save_tiny_model, tiny_model, tiny_recipe
 from spinlm.config import Lora, Model
 from spinlm.errors import ModelError
+from spinlm.files import file_digest, write_json
 from spinlm.locate import locate
 from spinlm.model.attention import register_tree_attention
 from spinlm.model.loading import add_adapter, compute_dtype, ensure_base, load_model, silence_dropout, stop_ids
@@ -403,3 +404,27 @@ def test_stop_ids_come_from_the_generation_config_else_the_config(saved: Any, tm
     assert stop_ids(Model(path="x"), str(folder)) == []
     generation.unlink()
     assert stop_ids(Model(path="x"), str(folder)) == [2]
+
+
+@pytest.mark.parametrize("damage", ["a bit", "a file less", "a file more", None])
+def test_an_unpacked_model_is_looked_through(tmp_path: Path, damage: str | None) -> None:
+    """Under every adapter lies what was unpacked: where that has changed, the .gguf file is unpacked anew."""
+    gguf, run = tmp_path / "model.gguf", RunDir(tmp_path / "run")
+    base, model = run.base, Model(path=str(gguf))
+    gguf.write_bytes(b"not really")
+    save_tiny_model(base)
+    digests = {path.name: file_digest(path) for path in base.iterdir()}
+    write_json(base / "source.json", {"file": "model.gguf", "bytes": 10, "files": digests})
+    weights = base / "model.safetensors"
+    match damage:
+        case "a bit":
+            weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
+        case "a file less":
+            weights.unlink()
+        case "a file more":
+            (base / "generation_config.new.json").write_text("{}")
+        case None:
+            assert ensure_base(model, run) == str(base)
+            return
+    with pytest.raises(ModelError, match=r"cannot read this \.gguf file"):  # since it is none
+        ensure_base(model, run)

@@ -31,12 +31,14 @@ def write_report(run: RunDir, to: Path | None = None) -> Path:
         The file.
 
     Raises:
-        RunError: there is no run in the folder.
+        RunError: there is no run in the folder, a file of it is damaged, or the page cannot have this name.
     """
     if not run.recipe.exists():
         raise RunError(f"{run.root}: no run here. `spinlm run` makes one")
     path = to or run.root
     path = path / "report.html" if path.is_dir() else path
+    if path.is_dir():
+        raise RunError(f"{path}: a folder stands where the page should be. Choose another --to")
     write_text(path, page(run).encode("utf-8", "replace").decode("utf-8"))  # half a character may stand anywhere
     return path
 
