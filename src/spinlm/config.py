@@ -348,7 +348,8 @@ class Train(Section):
     max_length: Annotated[int, Field(ge=8)] = 2048
     """Longest prompt plus response, in tokens. Longer real responses are cut (and then have no end-of-turn token)."""
     tokens_per_micro_batch: Count = 2048
-    """Tokens in one forward and backward pass. Lower it when memory runs out: the result stays the same."""
+    """Tokens in one forward and backward pass. Lower it when memory runs out: the result stays the same, but for the
+    masks that `lora.dropout` draws."""
     packing: Literal["auto", "tree", "pair"] = "auto"
     """All responses to a prompt in one row (tree), or one response per row (pair); `auto` tries tree and measures."""
     gradient_checkpointing: Literal[True, False, "auto"] = "auto"

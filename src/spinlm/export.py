@@ -1,6 +1,5 @@
 """Export: take a player out of a run folder."""
 
-import logging
 import shutil
 from pathlib import Path
 
@@ -10,8 +9,6 @@ from spinlm.errors import RunError
 from spinlm.files import atomic_path, read_json, write_json
 from spinlm.order import START
 from spinlm.rundir import RunDir
-
-log = logging.getLogger("spinlm")
 
 CARD = "README.md"
 
@@ -68,40 +65,11 @@ def export(
             shutil.copytree(run.player(iteration), temporary)
             (temporary / CARD).write_text(about, encoding="utf-8")
         return
-    from peft import PeftModel
+    from spinlm.model.merge import save_merged
 
-    from spinlm.model.loading import compute_dtype, ensure_base, load_model
-    from spinlm.model.players import seat
-
-    players = seat(recipe, run)
-    if recipe.lora and recipe.lora.quantize:
-        log.info(
-            "the adapter was trained over a base in 4 bits and is merged into the base in %s: the merged model is not "
-            "the player that was evaluated; `spinlm check` says how far the two bases are apart",
-            compute_dtype(recipe.model, players.device),
-        )
-    base = load_model(recipe.model, ensure_base(recipe.model, run), compute_dtype(recipe.model, players.device))
-    merged = PeftModel.from_pretrained(base, str(run.player(iteration))).merge_and_unload()
     with atomic_path(to) as temporary:
-        merged.save_pretrained(temporary)
-        players.tokenizer.chat_template = players.renderer.template
-        players.tokenizer.save_pretrained(temporary)
+        save_merged(recipe, run, iteration, temporary)
         (temporary / CARD).write_text(about, encoding="utf-8")
-
-
-def export_for_serving(recipe: Recipe, run: RunDir, iteration: int, to: Path) -> None:
-    """Save a player as a whole model from which any server samples as the recipe says: many take their defaults from
-    the model's generation_config.json, and transformers' own default leaves out all but the 50 likeliest tokens."""
-    from transformers import GenerationConfig
-
-    from spinlm.model.players import seat
-
-    export(recipe, run, iteration, to, merge=recipe.lora is not None)
-    renderer, opponent = seat(recipe, run).renderer, recipe.opponent
-    drawn = {"do_sample": True, "temperature": opponent.temperature, "top_p": opponent.top_p, "top_k": 0}
-    GenerationConfig(
-        eos_token_id=list(renderer.stop_ids), **(drawn if opponent.temperature > 0 else {"do_sample": False})
-    ).save_pretrained(to)
 
 
 def push(folder: Path, repository: str, *, data: bool = False) -> str:

@@ -20,9 +20,9 @@ from spinlm.config import Recipe, Server
 from spinlm.data.chat import Renderer
 from spinlm.endpoint import Endpoint, RefusedError, Wording, ask_all, look, open_client, redact, run_async
 from spinlm.errors import SpinError
-from spinlm.export import export_for_serving
 from spinlm.interrupt import stop_if_asked
 from spinlm.model.loading import ensure_base
+from spinlm.model.merge import save_for_serving
 from spinlm.opponents import keeper
 from spinlm.opponents.base import Answer, Progress
 from spinlm.opponents.dialects import DIALECTS, Reply, Wish
@@ -195,7 +195,7 @@ def serve(recipe: Recipe, run: RunDir, renderer: Renderer, iteration: int) -> It
             shutil.rmtree(merged, ignore_errors=True)  # of a process that was killed
             stack.callback(shutil.rmtree, merged, ignore_errors=True)
             names["merged"] = str(merged)
-            export_for_serving(recipe, run, iteration - 1, merged)
+            save_for_serving(recipe, run, iteration - 1, merged)
         if server.command is None:
             urls = [_root(url) for url in server.urls]
         else:
