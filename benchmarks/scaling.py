@@ -48,6 +48,7 @@ def stage(name: str, folder: Path, rows: int) -> None:
 
     import torch
 
+    from spinlm.binding import bind
     from spinlm.model.players import seat
     from spinlm.recipe import parse_recipe
     from spinlm.rundir import RunDir
@@ -55,7 +56,7 @@ def stage(name: str, folder: Path, rows: int) -> None:
     torch.set_num_threads(1)
     parsed, run = parse_recipe(recipe(folder, rows)), RunDir(folder / f"run-{rows}")
     if name == "prepare":
-        run.bind(parsed.model_dump(mode="json"), ())
+        bind(run, parsed.model_dump(mode="json"), ())
     _ = seat(parsed, run).model
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak of loading
     before = _peak()

@@ -6,11 +6,12 @@ import os
 import shutil
 from pathlib import Path
 
+from spinlm.binding import differences, filled
 from spinlm.config import EXECUTION_ONLY, Recipe
 from spinlm.errors import RunError
 from spinlm.files import atomic_path, read_json, write_json
 from spinlm.order import BEFORE, START
-from spinlm.rundir import RunDir, differences, filled
+from spinlm.rundir import RunDir
 from spinlm.stages.prepare import provenance
 
 log = logging.getLogger("spinlm")

@@ -172,9 +172,11 @@ def public_name(path: str) -> str:
 def _public_recipe(recipe: Recipe) -> dict[str, Any]:
     """The recipe without what is only so on the machine that ran it: folders, addresses, commands."""
     values = recipe.model_dump(mode="json", exclude_defaults=True)
-    for section, key in (("model", "path"), ("data", "path"), ("data", "chat_template")):
-        if value := values[section].get(key):
-            values[section][key] = public_name(value)
+    for section in ("model", "data"):
+        values[section]["path"] = public_name(values[section]["path"])
+    template = values["data"].get("chat_template")
+    if template and local(template) is not None:
+        values["data"]["chat_template"] = public_name(template)
     for name in ("server", "vllm"):
         values.get("opponent", {}).pop(name, None)
     values.pop("tracking", None)

@@ -292,7 +292,7 @@ def export(
         beaten = "; no iteration beat the start" if iteration in (None, "best") and chosen == START else ""
         print(f"wrote {to} ({folder.iteration(chosen).name}{beaten})")
     if push_to_hub:
-        print(f"pushed to {push(to, push_to_hub, data=pairs is not None)}")
+        print(f"pushed to {push(to, push_to_hub, recipe, data=pairs is not None)}")
 
 
 @app.command()
@@ -464,10 +464,11 @@ def _load(recipe: Path, overrides: list[str] | None) -> "Recipe":
 
 
 def _open_run(path: Path) -> tuple[RunDir, "Recipe"]:
+    from spinlm.binding import read_recipe
     from spinlm.recipe import parse_recipe
 
     run = RunDir(path)
-    return run, parse_recipe(run.read_recipe(), str(run.recipe))
+    return run, parse_recipe(read_recipe(run), str(run.recipe))
 
 
 def _stage(name: str, path: Path, iteration: int) -> None:
@@ -523,6 +524,7 @@ def _print_result(run: RunDir) -> None:
     }
     if is_control(run):
         del commands[control]
-    out.print(printable(f"\nThe run is in {run.root}; the best player is {run.best_link}/player. Next:"))
+    best = START if (found := run.best()) is None else found
+    out.print(printable(f"\nThe run is in {run.root}; the best player is {run.player(best)}. Next:"))
     for command, purpose in commands.items():
         out.print(f"  {spinlm} {printable(command)}    # {purpose}", soft_wrap=True)

@@ -147,7 +147,7 @@ class Server(Section):
         from spinlm.endpoint import fault_of
 
         for name in self.options:
-            if name.lower().endswith(("key", "authorization", "password", "secret")):
+            if name.lower() in ("key", "api_key", "apikey", "token", "authorization", "password", "secret"):
                 raise ValueError(
                     f"opponent.server.options: {name} would be kept in the run folder. A key goes into the "
                     "environment, as SPINLM_SERVER_KEY"
@@ -184,7 +184,8 @@ class Vllm(Section):
     def _names_no_other_model(self) -> "Vllm":
         for name in ("model", "tokenizer", "revision", "trust_remote_code", "hf_token"):
             if name in self.options:
-                raise ValueError(f"opponent.vllm.options: {name} is not for here: it goes by the section model:")
+                goes = "a key goes into the environment, as HF_TOKEN" if name == "hf_token" else "it goes by model:"
+                raise ValueError(f"opponent.vllm.options: {name} is not for here: {goes}")
         return self
 
 

@@ -1,12 +1,13 @@
 """Export: take a player out of a run folder."""
 
+import json
 import shutil
 from pathlib import Path
 
 from spinlm.card import full_card, public_name
 from spinlm.config import Recipe
 from spinlm.errors import RunError
-from spinlm.files import atomic_path, read_json, write_json
+from spinlm.files import atomic_path, read_json
 from spinlm.order import START
 from spinlm.rundir import RunDir
 
@@ -72,12 +73,15 @@ def export(
         (temporary / CARD).write_text(about, encoding="utf-8")
 
 
-def push(folder: Path, repository: str, *, data: bool = False) -> str:
+def push(folder: Path, repository: str, recipe: Recipe, *, data: bool = False) -> str:
     """Upload an exported folder to the hub, as a private repository if it is new; returns its address.
+
+    There an adapter names its base as the recipe does, and no folder of this machine.
 
     Args:
         folder: what to upload.
         repository: its name there.
+        recipe: the run's.
         data: whether it is a data set, and not a model.
 
     Uses the token of `hf auth login` or HF_TOKEN.
@@ -88,23 +92,18 @@ def push(folder: Path, repository: str, *, data: bool = False) -> str:
     from huggingface_hub import HfApi
 
     api = HfApi()
-    _take_paths_out(folder)
+    config = folder / "adapter_config.json"
     try:
         kind = "dataset" if data else "model"
         address = api.create_repo(repository, private=True, exist_ok=True, repo_type=kind)
-        api.upload_folder(folder_path=folder, repo_id=repository, repo_type=kind)
+        api.upload_folder(folder_path=folder, repo_id=repository, repo_type=kind, ignore_patterns=[config.name])
+        if config.exists():
+            values = read_json(config) | {"base_model_name_or_path": public_name(recipe.model.path)}
+            content = json.dumps(values, indent=2).encode()
+            api.upload_file(path_or_fileobj=content, path_in_repo=config.name, repo_id=repository, repo_type=kind)
     except Exception as error:  # the hub's client and its transport, of which it has had several, have no common family
         raise RunError(
             f"{repository}: could not be pushed: {error}. {folder} is complete: remove it to "
             "export again, or upload it with `hf upload`"
         ) from error
     return str(address)
-
-
-def _take_paths_out(folder: Path) -> None:
-    """Let an adapter that leaves this machine name its base without a folder of this machine."""
-    config = folder / "adapter_config.json"
-    if config.exists():
-        values = read_json(config)
-        values["base_model_name_or_path"] = public_name(values["base_model_name_or_path"])
-        write_json(config, values)

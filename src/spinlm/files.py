@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from spinlm.errors import RunError
+from spinlm.errors import RunError, SpinError
 
 UNWRITABLE = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
@@ -52,6 +52,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
     except OSError as error:
         if error.filename is None or Path(error.filename) == temporary:  # a name that means nothing to the user
             error.filename = str(path)
+        raise
+    except SpinError:
         raise
     except Exception as error:  # each library tells of a full disk in its own class; anything else goes on as it came
         for number in UNWRITABLE:

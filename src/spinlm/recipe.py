@@ -26,13 +26,15 @@ def load_recipe(path: Path, overrides: tuple[str, ...] | list[str] = ()) -> Reci
         RecipeError: the file is missing or no YAML mapping, or a key or value is wrong.
     """
     try:
-        if path.exists() and not path.is_dir() and not (path.is_file() and path.stat().st_size <= LONGEST):
-            raise RecipeError(f"{path}: not a recipe: a file of text, of at most {LONGEST} bytes")
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            content = file.read(LONGEST + 1)
+        text = content.decode()
     except FileNotFoundError:
         raise RecipeError(f"{path}: no such recipe. `spinlm init` writes one to start from") from None
     except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a name that no file can have
         raise RecipeError(f"{path}: cannot be read as text: {error}") from None
+    if len(content) > LONGEST:
+        raise RecipeError(f"{path}: not a recipe: it has more than {LONGEST} bytes")
     values = parse_yaml(text, str(path))
     if not isinstance(values, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of sections (model:, data:, …)")

@@ -1,6 +1,6 @@
 """The run folder: every path in it, markers, fingerprints and the lock.
 
-    recipe.yaml  recipe.resolved.json  provenance.json  packing.json  lock
+    recipe.yaml  recipe.resolved.json  provenance.json  packing.json  lock  .seals/
     examples/       train.jsonl  heldout.jsonl  warmup.jsonl  dropped.json
     base/           the model in plain format, where it came as a .gguf file
     start/          player/ (θ_0)  answers.jsonl  samples.jsonl  metrics.json  *.done
@@ -24,10 +24,11 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from spinlm.binding import identity
 from spinlm.errors import RunError
 from spinlm.files import UNWRITABLE, file_digest, read_json, short_digest, write_json, write_text
 from spinlm.order import START, Stage, describe, read_by, upstream
@@ -103,6 +104,11 @@ class RunDir:
     @property
     def recipe(self) -> Path:
         return self.root / "recipe.resolved.json"
+
+    @property
+    def readable_recipe(self) -> Path:
+        """The same for people, who may run it again."""
+        return self.root / "recipe.yaml"
 
     @property
     def provenance(self) -> Path:
@@ -182,13 +188,20 @@ class RunDir:
         if unfinished is None:
             return
         note = self.iteration(iteration) / f"{stage}.begun"
-        made_from = {"made_from": self._upstream_digest(stage, iteration), "recipe": self._identity()}
-        if note.exists() and read_json(note) == made_from:
+        made_from = {"made_from": self._upstream_digest(stage, iteration), "recipe": identity(self.recipe)}
+        if note.exists() and made_from | read_json(note) == made_from:
             self._began[stage, iteration] = time.monotonic(), True
             return
         if unfinished.is_dir():
+            log.warning("%s: was begun from something else, or by another recipe: it is made anew", unfinished)
             shutil.rmtree(unfinished)
         write_json(note, made_from)
+
+    def tidy(self, stage: str, iteration: int) -> None:
+        """Remove what only an unfinished training needs, once it is complete."""
+        if self.checkpoints(iteration).exists():
+            shutil.rmtree(self.checkpoints(iteration))
+        (self.iteration(iteration) / f"{stage}.begun").unlink(missing_ok=True)
 
     def complete(self, stage: str, iteration: int, outputs: Iterable[Path], **facts: Any) -> None:
         """Write a stage's marker, as its last act. `facts` are kept in the marker for people to read.
@@ -206,7 +219,7 @@ class RunDir:
                 raise RunError(f"{path}: is missing. Run again to make it anew")
         files = _files(outputs)
         for path in files:
-            if self._seal(path).exists() and not self._as_sealed(path):
+            if not self.intact(path):
                 raise RunError(f"{path}: has changed since it was written. Run again to make it anew")
         written = {str(path.relative_to(self.root)): self._digest(path) for path in files}
         marker = {
@@ -231,6 +244,10 @@ class RunDir:
             log.warning("%s: has changed since it was written, and is made anew", path)
             return False
         return True
+
+    def intact(self, path: Path) -> bool:
+        """Whether a file is as it was sealed, or never was."""
+        return not self._seal(path).exists() or self._as_sealed(path)
 
     def _as_sealed(self, path: Path) -> bool:
         return self._seal(path).read_bytes() == self._digest(path).encode()
@@ -379,115 +396,6 @@ class RunDir:
                 return True
         return False
 
-    def changes(self, recipe: dict[str, Any], harmless: Collection[str]) -> list[str]:
-        """What differs between a recipe and the one this folder belongs to, but for fields that may change.
-
-        More iterations may be asked for, too: they continue the run.
-        """
-        old = filled(self._known_recipe())
-        found = differences(old, recipe)
-        more = recipe["selfplay"]["iterations"] >= old["selfplay"]["iterations"]
-        allowed = {*harmless, "selfplay.iterations"} if more else set(harmless)
-        return [line for line in found if not any(line.startswith((f"{name}:", f"{name}.")) for name in allowed)]
-
-    def bind(self, recipe: dict[str, Any], harmless: Collection[str]) -> None:
-        """Tie the folder to a recipe, or once a stage is complete, check that it is still the same one.
-
-        Args:
-            recipe: the whole recipe as plain data.
-            harmless: names of fields (section.key) that may change while a run is under way.
-
-        Raises:
-            RunError: the folder belongs to a different recipe; the message lists what changed.
-        """
-        from spinlm.recipe import as_yaml
-
-        if not self._intact() or read_json(self.recipe) != recipe:
-            if self.recipe.exists() and self.begun() and (changes := self.changes(recipe, harmless)):
-                raise RunError(
-                    f"{self.root}: was made with a different recipe:\n"
-                    + "\n".join(f"  {line}" for line in changes)
-                    + "\nChoose another --run-dir, or start again with --fresh (this deletes what is there)"
-                )
-            write_json(self.recipe, recipe)
-            self.seal(self.recipe)
-        # By itself, as an end between the two would leave the recipe for people behind.
-        readable, text = self.root / "recipe.yaml", as_yaml(recipe)
-        if not readable.exists() or readable.read_text(encoding="utf-8", errors="replace") != text:
-            write_text(readable, text)
-
-    def read_recipe(self) -> Any:
-        """The recipe of the run, as plain data.
-
-        Raises:
-            RunError: there is none, or it is not as it was written.
-        """
-        if not self.recipe.exists():
-            raise RunError(
-                f"{self.root}: not a run folder (it has no {self.recipe.name}). `spinlm run RECIPE` makes one"
-            )
-        if not self._intact():
-            raise RunError(
-                f"{self.recipe}: has changed since it was written. `spinlm run` with the run's recipe writes it anew"
-            )
-        return read_json(self.recipe)
-
-    def _intact(self) -> bool:
-        """Whether the recipe is there, and as it was written."""
-        return self.recipe.exists() and (not self._seal(self.recipe).exists() or self._as_sealed(self.recipe))
-
-    def _known_recipe(self) -> Any:
-        """The recipe of the run; where its file has changed, as the one for people has it.
-
-        Raises:
-            RunError: that is of no use, either.
-        """
-        from spinlm.errors import RecipeError
-        from spinlm.recipe import load_recipe
-
-        if self._intact():
-            return read_json(self.recipe)
-        try:
-            return load_recipe(self.root / "recipe.yaml").model_dump(mode="json")
-        except RecipeError as error:
-            raise RunError(f"{self.recipe}: damaged, and so is {error}. Start again with --fresh") from error
-
-    def _identity(self) -> str | None:
-        """What the run's recipe is known by, but for what may change while it is under way."""
-        from spinlm.config import EXECUTION_ONLY
-
-        if not self.recipe.exists():
-            return None
-        recipe = filled(read_json(self.recipe))
-        for name in (*EXECUTION_ONLY, "selfplay.iterations"):
-            *sections, last = name.split(".")
-            section: Any = recipe
-            for one in sections:
-                section = (section or {}).get(one)
-            if section:
-                section.pop(last, None)
-        return short_digest(recipe)
-
-    def bind_inputs(self, inputs: dict[str, Any]) -> None:
-        """Check, once a stage is complete, that the model and data are those the folder began with.
-
-        Raises:
-            RunError: with what changed.
-        """
-        if self.provenance.exists() and self.begun():
-            noted = read_json(self.provenance)
-            if not isinstance(noted, dict) or "inputs" not in noted:
-                raise RunError(
-                    f"{self.provenance}: damaged: it says nothing of model and data. Start again with --fresh"
-                )
-            changes = differences(noted["inputs"], inputs)
-            if changes:
-                raise RunError(
-                    f"{self.root}: the model or data has changed since this run began:\n"
-                    + "\n".join(f"  {line}" for line in changes)
-                    + "\nPut the old one back, choose another --run-dir, or start again with --fresh"
-                )
-
     def begun(self) -> bool:
         """Whether any stage is complete."""
         return any(self.root.glob("*/*.done"))
@@ -515,28 +423,6 @@ def _lock(file: IO[str], root: Path) -> bool:
             return False
         raise RunError(f"{root}: cannot be locked ({error.strerror}). Choose another --run-dir") from error
     return True
-
-
-def filled(recipe: dict[str, Any]) -> dict[str, Any]:
-    """A stored recipe with the defaults of settings that are newer than it, so that it compares with today's."""
-    from pydantic import ValidationError
-
-    from spinlm.config import Recipe
-
-    try:
-        return Recipe.model_validate(recipe).model_dump(mode="json")
-    except ValidationError:  # a setting that is no longer: it shows up as a difference
-        return recipe
-
-
-def differences(old: Any, new: Any, where: str = "") -> list[str]:
-    """What changed between two JSON values, a line for each leaf."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        lines = []
-        for key in sorted(old.keys() | new.keys()):
-            lines += differences(old.get(key), new.get(key), f"{where}.{key}" if where else key)
-        return lines
-    return [] if old == new else [f"{where}: was {json.dumps(old)}, is {json.dumps(new)}"]
 
 
 def _files(paths: Iterable[Path]) -> list[Path]:

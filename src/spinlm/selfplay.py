@@ -9,6 +9,7 @@ import socket
 import time
 from pathlib import Path
 
+from spinlm.binding import bind, differences
 from spinlm.branch import branch, check_source
 from spinlm.config import EXECUTION_ONLY, Recipe
 from spinlm.errors import RecipeError, RunError
@@ -16,7 +17,7 @@ from spinlm.interrupt import gentle_stop
 from spinlm.model.loading import ensure_base
 from spinlm.model.players import stand_up
 from spinlm.order import START
-from spinlm.rundir import RunDir, differences
+from spinlm.rundir import RunDir
 from spinlm.stages.evaluate import evaluate
 from spinlm.stages.generate import generate
 from spinlm.stages.prepare import prepare
@@ -96,7 +97,7 @@ def _see(folder: RunDir) -> None:
 def _lay_out(recipe: Recipe, folder: RunDir, source: RunDir | None, fresh: bool) -> None:
     if fresh:
         folder.clear()
-    folder.bind(recipe.model_dump(mode="json"), EXECUTION_ONLY)
+    bind(folder, recipe.model_dump(mode="json"), EXECUTION_ONLY)
     if source is not None:
         branch(recipe, folder, source)
 

@@ -89,16 +89,10 @@ def status_of_all(found: list[RunDir]) -> list[dict[str, Any]]:
     def one(run: RunDir) -> dict[str, Any]:
         try:
             return status(run)
-        except (SpinError, KeyError, TypeError, AttributeError) as error:
+        except (SpinError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             why = str(error) if isinstance(error, SpinError) else f"{type(error).__name__}: {error}"
-            return {
-                "run": str(run.root),
-                "state": "damaged",
-                "stage": None,
-                "best": None,
-                "players": [],
-                "verdict": why,
-            }
+            unknown = dict.fromkeys(("stage", "iteration", "seconds", "last_step", "best")) | {"players": []}
+            return {"run": str(run.root), "state": "damaged", **unknown, "verdict": why}
 
     return [one(run) for run in found]
 

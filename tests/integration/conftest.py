@@ -134,7 +134,7 @@ def stopped_in_training(world, cli, rewound) -> Path:
 UNDO = {
     "generate": ("generations", "generate.done"),
     "score": ("pairs", "score.done"),
-    "train": ("checkpoints", "player", "train.done"),
+    "train": ("player", "train.done"),
     "evaluate": ("answers.jsonl", "samples.jsonl", "metrics.json", "evaluate.done"),
     "promote": ("promotion.json", "promote.done"),
 }

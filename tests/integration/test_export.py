@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from models import load_player
 from spinlm.card import base_licence
 from spinlm.config import Model, Recipe
+from spinlm.export import export, push
 from spinlm.files import read_json
 from spinlm.preferences import export_pairs
 from spinlm.rundir import RunDir
@@ -95,11 +96,38 @@ def test_a_player_that_has_changed_is_not_handed_out(cli, reference, tmp_path, c
 
 
 def test_a_hub_that_cannot_be_reached(cli, reference, tmp_path):
-    """The export is there, and names no folder of this machine."""
+    """The export is there, and works here."""
     nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
     refused = cli("export", reference, "--push-to-hub", "a/b", "--to", "new", folder=tmp_path, code=2, **nowhere)
     assert refused.message.startswith("a/b: could not be pushed: ") and "new is complete" in refused.message
-    assert json.loads((tmp_path / "new" / "adapter_config.json").read_text())["base_model_name_or_path"] == "model"
+    assert json.loads((tmp_path / "new" / "adapter_config.json").read_text())["base_model_name_or_path"].endswith(
+        "/model"
+    )
+
+
+def test_what_is_pushed_names_no_folder_of_this_machine(world, reference, monkeypatch, tmp_path):
+    # the hub is out of reach in tests; what it would be given is looked at
+    given = {}
+
+    class Hub:
+        def create_repo(self, repository, **options):
+            return f"https://hub/{repository}"
+
+        def upload_folder(self, *, folder_path, ignore_patterns, **where):
+            names = {path.name for path in folder_path.iterdir()} - set(ignore_patterns)
+            given.update({name: (folder_path / name).read_bytes() for name in names})
+
+        def upload_file(self, *, path_or_fileobj, path_in_repo, **where):
+            given[path_in_repo] = path_or_fileobj
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    run = RunDir(reference)
+    recipe = Recipe.model_validate(read_json(run.recipe))
+    export(recipe, run, 1, tmp_path / "new")
+    assert push(tmp_path / "new", "a/b", recipe) == "https://hub/a/b"
+    assert json.loads(given["adapter_config.json"])["base_model_name_or_path"] == "model"
+    assert {path.name for path in (tmp_path / "new").iterdir()} == set(given)
+    assert not any(str(world.folder).encode() in content for content in given.values())
 
 
 def test_a_card_where_the_model_and_the_data_are_gone(reference, cli, tmp_path):

@@ -101,7 +101,7 @@ def test_run_folder(reference):
         ),
         *(f"iteration-{i}/generations/train-{shard:05d}.jsonl" for i in range(2) for shard in range(SHARDS)),
         *(f"iteration-{i}/pairs/train-{shard:05d}.arrow" for i in range(2) for shard in range(SHARDS)),
-        *(f"iteration-{i}/{kind}" for i in range(2) for kind in ("generations/heldout-00002.jsonl", "checkpoints")),
+        *(f"iteration-{i}/generations/heldout-00002.jsonl" for i in range(2)),
     }
     assert expected <= found
     assert not [name for name in found if "tmp" in name]
@@ -408,7 +408,8 @@ def test_a_collapse_ends_training_after_its_epoch_and_the_run_after_its_iteratio
 
 def test_a_finished_run_keeps_no_checkpoints(reference):
     """They are what an interruption needs, and may be most of what is on the disk."""
-    assert not list(reference.glob("*/checkpoints/*step-*"))
+    assert not list(reference.glob("*/checkpoints"))
+    assert {path.name for path in reference.glob("*/*.begun")} == {"generate.begun", "score.begun"}
     assert len(list(reference.glob("*/player"))) == 4  # of the start, of two iterations, and by the link
 
 

@@ -314,7 +314,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         ({"opponent": served(urls="http://me:secret@host/v1")}, "opponent.server.urls: should be a valid list"),
         (
             {"opponent": {"engine": "vllm", "vllm": {"options": {"trust_remote_code": True}}}},
-            "goes by the section model:",
+            "it goes by model:",
         ),
     ],
 )

@@ -708,6 +708,19 @@ def test_a_hub_dataset(select: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert splits["heldout"][0].source.startswith("some/dataset:")
 
 
+def test_a_hub_dataset_whose_columns_are_of_many_kinds(select: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is text stays text, and an image is not looked for."""
+    parts = [{"type": "text", "text": "p1"}]
+    talks = [[user("p0"), assistant("r0")], [user(parts), assistant("r1")]]  # type: ignore[arg-type]
+    given = datasets.Dataset.from_dict(
+        {"messages": talks, "image": [{"bytes": None, "path": "http://127.0.0.1:9/x.png"}] * 2},
+        features=datasets.Features({"messages": datasets.List(datasets.Json()), "image": datasets.Image()}),
+    )
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, **options: given)
+    _, splits = select(path="some/dataset")
+    assert by_source(splits) == [([user("p0")], "r0"), ([user("p1")], "r1")]
+
+
 def test_examples_are_written_as_they_are_accepted(renderer: Renderer, tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in [*rows(5), {"prompt": "p", "response": ""}]))

@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+from spinlm.binding import bind, bind_inputs, differences, read_recipe
 from spinlm.config import Recipe
 from spinlm.errors import RunError
 from spinlm.files import read_json, write_json
 from spinlm.order import STAGES, START
-from spinlm.rundir import RunDir, differences
+from spinlm.rundir import RunDir
 
 
 @pytest.fixture
@@ -319,12 +320,12 @@ GAME = {"selfplay": {"iterations": 2}, "seed": 0, "train": {"epochs": 2, "checkp
 
 
 def test_bind(run):
-    run.bind(GAME, ())
+    bind(run, GAME, ())
     assert json.loads(run.recipe.read_text()) == yaml.safe_load((run.root / "recipe.yaml").read_text()) == GAME
     finish(run, ("prepare", START))
-    run.bind(GAME, ())
+    bind(run, GAME, ())
     with pytest.raises(RunError) as caught:
-        run.bind(GAME | {"train": {"epochs": 3, "checkpoint_every": 50}, "seed": 1}, ())
+        bind(run, GAME | {"train": {"epochs": 3, "checkpoint_every": 50}, "seed": 1}, ())
     assert str(caught.value) == (
         f"{run.root}: was made with a different recipe:\n  seed: was 0, is 1\n  train.epochs: was 2, is 3\n"
         "Choose another --run-dir, or start again with --fresh (this deletes what is there)"
@@ -332,63 +333,63 @@ def test_bind(run):
 
 
 def test_harmless_fields_may_change_under_way(run):
-    run.bind(GAME, ())
+    bind(run, GAME, ())
     finish(run, ("prepare", START))
     other = GAME | {"train": {"epochs": 2, "checkpoint_every": 7}}
     with pytest.raises(RunError, match="checkpoint_every: was 50, is 7"):
-        run.bind(other, ())
-    run.bind(other, ["train.checkpoint_every"])
+        bind(run, other, ())
+    bind(run, other, ["train.checkpoint_every"])
     assert json.loads(run.recipe.read_text()) == other
 
 
 def test_more_iterations_continue_a_run_and_fewer_do_not(run):
-    run.bind(GAME, ())
+    bind(run, GAME, ())
     finish(run, ("prepare", START))
-    run.bind(GAME | {"selfplay": {"iterations": 3}}, ())
+    bind(run, GAME | {"selfplay": {"iterations": 3}}, ())
     with pytest.raises(RunError, match=r"selfplay\.iterations: was 3, is 2"):
-        run.bind(GAME, ())
+        bind(run, GAME, ())
 
 
 def test_recipe_can_be_corrected_until_there_are_examples(run):
-    run.bind(GAME, ())
-    run.bind(GAME | {"seed": 1}, ())
+    bind(run, GAME, ())
+    bind(run, GAME | {"seed": 1}, ())
     assert json.loads(run.recipe.read_text())["seed"] == 1
     finish(run, ("prepare", START))
     with pytest.raises(RunError, match="seed: was 1, is 0"):
-        run.bind(GAME, ())
+        bind(run, GAME, ())
     assert json.loads(run.recipe.read_text())["seed"] == 1
 
 
 @pytest.mark.parametrize("left", [None, "seed: 1\n"])
 def test_recipe_for_people_is_written_after_an_interruption(run, left):
     """Between the two files of a recipe."""
-    run.bind(GAME, ())
+    bind(run, GAME, ())
     readable = run.root / "recipe.yaml"
     expected = readable.read_text()
     readable.unlink() if left is None else readable.write_text(left)
-    run.bind(GAME, ())
+    bind(run, GAME, ())
     assert readable.read_text() == expected
 
 
 def test_recipe_stays_while_anything_was_made_from_it(run):
     """prepare.done is deleted, as the message about a file that has changed asks for; the players still stand."""
-    run.bind({"seed": 0, "selfplay": {"iterations": 2}}, ())
+    bind(run, {"seed": 0, "selfplay": {"iterations": 2}}, ())
     finish(run, *CHAIN)
     run.marker("prepare", START).unlink()
     with pytest.raises(RunError, match="seed: was 0, is 1"):
-        run.bind({"seed": 1, "selfplay": {"iterations": 2}}, ())
+        bind(run, {"seed": 1, "selfplay": {"iterations": 2}}, ())
 
 
 def test_bind_inputs(run):
     inputs = {"data": {"sha256": "a"}, "model": {"model.safetensors": 100}}
-    run.bind_inputs(inputs)  # nothing to compare with yet
+    bind_inputs(run, inputs)  # nothing to compare with yet
     write_json(run.provenance, {"inputs": {"data": {"sha256": "the first try"}}, "python": "3"})
-    run.bind_inputs(inputs)  # nothing has been made of it
+    bind_inputs(run, inputs)  # nothing has been made of it
     write_json(run.provenance, {"inputs": inputs, "python": "3"})
     finish(run, ("prepare", START))
-    run.bind_inputs(inputs)
+    bind_inputs(run, inputs)
     with pytest.raises(RunError) as caught:
-        run.bind_inputs({"data": {"sha256": "b"}, "model": {"model.safetensors": 100, "config.json": "x"}})
+        bind_inputs(run, {"data": {"sha256": "b"}, "model": {"model.safetensors": 100, "config.json": "x"}})
     assert str(caught.value) == (
         f"{run.root}: the model or data has changed since this run began:\n"
         '  data.sha256: was "a", is "b"\n  model.config.json: was null, is "x"\n'
@@ -512,29 +513,29 @@ def test_a_recipe_that_has_changed_on_disk(run):
     """It is told, and written anew by whoever has the right one."""
     recipe = Recipe.model_validate(RECIPE).model_dump(mode="json")
     written(run)
-    run.bind(recipe, ())
+    bind(run, recipe, ())
     sound = run.recipe.read_bytes()
-    assert run.read_recipe() == recipe
+    assert read_recipe(run) == recipe
     for damaged in (sound.replace(b'"beta": 0.1', b'"beta": 0.5'), sound[:100], b""):
         assert damaged != sound
         run.recipe.write_bytes(damaged)
         with pytest.raises(RunError, match=r"recipe.resolved.json: has changed since it was written"):
-            run.read_recipe()
+            read_recipe(run)
         with pytest.raises(RunError, match=r"(?s)was made with a different recipe:.*seed: was 0, is 1"):
-            run.bind(recipe | {"seed": 1}, ())
-        run.bind(recipe, ())
+            bind(run, recipe | {"seed": 1}, ())
+        bind(run, recipe, ())
         assert run.recipe.read_bytes() == sound
     run.recipe.write_bytes(b"")
     (run.root / "recipe.yaml").write_text("damaged: too")
     with pytest.raises(RunError, match="damaged, and so is"):
-        run.bind(recipe, ())
+        bind(run, recipe, ())
 
 
 def test_clear(run, tmp_path):
     (tmp_path / "outside").mkdir()
     (tmp_path / "outside" / "kept.txt").write_text("kept")
     with run.locked():
-        run.bind({"seed": 0, "selfplay": {"iterations": 2}}, ())
+        bind(run, {"seed": 0, "selfplay": {"iterations": 2}}, ())
         finish(run, *CHAIN)
         run.set_best(0)
         (run.root / "link").symlink_to(tmp_path / "outside")
@@ -545,7 +546,7 @@ def test_clear(run, tmp_path):
 
 
 def test_clear_that_was_cut_short_can_be_done_again(run, monkeypatch):
-    run.bind({"seed": 0, "selfplay": {"iterations": 2}}, ())
+    bind(run, {"seed": 0, "selfplay": {"iterations": 2}}, ())
     finish(run, *CHAIN)
     deleted = []
 
@@ -580,10 +581,10 @@ def test_run_whose_first_write_was_cut_short_can_be_begun_again(run, monkeypatch
 
     with monkeypatch.context() as patch, pytest.raises(OSError), run.locked():
         patch.setattr(os, "fsync", full)
-        run.bind({"seed": 0, "selfplay": {"iterations": 2}}, ())
+        bind(run, {"seed": 0, "selfplay": {"iterations": 2}}, ())
     assert not run.recipe.exists()
     with run.locked():
-        run.bind({"seed": 0, "selfplay": {"iterations": 2}}, ())
+        bind(run, {"seed": 0, "selfplay": {"iterations": 2}}, ())
     assert read_json(run.recipe) == {"seed": 0, "selfplay": {"iterations": 2}}
 
 
@@ -595,3 +596,19 @@ def test_run_folder_that_is_a_file(tmp_path, below):
         pass
     assert str(caught.value) == f"{root}: not a folder, and cannot be made one. Choose another --run-dir"
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_model_of_the_hub_is_pinned_to_what_it_was(run):
+    """Where its repository has moved on."""
+    recipe = Recipe.model_validate(RECIPE).model_dump(mode="json")
+    written(run)
+    bind(run, recipe, ())
+    inputs = {"data": {"sha256": "a"}, "model": {"id": "m", "commit": "abc"}}
+    write_json(run.provenance, {"inputs": inputs})
+    bind_inputs(run, inputs | {"model": {"id": "m", "commit": None}})  # where the hub cannot be asked
+    with pytest.raises(RunError, match=r"(?s)model.commit: was \"abc\", is \"new\"\nSet model.revision=abc, choose"):
+        bind_inputs(run, inputs | {"model": {"id": "m", "commit": "new"}})
+    for other in ("new", "abcd"):
+        with pytest.raises(RunError, match="was made with a different recipe"):
+            bind(run, recipe | {"model": {**recipe["model"], "revision": other}}, ())
+    bind(run, recipe | {"model": {**recipe["model"], "revision": "abc"}}, ())

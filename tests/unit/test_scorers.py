@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -198,3 +199,17 @@ def test_neither_scorers_nor_demo_load_a_heavy_package():
     )
     printed = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     assert printed == "[]\n"
+
+
+@pytest.mark.parametrize("name", ["os:popen", "timeit:timeit", "builtins:exec", "subprocess:run"])
+def test_functions_of_python_itself_score_nothing(name: str) -> None:
+    with pytest.raises(RecipeError, match="a function of Python itself scores nothing"):
+        get_scorer(name)
+
+
+def test_a_scorer_that_is_part_of_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = "import functools\ndef near(a, b, by): return float(abs(len(a) - len(b)) <= by)\n"
+    text += "score = functools.partial(near, by=1)\n"
+    (tmp_path / "partly.py").write_text(text)
+    assert [get_scorer("partly:score")("abc", other) for other in ("ab", "a")] == [1.0, 0.0]

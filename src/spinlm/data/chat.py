@@ -129,11 +129,13 @@ class Renderer:
         fit is cut and not given an end.
 
         Raises:
-            RowError: control_token, template_refused, response_changed, prompt_not_a_prefix, prompt_too_long,
-                too_long: so much too long that to find out how much would take long itself.
+            RowError: control_token, template_refused, response_changed, prompt_not_a_prefix, prompt_too_long.
         """
-        self._refuse_what_never_fits(messages, response, max_length)
         self._refuse_control_tokens(response)
+        most = max(QUICK, TIMES_TOO_LONG * self._longest * max_length)  # characters: with more it surely is too long
+        if (signs := sum(len(message["content"]) for message in messages)) > most:
+            raise RowError("prompt_too_long", f"the prompt has {signs} characters, far more than {max_length} tokens")
+        response = response[:most]  # what is left out would be cut
         prompt = self._prompt_text(messages)
         whole = self._render([*messages, {"role": "assistant", "content": response}])
         if not whole.startswith(prompt):
@@ -193,11 +195,6 @@ class Renderer:
             if self._drops_system and message["role"] == "system":
                 raise RowError("template_refused", "the chat template leaves the system message out")
         return self._render(messages, generation_prompt=True)
-
-    def _refuse_what_never_fits(self, messages: Sequence[Message], response: str, max_length: int) -> None:
-        signs = len(response) + sum(len(message["content"]) for message in messages)
-        if signs > max(QUICK, TIMES_TOO_LONG * self._longest * max_length):
-            raise RowError("too_long", f"it has {signs} characters, far more than {max_length} tokens can have")
 
     def _refuse_control_tokens(self, text: str) -> None:
         if found := self._control.search(text) or self._control.search(self._normalize(text)):

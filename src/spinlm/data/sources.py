@@ -4,7 +4,7 @@ import csv
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +138,9 @@ def _parquet(path: Path) -> _Rows:
 
     try:
         # Not through `datasets`, which would open what a column of images names, and keep a copy in its cache.
-        table = pq.ParquetFile(path).read()
+        file = pq.ParquetFile(path)
+        # In batches, as a column of messages with more than 2 GB of text cannot be read at once.
+        table = pa.Table.from_batches(file.iter_batches(batch_size=1000), schema=file.schema_arrow)
     except (pa.ArrowException, OSError, ValueError) as error:
         raise DataError(f"{path}: not a Parquet file that can be read: {error}") from error
     _check_names(path, table.column_names)
@@ -178,12 +180,21 @@ def _hub(data: Data) -> _Rows:
         raise DataError(f"{data.path}: no such file here. A dataset of the hub is named OWNER/NAME")
     try:
         rows = load_dataset(data.path, name=data.subset, split=data.split, revision=data.revision)
-        arrow = rows.with_format("arrow")  # the rest of a row (images, sound) is not decoded
-        return range(1, len(rows) + 1), lambda index: _values(arrow[index])
+        for name, feature in rows.features.items():
+            if hasattr(feature, "decode"):  # an image or a sound, which would be opened, or fetched
+                rows = rows.cast_column(name, replace(feature, decode=False))
     except Exception as error:  # the hub client, its transport and the readers have no common family
         raise DataError(
             f"{data.path}: no such file here, and the hub did not give a dataset of that name: {error}"
         ) from error
+
+    def read(index: int) -> Any:
+        try:
+            return rows[index]
+        except Exception as error:  # whatever a feature's decoder raises
+            raise RowError("unreadable", f"it cannot be read: {error}") from error
+
+    return range(1, len(rows) + 1), read
 
 
 def kind_of(value: Any) -> str:

@@ -138,7 +138,8 @@ def _import_function(name: str) -> Scorer:
         raise RecipeError(
             f"evaluate.scorer: {name}: {module_name} ({_file(module)}) has no function {function_name}{meant}"
         )
-    if getattr(function, "__module__", "").partition(".")[0] in {*sys.stdlib_module_names, "builtins"}:
+    own = function.func if isinstance(function, functools.partial) else function
+    if (getattr(own, "__module__", None) or "builtins").partition(".")[0] in {*sys.stdlib_module_names, "builtins"}:
         raise RecipeError(
             f"evaluate.scorer: {name}: a function of Python itself scores nothing, and may run an answer as a command"
         )

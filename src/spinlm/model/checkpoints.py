@@ -55,14 +55,19 @@ def _write(folder: Path, step: int, weights: dict[str, Any], tensors: dict[str, 
         digests = {name: file_digest(temporary / name) for name in _FILES}  # safetensors has none
         noted = {"step": step, "optimizer": scalars, "files": digests}
         write_json(temporary / "state.json", noted | {"sum": short_digest(noted)})
-    remove(folder, target.name)
+    _remove_others(folder, target.name)
 
 
-def remove(folder: Path, kept: str = "") -> None:
-    """Remove a folder's checkpoints, those that were not written to the end as well, but for one."""
-    for other in (*folder.glob("step-*"), *folder.glob(".step-*.tmp")):
+def _remove_others(folder: Path, kept: str) -> None:
+    for other in folder.glob("step-*"):
         if other.name != kept:
             shutil.rmtree(other)
+
+
+def _remove_unfinished(folder: Path) -> None:
+    """What an end has left that came while a checkpoint was saved."""
+    for half in folder.glob(".step-*.tmp"):
+        shutil.rmtree(half)
 
 
 def resume(folder: Path, players: Players) -> tuple[int, OptimizerState]:
@@ -75,7 +80,7 @@ def resume(folder: Path, players: Players) -> tuple[int, OptimizerState]:
         RunError: it is damaged.
     """
     name = team.first(_newest_name, folder)
-    team.first(remove, folder, name or "")  # what an end while one was saved, or right after that, has left
+    team.first(_remove_unfinished, folder)
     if name is None:
         return 0, {}
     found = folder / name
@@ -96,6 +101,7 @@ def resume(folder: Path, players: Players) -> tuple[int, OptimizerState]:
     for name, value in {**tensors, **noted["optimizer"]}.items():
         index, _, key = name.partition(".")
         state.setdefault(int(index), {})[key] = value
+    team.first(_remove_others, folder, found.name)  # which an end right after it was saved has left
     log.info("resuming after step %d", noted["step"])
     return int(noted["step"]), state
 

@@ -75,9 +75,11 @@ def _unpack_gguf(path: Path, folder: Path) -> None:
     """Save a .gguf file as an ordinary model, unless that has been done."""
     source = {"file": path.name, "bytes": path.stat().st_size}
     noted = folder / "source.json"
-    if folder in _unpacked or (noted.exists() and read_json(noted) == source | {"files": _digests(folder)}):
-        _unpacked.add(folder)
-        return
+    if noted.exists():
+        known = _unpacked.get(folder) == source
+        if known or read_json(noted) == source | {"files": _digests(folder)}:
+            _unpacked[folder] = source
+            return
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     log.info("unpacking %s", path.name)
@@ -95,10 +97,10 @@ def _unpack_gguf(path: Path, folder: Path) -> None:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         write_json(temporary / noted.name, source | {"files": _digests(temporary)})
-    _unpacked.add(folder)
+    _unpacked[folder] = source
 
 
-_unpacked: set[Path] = set()  # folders that this process has made, or looked through
+_unpacked: dict[Path, dict[str, Any]] = {}  # of which file; folders that this process has made, or looked through
 
 
 def _digests(folder: Path) -> dict[str, str]:

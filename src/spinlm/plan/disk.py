@@ -27,7 +27,7 @@ class Room(NamedTuple):
 
 
 def disk(plan: Plan) -> dict[str, Room]:
-    """The run folder when the run is over, but for a training's checkpoint, which goes when its stage is complete.
+    """The run folder at its fullest: in the last training, with a checkpoint, which goes when that is complete.
 
     While one is being written there are two.
     """
@@ -48,19 +48,21 @@ def disk(plan: Plan) -> dict[str, Room]:
     answers = 2 * heldout * (ANSWER_BYTES + plan.work[0].answered.tokens * token)
     small = [int(FOLDER_BYTES + answers + work.steps * STEP_BYTES + 2 * shards * MARKED_BYTES) for work in plan.work]
 
-    player = checkpoint = base = None
+    player = checkpoint = largest = base = None
     if shape is not None:
         trained = shape.trained(recipe.lora)
         tokenizer = TOKENIZER_BYTES * shape.vocab
         player, base = 4 * trained + tokenizer, 4 * shape.parameters + tokenizer
-        checkpoint = (4 + optimizer_bytes(recipe.train.optimizer)) * trained
+        optimizers = [recipe.train.optimizer, *([recipe.warmup_sft.optimizer] if recipe.warmup_sft else [])]
+        checkpoint = (4 + optimizer_bytes(optimizers[0])) * trained
+        largest = (4 + max(map(optimizer_bytes, optimizers))) * trained
     return {
         "examples": Room(0, int(rows), 5),
         "generations": Room(generations, iterations * generations, 2 * iterations * shards),  # each with its digest
         "pairs": Room(pairs[-1], sum(pairs), 2 * iterations * shards),
         **({"base": Room(0, base, 7)} if recipe.model.path.endswith(".gguf") else {}),
         "players": Room(player, _times(player, iterations + 1), 6 * (iterations + 1)),  # θ_0 and each iteration's
-        "checkpoint": Room(checkpoint, checkpoint, 4),
+        "checkpoint": Room(checkpoint, largest, 4),
         "measurements and markers": Room(small[-1], sum(small) + FOLDER_BYTES, 12 * iterations + 12),
     }
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
+from spinlm.binding import changes
 from spinlm.config import EXECUTION_ONLY, MEMORY_MARGIN, Recipe, at_iteration, optimizer_bytes
 from spinlm.order import START, stages
 from spinlm.plan.devices import CPU, DEVICES, GPU, TOKENISER_SPEED, Device
@@ -310,7 +311,7 @@ def make_plan(recipe: Recipe, run: RunDir | None = None, processes: int = 1) -> 
     except UnknownShapeError as missing:
         source = str(missing)
     changed = (
-        run.changes(recipe.model_dump(mode="json"), EXECUTION_ONLY)
+        changes(run, recipe.model_dump(mode="json"), EXECUTION_ONLY)
         if run and run.recipe.exists() and run.begun()
         else []
     )

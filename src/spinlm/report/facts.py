@@ -66,7 +66,7 @@ class Facts:
 
     @property
     def recipe_text(self) -> str:
-        path = self.run.root / "recipe.yaml"
+        path = self.run.readable_recipe
         return (
             path.read_text(encoding="utf-8", errors="replace") if path.exists() else json.dumps(self.recipe, indent=1)
         )

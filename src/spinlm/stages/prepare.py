@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from spinlm import __version__, team
+from spinlm.binding import bind_inputs
 from spinlm.config import Recipe
 from spinlm.data.examples import SPLITS, select_examples
 from spinlm.errors import DataError, RecipeError
 from spinlm.evals.scorers import get_scorer
 from spinlm.files import atomic_file, file_digest, write_json
-from spinlm.locate import locate
+from spinlm.locate import local, locate
 from spinlm.model.loading import ensure_base, hub_commit
 from spinlm.model.optimizers import check_optimizer
 from spinlm.model.players import check_trackers, seat
@@ -44,7 +45,7 @@ def prepare(recipe: Recipe, run: RunDir) -> None:
     _check_launcher()
     _check_names(recipe)
     inputs = {"data": _data_fingerprint(recipe), "model": _model_fingerprint(recipe)}
-    run.bind_inputs(inputs)
+    bind_inputs(run, inputs)
     if not run.done("prepare", START):
         run.begin("prepare", START)
         write_json(run.provenance, {"inputs": inputs, **provenance()})
@@ -123,8 +124,8 @@ _ORDER = ("train", "heldout", "warmup")
 
 
 def _data_fingerprint(recipe: Recipe) -> dict[str, Any]:
-    path = Path(recipe.data.path).expanduser()
-    if path.is_file():
+    path = local(recipe.data.path)
+    if path is not None and path.is_file():
         try:
             return {"sha256": file_digest(path)}
         except OSError as error:
@@ -136,7 +137,7 @@ def _model_fingerprint(recipe: Recipe) -> dict[str, Any]:
     """Digests of a model's files, or the commit of one of the hub: another of the same shape is another model."""
     path = locate(recipe.model.path)
     if path is None:
-        return {"id": recipe.model.path, "revision": recipe.model.revision, "commit": hub_commit(recipe.model)}
+        return {"id": recipe.model.path, "commit": hub_commit(recipe.model)}
     files = [path] if path.is_file() else [file for file in sorted(path.iterdir()) if file.suffix in MODEL_FILES]
     return {file.name: file_digest(file) for file in files}
 

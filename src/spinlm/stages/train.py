@@ -7,7 +7,6 @@ from spinlm import team
 from spinlm.config import Recipe, at_iteration
 from spinlm.evals.guard import signs_of_collapse
 from spinlm.files import read_json
-from spinlm.model import checkpoints
 from spinlm.model.fit import Fit, Items, Objective, fit
 from spinlm.model.players import seat
 from spinlm.order import START
@@ -28,7 +27,7 @@ def train(recipe: Recipe, run: RunDir, iteration: int) -> None:
         TrainingError: a loss or gradient was not finite.
     """
     if team.first(run.done, "train", iteration):
-        team.first(checkpoints.remove, run.checkpoints(iteration))
+        team.first(run.tidy, "train", iteration)
         return
     team.first(run.begin, "train", iteration, run.checkpoints(iteration))
     players = seat(recipe, run)
@@ -59,7 +58,7 @@ def train(recipe: Recipe, run: RunDir, iteration: int) -> None:
     players.save(iteration)
     facts = {"steps": steps, "pairs": int(items.sizes.sum()), "heldout_nll_by_epoch": curve.values}
     team.first(run.complete, "train", iteration, [run.player(iteration)], **facts)
-    team.first(checkpoints.remove, run.checkpoints(iteration))
+    team.first(run.tidy, "train", iteration)
 
 
 def _lesson(recipe: Recipe, run: RunDir, iteration: int) -> tuple[Items, Objective]:

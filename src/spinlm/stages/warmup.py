@@ -4,7 +4,6 @@ import logging
 
 from spinlm import team
 from spinlm.config import Recipe
-from spinlm.model import checkpoints
 from spinlm.model.fit import Fit, fit
 from spinlm.model.players import seat
 from spinlm.model.trees import Tree
@@ -22,7 +21,7 @@ log = logging.getLogger("spinlm")
 def warmup(recipe: Recipe, run: RunDir) -> None:
     """Make and save θ_0: the model as it came, with a fresh adapter under LoRA, after `warmup_sft` if there is one."""
     if team.first(run.done, "warmup", START):
-        team.first(checkpoints.remove, run.checkpoints(START))
+        team.first(run.tidy, "warmup", START)
         return
     team.first(run.begin, "warmup", START, run.checkpoints(START))
     players = seat(recipe, run)
@@ -60,7 +59,7 @@ def warmup(recipe: Recipe, run: RunDir) -> None:
     players.save(START)
     facts = {"heldout_nll_by_epoch": curve.values, "packing": packing}
     team.first(run.complete, "warmup", START, [run.player(START)], **facts)
-    team.first(checkpoints.remove, run.checkpoints(START))
+    team.first(run.tidy, "warmup", START)
 
 
 def _probe(examples: list[Example], max_length: int) -> list[Tree]:

@@ -1,0 +1,166 @@
+"""What a run folder belongs to: one recipe, one model, one data set. Whoever comes with another is refused."""
+
+import contextlib
+import json
+from collections.abc import Collection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spinlm.errors import RecipeError, RunError
+from spinlm.files import read_json, short_digest, write_json, write_text
+
+if TYPE_CHECKING:
+    from spinlm.rundir import RunDir
+
+
+def bind(run: "RunDir", recipe: dict[str, Any], harmless: Collection[str]) -> None:
+    """Tie a run folder to a recipe, or once a stage is complete, check that it is still the same one.
+
+    Args:
+        run: the folder, held by this process.
+        recipe: the whole recipe as plain data.
+        harmless: names of fields (section.key) that may change while a run is under way.
+
+    Raises:
+        RunError: the folder belongs to a different recipe; the message lists what changed.
+    """
+    from spinlm.recipe import as_yaml
+
+    if not (run.recipe.exists() and run.intact(run.recipe)) or read_json(run.recipe) != recipe:
+        if run.recipe.exists() and run.begun() and (changed := changes(run, recipe, harmless)):
+            raise RunError(
+                f"{run.root}: was made with a different recipe:\n"
+                + "\n".join(f"  {line}" for line in changed)
+                + "\nChoose another --run-dir, or start again with --fresh (this deletes what is there)"
+            )
+        write_json(run.recipe, recipe)
+        run.seal(run.recipe)
+    # By itself, as an end between the two would leave the recipe for people behind.
+    readable, text = run.readable_recipe, as_yaml(recipe)
+    if not readable.exists() or readable.read_text(encoding="utf-8", errors="replace") != text:
+        write_text(readable, text)
+
+
+def changes(run: "RunDir", recipe: dict[str, Any], harmless: Collection[str]) -> list[str]:
+    """What differs between a recipe and the one a run folder belongs to, but for fields that may change.
+
+    More iterations may be asked for, too: they continue the run. And a model of the hub may be pinned to what it was.
+    """
+    old = filled(_known_recipe(run))
+    found = [line for line in differences(old, recipe) if line != _pinned(run)]
+    more = recipe["selfplay"]["iterations"] >= old["selfplay"]["iterations"]
+    allowed = {*harmless, "selfplay.iterations"} if more else set(harmless)
+    return [line for line in found if not any(line.startswith((f"{name}:", f"{name}.")) for name in allowed)]
+
+
+def bind_inputs(run: "RunDir", inputs: dict[str, Any]) -> None:
+    """Check, once a stage is complete, that model and data are those the run folder began with.
+
+    Raises:
+        RunError: with what changed.
+    """
+    if not run.provenance.exists() or not run.begun():
+        return
+    noted = read_json(run.provenance)
+    if not isinstance(noted, dict) or "inputs" not in noted:
+        raise RunError(f"{run.provenance}: damaged: it says nothing of model and data. Start again with --fresh")
+    unknown = 'model.commit: was null, is "', "model.commit: was "  # where the hub could not be asked
+    changed = [
+        line
+        for line in differences(noted["inputs"], inputs)
+        if not line.startswith(unknown[0]) and not (line.startswith(unknown[1]) and line.endswith(", is null"))
+    ]
+    if changed:
+        commit = _commit(run)
+        remedy = f"Set model.revision={commit}" if commit and "model.commit: " in changed[0] else "Put the old one back"
+        raise RunError(
+            f"{run.root}: the model or data has changed since this run began:\n"
+            + "\n".join(f"  {line}" for line in changed)
+            + f"\n{remedy}, choose another --run-dir, or start again with --fresh"
+        )
+
+
+def _commit(run: "RunDir") -> str | None:
+    """The commit of the hub's model that a run began with, if it is one and that is known."""
+    noted = read_json(run.provenance) if run.provenance.exists() else {}
+    model = noted.get("inputs", {}).get("model", {}) if isinstance(noted, dict) else {}
+    return model.get("commit")
+
+
+def _pinned(run: "RunDir") -> str:
+    """How `differences` tells that a model has been pinned to the commit that the run began with."""
+    return f"model.revision: was null, is {json.dumps(_commit(run))}"
+
+
+def read_recipe(run: "RunDir") -> Any:
+    """The recipe of a run, as plain data.
+
+    Raises:
+        RunError: there is none, or it is not as it was written.
+    """
+    if not run.recipe.exists():
+        raise RunError(f"{run.root}: not a run folder (it has no {run.recipe.name}). `spinlm run RECIPE` makes one")
+    if not run.intact(run.recipe):
+        raise RunError(
+            f"{run.recipe}: has changed since it was written. `spinlm run` with the run's recipe writes it anew"
+        )
+    return read_json(run.recipe)
+
+
+def _known_recipe(run: "RunDir") -> Any:
+    """The recipe of a run; where its file has changed, as the one for people has it.
+
+    Raises:
+        RunError: that is of no use, either.
+    """
+    from spinlm.recipe import load_recipe
+
+    if run.intact(run.recipe):
+        return read_json(run.recipe)
+    try:
+        return load_recipe(run.readable_recipe).model_dump(mode="json")
+    except RecipeError as error:
+        raise RunError(f"{run.recipe}: damaged, and so is {error}. Start again with --fresh") from error
+
+
+def identity(path: Path) -> str | None:
+    """What the recipe of a run, at its path, is known by, but for what may change while the run is under way."""
+    from pydantic import ValidationError
+
+    from spinlm.config import EXECUTION_ONLY, Recipe
+
+    if not path.exists():
+        return None
+    recipe = read_json(path)
+    with contextlib.suppress(ValidationError):  # of another version, whose settings are no longer
+        recipe = Recipe.model_validate(recipe).model_dump(mode="json", exclude_defaults=True)  # so new ones do no harm
+    for name in (*EXECUTION_ONLY, "selfplay.iterations"):
+        *sections, last = name.split(".")
+        section = recipe
+        for one in sections:
+            section = (section or {}).get(one)
+        if section:
+            section.pop(last, None)
+    return short_digest(recipe)
+
+
+def filled(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A stored recipe with the defaults of settings that are newer than it, so that it compares with today's."""
+    from pydantic import ValidationError
+
+    from spinlm.config import Recipe
+
+    try:
+        return Recipe.model_validate(recipe).model_dump(mode="json")
+    except ValidationError:  # a setting that is no longer: it shows up as a difference
+        return recipe
+
+
+def differences(old: Any, new: Any, where: str = "") -> list[str]:
+    """What changed between two JSON values, a line for each leaf."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        lines = []
+        for key in sorted(old.keys() | new.keys()):
+            lines += differences(old.get(key), new.get(key), f"{where}.{key}" if where else key)
+        return lines
+    return [] if old == new else [f"{where}: was {json.dumps(old)}, is {json.dumps(new)}"]
