@@ -310,7 +310,7 @@ def status(run: RunPath, as_json: AsJson = False) -> None:
     if step := last_step(folder):
         told = "".join(f", {name} {step[name]:.4f}" for name in ("loss", "margin") if name in step)
         out.print(f"Last step: {describe((step['stage'], step['iteration']))}, {step['step']} of {step['steps']}{told}")
-    out.print(table(folder))
+    out.print(table(folder, out.width))
     out.print(verdict(folder))
 
 
@@ -508,7 +508,7 @@ def _print_result(run: RunDir) -> None:
         out.print()
         for name, text in (("prompt", prompt), ("real", real), *answers):
             out.print(f"{name:<11} {printable(text)}")
-    out.print(table(run))
+    out.print(table(run, out.width))
     out.print(verdict(run))
     asked = system_prompt(run)  # without it, a prompt would be another task
     system = f" --system {shlex.quote(asked)}" if asked else ""

@@ -55,20 +55,34 @@ def rows(run: RunDir) -> list[Row]:
     return found
 
 
-def table(run: RunDir) -> "Table":
-    """A rich table with a row for each player."""
+def table(run: RunDir, width: int = 100) -> "Table":
+    """A rich table with a row for each player, in so many columns of text: where they are few, it stands closer, and
+    the last measures are left out rather than numbers cut."""
+    players = rows(run)
+    titles, body = cells(players)
+    tries = ((count, close) for count in range(len(titles), 1, -1) for close in (False, True))
+    grids = (_grid(titles[:count], [row[:count] for row in body], players, close) for count, close in tries)
+    return next((grid for grid in grids if _fits(grid, width)), _grid(titles[:2], [r[:2] for r in body], players, True))
+
+
+def _grid(titles: list[str], body: list[list[str]], players: list[Row], close: bool) -> "Table":
     from rich.box import SIMPLE
     from rich.table import Table
 
-    players = rows(run)
-    (first, *titles), body = cells(players)
-    grid = Table(box=SIMPLE, pad_edge=False, padding=(0, 1))
-    grid.add_column(_on_two_lines(first), no_wrap=True)
-    for title in titles:
-        grid.add_column(_on_two_lines(title), justify="right", no_wrap=True)
+    grid = Table(box=SIMPLE, pad_edge=False, padding=(0, 1), collapse_padding=close, show_edge=not close)
+    for number, title in enumerate(titles):
+        grid.add_column(_on_two_lines(title), justify="right" if number else "left", no_wrap=True)
     for player, values in zip(players, body, strict=True):
         grid.add_row(*values, style="bold" if player.best else "")
     return grid
+
+
+def _fits(grid: "Table", width: int) -> bool:
+    from rich.console import Console
+    from rich.measure import Measurement
+
+    console = Console(width=10 * width)
+    return Measurement.get(console, console.options, grid).maximum <= width
 
 
 def _on_two_lines(title: str) -> str:
