@@ -99,7 +99,7 @@ def read_recipe(run: "RunDir") -> Any:
         RunError: there is none, or it is not as it was written.
     """
     if not run.recipe.exists():
-        raise RunError(f"{run.root}: not a run folder (it has no {run.recipe.name}). `spinlm run RECIPE` makes one")
+        raise RunError(f"{run.root}: no run here. `spinlm run RECIPE` makes one")
     if not run.intact(run.recipe):
         raise RunError(
             f"{run.recipe}: has changed since it was written. `spinlm run` with the run's recipe writes it anew"

@@ -104,7 +104,8 @@ def check(recipe: Recipe) -> Iterator[str]:
             f"synthetic responses: {facts['identical_share']:.0%} equal the real one, {facts['unfinished_share']:.0%} "
             "did not end"
         )
-        yield from _about_regime(small, players, run, warm=recipe.warmup_sft is None)
+        regime = list(_about_regime(small, players, run, warm=recipe.warmup_sft is None))
+        yield from regime
         pairs = PairItems([run.pairs(0, "train", 0)], recipe.train.batch_size)
         items = [pairs[index] for index in range(len(pairs.sizes))]
         if not items:
@@ -117,7 +118,10 @@ def check(recipe: Recipe) -> Iterator[str]:
         yield _about_memory(small, players, items, noted["packing"])
         if recipe.objective.name == "sft":
             yield "the sft control was tried as self-play, which takes more memory and time"
-        yield "ready: nothing stands in the way of `spinlm run`"
+        if len(regime) > 1:
+            yield "`spinlm run` would run; but first see what is said of the regime, above"
+        else:
+            yield "ready: nothing stands in the way of `spinlm run`"
 
 
 def _about_text(players: Players, run: RunDir) -> Iterator[str]:
@@ -234,7 +238,10 @@ def _about_regime(recipe: Recipe, players: Players, run: RunDir, *, warm: bool) 
             "supervised fine-tuning is cheaper than self-play and gains more here; compare with objective={name: sft}"
         )
     if facts["unfinished_share"] >= REPEATED:
-        yield "  most responses do not end: raise opponent.max_new_tokens, or fine-tune on this data first"
+        yield (
+            f"  {facts['unfinished_share']:.0%} of the responses do not end: raise opponent.max_new_tokens where the "
+            "real ones are longer; else it has not learned this data, and fine-tuning on it comes first"
+        )
 
 
 def _about_first_step(recipe: Recipe, players: Players, items: list[Item], packing: str) -> str:

@@ -432,7 +432,7 @@ def test_folder_is_no_run(cli, world, tmp_path):
     ]
     for command in commands:
         assert cli(*command, folder=world.folder, code=2).message == (
-            f"{tmp_path}: not a run folder (it has no recipe.resolved.json). `spinlm run RECIPE` makes one"
+            f"{tmp_path}: no run here. `spinlm run RECIPE` makes one"
         )
     assert list(tmp_path.iterdir()) == []
 

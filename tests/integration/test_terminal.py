@@ -143,3 +143,12 @@ def test_an_output_that_is_not_utf8(reference, tmp_path):
             [*command, *more], cwd=tmp_path, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "ascii"}
         )
         assert done.returncode == 0 and done.stdout.isascii()
+
+
+@pytest.mark.parametrize(("columns", "shown"), [(100, 8), (80, 8), (60, 6)])
+def test_no_number_is_cut_on_a_narrow_terminal(reference, tmp_path, columns, shown):
+    output, code = on_a_terminal("status", reference, folder=tmp_path, columns=columns)
+    assert code == 0 and "…" not in output
+    (row,) = re.findall(r"iteration 1 +(?:\(best\) +)?([-+.%–0-9 ]+)", re.sub(r"\x1b\[[0-9;]*m", "", output))[:1]
+    score = json.loads((reference / "iteration-1" / "metrics.json").read_text())["task_score"]
+    assert row.split()[0] == f"{score:.3f}" and len(row.split()) == shown - 1

@@ -34,7 +34,7 @@ def write_report(run: RunDir, to: Path | None = None) -> Path:
         RunError: there is no run in the folder, a file of it is damaged, or the page cannot have this name.
     """
     if not run.recipe.exists():
-        raise RunError(f"{run.root}: no run here. `spinlm run` makes one")
+        raise RunError(f"{run.root}: no run here. `spinlm run RECIPE` makes one")
     path = to or run.root
     path = path / "report.html" if path.is_dir() else path
     if path.is_dir():

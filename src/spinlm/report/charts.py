@@ -60,8 +60,8 @@ def _players(facts: Facts) -> list[Chart]:
             "apart",
             "players",
             "Told apart",
-            "1: surely; 0.5: not at all. By the start's features of a sampled and a real response (AUC), and by the "
-            "player itself over its opponent (share of pairs with a positive margin).",
+            "How well real responses can be told from synthetic ones: 1 is always, 0.5 is guessing. By a linear probe, "
+            "from the player's own samples (AUC); by the player itself, from its opponent's (share of pairs).",
             _measured(facts, "discriminability", "real from its own (AUC)")
             + _measured(facts, "pair_accuracy", "real from the opponent's"),
             {"shapes": [_level(0.5)]},
@@ -79,7 +79,7 @@ def _players(facts: Facts) -> list[Chart]:
             "lengths",
             "players",
             "Length of responses",
-            "Mean tokens. The line is the real held-out responses'.",
+            "Mean number of tokens. The dotted line is that of the real held-out responses.",
             lengths,
             {"shapes": [_level(facts.real_tokens)]} if facts.real_tokens else {},
         ),
@@ -126,7 +126,7 @@ def _time(facts: Facts) -> Chart:
         if spent:
             traces.append({"type": "bar", "name": stage, "x": list(spent), "y": list(spent.values())})
     layout = {"barmode": "stack", "yaxis": {"title": {"text": "minutes"}}}
-    return Chart("time", "time", "Time of each stage", "By the clock, in the process that finished it.", traces, layout)
+    return Chart("time", "time", "Time of each stage", "Wall-clock time.", traces, layout)
 
 
 def _measured(facts: Facts, key: str, name: str) -> list[Trace]:

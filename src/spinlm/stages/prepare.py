@@ -15,6 +15,7 @@ from spinlm import __version__, team
 from spinlm.binding import bind_inputs
 from spinlm.config import Recipe
 from spinlm.data.examples import SPLITS, select_examples
+from spinlm.data.sources import names_a_file
 from spinlm.errors import DataError, RecipeError
 from spinlm.evals.scorers import get_scorer
 from spinlm.files import atomic_file, file_digest, write_json
@@ -125,6 +126,8 @@ _ORDER = ("train", "heldout", "warmup")
 
 def _data_fingerprint(recipe: Recipe) -> dict[str, Any]:
     path = local(recipe.data.path)
+    if path is None and names_a_file(recipe.data.path):  # told before a model is unpacked
+        raise DataError(f"{recipe.data.path}: no such file")
     if path is not None and path.is_file():
         try:
             return {"sha256": file_digest(path)}
