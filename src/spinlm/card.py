@@ -75,6 +75,8 @@ def full_card(recipe: Recipe, run: RunDir, iteration: int, *, merged: bool, lice
             _front_matter(recipe, adapter=adapter, licence=found),
             f"# {player_name(iteration).capitalize()} of {run.root.absolute().name}\n",
             f"Made in {_game(recipe)} with spinlm {version}. It is {weights}{revision}.{trained_in_4_bits}\n",
+            "## Use\n",
+            _use(recipe, adapter=adapter),
             "## Data\n",
             f"{public_name(recipe.data.path)}: {counts['train']} prompts for self-play{own}; the figures below are "
             f"from {counts['heldout']} held-out prompts that nothing was trained on.\n",
@@ -91,6 +93,23 @@ def full_card(recipe: Recipe, run: RunDir, iteration: int, *, merged: bool, lice
             + " The licence of the data applies, too.\n",
         )
     )
+
+
+def _use(recipe: Recipe, *, adapter: bool) -> str:
+    """How a player is loaded, as a block of Python."""
+    base, peft = "from transformers import AutoModelForCausalLM, AutoTokenizer", "from peft import PeftModel"
+    tokenizer = 'tokenizer = AutoTokenizer.from_pretrained("THIS FOLDER")'
+    if not adapter:
+        lines = [base, "", tokenizer, 'model = AutoModelForCausalLM.from_pretrained("THIS FOLDER")']
+        return "\n".join(("```python", *lines, "```\n"))
+    name, revision = public_name(recipe.model.path), recipe.model.revision
+    of_gguf = name.endswith(".gguf")
+    where = "THE FOLDER base OF THE RUN" if of_gguf else name
+    pinned = f', revision="{revision}"' if revision else ""
+    lines = [peft, base, "", tokenizer, f'base = AutoModelForCausalLM.from_pretrained("{where}"{pinned})']
+    lines.append('model = PeftModel.from_pretrained(base, "THIS FOLDER")')
+    hint = f"\nThe base is {name}, as transformers unpacks it.\n" if of_gguf else ""
+    return "\n".join(("```python", *lines, f"```\n{hint}"))
 
 
 def base_licence(model: Model) -> Licence:

@@ -35,6 +35,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+NOISY = ("transformers", "huggingface_hub", "httpx", "accelerate", "datasets", "peft", "lm_eval", "bitsandbytes")
+"""Libraries whose log lines are not shown, unless they are errors."""
+
 RecipePath = Annotated[Path, typer.Argument(help="Recipe, a YAML file; `spinlm init` writes one.", show_default=False)]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Changes to the recipe: section.key=value.", show_default=False)
@@ -52,6 +55,9 @@ def _hush(quiet: bool) -> bool:
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say only warnings and the result.", callback=_hush)]
 AsJson = Annotated[bool, typer.Option("--json", help="As JSON, for programs.")]
 RunOption = Annotated[Path | None, typer.Option(help="Run folder; the default is runs/NAME-OF-THE-RECIPE.")]
+Against = Annotated[
+    Path | None, typer.Option(help="Another run, say the control: how the last players stand against each other.")
+]
 Iteration = Annotated[int, typer.Option(help="Iteration, from 0.", show_default=False)]
 
 
@@ -273,7 +279,7 @@ def export(
         str | None, typer.Option(help="Upload the result, too; a new repository is private.")
     ] = None,
 ) -> None:
-    """Take a player out of a run, with a model card: an adapter for PEFT, or a whole model; or take out pairs."""
+    """Take a player out of a run. As an adapter for PEFT or a whole model, with a model card; or its pairs."""
     from spinlm.export import export as export_player
     from spinlm.export import push, which_player
     from spinlm.preferences import export_pairs
@@ -296,22 +302,25 @@ def export(
 
 
 @app.command()
-def status(run: RunPath, as_json: AsJson = False) -> None:
+def status(run: RunPath, against: Against = None, as_json: AsJson = False) -> None:
     """Show how far a run has come, and its players."""
+    from spinlm import summary
     from spinlm.standing import last_step, standing
-    from spinlm.summary import table, verdict
 
     folder, _ = _open_run(run)
     if as_json:
-        _print_status(folder)
+        _print_status(folder, against)
         return
     out = console(100)
     out.print(str(standing(folder)))
     if step := last_step(folder):
         told = "".join(f", {name} {step[name]:.4f}" for name in ("loss", "margin") if name in step)
         out.print(f"Last step: {describe((step['stage'], step['iteration']))}, {step['step']} of {step['steps']}{told}")
-    out.print(table(folder, out.width))
-    out.print(verdict(folder))
+    if summary.rows(folder):
+        out.print(summary.table(folder, out.width))
+    out.print(summary.verdict(folder))
+    if against is not None:
+        out.print(printable(summary.against(folder, _open_run(against)[0])))
 
 
 @app.command()
@@ -348,11 +357,12 @@ def report(
     to: Annotated[
         Path | None, typer.Option(help="File to write; the default is report.html in the run folder.")
     ] = None,
+    against: Against = None,
 ) -> None:
     """Write a run as one HTML page. Charts, answers side by side, times; also of a run that is under way or failed."""
     from spinlm.report import write_report
 
-    print(f"wrote {write_report(RunDir(run), to)}")
+    print(f"wrote {write_report(RunDir(run), to, other=None if against is None else _open_run(against)[0])}")
 
 
 @app.command()
@@ -402,7 +412,7 @@ def chat(
 def init(
     path: Annotated[Path, typer.Argument(help="File to write.")] = Path("recipe.yaml"),
 ) -> None:
-    """Write a commented recipe that runs as it is, with example data beside it: replace model and data by yours."""
+    """Write a commented recipe that runs as it is. Example data go beside it: replace model and data by yours."""
     from spinlm.template import write_template
 
     if path.exists():
@@ -424,7 +434,7 @@ def main() -> None:
             stream.reconfigure(errors="replace")
     alone = os.environ.get("RANK", "0") == "0"  # of several processes the first tells how it goes
     logging.basicConfig(format="%(message)s", level=logging.INFO if alone else logging.ERROR, stream=sys.stderr)
-    for noisy in ("transformers", "httpx", "accelerate", "datasets", "peft", "lm_eval", "bitsandbytes"):
+    for noisy in NOISY:
         logging.getLogger(noisy).setLevel(logging.ERROR)
     try:
         app()
@@ -494,13 +504,16 @@ def _called() -> str:
     return "python -m spinlm" if sys.argv[0].endswith("__main__.py") else sys.argv[0]
 
 
-def _print_status(run: RunDir) -> None:
+def _print_status(run: RunDir, other: Path | None = None) -> None:
+    from spinlm import summary
     from spinlm.standing import status
 
-    print(json.dumps(status(run)))
+    compared = {} if other is None else {"against": summary.against(run, _open_run(other)[0])}
+    print(json.dumps(status(run) | compared))
 
 
 def _print_result(run: RunDir) -> None:
+    from spinlm.files import read_json
     from spinlm.summary import is_control, side_by_side, system_prompt, table, verdict
 
     out = console(100)
@@ -524,6 +537,9 @@ def _print_result(run: RunDir) -> None:
     }
     if is_control(run):
         del commands[control]
+        if source := read_json(run.provenance).get("start_from"):
+            compare = f"status {shlex.quote(source)} --against {folder}"
+            commands = {compare: "how that run and this one stand against each other", **commands}
     best = START if (found := run.best()) is None else found
     out.print(printable(f"\nThe run is in {run.root}; the best player is {run.player(best)}. Next:"))
     for command, purpose in commands.items():

@@ -1,9 +1,14 @@
 """What a run has found so far, as a table and a sentence. Reads the run folder only; imports no torch."""
 
+import json
+import math
+import statistics
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
+from spinlm.errors import RunError
 from spinlm.files import read_json, read_json_lines
 from spinlm.order import START, player_name
 from spinlm.rundir import RunDir
@@ -146,6 +151,44 @@ def verdict(run: RunDir) -> str:
     )
 
 
+def against(run: RunDir, other: RunDir) -> str:
+    """How the last player of a run stands against that of another one, say its control, in one sentence.
+
+    By the paired difference on the held-out examples that both have, and its standard error over these.
+
+    Raises:
+        RunError: one of them has no player yet, or they have fewer than two held-out prompts in common.
+    """
+    recipe = read_json(run.recipe)
+    metric = recipe["selfplay"]["select"]["metric"] or ("task_score" if recipe["evaluate"]["scorer"] else "heldout_nll")
+    key, sign = ("task_score", 1) if metric == "task_score" else ("nll", -1)
+    sides = []
+    for one in (run, other):
+        players = rows(one)
+        if not players:
+            raise RunError(f"{one.root}: no player has been evaluated yet")
+        examples = {row["id"]: json.dumps([row["messages"], row["response"]]) for row in _heldout(one)}
+        answers = read_json_lines(one.answers(players[-1].iteration))
+        values = {examples[answer["id"]]: answer[key] for answer in answers if answer[key] is not None}
+        sides.append((f"{players[-1].name} of {one.root}", values))
+    (mine, ours), (yours, theirs) = sides
+    leads = [sign * (ours[example] - theirs[example]) for example in ours if example in theirs]
+    if len(leads) < 2:
+        raise RunError(
+            f"{run.root} and {other.root} have too few held-out prompts in common to be compared by "
+            f"{METRIC_NAMES[metric]}: begin one of them with --start-from the other"
+        )
+    lead, error = statistics.fmean(leads), statistics.stdev(leads) / math.sqrt(len(leads))
+    errors = recipe["selfplay"]["select"]["standard_errors"]
+    beyond = abs(lead) > errors * error
+    said = "no difference beyond the noise" if not beyond else "ahead" if lead > 0 else "behind"
+    better = " (positive is better)" if sign < 0 else ""
+    return (
+        f"{mine} against {yours}: {said}; {METRIC_NAMES[metric]} {lead:+.3f} ± {error:.3f}{better}, the standard error "
+        f"of the paired difference on {len(leads)} held-out prompts. Another seed may differ."
+    )
+
+
 def is_control(run: RunDir) -> bool:
     """Whether a run fine-tunes on the real responses alone, and plays no game."""
     return bool(read_json(run.recipe)["objective"]["name"] == "sft")
@@ -172,7 +215,7 @@ def side_by_side(run: RunDir, prompts: int) -> list[tuple[str, str, list[tuple[s
     other = next((row for row in players[1:] if row.best), players[-1])
     names = {START: player_name(START), other.iteration: other.name}
     answers = {iteration: _texts(run.answers(iteration)) for iteration in names}
-    examples = list(read_json_lines(run.examples("heldout")))
+    examples = list(_heldout(run))
     same = [len({texts[example["id"]] for texts in answers.values()}) == 1 for example in examples]
     order = sorted(range(len(examples)), key=lambda index: (same[index], index))
     return [
@@ -187,8 +230,12 @@ def side_by_side(run: RunDir, prompts: int) -> list[tuple[str, str, list[tuple[s
 
 def system_prompt(run: RunDir) -> str | None:
     """That of the first held-out example, if it has one."""
-    first = next(read_json_lines(run.examples("heldout")))["messages"][0]
+    first = next(_heldout(run))["messages"][0]
     return str(first["content"]) if first["role"] == "system" else None
+
+
+def _heldout(run: RunDir) -> Iterator[dict[str, Any]]:
+    return read_json_lines(run.examples("heldout"))
 
 
 def _texts(path: Any) -> dict[str, str]:

@@ -52,6 +52,10 @@ def test_the_control_that_a_run_names_can_be_run(world, cli, reference, tmp_path
     said = cli(*command, "selfplay.iterations=1", folder=tmp_path).out
     assert (tmp_path / "a run-control" / "iteration-0" / "promote.done").exists()
     assert "More supervised fine-tuning" in said and "objective=" not in said
+    line = next(line for line in said.splitlines() if "--against" in line)
+    command = shlex.split(line, comments=True)
+    said = cli(*command[command.index("status") :], folder=tmp_path).out
+    assert f"iteration 0 of {tmp_path / 'a run-control'}" in " ".join(said.split())
 
 
 def test_a_branch_may_play_otherwise(branch, reference, tmp_path):

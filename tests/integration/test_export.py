@@ -174,6 +174,7 @@ def test_card_of_an_exported_player(world, cli, reference, tmp_path):
     matter, text = card_of(tmp_path / "adapter")
     assert matter["library_name"] == "peft" and "self-play" in matter["tags"] and "license" not in matter
     assert "a LoRA adapter over the base model model" in text
+    assert 'base = AutoModelForCausalLM.from_pretrained("model")' in text and "PeftModel.from_pretrained(base" in text
     assert f"from {HELDOUT} held-out prompts" in text
     assert "Self-play" in text.split("## Results")[1]
     metrics = json.loads((reference / "iteration-1" / "metrics.json").read_text())

@@ -262,3 +262,15 @@ def test_benchmarks(run, cli, tmp_path):
     cli("report", run, folder=tmp_path)
     page = Page(run / "report.html")
     assert "tasks metric examples start iteration 1 <b>mine</b> acc 8 0.250 ± 0.125 0.250 ± 0.125" in page.text
+
+
+def test_beside_its_control(run, reference, cli, tmp_path):
+    cli("report", run, "--against", reference, folder=tmp_path)
+    said = f"iteration 1 of {run} against iteration 1 of {reference}: no difference beyond the noise; task score +0.000"
+    assert said in Page(run / "report.html").text
+    told = cli("status", run, "--against", reference, folder=tmp_path).out
+    assert said in " ".join(told.split())
+    assert json.loads(cli("status", run, "--against", reference, "--json", folder=tmp_path).out)["against"].startswith(
+        said
+    )
+    assert "no run here" in cli("report", run, "--against", tmp_path, folder=tmp_path, code=2).message

@@ -71,6 +71,9 @@ def test_a_plan_for_a_program(world, cli, tmp_path):
     assert told["work"][2]["pairs"] == 2 * told["work"][1]["pairs"] > 0
     assert told["devices"][0]["memory"]["training"] > 0 and told["devices"][0]["hours"][1]["train"] > 0
     assert told["disk"]["run folder"]["total"] > told["disk"]["players"]["total"] > 0
+    write_rows(tmp_path / "odd.jsonl", [{"prompt": "p", "respons": "r"}] * 40)
+    odd = cli("plan", world.recipe, f"data.path={tmp_path / 'odd.jsonl'}", "--json", folder=tmp_path, code=2)
+    assert "cannot tell which columns hold the prompt and the response" in json.loads(odd.out)["refusals"][0]
     missing = cli("plan", world.recipe, "data.path=none.jsonl", "--json", folder=tmp_path, code=2)
     assert "none.jsonl: no such file" in json.loads(missing.out)["refusals"][0]
 

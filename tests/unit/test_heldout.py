@@ -1,6 +1,7 @@
 """What is measured on held-out prompts, and what is made of it: literal values, worked out by hand."""
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from spinlm.config import Recipe
+from spinlm.errors import RunError
 from spinlm.evals.heldout import (
     bootstrap,
     distinct,
@@ -24,7 +26,7 @@ from spinlm.order import START
 from spinlm.records import Example, HeldOutAnswer, HeldOutSample, to_line
 from spinlm.rundir import RunDir
 from spinlm.stages.promote import compare, promote
-from spinlm.summary import rows, side_by_side, verdict
+from spinlm.summary import against, rows, side_by_side, verdict
 
 
 def answer(key: str = "a", **changes: Any) -> HeldOutAnswer:
@@ -392,6 +394,54 @@ def test_verdict_after_one_iteration(play, run):
     play([1, 1], [0, 1], standard_errors=2.0)
     assert "none of 1 iteration beat the starting player's task score by more than 2 standard errors of" in verdict(run)
     assert "(the closest: iteration 0, -0.500 ± 0.500)" in verdict(run)
+
+
+def write_heldout(run: RunDir, number: int, said: str = "p") -> None:
+    run.examples("heldout").parent.mkdir(exist_ok=True)
+    examples = [
+        Example(str(one), [{"role": "user", "content": said}], str(one), [1], [2], "f:1") for one in range(number)
+    ]
+    run.examples("heldout").write_text("".join(map(to_line, examples)))
+
+
+@pytest.mark.parametrize(
+    ("metric", "ours", "theirs", "said"),
+    [
+        ("task_score", [1, 1, 0, 1], [0, 0, 0, 1], "ahead; task score +0.500 ± 0.289, the standard error"),
+        ("task_score", [0, 0, 0, 1], [1, 1, 0, 1], "behind; task score -0.500 ± 0.289, the standard error"),
+        ("task_score", [0, 1, 0, 1], [1, 0, 0, 1], "no difference beyond the noise; task score +0.000 ± 0.408"),
+        (
+            "heldout_nll",
+            [1.0, 2.0],
+            [2.0, 4.0],
+            "ahead; held-out NLL +1.500 ± 0.500 (positive is better), the standard",
+        ),
+    ],
+)
+def test_a_run_against_its_control(play, run, tmp_path, metric, ours, theirs, said):
+    """Their last players, prompt by prompt."""
+    play([0] * len(theirs), theirs, metric=metric)
+    write_heldout(run, len(theirs))
+    other = RunDir(tmp_path / "control")
+    shutil.copytree(run.root, other.root, symlinks=True)
+    field = "task_score" if metric == "task_score" else "nll"
+    answers = [answer(str(number), **{field: value}) for number, value in enumerate(ours)]
+    run.answers(0).write_text("".join(map(to_line, answers)))
+    told = against(run, other)
+    assert told.startswith(f"iteration 0 of {run.root} against iteration 0 of {other.root}: {said}")
+    assert f"on {len(ours)} held-out prompts" in told
+
+
+def test_runs_that_cannot_be_compared(play, run, tmp_path):
+    play([0, 1], [1, 1])
+    write_heldout(run, 2)
+    other = RunDir(tmp_path / "other")
+    with pytest.raises(RunError, match="no player has been evaluated yet"):
+        against(run, other)
+    shutil.copytree(run.root, other.root, symlinks=True)
+    write_heldout(other, 2, said="other data whose rows have the same ids")
+    with pytest.raises(RunError, match="too few held-out prompts in common"):
+        against(run, other)
 
 
 def test_verdict_before_anything_is_judged(run):

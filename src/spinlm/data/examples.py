@@ -72,6 +72,15 @@ def select_examples(
     return draw.selection()
 
 
+def check_layout(data: Data) -> None:
+    """Look at the first rows alone: whether their columns can be told.
+
+    Raises:
+        DataError: they cannot, or the data cannot be read.
+    """
+    _recognise(open_source(data), data.columns)
+
+
 class _Draw:
     """Fills one split after the other, a row at a time."""
 

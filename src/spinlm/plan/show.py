@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from spinlm.config import OPTIMIZER_BYTES
 from spinlm.data.sources import names_a_file
+from spinlm.errors import DataError
 from spinlm.order import START
 from spinlm.plan.devices import GPU, TOKENISER_SPEED, Device
 from spinlm.plan.disk import disk, total
@@ -197,6 +198,13 @@ def refusals(plan: Plan) -> Iterator[str]:
     recipe, examples, asked = plan.recipe, plan.lengths.examples, plan.recipe.data.prompts or 1
     if names_a_file(recipe.data.path) and not Path(recipe.data.path).expanduser().is_file():
         yield f"{recipe.data.path}: no such file. Set data.path."
+    elif recipe.data.path.endswith(".jsonl"):  # of which the first rows are soon read
+        from spinlm.data.examples import check_layout  # which takes numpy along
+
+        try:
+            check_layout(recipe.data)
+        except DataError as error:
+            yield str(error)
     # With every turn an example, their number is an estimate; otherwise there is at most one in a row.
     if examples is not None and recipe.data.turns != "every" and asked > examples - plan.set_apart:
         yield (

@@ -13,6 +13,7 @@ from spinlm.files import finite, short_digest, write_text
 from spinlm.report.charts import charts
 from spinlm.report.facts import Spent, facts
 from spinlm.rundir import RunDir
+from spinlm.summary import against
 
 HERE = Path(__file__).parent
 
@@ -20,12 +21,13 @@ LONGEST = 20_000
 """Characters of a text that are shown."""
 
 
-def write_report(run: RunDir, to: Path | None = None) -> Path:
+def write_report(run: RunDir, to: Path | None = None, *, other: RunDir | None = None) -> Path:
     """Write the page of a run that has ended, is under way, or has failed.
 
     Args:
         run: the run folder.
         to: the file to write, or a folder that is there; by default the run folder. In one it is `report.html`.
+        other: another run, say the control, to say how the last players stand against each other.
 
     Returns:
         The file.
@@ -39,11 +41,11 @@ def write_report(run: RunDir, to: Path | None = None) -> Path:
     path = path / "report.html" if path.is_dir() else path
     if path.is_dir():
         raise RunError(f"{path}: a folder stands where the page should be. Choose another --to")
-    write_text(path, page(run).encode("utf-8", "replace").decode("utf-8"))  # half a character may stand anywhere
+    write_text(path, page(run, other).encode("utf-8", "replace").decode("utf-8"))  # half a character may stand anywhere
     return path
 
 
-def page(run: RunDir) -> str:
+def page(run: RunDir, other: RunDir | None = None) -> str:
     """The page as HTML."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
@@ -57,6 +59,7 @@ def page(run: RunDir) -> str:
     environment.filters |= {"number": _number, "share": _share, "spent": _spent, "cut": _cut, "json": _json}
     return environment.get_template("page.html").render(
         facts=known,
+        against=None if other is None else against(run, other),
         sections=_by_section(drawn),
         data=Markup(data),
         scripts=[Markup(script) for script in scripts],
