@@ -1,5 +1,6 @@
 """The model card of a player: what it is, how it was made, and what was measured. No torch."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,7 @@ def full_card(recipe: Recipe, run: RunDir, iteration: int, *, merged: bool, lice
     named = named if isinstance(named, str) else ", ".join(named)
     made = read_json(run.provenance) if run.provenance.exists() else {}
     version = made.get("spinlm", __version__) + (f" ({made['commit']})" if made.get("commit") else "")
+    commit = made.get("inputs", {}).get("model", {}).get("commit")
     counts = run.facts("prepare", START)["counts"]
     own = f", {counts['warmup']} for the warm-up alone" if counts.get("warmup") else ""
     titles, body = cells(rows(run))
@@ -67,23 +69,23 @@ def full_card(recipe: Recipe, run: RunDir, iteration: int, *, merged: bool, lice
     if recipe.lora is not None and merged:
         weights = f"a whole model: a LoRA adapter merged into the base model {public_name(recipe.model.path)}"
     revision = f" at revision {recipe.model.revision}" if recipe.model.revision else ""
-    trained_in_4_bits = (
-        " The adapter was trained over the base in 4 bits." if recipe.lora and recipe.lora.quantize else ""
-    )
+    in_4_bits = recipe.lora is not None and recipe.lora.quantize is not None
+    trained_in_4_bits = " The adapter was trained over the base in 4 bits." if in_4_bits else ""
+    measured = " It was measured over the base in 4 bits, before it was merged." if in_4_bits and merged else ""
     return "\n".join(
         (
             _front_matter(recipe, adapter=adapter, licence=found),
             f"# {player_name(iteration).capitalize()} of {run.root.absolute().name}\n",
             f"Made in {_game(recipe)} with spinlm {version}. It is {weights}{revision}.{trained_in_4_bits}\n",
-            "## Use\n",
-            _use(recipe, adapter=adapter),
+            "## How to use\n",
+            _use(recipe.model, commit, adapter=adapter, in_4_bits=in_4_bits),
             "## Data\n",
             f"{public_name(recipe.data.path)}: {counts['train']} prompts for self-play{own}; the figures below are "
             f"from {counts['heldout']} held-out prompts that nothing was trained on.\n",
             "## Results\n",
             verdict(run) + "\n",
             *(f"| {' | '.join(cell)} |" for cell in table),
-            "\nThis card goes with the player called " + player_name(iteration) + ".\n",
+            f"\nThis card goes with the player called {player_name(iteration)}.{measured}\n",
             "## Recipe\n",
             "```yaml",
             yaml.safe_dump(_public_recipe(recipe), sort_keys=False, allow_unicode=True).rstrip(),
@@ -95,21 +97,47 @@ def full_card(recipe: Recipe, run: RunDir, iteration: int, *, merged: bool, lice
     )
 
 
-def _use(recipe: Recipe, *, adapter: bool) -> str:
-    """How a player is loaded, as a block of Python."""
-    base, peft = "from transformers import AutoModelForCausalLM, AutoTokenizer", "from peft import PeftModel"
-    tokenizer = 'tokenizer = AutoTokenizer.from_pretrained("THIS FOLDER")'
-    if not adapter:
-        lines = [base, "", tokenizer, 'model = AutoModelForCausalLM.from_pretrained("THIS FOLDER")']
-        return "\n".join(("```python", *lines, "```\n"))
-    name, revision = public_name(recipe.model.path), recipe.model.revision
-    of_gguf = name.endswith(".gguf")
-    where = "THE FOLDER base OF THE RUN" if of_gguf else name
-    pinned = f', revision="{revision}"' if revision else ""
-    lines = [peft, base, "", tokenizer, f'base = AutoModelForCausalLM.from_pretrained("{where}"{pinned})']
-    lines.append('model = PeftModel.from_pretrained(base, "THIS FOLDER")')
-    hint = f"\nThe base is {name}, as transformers unpacks it.\n" if of_gguf else ""
-    return "\n".join(("```python", *lines, f"```\n{hint}"))
+def _use(model: Model, commit: str | None, *, adapter: bool, in_4_bits: bool) -> str:
+    """How a player is loaded, as a block of Python. What only the reader knows stands in capitals."""
+    trusted = ["trust_remote_code=True"] if model.trust_remote_code else []
+    names, imports, here = ["AutoModelForCausalLM", "AutoTokenizer"], [], _quoted("THIS FOLDER")
+    base, options, on_top = here, [], []
+    if adapter:
+        imports = ["from peft import PeftModel"]
+        on_top = [f"model = PeftModel.from_pretrained(model, {here})"]
+        base, revision = _quoted(model.path), model.revision or commit
+        if _is_place(model.path):
+            base = _quoted(f"FOLDER OF {Path(model.path).name}")
+        elif revision:
+            options.append(f"revision={_quoted(revision)}")
+        if model.path.endswith(".gguf"):
+            names.append("GgufConfig")
+            options = [
+                f"gguf_file={_quoted(Path(model.path).name)}",
+                "quantization_config=GgufConfig(dequantize=True)",
+            ]
+        elif in_4_bits:
+            names.append("BitsAndBytesConfig")
+            options.append(
+                "quantization_config=BitsAndBytesConfig(load_in_4bit=True, "
+                'bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)'
+            )
+    return "\n".join(
+        (
+            "```python",
+            *imports,
+            f"from transformers import {', '.join(sorted(names))}",
+            "",
+            f"tokenizer = AutoTokenizer.from_pretrained({', '.join((here, *trusted))})",
+            f"model = AutoModelForCausalLM.from_pretrained({', '.join((base, *options, *trusted))})",
+            *on_top,
+            "```\n",
+        )
+    )
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
 
 
 def base_licence(model: Model) -> Licence:

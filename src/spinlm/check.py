@@ -104,8 +104,9 @@ def check(recipe: Recipe) -> Iterator[str]:
             f"synthetic responses: {facts['identical_share']:.0%} equal the real one, {facts['unfinished_share']:.0%} "
             "did not end"
         )
-        regime = list(_about_regime(small, players, run, warm=recipe.warmup_sft is None))
-        yield from regime
+        regime, advice = _about_regime(small, players, run, warm=recipe.warmup_sft is None)
+        yield regime
+        yield from (f"  {one}" for one in advice)
         pairs = PairItems([run.pairs(0, "train", 0)], recipe.train.batch_size)
         items = [pairs[index] for index in range(len(pairs.sizes))]
         if not items:
@@ -118,7 +119,7 @@ def check(recipe: Recipe) -> Iterator[str]:
         yield _about_memory(small, players, items, noted["packing"])
         if recipe.objective.name == "sft":
             yield "the sft control was tried as self-play, which takes more memory and time"
-        if len(regime) > 1:
+        if advice:
             yield "`spinlm run` would run; but first see what is said of the regime, above"
         else:
             yield "ready: nothing stands in the way of `spinlm run`"
@@ -205,43 +206,48 @@ def _about_answers(run: RunDir, generations: list[Generation]) -> Iterator[str]:
         )
 
 
-def _about_regime(recipe: Recipe, players: Players, run: RunDir, *, warm: bool) -> Iterator[str]:
-    """Whether self-play has something to learn from these prompts, and whether something cheaper should come first."""
+def _about_regime(recipe: Recipe, players: Players, run: RunDir, *, warm: bool) -> tuple[str, list[str]]:
+    """Whether self-play has something to learn from these prompts; and what should come first, if anything."""
     if recipe.preferences:
-        yield "regime: not looked at, since the data's own pairs are trained on"
-        return
+        return "regime: not looked at, since the data's own pairs are trained on", []
     if not warm:
-        yield "regime: not looked at, since the warm-up, which this check leaves out, decides it"
-        return
+        return "regime: not looked at, since the warm-up, which this check leaves out, decides it", []
     packing, budget = run.facts("warmup", START)["packing"], recipe.train.tokens_per_micro_batch
-    nll, own = {}, []
+    nll, own, longest = {}, [], 0
     for split in ("train", "heldout"):
         examples = list(read_lines(run.examples(split), Example))
+        longest = max(longest, *(len(one.response_ids) for one in examples))
         nll[split] = statistics.fmean(judge_real(players, examples, packing, budget).nll)
         drawn = list(read_lines(run.generations(0, split, 0), Generation))
         own += [(-one.logprob, len(one.token_ids)) for one in drawn if one.logprob is not None]
     samples = sum(value for value, _ in own) / sum(tokens for _, tokens in own) if own else None
-    yield (
+    regime = (
         f"regime: real responses have {nll['train']:.2f} nats per token on prompts of self-play and "
         f"{nll['heldout']:.2f} on held-out ones"
         + ("" if samples is None else f"; the model's own samples {samples:.2f}")
     )
-    facts = run.facts("score", 0)["train"]
+    facts, advice = run.facts("score", 0)["train"], []
     if facts["identical_share"] >= REPEATED:
-        yield (
-            f"  {facts['identical_share']:.0%} of the responses repeat the real one: little is left to learn. Take "
+        advice.append(
+            f"{facts['identical_share']:.0%} of the responses repeat the real one: little is left to learn. Take "
             "prompts that the model was not tuned on, or a model tuned for fewer epochs"
         )
     if samples is not None and nll["heldout"] > UNDERTRAINED * samples:
-        yield (
-            "  the real responses are much less likely to it than its own: it has not learned this data yet. More "
+        advice.append(
+            "the real responses are much less likely to it than its own: it has not learned this data yet. More "
             "supervised fine-tuning is cheaper than self-play and gains more here; compare with objective={name: sft}"
         )
     if facts["unfinished_share"] >= REPEATED:
-        yield (
-            f"  {facts['unfinished_share']:.0%} of the responses do not end: raise opponent.max_new_tokens where the "
-            "real ones are longer; else it has not learned this data, and fine-tuning on it comes first"
+        limit = recipe.opponent.max_new_tokens
+        advice.append(
+            f"{facts['unfinished_share']:.0%} of the model's responses do not end within {limit} tokens. "
+            + (
+                f"Real ones take up to {longest}: raise opponent.max_new_tokens"
+                if longest > limit
+                else f"Real ones take at most {longest}, so it has not learned to end: fine-tune on this data first"
+            )
         )
+    return regime, advice
 
 
 def _about_first_step(recipe: Recipe, players: Players, items: list[Item], packing: str) -> str:

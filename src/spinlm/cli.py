@@ -10,6 +10,7 @@ import shlex
 import shutil
 import sys
 import warnings
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -56,7 +57,8 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say only warnings an
 AsJson = Annotated[bool, typer.Option("--json", help="As JSON, for programs.")]
 RunOption = Annotated[Path | None, typer.Option(help="Run folder; the default is runs/NAME-OF-THE-RECIPE.")]
 Against = Annotated[
-    Path | None, typer.Option(help="Another run, say the control: how the last players stand against each other.")
+    Path | None,
+    typer.Option(help="Another run, say the control: how both stand after the last iteration that both have played."),
 ]
 Iteration = Annotated[int, typer.Option(help="Iteration, from 0.", show_default=False)]
 
@@ -279,7 +281,7 @@ def export(
         str | None, typer.Option(help="Upload the result, too; a new repository is private.")
     ] = None,
 ) -> None:
-    """Take a player out of a run. As an adapter for PEFT or a whole model, with a model card; or its pairs."""
+    """Take a player out of a run. As an adapter for PEFT or a whole model, with a model card; or the run's pairs."""
     from spinlm.export import export as export_player
     from spinlm.export import push, which_player
     from spinlm.preferences import export_pairs
@@ -304,7 +306,7 @@ def export(
 @app.command()
 def status(run: RunPath, against: Against = None, as_json: AsJson = False) -> None:
     """Show how far a run has come, and its players."""
-    from spinlm import summary
+    from spinlm import paired, summary
     from spinlm.standing import last_step, standing
 
     folder, _ = _open_run(run)
@@ -320,7 +322,7 @@ def status(run: RunPath, against: Against = None, as_json: AsJson = False) -> No
         out.print(summary.table(folder, out.width))
     out.print(summary.verdict(folder))
     if against is not None:
-        out.print(printable(summary.against(folder, _open_run(against)[0])))
+        out.print(printable(str(paired.against(folder, RunDir(against)))))
 
 
 @app.command()
@@ -362,7 +364,7 @@ def report(
     """Write a run as one HTML page. Charts, answers side by side, times; also of a run that is under way or failed."""
     from spinlm.report import write_report
 
-    print(f"wrote {write_report(RunDir(run), to, other=None if against is None else _open_run(against)[0])}")
+    print(f"wrote {write_report(RunDir(run), to, other=None if against is None else RunDir(against))}")
 
 
 @app.command()
@@ -505,10 +507,13 @@ def _called() -> str:
 
 
 def _print_status(run: RunDir, other: Path | None = None) -> None:
-    from spinlm import summary
+    from spinlm import paired
     from spinlm.standing import status
 
-    compared = {} if other is None else {"against": summary.against(run, _open_run(other)[0])}
+    compared = {}
+    if other is not None:
+        found = paired.against(run, RunDir(other))
+        compared = {"against": asdict(found) | {"result": found.result, "said": str(found)}}
     print(json.dumps(status(run) | compared))
 
 
@@ -537,7 +542,8 @@ def _print_result(run: RunDir) -> None:
     }
     if is_control(run):
         del commands[control]
-        if source := read_json(run.provenance).get("start_from"):
+        source = read_json(run.provenance).get("start_from")
+        if source and RunDir(Path(source)).recipe.exists():
             compare = f"status {shlex.quote(source)} --against {folder}"
             commands = {compare: "how that run and this one stand against each other", **commands}
     best = START if (found := run.best()) is None else found

@@ -25,7 +25,7 @@ def load_recipe(path: Path, overrides: tuple[str, ...] | list[str] = ()) -> Reci
     Raises:
         RecipeError: the file is missing or no YAML mapping, or a key or value is wrong.
     """
-    if path.suffix in (".jsonl", ".parquet", ".csv"):
+    if path.suffix.lower() in (".jsonl", ".parquet", ".csv") and path.exists():
         raise RecipeError(f"{path}: this is data; a recipe, which `spinlm init` writes, names it as data.path")
     try:
         with path.open("rb") as file:
@@ -129,8 +129,8 @@ def parse_yaml(text: str, where: str) -> Any:
         return yaml.load(text, Loader=_Loader)
     except yaml.scanner.ScannerError as error:
         line = error.problem_mark.line if error.problem_mark else 0
-        if text.split("\n")[line].lstrip(" ").startswith("\t"):
-            raise RecipeError(f"{where}: line {line + 1} begins with a tab: indent with spaces") from None
+        if "".join(text.splitlines()[line : line + 1]).lstrip(" ").startswith("\t"):
+            raise RecipeError(f"{where}: line {line + 1} begins with a tab: indent with spaces: {error}") from None
         raise RecipeError(f"{where}: not valid YAML: {error}") from None
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, OverflowError) as error:  # a tag amiss
         raise RecipeError(f"{where}: not valid YAML: {error}") from None

@@ -1,14 +1,10 @@
 """What a run has found so far, as a table and a sentence. Reads the run folder only; imports no torch."""
 
-import json
-import math
-import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
-from spinlm.errors import RunError
 from spinlm.files import read_json, read_json_lines
 from spinlm.order import START, player_name
 from spinlm.rundir import RunDir
@@ -148,44 +144,6 @@ def verdict(run: RunDir) -> str:
         f"{what} {did}: {metric} {start:.3f} at the start, {new:.3f} after iteration {best}, the best player. It "
         f"is ahead of {against} by {won['lead']:.3f} ± {won['standard_error']:.3f} (standard error of the paired "
         "difference on the held-out prompts of this one run; another seed may differ)." + caveat + ending
-    )
-
-
-def against(run: RunDir, other: RunDir) -> str:
-    """How the last player of a run stands against that of another one, say its control, in one sentence.
-
-    By the paired difference on the held-out examples that both have, and its standard error over these.
-
-    Raises:
-        RunError: one of them has no player yet, or they have fewer than two held-out prompts in common.
-    """
-    recipe = read_json(run.recipe)
-    metric = recipe["selfplay"]["select"]["metric"] or ("task_score" if recipe["evaluate"]["scorer"] else "heldout_nll")
-    key, sign = ("task_score", 1) if metric == "task_score" else ("nll", -1)
-    sides = []
-    for one in (run, other):
-        players = rows(one)
-        if not players:
-            raise RunError(f"{one.root}: no player has been evaluated yet")
-        examples = {row["id"]: json.dumps([row["messages"], row["response"]]) for row in _heldout(one)}
-        answers = read_json_lines(one.answers(players[-1].iteration))
-        values = {examples[answer["id"]]: answer[key] for answer in answers if answer[key] is not None}
-        sides.append((f"{players[-1].name} of {one.root}", values))
-    (mine, ours), (yours, theirs) = sides
-    leads = [sign * (ours[example] - theirs[example]) for example in ours if example in theirs]
-    if len(leads) < 2:
-        raise RunError(
-            f"{run.root} and {other.root} have too few held-out prompts in common to be compared by "
-            f"{METRIC_NAMES[metric]}: begin one of them with --start-from the other"
-        )
-    lead, error = statistics.fmean(leads), statistics.stdev(leads) / math.sqrt(len(leads))
-    errors = recipe["selfplay"]["select"]["standard_errors"]
-    beyond = abs(lead) > errors * error
-    said = "no difference beyond the noise" if not beyond else "ahead" if lead > 0 else "behind"
-    better = " (positive is better)" if sign < 0 else ""
-    return (
-        f"{mine} against {yours}: {said}; {METRIC_NAMES[metric]} {lead:+.3f} ± {error:.3f}{better}, the standard error "
-        f"of the paired difference on {len(leads)} held-out prompts. Another seed may differ."
     )
 
 

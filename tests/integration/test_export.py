@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections import Counter
+from typing import Any
 
 import datasets
 import pytest
@@ -12,7 +13,7 @@ from runs import HELDOUT, read_pairs, read_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from models import load_player
-from spinlm.card import base_licence
+from spinlm.card import base_licence, full_card
 from spinlm.config import Model, Recipe
 from spinlm.export import export, push
 from spinlm.files import read_json
@@ -174,7 +175,10 @@ def test_card_of_an_exported_player(world, cli, reference, tmp_path):
     matter, text = card_of(tmp_path / "adapter")
     assert matter["library_name"] == "peft" and "self-play" in matter["tags"] and "license" not in matter
     assert "a LoRA adapter over the base model model" in text
-    assert 'base = AutoModelForCausalLM.from_pretrained("model")' in text and "PeftModel.from_pretrained(base" in text
+    code = text.split("```python")[1].split("```")[0].replace("FOLDER OF model", str(world.model))
+    loaded: dict[str, Any] = {}
+    exec(code.replace("THIS FOLDER", str(tmp_path / "adapter")), loaded)
+    assert loaded["model"].peft_type == "LORA" and loaded["tokenizer"].chat_template
     assert f"from {HELDOUT} held-out prompts" in text
     assert "Self-play" in text.split("## Results")[1]
     metrics = json.loads((reference / "iteration-1" / "metrics.json").read_text())
@@ -186,6 +190,47 @@ def test_card_of_an_exported_player(world, cli, reference, tmp_path):
     assert recipe["model"]["path"] == "model" and recipe["data"]["path"] == "data.jsonl"
     assert str(world.folder) not in text
     assert "Fill in `license`" in text
+
+
+LORA_4_BITS = {"lora": {"quantize": "4bit"}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "merged", "says", "says_not"),
+    [
+        (
+            {"model": {"path": "hub/model"}, "lora": {}},
+            False,
+            'AutoModelForCausalLM.from_pretrained("hub/model")',
+            "rev",
+        ),
+        ({"model": {"path": "hub/m", "revision": "v1"}, "lora": {}}, False, '"hub/m", revision="v1")', "GgufConfig"),
+        ({"model": {"path": "hub/m", "revision": "v1"}, "lora": {}}, True, '("THIS FOLDER")', "hub/m"),
+        ({"model": {"path": "hub/m"}}, False, '("THIS FOLDER")', "peft"),
+        (
+            {"model": {"path": "hub/m", "trust_remote_code": True}},
+            False,
+            '("THIS FOLDER", trust_remote_code=True)',
+            "peft",
+        ),
+        ({"model": {"path": "/a/m.gguf"}, "lora": {}}, False, '("FOLDER OF m.gguf", gguf_file="m.gguf", quant', "/a/"),
+        ({"model": {"path": "/a/m"}, "lora": {}}, False, '.from_pretrained("FOLDER OF m")', "/a/"),
+        ({"model": {"path": "hub/m"}} | LORA_4_BITS, False, 'load_in_4bit=True, bnb_4bit_quant_type="nf4"', "Gguf"),
+        ({"model": {"path": "hub/m"}} | LORA_4_BITS, True, 'from_pretrained("THIS FOLDER")', "load_in_4bit"),
+    ],
+)
+def test_how_to_use_a_player(world, reference, changes, merged, says, says_not):
+    recipe = Recipe.model_validate({"data": {"path": "d"}} | changes)
+    code = full_card(recipe, RunDir(reference), 0, merged=merged).split("```python")[1].split("```")[0]
+    compile(code, "card", "exec")
+    assert says in code and says_not not in code
+
+
+def test_a_merged_player_of_4_bits_is_not_the_one_that_was_measured(reference):
+    recipe = Recipe.model_validate({"data": {"path": "d"}, "model": {"path": "m"}} | LORA_4_BITS)
+    said = "It was measured over the base in 4 bits, before it was merged."
+    assert said in full_card(recipe, RunDir(reference), 0, merged=True)
+    assert said not in full_card(recipe, RunDir(reference), 0, merged=False)
 
 
 def test_licence_of_a_card(world, cli, reference, tmp_path):

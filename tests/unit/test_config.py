@@ -282,6 +282,8 @@ def test_four_bits_are_not_divided() -> None:
         ("a:\n\tb: 1\n", "line 2 begins with a tab: indent with spaces"),
         ("a:\n  b: 1\n  \tc: 2\n", "line 3 begins with a tab: indent with spaces"),
         ("a: b: c\n", "not valid YAML"),
+        ("a: 1\rb: c: d", "not valid YAML"),
+        ("a: x\u2028\nb: c: d", "not valid YAML"),
         ("seed: 010\n", "010 (line 1): write it as a plain number, or as text in quotes"),
         ("seed: 1:30\n", "1:30 (line 1): write it as a plain number"),
         ("a: &a 1\nseed: *a\n", "*a (line 2): write out what it stands for"),
@@ -296,6 +298,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"no such recipe. `spinlm init` writes one"):
         load_recipe(tmp_path / "absent.yaml")
     with pytest.raises(RecipeError, match=r"rows.jsonl: this is data; a recipe, which `spinlm init` writes, names it"):
+        (tmp_path / "rows.jsonl").touch()
         load_recipe(tmp_path / "rows.jsonl")
     with pytest.raises(RecipeError, match="cannot be read as text"):
         load_recipe(tmp_path)

@@ -1,7 +1,6 @@
 """What is measured on held-out prompts, and what is made of it: literal values, worked out by hand."""
 
 import json
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,17 +15,17 @@ from spinlm.evals.heldout import (
     distinct,
     merged,
     repetition,
-    standard_error,
     summarise,
     summarise_pairs,
     summarise_samples,
 )
 from spinlm.files import write_json
 from spinlm.order import START
+from spinlm.paired import against, standard_error
 from spinlm.records import Example, HeldOutAnswer, HeldOutSample, to_line
 from spinlm.rundir import RunDir
 from spinlm.stages.promote import compare, promote
-from spinlm.summary import against, rows, side_by_side, verdict
+from spinlm.summary import rows, side_by_side, verdict
 
 
 def answer(key: str = "a", **changes: Any) -> HeldOutAnswer:
@@ -396,52 +395,92 @@ def test_verdict_after_one_iteration(play, run):
     assert "(the closest: iteration 0, -0.500 ± 0.500)" in verdict(run)
 
 
-def write_heldout(run: RunDir, number: int, said: str = "p") -> None:
-    run.examples("heldout").parent.mkdir(exist_ok=True)
-    examples = [
-        Example(str(one), [{"role": "user", "content": said}], str(one), [1], [2], "f:1") for one in range(number)
-    ]
+@pytest.fixture
+def runs(play, run: RunDir, tmp_path: Path) -> Callable[..., tuple[RunDir, RunDir]]:
+    """Two runs on the same held-out examples, with these values of their players."""
+
+    def runs(ours: Sequence[Any], theirs: Sequence[Any], **select: Any) -> tuple[RunDir, RunDir]:
+        found = []
+        for name, players in (("mine", ours), ("yours", theirs)):
+            write_heldout(run, len(players[0]))
+            run.complete("prepare", START, [run.examples("heldout")])
+            run.complete("warmup", START, [])
+            play(*players, **select)
+            run.seal(run.recipe)
+            found.append(RunDir(tmp_path / name))
+            run.root.rename(found[-1].root)
+        return found[0], found[1]
+
+    return runs
+
+
+def write_heldout(run: RunDir, number: int) -> None:
+    run.examples("heldout").parent.mkdir(parents=True, exist_ok=True)
+    user = [{"role": "user", "content": "p"}]
+    examples = [Example(str(one), user, "r", [one], [2], "f:1") for one in range(number)]
     run.examples("heldout").write_text("".join(map(to_line, examples)))
 
 
 @pytest.mark.parametrize(
     ("metric", "ours", "theirs", "said"),
     [
-        ("task_score", [1, 1, 0, 1], [0, 0, 0, 1], "ahead; task score +0.500 ± 0.289, the standard error"),
-        ("task_score", [0, 0, 0, 1], [1, 1, 0, 1], "behind; task score -0.500 ± 0.289, the standard error"),
-        ("task_score", [0, 1, 0, 1], [1, 0, 0, 1], "no difference beyond the noise; task score +0.000 ± 0.408"),
-        (
-            "heldout_nll",
-            [1.0, 2.0],
-            [2.0, 4.0],
-            "ahead; held-out NLL +1.500 ± 0.500 (positive is better), the standard",
-        ),
+        ("task_score", [1, 1, 0, 1], [0, 0, 0, 1], "ahead; task score +0.500 ± 0.289 (standard error"),
+        ("task_score", [0, 0, 0, 1], [1, 1, 0, 1], "behind; task score -0.500 ± 0.289 (standard error"),
+        ("task_score", [0, 1, 0, 1], [1, 0, 0, 1], "no difference beyond 1 standard error; task score +0.000 ± 0.408"),
+        ("heldout_nll", [1.0, 2.0], [2.0, 4.0], "ahead; held-out NLL lower by 1.500 ± 0.500 (standard error"),
+        ("heldout_nll", [2.0, 4.0], [1.0, 2.0], "behind; held-out NLL higher by 1.500 ± 0.500 (standard error"),
     ],
 )
-def test_a_run_against_its_control(play, run, tmp_path, metric, ours, theirs, said):
-    """Their last players, prompt by prompt."""
-    play([0] * len(theirs), theirs, metric=metric)
-    write_heldout(run, len(theirs))
-    other = RunDir(tmp_path / "control")
-    shutil.copytree(run.root, other.root, symlinks=True)
-    field = "task_score" if metric == "task_score" else "nll"
-    answers = [answer(str(number), **{field: value}) for number, value in enumerate(ours)]
-    run.answers(0).write_text("".join(map(to_line, answers)))
-    told = against(run, other)
-    assert told.startswith(f"iteration 0 of {run.root} against iteration 0 of {other.root}: {said}")
+def test_a_run_against_its_control(runs, metric, ours, theirs, said):
+    told = str(against(*runs([ours, ours], [theirs, theirs], metric=metric)))
+    assert told.startswith(f"mine against yours, both after iteration 0: {said}")
     assert f"on {len(ours)} held-out prompts" in told
+    assert ("likelihood of the real answers" in told) == (metric == "heldout_nll")
 
 
-def test_runs_that_cannot_be_compared(play, run, tmp_path):
-    play([0, 1], [1, 1])
-    write_heldout(run, 2)
-    other = RunDir(tmp_path / "other")
-    with pytest.raises(RunError, match="no player has been evaluated yet"):
-        against(run, other)
-    shutil.copytree(run.root, other.root, symlinks=True)
-    write_heldout(other, 2, said="other data whose rows have the same ids")
-    with pytest.raises(RunError, match="too few held-out prompts in common"):
-        against(run, other)
+def test_runs_are_compared_after_the_last_iteration_of_both(runs):
+    """Not by their best players, nor by the last ones of each."""
+    mine, yours = runs([[0, 0], [1, 1], [0, 1], [1, 1]], [[0, 0], [1, 1], [1, 1]])
+    told = against(mine, yours)
+    assert (told.iteration, told.lead, told.later) == (1, -0.5, {"mine": 2})
+    assert "mine has gone on to iteration 2." in str(told)
+    assert against(yours, mine).lead == 0.5
+
+
+def test_players_that_collapsed_are_not_compared(runs):
+    mine, yours = runs([[0, 0], [1, 0], [1, 1]], [[0, 0], [1, 1], [1, 1]])
+    facts = yours.facts("promote", 1)
+    told = {name: facts[name] for name in ("best", "go_on", "metric", "against", "lead", "standard_error", "better")}
+    yours.complete("promote", 1, [], **told, collapse="it repeats itself")
+    assert against(mine, yours).iteration == 0
+
+
+def test_runs_that_cannot_be_compared(runs, tmp_path):
+    mine, yours = runs([[0, 1], [1, 1]], [[0, 1], [1, 1]])
+    with pytest.raises(RunError, match="no run here"):
+        against(mine, RunDir(tmp_path / "none"))
+    yours.marker("evaluate", 0).rename(tmp_path / "kept")
+    with pytest.raises(RunError, match="no iteration that both have evaluated"):
+        against(mine, yours)
+    (tmp_path / "kept").rename(yours.marker("evaluate", 0))
+    recipe = json.loads(yours.recipe.read_text())
+    write_json(yours.recipe, recipe | {"evaluate": recipe["evaluate"] | {"scorer": "json_fields"}})
+    yours.seal(yours.recipe)
+    with pytest.raises(
+        RunError, match=r"measured differently:\n  evaluate.scorer: was .json_fields., is .exact_match."
+    ):
+        against(mine, yours)
+    write_json(yours.recipe, recipe)
+    yours.seal(yours.recipe)
+    user = [{"role": "user", "content": "other data, whose rows have the same ids"}]
+    others = [Example(str(one), user, "r", [8], [one], "f:1") for one in range(2)]
+    yours.examples("heldout").write_text("".join(map(to_line, others)))
+    yours.complete("prepare", START, [yours.examples("heldout")])
+    with pytest.raises(RunError, match="they have 0 held-out examples in common, of 2 and 2"):
+        against(mine, yours)
+    yours.answers(0).write_text("")
+    with pytest.raises(RunError, match=r"answers\.jsonl"):
+        against(mine, yours)
 
 
 def test_verdict_before_anything_is_judged(run):

@@ -78,7 +78,7 @@ def check_layout(data: Data) -> None:
     Raises:
         DataError: they cannot, or the data cannot be read.
     """
-    _recognise(open_source(data), data.columns)
+    _recognise(open_source(data, _ROWS_TO_RECOGNISE), data.columns)
 
 
 class _Draw:

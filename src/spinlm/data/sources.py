@@ -30,8 +30,12 @@ class Source:
         return row
 
 
-def open_source(data: Data) -> Source:
+def open_source(data: Data, rows: int | None = None) -> Source:
     """Open what `data.path` names.
+
+    Args:
+        data: of the recipe.
+        rows: of a .jsonl file, so many rows at most are looked for; None is all.
 
     Raises:
         DataError: there is no such file or dataset, or it cannot be read or is empty.
@@ -51,7 +55,8 @@ def open_source(data: Data) -> Source:
         raise DataError(f"{data.path}: is empty")
     else:
         try:
-            numbers, read = _FILES[path.suffix.lower()](path)
+            suffix = path.suffix.lower()
+            numbers, read = _jsonl(path, rows) if suffix == ".jsonl" else _FILES[suffix](path)
         except OSError as error:
             raise DataError(f"{data.path}: cannot be read: {error}") from error
         source = Source(data.path, path.name, numbers, read)
@@ -68,11 +73,13 @@ def names_a_file(path: str) -> bool:
 _Rows = tuple[Sequence[int], Callable[[int], Any]]
 
 
-def _jsonl(path: Path) -> _Rows:
-    numbers, offsets = [], []
-    offset = 0
+def _jsonl(path: Path, rows: int | None = None) -> _Rows:
+    numbers: list[int] = []
+    offsets, offset = [], 0
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
+            if len(numbers) == rows:
+                break
             if line.removeprefix(b"\xef\xbb\xbf").strip():
                 numbers.append(number)
                 offsets.append(offset)

@@ -1,7 +1,6 @@
 """What is measured on held-out prompts, none of which was ever trained on."""
 
 import math
-import statistics
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from spinlm.evals.probe import discriminability
 from spinlm.interrupt import stop_if_asked
 from spinlm.model.players import Players
 from spinlm.model.trees import Tree, micro_batches
+from spinlm.paired import standard_error
 from spinlm.records import Example, HeldOutAnswer, HeldOutSample
 
 NGRAM = 4
@@ -204,14 +204,3 @@ def merged(*parts: Metrics) -> Metrics:
     """Several sets of measures as one."""
     whole = {name: value for part in parts for name, value in part.items()}
     return whole | {"intervals": {name: ends for part in parts for name, ends in part.get("intervals", {}).items()}}
-
-
-def standard_error(values: Sequence[float]) -> float:
-    """Standard error of the mean; 0 for fewer than two values."""
-    return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0
-
-
-def is_ahead(differences: Sequence[float], standard_errors: float) -> bool:
-    """Whether paired differences are positive on average, by more than so many standard errors of their mean."""
-    lead = statistics.fmean(differences)
-    return lead > 0 and lead > standard_errors * standard_error(differences)

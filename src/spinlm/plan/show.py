@@ -198,7 +198,7 @@ def refusals(plan: Plan) -> Iterator[str]:
     recipe, examples, asked = plan.recipe, plan.lengths.examples, plan.recipe.data.prompts or 1
     if names_a_file(recipe.data.path) and not Path(recipe.data.path).expanduser().is_file():
         yield f"{recipe.data.path}: no such file. Set data.path."
-    elif recipe.data.path.endswith(".jsonl"):  # of which the first rows are soon read
+    elif recipe.data.path.lower().endswith(".jsonl"):  # of others, all rows would be read
         from spinlm.data.examples import check_layout  # which takes numpy along
 
         try:

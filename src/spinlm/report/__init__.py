@@ -10,10 +10,10 @@ from typing import Any
 
 from spinlm.errors import RunError
 from spinlm.files import finite, short_digest, write_text
+from spinlm.paired import against
 from spinlm.report.charts import charts
 from spinlm.report.facts import Spent, facts
 from spinlm.rundir import RunDir
-from spinlm.summary import against
 
 HERE = Path(__file__).parent
 
@@ -27,7 +27,7 @@ def write_report(run: RunDir, to: Path | None = None, *, other: RunDir | None = 
     Args:
         run: the run folder.
         to: the file to write, or a folder that is there; by default the run folder. In one it is `report.html`.
-        other: another run, say the control, to say how the last players stand against each other.
+        other: another run, say the control, to say how the two stand against each other.
 
     Returns:
         The file.
@@ -59,7 +59,7 @@ def page(run: RunDir, other: RunDir | None = None) -> str:
     environment.filters |= {"number": _number, "share": _share, "spent": _spent, "cut": _cut, "json": _json}
     return environment.get_template("page.html").render(
         facts=known,
-        against=None if other is None else against(run, other),
+        against=None if other is None else str(against(run, other)),
         sections=_by_section(drawn),
         data=Markup(data),
         scripts=[Markup(script) for script in scripts],

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 
 from spinlm.config import Recipe
 from spinlm.evals.guard import signs_of_collapse
-from spinlm.evals.heldout import is_ahead, standard_error
 from spinlm.files import read_json, write_json
 from spinlm.order import START
-from spinlm.records import HeldOutAnswer, read_lines
+from spinlm.paired import is_ahead, metric_of, standard_error, values_of
 from spinlm.rundir import RunDir
 
 log = logging.getLogger("spinlm")
@@ -84,16 +83,9 @@ def promote(recipe: Recipe, run: RunDir, iteration: int) -> bool:
 def compare(recipe: Recipe, run: RunDir, iteration: int, against: int) -> Comparison:
     """Compare the players of two iterations on `select.metric`, prompt by prompt."""
     select = recipe.selfplay.select
-    metric = select.metric or ("task_score" if recipe.evaluate.scorer else "heldout_nll")
-    new, old = _values(run, iteration, metric), _values(run, against, metric)
+    metric = metric_of(select.metric, recipe.evaluate.scorer)
+    new, old = values_of(run, iteration, metric), values_of(run, against, metric)
     sign = 1 if metric == "task_score" else -1
     ahead = [sign * (new[key] - old[key]) for key in old]
     better = is_ahead(ahead, select.standard_errors)
     return Comparison(metric, against, statistics.fmean(ahead), standard_error(ahead), better)
-
-
-def _values(run: RunDir, iteration: int, metric: str) -> dict[str, float]:
-    answers = read_lines(run.answers(iteration), HeldOutAnswer)
-    return {
-        answer.id: float((answer.task_score or 0.0) if metric == "task_score" else answer.nll) for answer in answers
-    }
