@@ -64,6 +64,11 @@ def check_source(recipe: Recipe, folder: RunDir, source: RunDir) -> None:
     if source.root.resolve() == folder.root.resolve():
         raise RunError(f"--start-from {source.root}: is the run folder itself. Choose another --run-dir")
     for stage in BEFORE:
+        if not source.marker(stage, START).exists():
+            raise RunError(
+                f"--start-from {source.root}: no starting player that has been measured is there yet. Play that run "
+                f"first: `spinlm run RECIPE --run-dir {source.root}`"
+            )
         source.require(stage, START)
     theirs = filled(read_json(source.recipe))
     changes = [

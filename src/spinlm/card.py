@@ -80,11 +80,11 @@ def full_card(recipe: Recipe, run: RunDir, iteration: int, *, merged: bool, lice
             "## How to use\n",
             _use(recipe.model, commit, adapter=adapter, in_4_bits=in_4_bits),
             "## Data\n",
-            f"{public_name(recipe.data.path)}: {counts['train']} prompts for self-play{own}; the figures below are "
-            f"from {counts['heldout']} held-out prompts that nothing was trained on.\n",
+            f"{public_name(recipe.data.path)}: {counts['train']} prompts for self-play{own}, and "
+            f"{counts['heldout']} held-out prompts, which nothing was trained on, for the results.\n",
             "## Results\n",
             verdict(run) + "\n",
-            *(f"| {' | '.join(cell)} |" for cell in table),
+            *(f"| {' | '.join(cell)} |" for cell in (table if body else ())),
             f"\nThis card goes with the player called {player_name(iteration)}.{measured}\n",
             "## Recipe\n",
             "```yaml",

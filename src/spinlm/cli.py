@@ -370,7 +370,9 @@ def report(
 @app.command()
 def chat(
     run: RunPath,
-    iterations: Annotated[str, typer.Option(help="Players to ask: numbers, `start`, `best`.")] = "start,best",
+    iterations: Annotated[
+        str, typer.Option("--iterations", "--iteration", help="Players to ask: numbers, `start`, `best`.")
+    ] = "start,best",
     prompt: Annotated[str | None, typer.Option(help="Ask this and exit; without it, ask on the terminal.")] = None,
     system: Annotated[str | None, typer.Option(help="System prompt, as your data has it.")] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,

@@ -24,7 +24,9 @@ def which_player(run: RunDir, name: str) -> int:
     if name == "best":
         iteration = run.best()
         if iteration is None:
-            raise RunError(f"{run.root}: no iteration has been judged yet, so there is no best player. Name one")
+            raise RunError(
+                f"{run.root}: no iteration has been judged yet, so there is no best player. Name another: start"
+            )
     elif name == "start":
         iteration = START
     elif name.isdecimal():

@@ -18,7 +18,9 @@ SECONDS_BETWEEN_COUNTS = 1  # among several processes
 
 
 @contextlib.contextmanager
-def track(what: str, total: int, already: int = 0, unit: str = "tokens", *, shared: bool = False) -> Iterator[Advance]:
+def track(
+    what: str, total: int, already: int = 0, unit: str = "tokens", *, shared: bool = False, responses: bool = False
+) -> Iterator[Advance]:
     """Show how far a stage has come, its rate in units per second, and when it will end.
 
     Args:
@@ -27,6 +29,8 @@ def track(what: str, total: int, already: int = 0, unit: str = "tokens", *, shar
         already: items that were done before, which say nothing about the rate.
         unit: what the rate counts.
         shared: whether each process does a part of the items, and not each of them all.
+        responses: whether the items are responses. Those of a batch end late, so no line says when all will, before a
+            quarter has.
     """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -64,6 +68,8 @@ def track(what: str, total: int, already: int = 0, unit: str = "tokens", *, shar
             if bar.disable and team.is_first() and now - spoken > SECONDS_BETWEEN_LINES:
                 spoken = now
                 left = (total - already - items) * (now - begun) / max(items, 1)
-                log.info("%s %d/%d, %s, %.0f s left", what, already + items, total, rate, left)
+                ending = "" if responses and items < (total - already) / 4 else f", {left:.0f} s left"
+                name = " responses" if responses else ""
+                log.info("%s %d/%d%s, %s%s", what, already + items, total, name, rate, ending)
 
         yield advance

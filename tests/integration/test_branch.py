@@ -80,7 +80,10 @@ def test_a_start_that_cannot_be_taken_costs_nothing(world, cli, branch, referenc
     before = contents(own)
     assert "is the run folder itself" in branch("--fresh", name="own", source=own, code=2).message
     assert "was made with other settings" in branch("--fresh", "data.prompts=5", name="own", code=2).message
-    assert "has not been completed" in branch("--fresh", name="own", source=tmp_path / "nothing", code=2).message
+    assert (
+        "no starting player that has been measured"
+        in branch("--fresh", name="own", source=tmp_path / "nothing", code=2).message
+    )
     assert contents(own) == before
 
 
@@ -106,7 +109,7 @@ def test_another_start_is_refused(branch, tmp_path, change):
 
 
 def test_a_run_without_a_start_is_refused(branch, tmp_path):
-    assert "prepare has not been completed" in branch(source=tmp_path / "nothing", code=2).message
+    assert "no starting player that has been measured" in branch(source=tmp_path / "nothing", code=2).message
 
 
 def test_a_folder_that_has_another_start_is_refused(branch, world, cli, reference, tmp_path):

@@ -179,7 +179,7 @@ def test_card_of_an_exported_player(world, cli, reference, tmp_path):
     loaded: dict[str, Any] = {}
     exec(code.replace("THIS FOLDER", str(tmp_path / "adapter")), loaded)
     assert loaded["model"].peft_type == "LORA" and loaded["tokenizer"].chat_template
-    assert f"from {HELDOUT} held-out prompts" in text
+    assert f"and {HELDOUT} held-out prompts, which nothing was trained on" in text
     assert "Self-play" in text.split("## Results")[1]
     metrics = json.loads((reference / "iteration-1" / "metrics.json").read_text())
     (row,) = [line for line in text.splitlines() if line.startswith("| iteration 1")]

@@ -21,6 +21,19 @@ def test_lines_say_how_far_how_fast_and_how_long(
     assert re.fullmatch(r"train 8/8, [\d,]+ tokens/s, 0 s left", last)
 
 
+def test_no_end_is_told_from_the_first_responses_of_a_batch(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", -1)
+    caplog.set_level(logging.INFO)
+    with progress.track("generate", 20, already=4, responses=True) as advance:
+        advance(3, 600)
+        advance(1, 600)
+    first, last = caplog.messages
+    assert re.fullmatch(r"generate 7/20 responses, [\d,]+ tokens/s", first)
+    assert re.fullmatch(r"generate 8/20 responses, [\d,]+ tokens/s, \d+ s left", last)
+
+
 def test_what_was_done_before_says_nothing_about_the_rate(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
