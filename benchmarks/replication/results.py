@@ -16,9 +16,9 @@ from itertools import count, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spinlm.evals.heldout import is_ahead
 from spinlm.files import read_json, read_json_lines
 from spinlm.order import START, player_name
+from spinlm.paired import is_ahead
 from spinlm.rundir import RunDir
 
 if TYPE_CHECKING:
