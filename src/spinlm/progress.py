@@ -29,8 +29,8 @@ def track(
         already: items that were done before, which say nothing about the rate.
         unit: what the rate counts.
         shared: whether each process does a part of the items, and not each of them all.
-        responses: whether the items are responses. Those of a batch end late, so no line says when all will, before a
-            quarter has.
+        responses: whether the items are responses, written or read. Those of a batch end late, so no line says when
+            all will, before a quarter has.
     """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn

@@ -41,7 +41,7 @@ def check_quantization() -> None:
     try:
         packed, state = bitsandbytes.functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
         error = (bitsandbytes.functional.dequantize_4bit(packed, state) - weight).abs().max().item()
-    except (RuntimeError, NotImplementedError, AttributeError, ValueError) as failure:
+    except (RuntimeError, NotImplementedError, AttributeError, ValueError) as failure:  # each device has its own
         raise ModelError(
             f"lora.quantize: bitsandbytes {bitsandbytes.__version__} cannot compute in 4 bits on this machine's "
             f"{device}: {failure}. Upgrade it, or leave lora.quantize out"
