@@ -29,7 +29,7 @@ class Bench:
 
     def __init__(self, data: str, prompts: int, new: int, dtype: str):
         from spinlm.model.players import Players
-        from spinlm.opponents import LocalOpponent
+        from spinlm.opponents.local import LocalOpponent
         from spinlm.recipe import parse_recipe
         from spinlm.rundir import RunDir
 

@@ -78,7 +78,7 @@ def measure(
     from spinlm.model.attention import register_tree_attention
     from spinlm.model.memory import kept_bytes, switch_checkpointing
     from spinlm.model.trees import Tree, lay_out
-    from spinlm.opponents import LocalOpponent
+    from spinlm.opponents.local import LocalOpponent
     from spinlm.plan.shapes import shape_from_config
     from spinlm.records import Sampling
 

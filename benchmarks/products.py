@@ -5,6 +5,7 @@ python benchmarks/products.py
 
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -36,11 +37,8 @@ def main() -> None:
         for rows in ROWS:
             x, flops = torch.randn(rows, inputs), 2.0 * rows * inputs * outputs
             packed = [one for one in (pack(weight, rows) for weight in weights) if one is not None]
-            found = [
-                rate(lambda weight, x=x: torch.nn.functional.linear(x, weight), weights, flops),
-                rate(lambda weight, x=x: linear(x, weight), weights, flops),
-                rate(lambda weight, x=x: linear(x, weight), packed or weights, flops),
-            ]
+            ways = [(torch.nn.functional.linear, weights), (linear, weights), (linear, packed or weights)]
+            found = [rate(partial(how, x), given, flops) for how, given in ways]
             cells.append(" / ".join(f"{one:.0f}" for one in found))
         print(f"| {inputs} × {outputs} | {' | '.join(cells)} |")
 

@@ -268,7 +268,7 @@ class _Trl:
         from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
         from trl import DPOConfig, DPOTrainer
 
-        from spinlm.model.loading import locate
+        from spinlm.locate import locate
 
         torch.manual_seed(0)
         best = name != "trl"
@@ -363,7 +363,7 @@ class _Trl:
             self.losses.append(float((loss[0] if isinstance(loss, tuple) else loss).detach()))
             return loss
 
-        self.trainer.compute_loss = compute_loss
+        vars(self.trainer)["compute_loss"] = compute_loss
         self.trainer.args.max_grad_norm = 1e9  # of the first step, whose gradients are compared
         self.trainer.train_dataset = Dataset.from_list(self.rows)
         self.trainer.add_callback(Gate())

@@ -236,8 +236,10 @@ def draw(plan: "Plan", folder: Path, dataset: str, target: Path) -> Path | None:
         for number, arm in enumerate(arms):
             runs = find(plan, folder, dataset, arm.name).values()
             color = colormaps["tab20"](number)
-            curves = [[run.metrics(player).get(measure) for player in run.players] for run in runs]
-            curves = [curve for curve in curves if None not in curve]
+            measured = [[run.metrics(player) for player in run.players] for run in runs]
+            curves = [
+                [one[measure] for one in run] for run in measured if all(one.get(measure) is not None for one in run)
+            ]
             longest = max(map(len, curves), default=0)
             means = [statistics.fmean(curve[at] for curve in curves if len(curve) > at) for at in range(longest)]
             axes.plot(range(longest), means, color=color, label=arm.name)

@@ -15,7 +15,7 @@ from spinlm.locate import local, locate
 from spinlm.order import START, player_name
 from spinlm.recipe import parse_yaml
 from spinlm.rundir import RunDir
-from spinlm.summary import cells, rows, verdict
+from spinlm.summary import cells, rows, system_prompt, verdict
 
 Licence = dict[str, Any]
 """The fields of a card's front matter that say under which licence a model is."""
@@ -32,7 +32,7 @@ def card(recipe: Recipe, iteration: int) -> str:
     what = "The starting player" if iteration == START else f"The player that iteration {iteration} made"
     return "\n".join(
         (
-            _front_matter(recipe, adapter=lora is not None, licence={}),
+            _front_matter(recipe, iteration, adapter=lora is not None, licence={}),
             f"{what} in {_game(recipe)} with spinlm {__version__}.\n",
             f"- weights: {'the whole model' if lora is None else 'a LoRA adapter'}"
             + (", trained over the base in 4 bits (nf4)" if lora and lora.quantize else ""),
@@ -74,11 +74,14 @@ def full_card(recipe: Recipe, run: RunDir, iteration: int, *, merged: bool, lice
     measured = " It was measured over the base in 4 bits, before it was merged." if in_4_bits and merged else ""
     return "\n".join(
         (
-            _front_matter(recipe, adapter=adapter, licence=found),
+            _front_matter(recipe, iteration, adapter=adapter, licence=found),
             f"# {player_name(iteration).capitalize()} of {run.root.absolute().name}\n",
-            f"Made in {_game(recipe)} with spinlm {version}. It is {weights}{revision}.{trained_in_4_bits}\n",
+            f"{_origin(recipe, iteration)}, with spinlm {version}. It is {weights}{revision}.{trained_in_4_bits}\n",
             "## How to use\n",
-            _use(recipe.model, commit, adapter=adapter, in_4_bits=in_4_bits),
+            "```python",
+            *_load(recipe.model, commit, adapter=adapter, in_4_bits=in_4_bits),
+            *_ask(recipe, with_system=system_prompt(run) is not None),
+            "```\n",
             "## Data\n",
             f"{public_name(recipe.data.path)}: {counts['train']} prompts for self-play{own}, and "
             f"{counts['heldout']} held-out prompts, which nothing was trained on, for the results.\n",
@@ -90,6 +93,7 @@ def full_card(recipe: Recipe, run: RunDir, iteration: int, *, merged: bool, lice
             "```yaml",
             yaml.safe_dump(_public_recipe(recipe), sort_keys=False, allow_unicode=True).rstrip(),
             "```\n",
+            "What is not written there is as it is by default in this version.\n",
             "## Licence\n",
             (f"{named}." if licence else f"{named}, as the base model." if found else UNKNOWN)
             + " The licence of the data applies, too.\n",
@@ -97,8 +101,8 @@ def full_card(recipe: Recipe, run: RunDir, iteration: int, *, merged: bool, lice
     )
 
 
-def _use(model: Model, commit: str | None, *, adapter: bool, in_4_bits: bool) -> str:
-    """How a player is loaded, as a block of Python. What only the reader knows stands in capitals."""
+def _load(model: Model, commit: str | None, *, adapter: bool, in_4_bits: bool) -> list[str]:
+    """How a player is loaded, in Python. What only the reader knows stands in capitals."""
     trusted = ["trust_remote_code=True"] if model.trust_remote_code else []
     names, imports, here = ["AutoModelForCausalLM", "AutoTokenizer"], [], _quoted("THIS FOLDER")
     base, options, on_top = here, [], []
@@ -122,18 +126,32 @@ def _use(model: Model, commit: str | None, *, adapter: bool, in_4_bits: bool) ->
                 "quantization_config=BitsAndBytesConfig(load_in_4bit=True, "
                 'bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)'
             )
-    return "\n".join(
-        (
-            "```python",
-            *imports,
-            f"from transformers import {', '.join(sorted(names))}",
-            "",
-            f"tokenizer = AutoTokenizer.from_pretrained({', '.join((here, *trusted))})",
-            f"model = AutoModelForCausalLM.from_pretrained({', '.join((base, *options, *trusted))})",
-            *on_top,
-            "```\n",
-        )
-    )
+    return [
+        *imports,
+        f"from transformers import {', '.join(sorted(names))}",
+        "",
+        f"tokenizer = AutoTokenizer.from_pretrained({', '.join((here, *trusted))})",
+        f"model = AutoModelForCausalLM.from_pretrained({', '.join((base, *options, *trusted))})",
+        *on_top,
+    ]
+
+
+def _ask(recipe: Recipe, *, with_system: bool) -> list[str]:
+    """How it is asked, in Python: greedily, as it was measured."""
+    system = [f'    {{"role": "system", "content": {_quoted("THE SYSTEM PROMPT OF YOUR TASK")}}},']
+    longest = recipe.evaluate.max_new_tokens or recipe.opponent.max_new_tokens
+    return [
+        "",
+        "messages = [",
+        *(system if with_system else []),
+        f'    {{"role": "user", "content": {_quoted("YOUR PROMPT")}}},',
+        "]",
+        "prompt = tokenizer.apply_chat_template(",
+        '    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True',
+        ")",
+        f"answer = model.generate(**prompt, max_new_tokens={longest}, do_sample=False)",
+        'print(tokenizer.decode(answer[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True))',
+    ]
 
 
 def _quoted(text: str) -> str:
@@ -177,7 +195,7 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str) or (isinstance(value, list) and all(isinstance(one, str) for one in value))
 
 
-def _front_matter(recipe: Recipe, *, adapter: bool, licence: Licence) -> str:
+def _front_matter(recipe: Recipe, iteration: int, *, adapter: bool, licence: Licence) -> str:
     values: dict[str, Any] = dict(licence)
     if _on_hub(recipe.model.path):
         values["base_model"] = recipe.model.path
@@ -185,9 +203,17 @@ def _front_matter(recipe: Recipe, *, adapter: bool, licence: Licence) -> str:
     if not names_a_file(recipe.data.path) and _on_hub(recipe.data.path):
         values["datasets"] = [recipe.data.path]
     values |= {"library_name": "peft" if adapter else "transformers", "pipeline_tag": "text-generation"}
-    if tags := _tags(recipe):
+    if iteration != START and (tags := _tags(recipe)):
         values["tags"] = tags
     return f"---\n{yaml.safe_dump(values, sort_keys=False, default_flow_style=None)}---\n"
+
+
+def _origin(recipe: Recipe, iteration: int) -> str:
+    if iteration != START:
+        return f"Made in {_game(recipe)}"
+    if recipe.warmup_sft:
+        return f"Made by supervised fine-tuning, the warm-up before {_game(recipe)}"
+    return f"The model as it came, before {_game(recipe)}"
 
 
 def _game(recipe: Recipe) -> str:

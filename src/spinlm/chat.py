@@ -8,7 +8,7 @@ from spinlm.data.chat import RowError
 from spinlm.model.players import seat
 from spinlm.opponents import local_opponent
 from spinlm.order import START
-from spinlm.records import Message, Sampling
+from spinlm.records import Message, Sampling, as_shown
 from spinlm.rundir import RunDir
 from spinlm.terminal import printable
 
@@ -72,7 +72,7 @@ def ask(
         players.become(iteration)
         opponent = local_opponent(recipe, players, run.facts("warmup", START)["packing"])
         ((answer,),) = opponent.answer([prompt], sampling, seed, lambda ended, tokens: None, grown)
-        text = decode(answer.token_ids)
+        text = as_shown(decode(answer.token_ids), answer.finished, len(answer.token_ids))
         show(len(texts), text)
         texts.append(text)
     return texts

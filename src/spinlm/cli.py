@@ -20,7 +20,7 @@ import typer
 from spinlm import __version__
 from spinlm.errors import PeerError, RunError, SpinError, is_out_of_memory
 from spinlm.files import UNWRITABLE
-from spinlm.order import START, describe, player_name
+from spinlm.order import START, player_name
 from spinlm.rundir import RunDir
 from spinlm.terminal import console, printable
 
@@ -307,7 +307,7 @@ def export(
 def status(run: RunPath, against: Against = None, as_json: AsJson = False) -> None:
     """Show how far a run has come, and its players."""
     from spinlm import paired, summary
-    from spinlm.standing import last_step, standing
+    from spinlm.standing import progress, standing
 
     folder, _ = _open_run(run)
     if as_json:
@@ -315,9 +315,8 @@ def status(run: RunPath, against: Against = None, as_json: AsJson = False) -> No
         return
     out = console(100)
     out.print(str(standing(folder)))
-    if step := last_step(folder):
-        told = "".join(f", {name} {step[name]:.4f}" for name in ("loss", "margin") if name in step)
-        out.print(f"Last step: {describe((step['stage'], step['iteration']))}, {step['step']} of {step['steps']}{told}")
+    if so_far := progress(folder):
+        out.print(so_far)
     if summary.rows(folder):
         out.print(summary.table(folder, out.width))
     out.print(summary.verdict(folder))
@@ -344,11 +343,12 @@ def runs(
     if not found:
         print(f"no runs in {folder}")
         return
-    grid = Table("run", "state", "players", "best", "verdict", box=SIMPLE, pad_edge=False)
+    grid = Table("run", "state", "players", "best", "outcome", box=SIMPLE, pad_edge=False)
     for one in found:
         where = "" if one["stage"] is None else f", {one['stage']}"
-        best = "" if one["best"] is None else player_name(one["best"])
-        values = Path(one["run"]).name, one["state"] + where, str(len(one["players"])), best, one["verdict"]
+        best = "–" if one["best"] is None else player_name(one["best"])
+        outcome = one["verdict"] if one["state"] == "damaged" else one["outcome"] or "–"
+        values = Path(one["run"]).name, one["state"] + where, str(len(one["players"])), best, outcome
         grid.add_row(*map(printable, values))
     console(160).print(grid)
 
@@ -363,8 +363,12 @@ def report(
 ) -> None:
     """Write a run as one HTML page. Charts, answers side by side, times; also of a run that is under way or failed."""
     from spinlm.report import write_report
+    from spinlm.summary import rows
 
-    print(f"wrote {write_report(RunDir(run), to, other=None if against is None else RunDir(against))}")
+    folder = RunDir(run)
+    print(f"wrote {write_report(folder, to, other=None if against is None else RunDir(against))}")
+    if not rows(folder):
+        print("No player has been measured yet: the page has the recipe, and how far the run is.")
 
 
 @app.command()
@@ -385,12 +389,11 @@ def chat(
     from spinlm.export import which_player
 
     folder, recipe = _open_run(run)
-    names: dict[int, str] = {}
-    for name in iterations.split(","):
-        names.setdefault(which_player(folder, name.strip()), name.strip())
-    chosen = list(names)
-    if len(names) < iterations.count(",") + 1:
-        start = {"best", "start"} <= {name.strip() for name in iterations.split(",")} and folder.best() == START
+    asked_for = [name.strip() for name in iterations.split(",")]
+    chosen = list(dict.fromkeys(which_player(folder, name) for name in asked_for))
+    names = [player_name(one) + (" (best)" if "best" in asked_for and one == folder.best() else "") for one in chosen]
+    if len(chosen) < len(asked_for):
+        start = {"best", "start"} <= set(asked_for) and folder.best() == START
         same = "the best player is the start" if start else "two of these names mean the same player"
         print(f"({same}; it answers once)")
     before = [{"role": "system", "content": system}] if system else []
@@ -402,7 +405,7 @@ def chat(
         asked = [*before, {"role": "user", "content": text}]
         answer = partial(ask, recipe, folder, chosen, asked, temperature=temperature, seed=recipe.seed)
         try:
-            put(Console(), list(names.values()), answer)
+            put(Console(), names, answer)
         except RowError as error:
             if prompt is not None:
                 raise SpinError(f"this prompt cannot be used: {error}") from error
@@ -527,7 +530,7 @@ def _print_result(run: RunDir) -> None:
     for prompt, real, answers in side_by_side(run, prompts=3):
         out.print()
         for name, text in (("prompt", prompt), ("real", real), *answers):
-            out.print(f"{name:<11} {printable(text)}")
+            out.print(f"{name:<11} " + printable(text).replace("\n", f"\n{'':12}"))
     out.print(table(run, out.width))
     out.print(verdict(run))
     asked = system_prompt(run)  # without it, a prompt would be another task
@@ -546,7 +549,8 @@ def _print_result(run: RunDir) -> None:
         del commands[control]
         source = read_json(run.provenance).get("start_from")
         if source and RunDir(Path(source)).recipe.exists():
-            compare = f"status {shlex.quote(source)} --against {folder}"
+            near = Path(source).relative_to(Path.cwd()) if Path(source).is_relative_to(Path.cwd()) else source
+            compare = f"status {shlex.quote(str(near))} --against {folder}"
             commands = {compare: "how that run and this one stand against each other", **commands}
     best = START if (found := run.best()) is None else found
     out.print(printable(f"\nThe run is in {run.root}; the best player is {run.player(best)}. Next:"))

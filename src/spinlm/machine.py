@@ -1,4 +1,4 @@
-"""The memory of the machine this process may use, in bytes: what there is, and what is free."""
+"""The machine: the memory that this process may use, in bytes, and whether there is a GPU. Imports no torch."""
 
 from pathlib import Path
 
@@ -9,6 +9,15 @@ CGROUPS = (
     ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
 )
 """Where a container or a batch system says what it allows and what is used of that: cgroups 2 and 1."""
+
+
+GPU_FILES = "/dev/nvidia0", "/dev/kfd"
+"""What a driver puts there for the first GPU: CUDA's and ROCm's."""
+
+
+def has_gpu() -> bool:
+    """Whether there is one, as far as that shows without its libraries."""
+    return any(Path(file).exists() for file in GPU_FILES)
 
 
 def total_memory() -> int:

@@ -42,7 +42,7 @@ class Against:
     def __str__(self) -> str:
         scored = self.metric == "task_score"
         way = "" if scored else "lower by " if self.lead >= 0 else "higher by "
-        size = f"{self.lead:+.3f}" if scored else f"{abs(self.lead):.3f}"
+        size = f"{self.lead:+z.3f}" if scored else f"{abs(self.lead):.3f}"
         later = "".join(f" {name} has gone on to iteration {last}." for name, last in self.later.items())
         return (
             f"{self.run} against {self.other}, both after iteration {self.iteration}: {self.result}; "

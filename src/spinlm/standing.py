@@ -10,7 +10,10 @@ from spinlm.errors import SpinError
 from spinlm.files import finite, read_json
 from spinlm.order import START, Stage, stages
 from spinlm.rundir import RunDir
-from spinlm.summary import promotions, rows, verdict
+from spinlm.summary import outcome, promotions, rows, verdict
+
+SHARDED = {"generate": ("generations", "jsonl"), "score": ("pairs", "arrow")}
+"""The stages that write a file for each shard of prompts, and where."""
 
 TAIL = 1 << 16  # bytes in which the last line of a file of steps is looked for
 
@@ -59,9 +62,29 @@ def status(run: RunDir) -> dict[str, Any]:
         "last_step": last_step(run),
         "best": run.best(),
         "verdict": verdict(run),
+        "outcome": outcome(run),
         "players": [{"iteration": row.iteration, "name": row.name, **row.metrics} for row in players],
     }
     return dict(finite(told))
+
+
+def progress(run: RunDir) -> str | None:
+    """How far the stage is that a run stands in, as far as its files tell; None where they do not."""
+    where = standing(run)
+    if where.stage is None or where.iteration is None:
+        return None
+    if where.stage in SHARDED and run.marker("prepare", START).exists():
+        folder, kind = SHARDED[where.stage]
+        recipe = read_json(run.recipe)
+        counts, size = run.facts("prepare", START)["counts"], recipe["opponent"]["shard_size"]
+        splits = ("heldout",) if recipe["objective"]["name"] == "sft" else ("train", "heldout")
+        written = list((run.iteration(where.iteration) / folder).glob(f"*.{kind}"))
+        return f"Shards of {size} prompts: {len(written)} of {sum(-(-counts[split] // size) for split in splits)}."
+    step = last_step(run)
+    if step is None or (step["stage"], step["iteration"]) != (where.stage, where.iteration):
+        return None
+    told = "".join(f", {name} {step[name]:.4f}" for name in ("loss", "margin") if name in step)
+    return f"Step {step['step']} of {step['steps']}{told}."
 
 
 def last_step(run: RunDir) -> dict[str, Any] | None:
@@ -91,7 +114,7 @@ def status_of_all(found: list[RunDir]) -> list[dict[str, Any]]:
             return status(run)
         except (SpinError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             why = str(error) if isinstance(error, SpinError) else f"{type(error).__name__}: {error}"
-            unknown = dict.fromkeys(("stage", "iteration", "seconds", "last_step", "best")) | {"players": []}
+            unknown = dict.fromkeys(("stage", "iteration", "seconds", "last_step", "best", "outcome")) | {"players": []}
             return {"run": str(run.root), "state": "damaged", **unknown, "verdict": why}
 
     return [one(run) for run in found]

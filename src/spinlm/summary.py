@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from spinlm.files import read_json, read_json_lines
 from spinlm.order import START, player_name
+from spinlm.records import as_shown
 from spinlm.rundir import RunDir
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ COLUMNS = (
     ("task_score", "task score", "{:.3f}"),
     ("heldout_nll", "held-out NLL", "{:.3f}"),
     ("pair_accuracy", "pair accuracy", "{:.2f}"),
-    ("margin", "margin", "{:+.2f}"),
+    ("margin", "margin", "{:+z.2f}"),
     ("identical_share", "identical", "{:.1%}"),
     ("unfinished_share", "unfinished", "{:.1%}"),
     ("repetition", "repeated", "{:.1%}"),
@@ -128,12 +129,17 @@ def verdict(run: RunDir) -> str:
     if best == START:
         if any(item.get("better") for item in last):
             return f"{what} did not help: what was ahead of the starting player's {metric} had collapsed." + ending
-        tried, closest = len(last), max(last, key=lambda item: float(item["lead"]))
+        if last[0]["metric"] == "task_score" and not any(item["lead"] or item["standard_error"] for item in last):
+            return _alike(run, what, last) + ending
+        closest = max(last, key=lambda item: float(item["lead"]))
+        by = f"{closest['lead']:+z.3f} ± {closest['standard_error']:.3f}"
+        one = len(last) == 1
+        who = "iteration 0 did not beat" if one else f"none of {len(last)} iterations beat"
+        gap = f"the difference: {by}" if one else f"the closest: iteration {closest['iteration']}, {by}"
         return (
-            f"{what} did not help: none of {tried} iteration{'s' if tried > 1 else ''} beat the starting player's "
-            f"{metric} by more than {noise} (the closest: iteration {closest['iteration']}, {closest['lead']:+.3f} ± "
-            f"{closest['standard_error']:.3f}). The starting player stays the best."
-        ) + ending
+            f"{what} did not help: {who} the starting player's {metric} by more than {noise} ({gap}). The starting "
+            "player stays the best." + ending
+        )
     scored = last[-1]["metric"] == "task_score"
     caveat = "" if scored else LIKELIHOOD_ONLY
     won = next(item for item in last if item["iteration"] == best)
@@ -145,6 +151,29 @@ def verdict(run: RunDir) -> str:
         f"is ahead of {against} by {won['lead']:.3f} ± {won['standard_error']:.3f} (standard error of the paired "
         "difference on the held-out prompts of this one run; another seed may differ)." + caveat + ending
     )
+
+
+def _alike(run: RunDir, what: str, judged: list[dict[str, Any]]) -> str:
+    """The verdict where each answer was marked as the start's answer to the same prompt was."""
+    start, end = (read_json(run.iteration_metrics(one)) for one in (START, judged[-1]["iteration"]))
+    return (
+        f"{what} did not help as far as the scorer can tell: on every prompt it marked all players alike (task score "
+        f"{start['task_score']:.3f}). Held-out NLL: {start['heldout_nll']:.3f} at the start, {end['heldout_nll']:.3f} "
+        "at the end. Look at the answers: another evaluate.scorer, or an easier start, may tell more. The starting "
+        "player stays the best."
+    )
+
+
+def outcome(run: RunDir) -> str | None:
+    """The verdict in a few words, for a list; None before the first iteration has been judged."""
+    last = promotions(run)
+    if not last:
+        return None
+    if last[-1]["best"] == START:
+        return "not better than the start"
+    metric = last[-1]["metric"]
+    start, new = (read_json(run.iteration_metrics(one))[metric] for one in (START, last[-1]["best"]))
+    return f"{METRIC_NAMES[metric]} {start:.3f} → {new:.3f}"
 
 
 def is_control(run: RunDir) -> bool:
@@ -186,6 +215,11 @@ def side_by_side(run: RunDir, prompts: int) -> list[tuple[str, str, list[tuple[s
     ]
 
 
+def text_of(answer: dict[str, Any]) -> str:
+    """What a player answered to a held-out prompt, for people."""
+    return as_shown(answer["text"], answer["finished"], len(answer["token_ids"]))
+
+
 def system_prompt(run: RunDir) -> str | None:
     """That of the first held-out example, if it has one."""
     first = next(_heldout(run))["messages"][0]
@@ -197,4 +231,4 @@ def _heldout(run: RunDir) -> Iterator[dict[str, Any]]:
 
 
 def _texts(path: Any) -> dict[str, str]:
-    return {answer["id"]: answer["text"] for answer in read_json_lines(path)}
+    return {answer["id"]: text_of(answer) for answer in read_json_lines(path)}

@@ -1,5 +1,6 @@
 """What others have written (a model, a data set) on a terminal: to be read, and without the power to command it."""
 
+import os
 import re
 import sys
 from typing import TYPE_CHECKING
@@ -19,8 +20,13 @@ def console(width: int) -> "Console":
     """Standard output for tables and text that is shown as it is: no markup, no emoji codes, nothing highlighted.
 
     Args:
-        width: where it is no terminal.
+        width: where it is no terminal, and COLUMNS does not say how wide it shall be.
     """
     from rich.console import Console
 
-    return Console(highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else width)
+    return Console(
+        highlight=False,
+        markup=False,
+        emoji=False,
+        width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else width,
+    )

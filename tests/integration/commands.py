@@ -141,6 +141,7 @@ def serving(**environment: str) -> Iterator[Ask]:
     command = [sys.executable, __file__]
     quiet = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     whole = os.environ | quiet | environment
+    whole.pop("COLUMNS", None)  # which pytest's own workers have
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=whole, start_new_session=True
     ) as process:

@@ -177,8 +177,15 @@ def test_card_of_an_exported_player(world, cli, reference, tmp_path):
     assert "a LoRA adapter over the base model model" in text
     code = text.split("```python")[1].split("```")[0].replace("FOLDER OF model", str(world.model))
     loaded: dict[str, Any] = {}
-    exec(code.replace("THIS FOLDER", str(tmp_path / "adapter")), loaded)
+    prompt = read_rows(reference / "examples" / "heldout.jsonl")[0]["messages"][-1]["content"]
+    exec(code.replace("THIS FOLDER", str(tmp_path / "adapter")).replace("YOUR PROMPT", prompt), loaded)
     assert loaded["model"].peft_type == "LORA" and loaded["tokenizer"].chat_template
+    ids = loaded["answer"][0, loaded["prompt"]["input_ids"].shape[1] :].tolist()
+    asked, measured = (
+        read_rows(reference / name)[0] for name in ("examples/heldout.jsonl", "iteration-1/answers.jsonl")
+    )
+    assert asked["id"] == measured["id"] and asked["prompt_ids"] == loaded["prompt"]["input_ids"][0].tolist()
+    assert ids[: len(measured["token_ids"])] == measured["token_ids"]
     assert f"and {HELDOUT} held-out prompts, which nothing was trained on" in text
     assert "Self-play" in text.split("## Results")[1]
     metrics = json.loads((reference / "iteration-1" / "metrics.json").read_text())

@@ -125,6 +125,8 @@ def test_killed_in_warmup(start, reference, tmp_path):
     again = start(run).wait()
     assert "resuming after step" in again.err
     assert again.code == 0
+    assert "before it" not in again.err and "after epoch 1\n" not in again.err, "what was told is not told again"
+    assert "after epoch 2\n" in again.err and "after epoch 3\n" in again.err
     assert_same_result(run, reference)
     for name in ("player/adapter_model.safetensors", "answers.jsonl", "metrics.json"):
         assert (run / "start" / name).read_bytes() == (reference / "start" / name).read_bytes(), name

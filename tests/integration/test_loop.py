@@ -534,11 +534,13 @@ def test_model_whose_attention_takes_no_trees_plays_one_response_per_row(world, 
 
 def test_chat_asks_several_players(world, cli, reference):
     said = cli("chat", reference, "--iterations", "start,1", "--prompt", "What is 4?", folder=world.folder)
-    assert re.fullmatch(r"\n\[start\]\n.+\n\n\[1\]\n.+\n", said.out, re.DOTALL)
+    assert re.fullmatch(r"\n\[start\]\n.+\n\n\[iteration 1\]\n.+\n", said.out, re.DOTALL)
     said = cli("chat", reference, "--prompt", "What is 4?", folder=world.folder)
-    once = r"\(the best player is the start; it answers once\)\n\n\[start\]\n.+\n"
+    once = r"\(the best player is the start; it answers once\)\n\n\[start \(best\)\]\n.+\n"
     assert re.fullmatch(
-        once if (reference / "best").readlink().name == "start" else r"\n\[start\]\n.+\n\n\[best\]\n.+\n",
+        once
+        if (reference / "best").readlink().name == "start"
+        else r"\n\[start\]\n.+\n\n\[iteration \d \(best\)\]\n.+\n",
         said.out,
         re.DOTALL,
     )

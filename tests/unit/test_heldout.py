@@ -25,7 +25,7 @@ from spinlm.paired import against, standard_error
 from spinlm.records import Example, HeldOutAnswer, HeldOutSample, to_line
 from spinlm.rundir import RunDir
 from spinlm.stages.promote import compare, promote
-from spinlm.summary import rows, side_by_side, verdict
+from spinlm.summary import outcome, rows, side_by_side, verdict
 
 
 def answer(key: str = "a", **changes: Any) -> HeldOutAnswer:
@@ -391,8 +391,38 @@ def test_verdict_when_it_did_not_help(play, run):
 
 def test_verdict_after_one_iteration(play, run):
     play([1, 1], [0, 1], standard_errors=2.0)
-    assert "none of 1 iteration beat the starting player's task score by more than 2 standard errors of" in verdict(run)
-    assert "(the closest: iteration 0, -0.500 ± 0.500)" in verdict(run)
+    assert (
+        "iteration 0 did not beat the starting player's task score by more than 2 standard errors of the paired "
+        "difference (the difference: -0.500 ± 0.500)."
+    ) in verdict(run)
+
+
+def test_verdict_where_the_scorer_tells_no_players_apart(play, run):
+    play([0, 0.5, 0], [0, 0.5, 0], [0, 0.5, 0])
+    said = verdict(run)
+    assert "on every prompt it marked all players alike (task score 0.167)" in said and "±" not in said
+    assert "Held-out NLL: 1.000 at the start, 1.000 at the end" in said
+
+
+def test_players_that_differ_once_are_not_called_alike(play, run):
+    play([0, 0], [0, 0], [0, 1], standard_errors=2.0)
+    assert "alike" not in verdict(run)
+
+
+def test_the_outcome_in_a_few_words(play, run):
+    assert outcome(run) is None
+    play([0, 0, 0, 1], [1, 1, 0, 1])
+    assert outcome(run) == "task score 0.250 → 0.750"
+
+
+def test_the_outcome_where_nothing_was_better(play, run):
+    play([1, 1], [1, 0])
+    assert outcome(run) == "not better than the start"
+
+
+def test_no_number_is_minus_nothing(play, run):
+    play([0.0, 0.0001], [0.0, 0.0])
+    assert "(the difference: +0.000 ± 0.000)" in verdict(run)
 
 
 @pytest.fixture
@@ -509,6 +539,16 @@ def test_side_by_side_shows_prompts_where_the_answers_differ_first(play, run):
         ("prompt b", "bb", [("start", "y"), ("iteration 0", "Y")]),
         ("prompt a", "aa", [("start", "x"), ("iteration 0", "x")]),
     ]
+
+
+def test_an_answer_that_was_cut_off_says_so(play, run):
+    play([0], [1])
+    run.examples("heldout").parent.mkdir(exist_ok=True)
+    run.examples("heldout").write_text(to_line(Example("a", [{"role": "user", "content": "p"}], "r", [1], [2], "f:1")))
+    for iteration, finished in ((START, False), (0, True)):
+        run.answers(iteration).write_text(to_line(answer("a", text="on and on", finished=finished)))
+    (_, _, answers), *_ = side_by_side(run, prompts=1)
+    assert answers == [("start", "on and on … (cut off at 2 tokens)"), ("iteration 0", "on and on")]
 
 
 def test_side_by_side_takes_text_with_other_ends_of_lines(play, run):

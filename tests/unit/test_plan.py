@@ -21,7 +21,7 @@ from spinlm.plan.estimate import LOGITS_BYTES, Hours
 from spinlm.plan.lengths import find_lengths
 from spinlm.plan.lookup import find_shape
 from spinlm.plan.shapes import Shape, shape_from_config
-from spinlm.plan.show import facts, notes, refusals
+from spinlm.plan.show import _duration, facts, notes, refusals
 from spinlm.recipe import load_recipe, parse_recipe
 from spinlm.records import Example, to_line
 from spinlm.rundir import RunDir
@@ -333,7 +333,7 @@ def test_memory_of_lora_on_both_devices() -> None:
     plan = make_plan(recipe(lora={"r": 1}, train={"optimizer": "AdamW"}))
     adapter = 147_456
     assert fact(plan, "trained")[0] == "147,456 parameters"
-    assert [device.dtype for device in plan.devices] == ["bfloat16", "float32"]
+    assert {device.dtype for device in plan.devices} == {"bfloat16", "float32"}
     gpu, cpu = memory(plan, GPU), memory(plan, CPU)
     assert gpu["weights"] == 2 * 124_439_808 + 4 * adapter
     assert cpu["weights"] == 4 * 124_439_808 + 4 * adapter
@@ -553,7 +553,7 @@ def test_lengths_are_estimated_from_a_local_file(tmp_path: Path) -> None:
     path = data_file(tmp_path, rows)
     plan = make_plan(recipe(data={"path": path, "heldout": 5}))
     assert plan.prompts == 15
-    assert fact(plan, "prompts")[1] == "20 less 5 set apart (lines counted in data.jsonl)"
+    assert fact(plan, "prompts")[1] == "20 less 5 set apart (rows counted in data.jsonl)"
     assert fact(plan, "prompt + response") == (
         "23 + 16 tokens",
         "mean of 20 examples in data.jsonl, tokens estimated from words and signs",
@@ -561,6 +561,40 @@ def test_lengths_are_estimated_from_a_local_file(tmp_path: Path) -> None:
     # Replay is 1: two synthetic responses, each as long as the real one.
     assert plan.work[2].trained.tree == 2 * 15 * (23 + 3 * 16)
     assert plan.work[2].trained.rows == 2 * 15 * 3 * (23 + 16)
+
+
+@pytest.mark.parametrize("kind", ["csv", "json", "parquet"])
+def test_files_of_other_kinds_are_counted_and_measured_too(tmp_path: Path, kind: str) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [{"prompt": words(1 + row // 200), "response": words(9)} for row in range(400)]
+    path = tmp_path / f"data.{kind}"
+    if kind == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    elif kind == "json":
+        path.write_text(json.dumps({"data": rows}))
+    else:
+        path.write_text("prompt,response\n" + "".join(f"{row['prompt']},{row['response']}\n" for row in rows))
+    plan = make_plan(recipe(data={"path": str(path), "heldout": 5, "prompts": 396}))
+    assert (plan.prompts, plan.lengths.prompt, plan.lengths.real) == (395, 2 + MARKS, 10)
+    assert "mean of 200 examples" in plan.lengths.source
+    assert "400 examples: too few for 396 prompts beside 5" in next(refusals(plan))
+
+
+def test_a_large_file_is_not_read_to_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "data.csv"
+    path.write_text("prompt,response\np,r\n")
+    monkeypatch.setattr("spinlm.plan.lengths.READ_WHOLE", 10)
+    plan = make_plan(recipe(data={"path": str(path)}))
+    assert plan.lengths.examples is None and list(refusals(plan)) == []
+    assert any("these data are not counted" in note for note in notes(plan))
+
+
+def test_a_file_that_cannot_be_read_is_refused_by_the_plan(tmp_path: Path) -> None:
+    path = tmp_path / "data.json"
+    path.write_text("[{")
+    assert [f"{path}: not JSON" in reason for reason in refusals(make_plan(recipe(data={"path": str(path)})))] == [True]
 
 
 def test_too_few_rows_are_refused(tmp_path: Path) -> None:
@@ -641,6 +675,8 @@ def test_finished_stages_and_a_changed_recipe_are_shown(tmp_path: Path) -> None:
     plan = make_plan(recipe(), run)
     assert plan.finished == ("prepare", "warmup", "generate 0", "train 1")
     assert "done already, will not be repeated: prepare, warmup, generate 0, train 1" in text(plan)
+    assert "The run has begun: counts and lengths below are those of its own examples." in text(plan)
+    assert "The run has begun" not in text(make_plan(recipe()))
     write_json(run.recipe, recipe().model_dump(mode="json"))
     assert make_plan(recipe(), run).changed == ()
     changed = make_plan(recipe(seed=1), run)
@@ -673,6 +709,24 @@ def test_what_a_run_has_seen_goes_before_estimates(tmp_path: Path) -> None:
 
 
 # The whole
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_this_machines_kind_of_device_comes_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, gpu: bool) -> None:
+    driver = tmp_path / "gpu"
+    driver.write_text("")
+    monkeypatch.setattr("spinlm.machine.GPU_FILES", (str(driver if gpu else tmp_path / "none"),))
+    shown = text(make_plan(recipe()))
+    assert (shown.index("one GPU") < shown.index("one CPU")) == gpu
+
+
+def test_times_are_added_up() -> None:
+    plan = make_plan(recipe())
+    assert plan.shape
+    hours = [plan.hours(plan.shape, CPU, work) for work in plan.work]
+    shown = text(plan).partition("Time on one CPU")[2]
+    assert next(line for line in shown.splitlines() if line.startswith("all")).endswith(_duration(sum(map(sum, hours))))
+    assert [_duration(value) for value in (0, 1e-5, 1 / 3600, 1.5, 96)] == ["–", "under 1 s", "1 s", "1.5 h", "4 d"]
 
 
 def test_the_plan_fits_a_terminal_and_names_its_sources() -> None:

@@ -82,7 +82,7 @@ def _unpack_gguf(path: Path, folder: Path) -> None:
             return
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    log.info("unpacking %s", path.name)
+    log.info("unpacking %s into %s, once for this run", path.name, folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
         model = AutoModelForCausalLM.from_pretrained(

@@ -83,6 +83,7 @@ class Players:
         lora = self.recipe.lora
         full = lora is None
         stored = torch.float32 if full else self.dtype
+        log.info("loading the model")
         model = load_model(self.recipe.model, self.path, stored, quantize=bool(lora and lora.quantize))
         if lora is not None:
             model = add_adapter(model, lora, self.recipe.seed, self.recipe.model.revision)

@@ -1,4 +1,4 @@
-"""How long prompts and responses are, in tokens: as a run has them, estimated from a local .jsonl file, or at most."""
+"""How long prompts and responses are, in tokens: as a run has them, estimated from a local file, or at most."""
 
 import json
 import math
@@ -8,10 +8,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from spinlm.config import Data, Recipe
+from spinlm.data.chat import RowError
+from spinlm.data.sources import names_a_file, open_source
+from spinlm.errors import DataError
 from spinlm.order import START
 from spinlm.rundir import RunDir
 
 SAMPLE_ROWS = 200
+READ_WHOLE = 1 << 26  # bytes of a file that is no .jsonl, up to which its rows are counted
 TURN_TOKENS = 5  # a chat template's marks around a message, its role among them
 REPLY_TOKENS = 3  # those that open the response, in the prompt
 
@@ -50,17 +54,17 @@ class Lengths:
 
 
 def find_lengths(recipe: Recipe, run: RunDir | None = None) -> Lengths:
-    """How long they are: as a run folder has them, estimated from a local .jsonl file, or else the recipe's limits."""
+    """How long they are: as a run folder has them, estimated from a local file, or else the recipe's limits."""
     if run is not None and run.marker("prepare", START).exists():
         return _prepared(recipe, run)
     limit, new = recipe.train.max_length, recipe.longest_synthetic
     path = Path(recipe.data.path).expanduser()
     count, counted, sizes = None, "", []
-    if path.suffix == ".jsonl" and path.is_file():
-        count, sample = _sample_lines(path)
-        sizes = [size for line in sample for size in _sizes(line, recipe.data)]
-        counted = f"lines counted in {path.name}"
-        if sizes and recipe.data.turns == "every":
+    if is_read(recipe.data):
+        count, sample = _sample_rows(path, recipe.data)
+        sizes = [size for row in sample for size in _sizes(row, recipe.data)]
+        counted = f"rows counted in {path.name}"
+        if count and sizes and recipe.data.turns == "every":
             turns = len(sizes) / len(sample)
             count, counted = round(count * turns), f"{counted}, {turns:.1f} turns in each"
     if not sizes:
@@ -96,6 +100,39 @@ def _prepared(recipe: Recipe, run: RunDir) -> Lengths:
     return lengths
 
 
+def is_read(data: Data) -> bool:
+    """Whether the data are a file whose rows are counted for a plan: one of lines, or one that is not large."""
+    path = Path(data.path).expanduser()
+    if not names_a_file(data.path) or not path.is_file():
+        return False
+    return path.suffix.lower() == ".jsonl" or path.stat().st_size <= READ_WHOLE
+
+
+def _sample_rows(path: Path, data: Data) -> tuple[int | None, list[Any]]:
+    """How many rows a file has, and up to SAMPLE_ROWS of them, evenly spread; nothing of a file that cannot be read."""
+    if path.suffix.lower() == ".jsonl":
+        count, lines = _sample_lines(path)
+        return count, [_parsed(line) for line in lines]
+    try:
+        source = open_source(data)
+    except DataError:  # which the plan tells as it refuses the run
+        return None, []
+    sample, count = [], len(source.numbers)
+    for index in range(0, count, math.ceil(count / SAMPLE_ROWS)):
+        try:
+            sample.append(source.row(index))
+        except RowError:
+            continue
+    return count, sample
+
+
+def _parsed(line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+
+
 def _sample_lines(path: Path) -> tuple[int, list[bytes]]:
     """How many lines a file has that are not blank, and up to SAMPLE_ROWS of them, evenly spread."""
     sample: list[bytes] = []
@@ -116,12 +153,8 @@ _PROMPTS = ("prompt", "instruction", "question")
 _RESPONSES = ("response", "completion", "output", "answer", "chosen")
 
 
-def _sizes(line: bytes, data: Data) -> list[tuple[int, int]]:
+def _sizes(row: Any, data: Data) -> list[tuple[int, int]]:
     """Tokens of the prompt and the response of each example in a row, roughly."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        row = None
     if not isinstance(row, dict):
         return []
     columns = data.columns

@@ -12,6 +12,7 @@ from spinlm.order import START
 from spinlm.plan.devices import GPU, TOKENISER_SPEED, Device
 from spinlm.plan.disk import disk, total
 from spinlm.plan.estimate import Hours, Plan, Work
+from spinlm.plan.lengths import READ_WHOLE, is_read
 from spinlm.plan.shapes import Shape
 
 if TYPE_CHECKING:
@@ -26,7 +27,11 @@ def render(plan: Plan) -> "RenderableType":
     from rich.console import Group
     from rich.text import Text
 
-    parts: list[RenderableType] = [Text(f"{plan.recipe.model.path} on {plan.recipe.data.path}", style="bold")]
+    parts: list[RenderableType] = [
+        Text(f"model: {plan.recipe.model.path}\ndata:  {plan.recipe.data.path}", style="bold")
+    ]
+    if plan.begun:
+        parts += [Text("The run has begun: counts and lengths below are those of its own examples.", style="green")]
     parts += [Text(f"This run will be refused: {reason}", style="red") for reason in refusals(plan)]
     for title, table in _tables(plan):
         parts += [Text(f"\n{title}", style="bold"), table]
@@ -78,11 +83,11 @@ def _tables(plan: Plan) -> Iterator[tuple[str, "Table"]]:
         for device in plan.devices:
             where = f"one {device.name}" if plan.processes == 1 else f"{plan.processes} × {device.name}"
             title = f"Time on {where}, at the speeds assumed below"
-            yield title, _table(["iteration", *Hours._fields], _hours(plan, plan.shape, device), "all")
+            yield title, _table(["iteration", *Hours._fields, "in all"], _hours(plan, plan.shape, device), "all")
         columns = [f"{device.name}, {device.dtype}" for device in plan.devices]
         sharding = plan.recipe.train.sharding if plan.sharded else "none"
         divided = DIVIDED.get(sharding, "the model divided over all")
-        title = f"Peak memory of one process, {divided}"
+        title = f"Peak memory of one process, beside 0.3 GB of libraries; {divided}"
         yield title, _table(["", *columns], _memory(plan, plan.shape), "training", "generating")
     yield "Disk", _table(["", "last iteration", "in all", "files, about"], _disk(plan), "run folder")
     yield "What this rests on", _table([], facts(plan))
@@ -119,8 +124,8 @@ def _tokens(one: Work) -> list[str]:
 def _hours(plan: Plan, shape: Shape, device: Device) -> Iterator[list[str]]:
     table = [plan.hours(shape, device, work) for work in plan.work]
     for work, row in zip(plan.work, table, strict=True):
-        yield [_name(work), *map(_duration, row)]
-    yield ["all", *(_duration(sum(column)) for column in zip(*table, strict=True))]
+        yield [_name(work), *map(_duration, (*row, sum(row)))]
+    yield ["all", *map(_duration, (*map(sum, zip(*table, strict=True)), sum(map(sum, table))))]
 
 
 def _memory(plan: Plan, shape: Shape) -> Iterator[list[str]]:
@@ -198,7 +203,7 @@ def refusals(plan: Plan) -> Iterator[str]:
     recipe, examples, asked = plan.recipe, plan.lengths.examples, plan.recipe.data.prompts or 1
     if names_a_file(recipe.data.path) and not Path(recipe.data.path).expanduser().is_file():
         yield f"{recipe.data.path}: no such file. Set data.path."
-    elif recipe.data.path.lower().endswith(".jsonl"):  # of others, all rows would be read
+    elif is_read(recipe.data):
         from spinlm.data.examples import check_layout  # which takes numpy along
 
         try:
@@ -222,15 +227,15 @@ def notes(plan: Plan) -> Iterator[str]:
         yield f"Memory, disk for players and time are missing: {plan.shape_source}."
     if examples is None and recipe.data.prompts is None:
         yield (
-            "data.prompts is not set, and only the rows of a local .jsonl file are counted: for every "
-            f"{plan.prompts:,} prompts the run does what is shown here."
+            "data.prompts is not set, and these data are not counted, as local .jsonl files and others up to "
+            f"{READ_WHOLE >> 20} MiB are: for every {plan.prompts:,} prompts the run does what is shown here."
         )
     if plan.lengths.limits:
         yield (
             "Lengths are the longest possible: tokens, time and disk are at most as shown, and with shorter prompts "
-            "trees save less. A local .jsonl file as data.path gives estimates instead."
+            "trees save less. A local file as data.path gives estimates instead."
         )
-    if plan.shape and plan.devices[0] is GPU:
+    if plan.shape and GPU in plan.devices:
         memory = plan.memory(plan.shape, GPU)
         for what in (what for what in ("training", "generating") if memory[what] > GPU.memory):
             need, has = (_short(int(size), "B") for size in (memory[what], GPU.memory))
@@ -262,6 +267,8 @@ def _short_seconds(seconds: float) -> str:
 
 
 def _duration(hours: float) -> str:
+    if hours < 1 / 3600:
+        return "under 1 s" if hours else "–"
     if hours >= 1:
         return f"{hours:.1f} h" if hours < 48 else f"{hours / 24:.3g} d"
     return f"{hours * 60:.0f} min" if hours >= 1 / 60 else f"{hours * 3600:.0f} s"

@@ -15,7 +15,7 @@ from spinlm.files import read_json, read_json_lines
 from spinlm.order import START, player_name
 from spinlm.rundir import RunDir
 from spinlm.standing import is_step, stages_of, standing
-from spinlm.summary import COLUMNS, Row, rows, verdict
+from spinlm.summary import COLUMNS, Row, rows, text_of, verdict
 
 SHOWN = 20
 """Prompts whose answers are shown side by side."""
@@ -165,7 +165,7 @@ class Facts:
                 one["messages"],
                 one["response"],
                 [
-                    (row.name, answer["text"], answer["task_score"])
+                    (row.name, text_of(answer), answer["task_score"])
                     for row in self.players
                     for answer in (self.answers[row.iteration][one["id"]],)
                 ],
@@ -194,7 +194,7 @@ class Facts:
         for one in self.examples:
             before, after = start[one["id"]], other[one["id"]]
             by = after["task_score"] - before["task_score"] if self.scored else before["nll"] - after["nll"]
-            found.append(Change(by, one["messages"][-1]["content"], one["response"], before["text"], after["text"]))
+            found.append(Change(by, one["messages"][-1]["content"], one["response"], text_of(before), text_of(after)))
         found.sort(key=lambda change: change.by)
         losses = [change for change in found[:EXTREMES] if change.by < 0]
         wins = [change for change in found[::-1][:EXTREMES] if change.by > 0]

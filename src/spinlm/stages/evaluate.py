@@ -132,17 +132,17 @@ def _conclude(
     run.complete("evaluate", iteration, outputs)
     steps = count_records(run.step_metrics) if run.step_metrics.exists() else 0
     tracker(players, run, recipe, "evaluate", iteration)(metrics, steps)
-    log.info("%s: %s", player_name(iteration), _about(metrics))
+    log.info("%s: %s", player_name(iteration), _about(metrics, itself=iteration == START))
 
 
-def _about(metrics: Metrics) -> str:
-    drift = f"drift from the start {metrics['drift']:+.4f} nats per token"
+def _about(metrics: Metrics, itself: bool) -> str:
+    drift = "" if itself else f"; drift from the start {metrics['drift']:+z.4f} nats per token"
     if "discriminability" not in metrics:
-        return f"too few prompts to say how well its responses are told from the real ones; {drift}"
+        return f"too few prompts to say how well its responses are told from the real ones{drift}"
     low, high = metrics["intervals"]["discriminability"]
     return (
         f"its responses are told from the real ones with AUC {metrics['discriminability']:.2f} "
-        f"[{low:.2f}, {high:.2f}] (0.5: not at all); {drift}"
+        f"[{low:.2f}, {high:.2f}] (0.5: not at all){drift}"
     )
 
 

@@ -48,10 +48,10 @@ def promote(recipe: Recipe, run: RunDir, iteration: int) -> bool:
     go_on = iteration - best < recipe.selfplay.select.patience and not collapse
     run.set_best(best)
     log.info(
-        "iteration %d: %s %+.4f ± %.4f against %s: %s",
+        "iteration %d: %s %s ± %.4f against %s: %s",
         iteration,
         comparison.metric.replace("_", " "),
-        comparison.lead,
+        f"{comparison.lead:+z.4f}",
         comparison.standard_error,
         "the start" if comparison.against == START else f"iteration {comparison.against}",
         "better" if comparison.better else "not better beyond the noise",

@@ -33,7 +33,10 @@ def warmup(recipe: Recipe, run: RunDir) -> None:
         split = "train" if sft.prompts is None else "warmup"
 
         def measure(epoch: int) -> bool:
-            log.info("warm-up: held-out NLL %.4f after %d epochs", curve.measure(epoch), epoch)
+            known = str(epoch) in curve.values
+            nll = curve.measure(epoch)
+            if not known:  # or told by the run that goes on here
+                log.info("warm-up: held-out NLL %.4f %s", nll, f"after epoch {epoch}" if epoch else "before it")
             return True
 
         measure(0)
