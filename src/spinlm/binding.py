@@ -44,12 +44,20 @@ def bind(run: "RunDir", recipe: dict[str, Any], harmless: Collection[str]) -> No
 def changes(run: "RunDir", recipe: dict[str, Any], harmless: Collection[str]) -> list[str]:
     """What differs between a recipe and the one a run folder belongs to, but for fields that may change.
 
-    More iterations may be asked for, too: they continue the run. And a model of the hub may be pinned to what it was.
+    More iterations may be asked for, too: they continue the run, with values of their own where a field has one for
+    each iteration. And a model of the hub may be pinned to what it was.
     """
+    from spinlm.config import BY_ITERATION, at_iteration, leaf
+
     old = filled(_known_recipe(run))
     found = [line for line in differences(old, recipe) if line != _pinned(run)]
-    more = recipe["selfplay"]["iterations"] >= old["selfplay"]["iterations"]
-    allowed = {*harmless, "selfplay.iterations"} if more else set(harmless)
+    allowed, played = set(harmless), range(old["selfplay"]["iterations"])
+    if recipe["selfplay"]["iterations"] >= len(played):
+        allowed.add("selfplay.iterations")
+        for name in BY_ITERATION:
+            before, now = (leaf(one, name) for one in (old, recipe))
+            if None not in (before, now) and all(at_iteration(before, n) == at_iteration(now, n) for n in played):
+                allowed.add(name)
     return [line for line in found if not any(line.startswith((f"{name}:", f"{name}.")) for name in allowed)]
 
 

@@ -416,10 +416,8 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "Recipe":
-        for name, value in (
-            ("objective.beta", self.objective.beta),
-            ("train.learning_rate", self.train.learning_rate),
-        ):
+        for name in BY_ITERATION:
+            value = leaf(self, name)
             if isinstance(value, list) and len(value) != self.selfplay.iterations:
                 raise ValueError(
                     f"{name} has {len(value)} values for {self.selfplay.iterations} iterations: give one number, or "
@@ -502,6 +500,17 @@ class Recipe(Section):
         used, longest = self.beside(self.selfplay.iterations - 1), self.train.max_length
         tree = longest + used * self.longest_synthetic
         return max(self.train.tokens_per_micro_batch, tree if packing == "tree" else (1 + used) * longest)
+
+
+BY_ITERATION = ("objective.beta", "train.learning_rate")
+"""Fields that may have a value for each iteration."""
+
+
+def leaf(recipe: Any, name: str) -> Any:
+    """The value of a field (section.key) of a recipe, or of one as plain data; None where it has none."""
+    for key in name.split("."):
+        recipe = recipe.get(key) if isinstance(recipe, dict) else getattr(recipe, key, None)
+    return recipe
 
 
 def at_iteration(value: PerIteration, iteration: int) -> float:

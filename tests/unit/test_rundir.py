@@ -8,6 +8,7 @@ import os
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -348,6 +349,28 @@ def test_more_iterations_continue_a_run_and_fewer_do_not(run):
     bind(run, GAME | {"selfplay": {"iterations": 3}}, ())
     with pytest.raises(RunError, match=r"selfplay\.iterations: was 3, is 2"):
         bind(run, GAME, ())
+
+
+@pytest.mark.parametrize("name", ["train.learning_rate", "objective.beta"])
+def test_more_iterations_have_values_of_their_own(run, name):
+    section, key = name.split(".")
+
+    def game(iterations: int, value: Any) -> dict[str, Any]:
+        return GAME | {"selfplay": {"iterations": iterations}, section: {key: value}}
+
+    bind(run, game(2, [0.5, 0.25]), ())
+    finish(run, ("prepare", START))
+    bind(run, game(3, [0.5, 0.25, 0.125]), ())
+    for changed in (game(4, [0.5, 0.25, 0.5, 0.5]), game(4, 0.5), game(2, [0.5, 0.25])):
+        with pytest.raises(RunError, match="different recipe"):
+            bind(run, changed, ())
+    assert json.loads(run.recipe.read_text()) == game(3, [0.5, 0.25, 0.125])
+
+
+def test_one_value_for_all_iterations_may_be_written_out(run):
+    bind(run, GAME | {"objective": {"beta": 0.1}}, ())
+    finish(run, ("prepare", START))
+    bind(run, GAME | {"objective": {"beta": [0.1, 0.1, 5.0]}, "selfplay": {"iterations": 3}}, ())
 
 
 def test_recipe_can_be_corrected_until_there_are_examples(run):
