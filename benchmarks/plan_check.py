@@ -160,7 +160,9 @@ def play(folder: Path, overrides: list[str], processor: bool) -> None:
     from spinlm.selfplay import run
 
     if processor:
-        vars(rundir)["time"] = SimpleNamespace(monotonic=time.process_time)  # what markers say of stages
+        vars(rundir)["time"] = SimpleNamespace(
+            **vars(time) | {"monotonic": time.process_time}
+        )  # what markers say of stages
     run(load_recipe(RECIPE, overrides), folder)
 
 

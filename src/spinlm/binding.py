@@ -131,24 +131,30 @@ def _known_recipe(run: "RunDir") -> Any:
         raise RunError(f"{run.recipe}: damaged, and so is {error}. Start again with --fresh") from error
 
 
-def identity(path: Path) -> str | None:
-    """What the recipe of a run, at its path, is known by, but for what may change while the run is under way."""
+def identity(path: Path, iteration: int) -> str | None:
+    """What the recipe of a run, at its path, is known by in an iteration, but for what may change while the run is
+    under way: later iterations may be added, with values of their own."""
     from pydantic import ValidationError
 
-    from spinlm.config import EXECUTION_ONLY, Recipe
+    from spinlm.config import BY_ITERATION, EXECUTION_ONLY, Recipe, at_iteration, leaf
 
     if not path.exists():
         return None
     recipe = read_json(path)
     with contextlib.suppress(ValidationError):  # of another version, whose settings are no longer
-        recipe = Recipe.model_validate(recipe).model_dump(mode="json", exclude_defaults=True)  # so new ones do no harm
-    for name in (*EXECUTION_ONLY, "selfplay.iterations"):
+        whole = Recipe.model_validate(recipe)
+        recipe = whole.model_dump(mode="json", exclude_defaults=True)  # so new settings do no harm
+        for name in BY_ITERATION:
+            recipe[name] = [at_iteration(leaf(whole, name), played) for played in range(iteration + 1)]
+    for name in (*EXECUTION_ONLY, *BY_ITERATION, "selfplay.iterations"):
         *sections, last = name.split(".")
         section = recipe
         for one in sections:
             section = (section or {}).get(one)
         if section:
             section.pop(last, None)
+        if sections and recipe.get(sections[0]) == {}:  # as if it had not been written
+            del recipe[sections[0]]
     return short_digest(recipe)
 
 

@@ -80,7 +80,7 @@ def full_card(recipe: Recipe, run: RunDir, iteration: int, *, merged: bool, lice
             "## How to use\n",
             "```python",
             *_load(recipe.model, commit, adapter=adapter, in_4_bits=in_4_bits),
-            *_ask(recipe, with_system=system_prompt(run) is not None),
+            *_ask(recipe, _stop_ids(run, iteration), with_system=system_prompt(run) is not None),
             "```\n",
             "## Data\n",
             f"{public_name(recipe.data.path)}: {counts['train']} prompts for self-play{own}, and "
@@ -93,7 +93,8 @@ def full_card(recipe: Recipe, run: RunDir, iteration: int, *, merged: bool, lice
             "```yaml",
             yaml.safe_dump(_public_recipe(recipe), sort_keys=False, allow_unicode=True).rstrip(),
             "```\n",
-            "What is not written there is as it is by default in this version.\n",
+            f"What is not written there is as it is by default in spinlm {__version__}; servers, vLLM and trackers are "
+            "left out.\n",
             "## Licence\n",
             (f"{named}." if licence else f"{named}, as the base model." if found else UNKNOWN)
             + " The licence of the data applies, too.\n",
@@ -136,8 +137,15 @@ def _load(model: Model, commit: str | None, *, adapter: bool, in_4_bits: bool) -
     ]
 
 
-def _ask(recipe: Recipe, *, with_system: bool) -> list[str]:
-    """How it is asked, in Python: greedily, as it was measured."""
+def _stop_ids(run: RunDir, iteration: int) -> list[int]:
+    """What ends an answer of a player."""
+    path = run.player(iteration) / "generation_config.json"
+    found = read_json(path).get("eos_token_id") if path.exists() else None
+    return [found] if isinstance(found, int) else list(found or ())
+
+
+def _ask(recipe: Recipe, stop_ids: list[int], *, with_system: bool) -> list[str]:
+    """How it is asked, in Python: greedily, and to an end as in the run."""
     system = [f'    {{"role": "system", "content": {_quoted("THE SYSTEM PROMPT OF YOUR TASK")}}},']
     longest = recipe.evaluate.max_new_tokens or recipe.opponent.max_new_tokens
     return [
@@ -148,8 +156,8 @@ def _ask(recipe: Recipe, *, with_system: bool) -> list[str]:
         "]",
         "prompt = tokenizer.apply_chat_template(",
         '    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True',
-        ")",
-        f"answer = model.generate(**prompt, max_new_tokens={longest}, do_sample=False)",
+        ").to(model.device)",
+        f"answer = model.generate(**prompt, max_new_tokens={longest}, do_sample=False, eos_token_id={stop_ids})",
         'print(tokenizer.decode(answer[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True))',
     ]
 
@@ -200,7 +208,8 @@ def _front_matter(recipe: Recipe, iteration: int, *, adapter: bool, licence: Lic
     if _on_hub(recipe.model.path):
         values["base_model"] = recipe.model.path
         values["base_model_relation"] = "adapter" if adapter else "finetune"
-    if not names_a_file(recipe.data.path) and _on_hub(recipe.data.path):
+    trained = iteration != START or recipe.warmup_sft is not None
+    if trained and not names_a_file(recipe.data.path) and _on_hub(recipe.data.path):
         values["datasets"] = [recipe.data.path]
     values |= {"library_name": "peft" if adapter else "transformers", "pipeline_tag": "text-generation"}
     if iteration != START and (tags := _tags(recipe)):
@@ -213,7 +222,7 @@ def _origin(recipe: Recipe, iteration: int) -> str:
         return f"Made in {_game(recipe)}"
     if recipe.warmup_sft:
         return f"Made by supervised fine-tuning, the warm-up before {_game(recipe)}"
-    return f"The model as it came, before {_game(recipe)}"
+    return f"The model as it came, from which {_game(recipe)} began"
 
 
 def _game(recipe: Recipe) -> str:

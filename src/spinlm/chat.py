@@ -5,11 +5,13 @@ from typing import TYPE_CHECKING
 
 from spinlm.config import Recipe
 from spinlm.data.chat import RowError
+from spinlm.export import which_player
 from spinlm.model.players import seat
 from spinlm.opponents import local_opponent
-from spinlm.order import START
-from spinlm.records import Message, Sampling, as_shown
+from spinlm.order import START, player_name
+from spinlm.records import Message, Sampling
 from spinlm.rundir import RunDir
+from spinlm.summary import as_shown
 from spinlm.terminal import printable
 
 if TYPE_CHECKING:
@@ -24,6 +26,25 @@ REFRESH = 10  # times a second
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # what the first tokens of a character decode to
 
 
+def who(run: RunDir, names: str) -> tuple[dict[int, str], str]:
+    """The players that are meant (numbers, `start`, `best`, with commas): how each is called, by its iteration. And a
+    remark where that is fewer than were named.
+
+    Raises:
+        RunError: the run has no such player.
+    """
+    named = [name.strip() for name in names.split(",")]
+    heads = {}
+    for name in named:
+        iteration = which_player(run, name)
+        heads[iteration] = player_name(iteration) + (" (best)" if "best" in named and iteration == run.best() else "")
+    if len(heads) == len(named):
+        return heads, ""
+    start = {"best", "start"} <= set(named) and run.best() == START
+    same = "the best player is the start" if start else "two of these names mean the same player"
+    return heads, f"{same}; it answers once"
+
+
 def ask(
     recipe: Recipe,
     run: RunDir,
@@ -34,7 +55,7 @@ def ask(
     temperature: float,
     seed: int,
 ) -> list[str]:
-    """The answers of several iterations' players to one conversation, in order.
+    """The answers of several iterations' players to one conversation, in order and as they are shown.
 
     Args:
         recipe: the run's.

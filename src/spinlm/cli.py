@@ -307,16 +307,17 @@ def export(
 def status(run: RunPath, against: Against = None, as_json: AsJson = False) -> None:
     """Show how far a run has come, and its players."""
     from spinlm import paired, summary
-    from spinlm.standing import progress, standing
+    from spinlm.standing import so_far, standing
 
     folder, _ = _open_run(run)
     if as_json:
         _print_status(folder, against)
         return
     out = console(100)
-    out.print(str(standing(folder)))
-    if so_far := progress(folder):
-        out.print(so_far)
+    where = standing(folder)
+    out.print(str(where))
+    if told := so_far(folder, where):
+        out.print(told)
     if summary.rows(folder):
         out.print(summary.table(folder, out.width))
     out.print(summary.verdict(folder))
@@ -368,7 +369,7 @@ def report(
     folder = RunDir(run)
     print(f"wrote {write_report(folder, to, other=None if against is None else RunDir(against))}")
     if not rows(folder):
-        print("No player has been measured yet: the page has the recipe, and how far the run is.")
+        print("No player has been measured yet: the page shows the recipe, and what there is so far.")
 
 
 @app.command()
@@ -384,18 +385,13 @@ def chat(
     """Put the same prompt to several players of a run, side by side."""
     from rich.console import Console
 
-    from spinlm.chat import ask, put
+    from spinlm.chat import ask, put, who
     from spinlm.data.chat import RowError
-    from spinlm.export import which_player
 
     folder, recipe = _open_run(run)
-    asked_for = [name.strip() for name in iterations.split(",")]
-    chosen = list(dict.fromkeys(which_player(folder, name) for name in asked_for))
-    names = [player_name(one) + (" (best)" if "best" in asked_for and one == folder.best() else "") for one in chosen]
-    if len(chosen) < len(asked_for):
-        start = {"best", "start"} <= set(asked_for) and folder.best() == START
-        same = "the best player is the start" if start else "two of these names mean the same player"
-        print(f"({same}; it answers once)")
+    heads, remark = who(folder, iterations)
+    if remark:
+        print(f"({remark})")
     before = [{"role": "system", "content": system}] if system else []
     while True:
         try:
@@ -403,9 +399,9 @@ def chat(
         except EOFError:
             return
         asked = [*before, {"role": "user", "content": text}]
-        answer = partial(ask, recipe, folder, chosen, asked, temperature=temperature, seed=recipe.seed)
+        answer = partial(ask, recipe, folder, list(heads), asked, temperature=temperature, seed=recipe.seed)
         try:
-            put(Console(), names, answer)
+            put(Console(), list(heads.values()), answer)
         except RowError as error:
             if prompt is not None:
                 raise SpinError(f"this prompt cannot be used: {error}") from error

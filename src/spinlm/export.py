@@ -21,7 +21,7 @@ def which_player(run: RunDir, name: str) -> int:
         RunError: the run has no such player, or it is not as it was saved.
     """
     made = [path.parent.name for path in sorted(run.root.glob("*/player")) if not path.parent.is_symlink()]
-    if not made:
+    if not made and not run.marker("warmup", START).exists():
         raise RunError(
             f"{run.root}: has no player yet: the start is made by the warm-up. `spinlm status` says how far it is"
         )
@@ -39,7 +39,7 @@ def which_player(run: RunDir, name: str) -> int:
     else:
         raise RunError(f"{name!r} names no player: write best, start, or the number of an iteration")
     if not run.player(iteration).is_dir():
-        raise RunError(f"{run.root}: has no player {name}; it has {', '.join(made)}")
+        raise RunError(f"{run.root}: has no player {name}; it has {', '.join(made) or 'none'}")
     run.player_digest(iteration)
     return iteration
 

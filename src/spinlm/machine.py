@@ -11,13 +11,14 @@ CGROUPS = (
 """Where a container or a batch system says what it allows and what is used of that: cgroups 2 and 1."""
 
 
-GPU_FILES = "/dev/nvidia0", "/dev/kfd"
-"""What a driver puts there for the first GPU: CUDA's and ROCm's."""
+DEVICES = Path("/dev")
+GPU_FILES = "nvidia[0-9]*", "dxg", "kfd"
+"""What drivers put there for a GPU: CUDA's, that of Windows' subsystem for Linux, and ROCm's."""
 
 
 def has_gpu() -> bool:
     """Whether there is one, as far as that shows without its libraries."""
-    return any(Path(file).exists() for file in GPU_FILES)
+    return any(any(DEVICES.glob(file)) for file in GPU_FILES)
 
 
 def total_memory() -> int:

@@ -15,7 +15,7 @@ from spinlm.errors import RunError
 from spinlm.files import read_json_lines
 from spinlm.order import START
 from spinlm.rundir import RunDir
-from spinlm.summary import LIKELIHOOD_ONLY, METRIC_NAMES, promotions, rows
+from spinlm.summary import LIKELIHOOD_ONLY, METRIC_NAMES, in_words, promotions, rows
 
 
 @dataclass(frozen=True)
@@ -40,16 +40,13 @@ class Against:
         return f"no difference beyond {self.standard_errors:g} standard error{'' if self.standard_errors == 1 else 's'}"
 
     def __str__(self) -> str:
-        scored = self.metric == "task_score"
-        way = "" if scored else "lower by " if self.lead >= 0 else "higher by "
-        size = f"{self.lead:+z.3f}" if scored else f"{abs(self.lead):.3f}"
         later = "".join(f" {name} has gone on to iteration {last}." for name, last in self.later.items())
         return (
             f"{self.run} against {self.other}, both after iteration {self.iteration}: {self.result}; "
-            f"{METRIC_NAMES[self.metric]} {way}{size} ± {self.standard_error:.3f} (standard error of the paired "
-            f"difference on {self.prompts} held-out prompts; another seed may differ)."
+            f"{METRIC_NAMES[self.metric]} {in_words(self.metric, self.lead)} ± {self.standard_error:.3f} (standard "
+            f"error of the paired difference on {self.prompts} held-out prompts; another seed may differ)."
             + later
-            + ("" if scored else LIKELIHOOD_ONLY)
+            + ("" if self.metric == "task_score" else LIKELIHOOD_ONLY)
         )
 
 

@@ -99,11 +99,6 @@ class HeldOutSample:
     task_score: float | None  # from 0 to 1, where the recipe names a scorer
 
 
-def as_shown(text: str, finished: bool, tokens: int) -> str:
-    """An answer for people, who cannot see whether it ended or was cut off."""
-    return text if finished else f"{text} … (cut off at {tokens} tokens)"
-
-
 Record = TypeVar("Record", Example, Generation, HeldOutAnswer, HeldOutSample)
 
 

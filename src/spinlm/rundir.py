@@ -64,6 +64,12 @@ class RunDir:
         """Responses of the opponent of an iteration to one shard of a split (train or heldout)."""
         return self.iteration(iteration) / "generations" / f"{split}-{shard:05d}.jsonl"
 
+    def written(self, stage: str, iteration: int) -> list[tuple[str, int]]:
+        """The shards (split and number) for which a stage, generate or score, has left its file."""
+        like = (self.generations if stage == "generate" else self.pairs)(iteration, "train", 0)
+        names = [path.stem.split("-") for path in like.parent.glob(f"*-*{like.suffix}")]
+        return [(split, int(shard)) for split, shard in names if shard.isdecimal()]
+
     def pairs(self, iteration: int, split: str, shard: int) -> Path:
         """Pairs an iteration trains on (train) or is measured on (heldout)."""
         return self.iteration(iteration) / "pairs" / f"{split}-{shard:05d}.arrow"
@@ -188,7 +194,7 @@ class RunDir:
         if unfinished is None:
             return
         note = self.iteration(iteration) / f"{stage}.begun"
-        made_from = {"made_from": self._upstream_digest(stage, iteration), "recipe": identity(self.recipe)}
+        made_from = {"made_from": self._upstream_digest(stage, iteration), "recipe": identity(self.recipe, iteration)}
         if note.exists() and made_from | read_json(note) == made_from:
             self._began[stage, iteration] = time.monotonic(), True
             return

@@ -10,10 +10,7 @@ from spinlm.errors import SpinError
 from spinlm.files import finite, read_json
 from spinlm.order import START, Stage, stages
 from spinlm.rundir import RunDir
-from spinlm.summary import outcome, promotions, rows, verdict
-
-SHARDED = {"generate": ("generations", "jsonl"), "score": ("pairs", "arrow")}
-"""The stages that write a file for each shard of prompts, and where."""
+from spinlm.summary import is_control, outcome, promotions, rows, verdict
 
 TAIL = 1 << 16  # bytes in which the last line of a file of steps is looked for
 
@@ -68,23 +65,21 @@ def status(run: RunDir) -> dict[str, Any]:
     return dict(finite(told))
 
 
-def progress(run: RunDir) -> str | None:
-    """How far the stage is that a run stands in, as far as its files tell; None where they do not."""
-    where = standing(run)
+def so_far(run: RunDir, where: Standing) -> str | None:
+    """How far the stage is in which a run stands, as far as its files tell; None where they do not."""
     if where.stage is None or where.iteration is None:
         return None
-    if where.stage in SHARDED and run.marker("prepare", START).exists():
-        folder, kind = SHARDED[where.stage]
-        recipe = read_json(run.recipe)
-        counts, size = run.facts("prepare", START)["counts"], recipe["opponent"]["shard_size"]
-        splits = ("heldout",) if recipe["objective"]["name"] == "sft" else ("train", "heldout")
-        written = list((run.iteration(where.iteration) / folder).glob(f"*.{kind}"))
-        return f"Shards of {size} prompts: {len(written)} of {sum(-(-counts[split] // size) for split in splits)}."
+    if where.stage in ("generate", "score") and run.marker("prepare", START).exists():
+        counts, size = run.facts("prepare", START)["counts"], read_json(run.recipe)["opponent"]["shard_size"]
+        of = {split: counts[split] for split in (("heldout",) if is_control(run) else ("train", "heldout"))}
+        shards = [shard for shard in run.written(where.stage, where.iteration) if shard[0] in of]
+        done = sum(max(0, min(size, of[split] - shard * size)) for split, shard in shards)
+        return f"{done} of {sum(of.values())} prompts are through, in shards of up to {size}."
     step = last_step(run)
     if step is None or (step["stage"], step["iteration"]) != (where.stage, where.iteration):
         return None
     told = "".join(f", {name} {step[name]:.4f}" for name in ("loss", "margin") if name in step)
-    return f"Step {step['step']} of {step['steps']}{told}."
+    return f"Last step: {step['step']} of {step['steps']}{told}."
 
 
 def last_step(run: RunDir) -> dict[str, Any] | None:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from spinlm.files import read_json, read_json_lines
 from spinlm.order import START, player_name
-from spinlm.records import as_shown
 from spinlm.rundir import RunDir
 
 if TYPE_CHECKING:
@@ -132,7 +131,7 @@ def verdict(run: RunDir) -> str:
         if last[0]["metric"] == "task_score" and not any(item["lead"] or item["standard_error"] for item in last):
             return _alike(run, what, last) + ending
         closest = max(last, key=lambda item: float(item["lead"]))
-        by = f"{closest['lead']:+z.3f} ± {closest['standard_error']:.3f}"
+        by = f"{in_words(last[0]['metric'], closest['lead'])} ± {closest['standard_error']:.3f}"
         one = len(last) == 1
         who = "iteration 0 did not beat" if one else f"none of {len(last)} iterations beat"
         gap = f"the difference: {by}" if one else f"the closest: iteration {closest['iteration']}, {by}"
@@ -153,14 +152,21 @@ def verdict(run: RunDir) -> str:
     )
 
 
+def in_words(metric: str, lead: float) -> str:
+    """By how much a player is ahead: of a score with its sign, of NLL, where less is better, as what it is."""
+    if metric == "task_score":
+        return f"{lead:+z.3f}"
+    return f"{'lower' if lead >= 0 else 'higher'} by {abs(lead):.3f}"
+
+
 def _alike(run: RunDir, what: str, judged: list[dict[str, Any]]) -> str:
     """The verdict where each answer was marked as the start's answer to the same prompt was."""
     start, end = (read_json(run.iteration_metrics(one)) for one in (START, judged[-1]["iteration"]))
     return (
         f"{what} did not help as far as the scorer can tell: on every prompt it marked all players alike (task score "
         f"{start['task_score']:.3f}). Held-out NLL: {start['heldout_nll']:.3f} at the start, {end['heldout_nll']:.3f} "
-        "at the end. Look at the answers: another evaluate.scorer, or an easier start, may tell more. The starting "
-        "player stays the best."
+        f"after iteration {judged[-1]['iteration']}. Look at the answers; another evaluate.scorer may tell more. The "
+        "starting player stays the best."
     )
 
 
@@ -201,15 +207,15 @@ def side_by_side(run: RunDir, prompts: int) -> list[tuple[str, str, list[tuple[s
         return []
     other = next((row for row in players[1:] if row.best), players[-1])
     names = {START: player_name(START), other.iteration: other.name}
-    answers = {iteration: _texts(run.answers(iteration)) for iteration in names}
+    answers = {iteration: _by_id(run.answers(iteration)) for iteration in names}
     examples = list(_heldout(run))
-    same = [len({texts[example["id"]] for texts in answers.values()}) == 1 for example in examples]
+    same = [len({given[example["id"]]["text"] for given in answers.values()}) == 1 for example in examples]
     order = sorted(range(len(examples)), key=lambda index: (same[index], index))
     return [
         (
             examples[index]["messages"][-1]["content"],
             examples[index]["response"],
-            [(names[iteration], texts[examples[index]["id"]]) for iteration, texts in answers.items()],
+            [(names[iteration], text_of(given[examples[index]["id"]])) for iteration, given in answers.items()],
         )
         for index in order[:prompts]
     ]
@@ -220,8 +226,15 @@ def text_of(answer: dict[str, Any]) -> str:
     return as_shown(answer["text"], answer["finished"], len(answer["token_ids"]))
 
 
+def as_shown(text: str, finished: bool, tokens: int) -> str:
+    """An answer for people, who cannot see whether it ended or was cut off."""
+    return text if finished else f"{text} … (cut off at {tokens} tokens)"
+
+
 def system_prompt(run: RunDir) -> str | None:
-    """That of the first held-out example, if it has one."""
+    """That of the first held-out example, if it has one, and is still there."""
+    if not run.examples("heldout").exists():
+        return None
     first = next(_heldout(run))["messages"][0]
     return str(first["content"]) if first["role"] == "system" else None
 
@@ -230,5 +243,5 @@ def _heldout(run: RunDir) -> Iterator[dict[str, Any]]:
     return read_json_lines(run.examples("heldout"))
 
 
-def _texts(path: Any) -> dict[str, str]:
-    return {answer["id"]: text_of(answer) for answer in read_json_lines(path)}
+def _by_id(path: Any) -> dict[str, dict[str, Any]]:
+    return {answer["id"]: answer for answer in read_json_lines(path)}

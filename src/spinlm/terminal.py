@@ -24,9 +24,7 @@ def console(width: int) -> "Console":
     """
     from rich.console import Console
 
-    return Console(
-        highlight=False,
-        markup=False,
-        emoji=False,
-        width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else width,
-    )
+    asked = os.environ.get("COLUMNS", "")
+    if asked.isascii() and asked.isdigit() and int(asked) > 0:
+        width = int(asked)
+    return Console(highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else width)

@@ -140,8 +140,8 @@ def serving(**environment: str) -> Iterator[Ask]:
     """A server of commands, with changes to the environment."""
     command = [sys.executable, __file__]
     quiet = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    whole = os.environ | quiet | environment
-    whole.pop("COLUMNS", None)  # which pytest's own workers have
+    inherited = {name: value for name, value in os.environ.items() if name != "COLUMNS"}  # which pytest's workers have
+    whole = inherited | quiet | environment
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=whole, start_new_session=True
     ) as process:

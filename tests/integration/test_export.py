@@ -9,14 +9,16 @@ import datasets
 import pytest
 import torch
 import yaml
-from runs import HELDOUT, read_pairs, read_rows
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from runs import HELDOUT, read_pairs, read_rows, write_rows
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from models import load_player
 from spinlm.card import base_licence, full_card
 from spinlm.config import Model, Recipe
+from spinlm.data.chat import Renderer
 from spinlm.export import export, push
-from spinlm.files import read_json
+from spinlm.files import read_json, write_json
+from spinlm.order import START
 from spinlm.preferences import export_pairs
 from spinlm.rundir import RunDir
 
@@ -185,7 +187,8 @@ def test_card_of_an_exported_player(world, cli, reference, tmp_path):
         read_rows(reference / name)[0] for name in ("examples/heldout.jsonl", "iteration-1/answers.jsonl")
     )
     assert asked["id"] == measured["id"] and asked["prompt_ids"] == loaded["prompt"]["input_ids"][0].tolist()
-    assert ids[: len(measured["token_ids"])] == measured["token_ids"]
+    assert ids == measured["token_ids"]
+    assert f"eos_token_id={Renderer(loaded['tokenizer']).stop_ids}".replace("(", "[").replace(",)", "]") in code
     assert f"and {HELDOUT} held-out prompts, which nothing was trained on" in text
     assert "Self-play" in text.split("## Results")[1]
     metrics = json.loads((reference / "iteration-1" / "metrics.json").read_text())
@@ -197,6 +200,43 @@ def test_card_of_an_exported_player(world, cli, reference, tmp_path):
     assert recipe["model"]["path"] == "model" and recipe["data"]["path"] == "data.jsonl"
     assert str(world.folder) not in text
     assert "Fill in `license`" in text
+
+
+def test_card_of_a_start(world, reference):
+    recipe = Recipe.model_validate(read_json(reference / "recipe.resolved.json"))
+    told = full_card(recipe, RunDir(reference), START, merged=False)
+    assert "Made by supervised fine-tuning, the warm-up before self-play" in told and "- spin" not in told
+    plain = recipe.model_copy(update={"warmup_sft": None, "data": recipe.data.model_copy(update={"path": "hub/data"})})
+    told = full_card(plain, RunDir(reference), START, merged=False)
+    assert "The model as it came, from which self-play fine-tuning" in told and "datasets:" not in told
+    assert "datasets: [hub/data]" in full_card(plain, RunDir(reference), 0, merged=False)
+
+
+@pytest.mark.parametrize("system", [True, False])
+def test_a_card_asks_with_a_system_prompt_where_the_data_have_one(reference, tmp_path, system):
+    run = shutil.copytree(reference, tmp_path / "run", symlinks=True)
+    rows = read_rows(run / "examples" / "heldout.jsonl")
+    rows[0]["messages"] = [*([{"role": "system", "content": "s"}] if system else []), {"role": "user", "content": "u"}]
+    write_rows(run / "examples" / "heldout.jsonl", rows)
+    recipe = Recipe.model_validate(read_json(run / "recipe.resolved.json"))
+    assert ("THE SYSTEM PROMPT OF YOUR TASK" in full_card(recipe, RunDir(run), 0, merged=False)) == system
+    (run / "examples" / "heldout.jsonl").unlink()
+    assert "THE SYSTEM PROMPT" not in full_card(recipe, RunDir(run), 0, merged=False)
+
+
+def test_a_player_stops_elsewhere_where_it_stopped_here(world, cli, tmp_path):
+    """By its chat template's end of turn, though its base's generation config names another."""
+    model = shutil.copytree(world.model, tmp_path / "model")
+    config = read_json(model / "config.json")
+    end = Renderer(AutoTokenizer.from_pretrained(model)).stop_ids
+    for name in ("config.json", "generation_config.json"):
+        write_json(model / name, (config if name == "config.json" else {}) | {"eos_token_id": config["vocab_size"] - 1})
+    few = ("data.prompts=4", "data.heldout=2", "selfplay.iterations=1", "warmup_sft=null", "train.epochs=1")
+    cli("run", world.recipe, f"model.path={model}", *few, "--run-dir", tmp_path / "run", folder=tmp_path)
+    for how in (("--to", "adapter"), ("--merge", "--to", "whole")):
+        cli("export", tmp_path / "run", "--iteration", "0", *how, folder=tmp_path)
+        found = GenerationConfig.from_pretrained(tmp_path / how[-1]).eos_token_id
+        assert set(found) == {*end, config["vocab_size"] - 1}
 
 
 LORA_4_BITS = {"lora": {"quantize": "4bit"}}

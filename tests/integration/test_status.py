@@ -12,7 +12,7 @@ from spinlm.rundir import RunDir
 
 def test_a_finished_run(reference, cli, tmp_path):
     said = cli("status", reference, folder=tmp_path).out
-    assert said.startswith("The run is finished.\n") and "Step " not in said
+    assert said.startswith("The run is finished.\n") and "Last step" not in said
     assert "iteration 1" in said and "Self-play" in said
     told = json.loads(cli("status", reference, "--json", folder=tmp_path).out)
     assert (told["state"], told["stage"], told["iteration"]) == ("finished", None, None)
@@ -34,17 +34,23 @@ def test_a_run_that_stopped(rewound, cli, tmp_path, stage):
 
 def test_how_far_training_is(stopped_in_training, cli, tmp_path):
     step = read_jsons(stopped_in_training, "metrics.jsonl")[-1]
-    assert f"\nStep {step['step']} of {step['steps']}, loss " in cli("status", stopped_in_training, folder=tmp_path).out
+    assert (
+        f"\nLast step: {step['step']} of {step['steps']}, loss "
+        in cli("status", stopped_in_training, folder=tmp_path).out
+    )
 
 
 def test_how_far_a_stage_is_that_trains_nothing(rewound, cli, tmp_path):
     """What it has left itself, and not the last step of another; 24 prompts and 10 held-out ones, in fours."""
     run = rewound(1)
-    assert "\nShards of 4 prompts: 0 of 9.\n" in cli("status", run, folder=tmp_path).out
-    (run / "iteration-1" / "generations").mkdir(exist_ok=True)
-    (run / "iteration-1" / "generations" / "train-00000.jsonl").write_text("")
-    assert "\nShards of 4 prompts: 1 of 9.\n" in cli("status", run, folder=tmp_path).out
-    assert "Step" not in cli("status", run, folder=tmp_path).out
+    for folder, kind, stage in (("generations", "jsonl", "generate"), ("pairs", "arrow", "score")):
+        assert "\n0 of 34 prompts are through, in shards of up to 4.\n" in cli("status", run, folder=tmp_path).out
+        (run / "iteration-1" / folder).mkdir(exist_ok=True)
+        for shard in ("train-00000", "heldout-00000", "heldout-00002", ".train-00001"):  # ten in shards of 4, 4 and 2
+            (run / "iteration-1" / folder / f"{shard}.{kind}").write_text("")
+        assert "\n10 of 34 prompts are through, in shards" in cli("status", run, folder=tmp_path).out
+        (run / "iteration-1" / f"{stage}.done").write_text("{}")
+    assert "Last step" not in cli("status", run, folder=tmp_path).out
 
 
 def test_a_run_before_its_start_is_made(reference, cli, tmp_path):
@@ -88,8 +94,10 @@ def test_a_list_of_runs(reference, rewound, cli, tmp_path):
     rewound(0, "score").rename(tmp_path / "runs" / "part")
     said = cli("runs", folder=tmp_path).out
     assert "whole" in said and "part" in said and "stopped, score" in said and "something" not in said
-    assert "Self-play" not in said and max(map(len, said.splitlines())) <= 160
-    narrow = cli("runs", folder=tmp_path, COLUMNS="70").out
-    assert max(map(len, narrow.splitlines())) <= 70
+    assert "Self-play" not in said and max(map(len, said.splitlines())) > 40
+    narrow = cli("runs", folder=tmp_path, COLUMNS="40").out
+    assert max(map(len, narrow.splitlines())) <= 40
+    for odd in ("", "0", "wide"):
+        assert cli("runs", folder=tmp_path, COLUMNS=odd).out == said
     told = [json.loads(line) for line in cli("runs", "--json", folder=tmp_path).out.splitlines()]
     assert [(one["run"], one["state"]) for one in told] == [("runs/part", "stopped"), ("runs/whole", "finished")]

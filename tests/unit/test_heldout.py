@@ -381,6 +381,11 @@ def test_verdict_names_the_player_that_the_lead_is_over(play, run):
     )
 
 
+def test_verdict_of_likelihood_says_which_way(play, run):
+    play([1.0, 1.0], [0.9, 1.05], metric="heldout_nll")
+    assert "(the difference: lower by 0.025 ± 0.075)" in verdict(run)
+
+
 def test_verdict_when_it_did_not_help(play, run):
     play([1, 1, 1, 1], [0, 1, 1, 1], [1, 1, 1, 1])
     assert verdict(run) == (
@@ -401,7 +406,7 @@ def test_verdict_where_the_scorer_tells_no_players_apart(play, run):
     play([0, 0.5, 0], [0, 0.5, 0], [0, 0.5, 0])
     said = verdict(run)
     assert "on every prompt it marked all players alike (task score 0.167)" in said and "±" not in said
-    assert "Held-out NLL: 1.000 at the start, 1.000 at the end" in said
+    assert "Held-out NLL: 1.000 at the start, 1.000 after iteration 1" in said
 
 
 def test_players_that_differ_once_are_not_called_alike(play, run):

@@ -588,13 +588,22 @@ def test_a_large_file_is_not_read_to_plan(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("spinlm.plan.lengths.READ_WHOLE", 10)
     plan = make_plan(recipe(data={"path": str(path)}))
     assert plan.lengths.examples is None and list(refusals(plan)) == []
-    assert any("these data are not counted" in note for note in notes(plan))
+    assert any("the rows of files over 64 MiB are not counted" in note for note in notes(plan))
+    assert not any("A local file as data.path" in note for note in notes(plan))
+    assert any("A local file as data.path" in note for note in notes(make_plan(paper())))
 
 
 def test_a_file_that_cannot_be_read_is_refused_by_the_plan(tmp_path: Path) -> None:
     path = tmp_path / "data.json"
     path.write_text("[{")
-    assert [f"{path}: not JSON" in reason for reason in refusals(make_plan(recipe(data={"path": str(path)})))] == [True]
+    plan = make_plan(recipe(data={"path": str(path)}))
+    assert [f"{path}: not JSON" in reason for reason in refusals(plan)] == [True]
+    assert not any("counted" in note for note in notes(plan))
+
+
+def test_a_home_of_nobody_is_refused() -> None:
+    plan = make_plan(recipe(data={"path": "~no_such_user/d.csv"}))
+    assert list(refusals(plan)) == ["~no_such_user/d.csv: no such file. Set data.path."]
 
 
 def test_too_few_rows_are_refused(tmp_path: Path) -> None:
@@ -675,7 +684,7 @@ def test_finished_stages_and_a_changed_recipe_are_shown(tmp_path: Path) -> None:
     plan = make_plan(recipe(), run)
     assert plan.finished == ("prepare", "warmup", "generate 0", "train 1")
     assert "done already, will not be repeated: prepare, warmup, generate 0, train 1" in text(plan)
-    assert "The run has begun: counts and lengths below are those of its own examples." in text(plan)
+    assert "The run has begun: lengths below are those of its examples" in text(plan)
     assert "The run has begun" not in text(make_plan(recipe()))
     write_json(run.recipe, recipe().model_dump(mode="json"))
     assert make_plan(recipe(), run).changed == ()
@@ -713,9 +722,8 @@ def test_what_a_run_has_seen_goes_before_estimates(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("gpu", [False, True])
 def test_this_machines_kind_of_device_comes_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, gpu: bool) -> None:
-    driver = tmp_path / "gpu"
-    driver.write_text("")
-    monkeypatch.setattr("spinlm.machine.GPU_FILES", (str(driver if gpu else tmp_path / "none"),))
+    (tmp_path / ("nvidia3" if gpu else "nvidia-caps")).write_text("")
+    monkeypatch.setattr("spinlm.machine.DEVICES", tmp_path)
     shown = text(make_plan(recipe()))
     assert (shown.index("one GPU") < shown.index("one CPU")) == gpu
 

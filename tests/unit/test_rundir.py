@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from spinlm.binding import bind, bind_inputs, differences, read_recipe
+from spinlm.binding import bind, bind_inputs, differences, identity, read_recipe
 from spinlm.config import Recipe
 from spinlm.errors import RunError
 from spinlm.files import read_json, write_json
@@ -365,6 +365,23 @@ def test_more_iterations_have_values_of_their_own(run, name):
         with pytest.raises(RunError, match="different recipe"):
             bind(run, changed, ())
     assert json.loads(run.recipe.read_text()) == game(3, [0.5, 0.25, 0.125])
+
+
+def test_what_an_iteration_is_known_by_leaves_later_ones_out(run):
+    def known(iteration: int, **changes: Any) -> str | None:
+        recipe = {"model": {"path": "m"}, "data": {"path": "d"}, "lora": {}} | changes
+        write_json(run.recipe, Recipe.model_validate(recipe).model_dump(mode="json"))
+        return identity(run.recipe, iteration)
+
+    def rates(*values: float) -> dict[str, Any]:
+        return {"selfplay": {"iterations": len(values)}, "train": {"learning_rate": list(values)}}
+
+    assert known(1, **rates(0.5, 0.25)) == known(1, **rates(0.5, 0.25, 0.125))
+    assert known(2, **rates(0.5, 0.25, 1)) != known(2, **rates(0.5, 0.25, 0.125))
+    assert known(1, **rates(0.5, 0.5)) == known(1, train={"learning_rate": 0.5})
+    assert known(0, selfplay={"iterations": 4}) == known(0, selfplay={"iterations": 5}) == known(0)
+    assert known(0, objective={"beta": [0.1, 5.0]}, selfplay={"iterations": 2}) == known(0)
+    assert known(0, seed=1) != known(0) != known(0, lora=None)
 
 
 def test_one_value_for_all_iterations_may_be_written_out(run):

@@ -30,7 +30,7 @@ _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant"
 _PROMPTS = ("prompt", "instruction", "question")
 _RESPONSES = ("response", "completion", "output", "answer")
 _PREFERRED = ("chosen", *_RESPONSES)
-_ROWS_TO_RECOGNISE = 100
+ROWS_TO_RECOGNISE = 100
 _DROPS_TO_LIST = 100
 
 
@@ -72,13 +72,13 @@ def select_examples(
     return draw.selection()
 
 
-def check_layout(data: Data) -> None:
+def check_layout(source: Source, data: Data) -> None:
     """Look at the first rows alone: whether their columns can be told.
 
     Raises:
-        DataError: they cannot, or the data cannot be read.
+        DataError: they cannot.
     """
-    _recognise(open_source(data, _ROWS_TO_RECOGNISE), data.columns)
+    _recognise(source, data.columns)
 
 
 class _Draw:
@@ -337,7 +337,7 @@ def _columns(source: Source) -> list[str]:
             first_error = first_error or DataError(f"{source.where}: no row can be read; row {number}: {error}")
         else:
             readable += 1
-            if readable == _ROWS_TO_RECOGNISE:
+            if readable == ROWS_TO_RECOGNISE:
                 break
     if first_error and not readable:
         raise first_error

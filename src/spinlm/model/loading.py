@@ -82,7 +82,7 @@ def _unpack_gguf(path: Path, folder: Path) -> None:
             return
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    log.info("unpacking %s into %s, once for this run", path.name, folder)
+    log.info("unpacking %s into %s", path.name, folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
         model = AutoModelForCausalLM.from_pretrained(
@@ -143,6 +143,12 @@ def stop_ids(model: Model, path: str) -> list[int]:
     except OSError:
         ids = AutoConfig.from_pretrained(path, trust_remote_code=model.trust_remote_code, **revision).eos_token_id
     return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+
+
+def save_stop_ids(folder: Path, ids: Iterable[int]) -> None:
+    """Let whoever loads a player from a folder stop where it stopped here; whatever else is there stays."""
+    path = folder / "generation_config.json"
+    write_json(path, (read_json(path) if path.exists() else {}) | {"eos_token_id": list(ids)})
 
 
 def load_model(model: Model, path: str, dtype: torch.dtype, *, quantize: bool = False) -> Any:

@@ -9,7 +9,7 @@ from transformers import GenerationConfig
 
 from spinlm.config import Recipe
 from spinlm.files import atomic_path
-from spinlm.model.loading import compute_dtype, ensure_base, load_model
+from spinlm.model.loading import compute_dtype, ensure_base, load_model, save_stop_ids
 from spinlm.model.players import seat
 from spinlm.rundir import RunDir
 
@@ -40,6 +40,7 @@ def save_merged(recipe: Recipe, run: RunDir, iteration: int, to: Path) -> None:
     merged.save_pretrained(to)
     players.tokenizer.chat_template = players.renderer.template
     players.tokenizer.save_pretrained(to)
+    save_stop_ids(to, players.renderer.stop_ids)
 
 
 def save_for_serving(recipe: Recipe, run: RunDir, iteration: int, to: Path) -> None:

@@ -31,6 +31,7 @@ from spinlm.model.loading import (
     load_player,
     load_tokenizer,
     not_finite,
+    save_stop_ids,
     silence_dropout,
     stop_ids,
 )
@@ -203,6 +204,7 @@ class Players:
             (folder / "README.md").write_text(card(self.recipe, iteration), encoding="utf-8")
             self.tokenizer.chat_template = self.renderer.template  # prompted elsewhere as it was here
             self.tokenizer.save_pretrained(folder)
+            save_stop_ids(folder, self.renderer.stop_ids)
 
     @torch.no_grad()
     def response_logprobs(self, trees: Sequence[Tree], packing: str) -> list[float]:

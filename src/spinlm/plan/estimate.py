@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 from spinlm.binding import changes
 from spinlm.config import EXECUTION_ONLY, MEMORY_MARGIN, Recipe, at_iteration, optimizer_bytes
-from spinlm.machine import has_gpu
 from spinlm.order import START, stages
 from spinlm.plan.devices import CPU, DEVICES, GPU, TOKENISER_SPEED, Device
 from spinlm.plan.lengths import Lengths, Tokens, find_lengths
@@ -109,14 +108,14 @@ class Plan:
         return packing == "tree" or (packing == "auto" and (self.shape is None or self.shape.takes_trees))
 
     @property
-    def begun(self) -> bool:
+    def prepared(self) -> bool:
         """Whether the lengths are those of an existing run's examples."""
         return "prepare" in self.finished and not self.changed
 
     @property
     def devices(self) -> tuple[Device, ...]:
-        """Those on which the recipe's precision makes sense, this machine's own kind first."""
-        return tuple(sorted(DEVICES[self.recipe.model.dtype], key=lambda device: (device is GPU) != has_gpu()))
+        """Those on which the recipe's precision makes sense."""
+        return DEVICES[self.recipe.model.dtype]
 
     @property
     def optimizers(self) -> list[str]:

@@ -1,5 +1,6 @@
 """How long prompts and responses are, in tokens: as a run has them, estimated from a local file, or at most."""
 
+import contextlib
 import json
 import math
 import re
@@ -11,6 +12,7 @@ from spinlm.config import Data, Recipe
 from spinlm.data.chat import RowError
 from spinlm.data.sources import names_a_file, open_source
 from spinlm.errors import DataError
+from spinlm.locate import local
 from spinlm.order import START
 from spinlm.rundir import RunDir
 
@@ -40,6 +42,7 @@ class Lengths:
     examples: int | None = None  # in the data; None where they were not counted
     counted: str = ""  # how
     answered: str = ""  # where the length of synthetic responses was measured; assumed like the real ones' otherwise
+    unreadable: str = ""  # why the data cannot be used, as far as their first rows tell
 
     @property
     def answer(self) -> int:
@@ -58,10 +61,9 @@ def find_lengths(recipe: Recipe, run: RunDir | None = None) -> Lengths:
     if run is not None and run.marker("prepare", START).exists():
         return _prepared(recipe, run)
     limit, new = recipe.train.max_length, recipe.longest_synthetic
-    path = Path(recipe.data.path).expanduser()
-    count, counted, sizes = None, "", []
-    if is_read(recipe.data):
-        count, sample = _sample_rows(path, recipe.data)
+    count, counted, sizes, unreadable = None, "", [], ""
+    if path := _file(recipe.data):
+        count, sample, unreadable = _look(path, recipe.data)
         sizes = [size for row in sample for size in _sizes(row, recipe.data)]
         counted = f"rows counted in {path.name}"
         if count and sizes and recipe.data.turns == "every":
@@ -72,13 +74,13 @@ def find_lengths(recipe: Recipe, run: RunDir | None = None) -> Lengths:
         prompt = max(limit - new, limit // 2)
         real, source = limit - prompt, "at most: train.max_length, of which max_new_tokens (or half) for the response"
         counted += "; no prompt and response recognised in them"
-        return Lengths(prompt, real, min(new, real), prompt, source, True, count, counted)
+        return Lengths(prompt, real, min(new, real), prompt, source, True, count, counted, unreadable=unreadable)
     fitting = [(prompt, real) for prompt, real in sizes if prompt < limit] or [(limit // 2, limit // 2)]
     prompt = math.ceil(sum(prompt for prompt, _ in fitting) / len(fitting))
     real = math.ceil(sum(min(real, limit - prompt) for prompt, real in fitting) / len(fitting))
-    source = f"mean of {len(sizes)} examples in {path.name}, tokens estimated from words and signs"
+    source = f"mean of {len(sizes)} examples in {Path(recipe.data.path).name}, tokens estimated from words and signs"
     longest = max(prompt for prompt, _ in fitting)
-    return Lengths(prompt, real, min(real, new), longest, source, False, count, counted)
+    return Lengths(prompt, real, min(real, new), longest, source, False, count, counted, unreadable=unreadable)
 
 
 def _prepared(recipe: Recipe, run: RunDir) -> Lengths:
@@ -100,30 +102,35 @@ def _prepared(recipe: Recipe, run: RunDir) -> Lengths:
     return lengths
 
 
-def is_read(data: Data) -> bool:
-    """Whether the data are a file whose rows are counted for a plan: one of lines, or one that is not large."""
-    path = Path(data.path).expanduser()
-    if not names_a_file(data.path) or not path.is_file():
-        return False
-    return path.suffix.lower() == ".jsonl" or path.stat().st_size <= READ_WHOLE
+def _file(data: Data) -> Path | None:
+    """The file whose rows are counted for a plan: one of lines, or one that is not large."""
+    path = local(data.path)
+    if path is None or not names_a_file(data.path) or not path.is_file():
+        return None
+    return path if path.suffix.lower() == ".jsonl" or path.stat().st_size <= READ_WHOLE else None
 
 
-def _sample_rows(path: Path, data: Data) -> tuple[int | None, list[Any]]:
-    """How many rows a file has, and up to SAMPLE_ROWS of them, evenly spread; nothing of a file that cannot be read."""
-    if path.suffix.lower() == ".jsonl":
-        count, lines = _sample_lines(path)
-        return count, [_parsed(line) for line in lines]
+def _look(path: Path, data: Data) -> tuple[int | None, list[Any], str]:
+    """How many rows a file has, up to SAMPLE_ROWS of them, evenly spread, and why it cannot be used, if it cannot."""
+    from spinlm.data.examples import ROWS_TO_RECOGNISE, check_layout  # which take numpy along
+
+    in_lines, wrong = path.suffix.lower() == ".jsonl", ""
     try:
-        source = open_source(data)
-    except DataError:  # which the plan tells as it refuses the run
-        return None, []
+        source = open_source(data, ROWS_TO_RECOGNISE if in_lines else None)
+    except DataError as error:
+        return None, [], str(error)
+    try:
+        check_layout(source, data)
+    except DataError as error:
+        wrong = str(error)
+    if in_lines:
+        count, lines = _sample_lines(path)
+        return count, [_parsed(line) for line in lines], wrong
     sample, count = [], len(source.numbers)
     for index in range(0, count, math.ceil(count / SAMPLE_ROWS)):
-        try:
+        with contextlib.suppress(RowError):
             sample.append(source.row(index))
-        except RowError:
-            continue
-    return count, sample
+    return count, sample, wrong
 
 
 def _parsed(line: bytes) -> Any:

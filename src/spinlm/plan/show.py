@@ -2,23 +2,24 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spinlm.config import OPTIMIZER_BYTES
 from spinlm.data.sources import names_a_file
-from spinlm.errors import DataError
+from spinlm.locate import local
+from spinlm.machine import has_gpu
 from spinlm.order import START
 from spinlm.plan.devices import GPU, TOKENISER_SPEED, Device
 from spinlm.plan.disk import disk, total
 from spinlm.plan.estimate import Hours, Plan, Work
-from spinlm.plan.lengths import READ_WHOLE, is_read
+from spinlm.plan.lengths import READ_WHOLE
 from spinlm.plan.shapes import Shape
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
+LIBRARIES = 250_000_000  # bytes of a process that has imported PyTorch, transformers and PEFT
 DIVIDED = {"none": "nothing divided over devices", "zero-2": "gradients and optimiser state divided over all"}
 
 
@@ -30,8 +31,9 @@ def render(plan: Plan) -> "RenderableType":
     parts: list[RenderableType] = [
         Text(f"model: {plan.recipe.model.path}\ndata:  {plan.recipe.data.path}", style="bold")
     ]
-    if plan.begun:
-        parts += [Text("The run has begun: counts and lengths below are those of its own examples.", style="green")]
+    if plan.prepared:
+        said = "The run has begun: lengths below are those of its examples, and times include what is done already."
+        parts += [Text(said, style="green")]
     parts += [Text(f"This run will be refused: {reason}", style="red") for reason in refusals(plan)]
     for title, table in _tables(plan):
         parts += [Text(f"\n{title}", style="bold"), table]
@@ -69,6 +71,11 @@ def as_data(plan: Plan) -> dict[str, Any]:
     }
 
 
+def _devices(plan: Plan) -> list[Device]:
+    """The plan's, with this machine's own kind first."""
+    return sorted(plan.devices, key=lambda device: (device is GPU) != has_gpu())
+
+
 def _named(value: Any) -> Any:
     """A named tuple with its names."""
     return value._asdict() if hasattr(value, "_asdict") else value
@@ -80,14 +87,14 @@ def _tables(plan: Plan) -> Iterator[tuple[str, "Table"]]:
     title = "Tokens: all responses to a prompt in one row (tree), or one response per row"
     yield title, _table(columns, map(_tokens, plan.work))
     if plan.shape:
-        for device in plan.devices:
+        for device in _devices(plan):
             where = f"one {device.name}" if plan.processes == 1 else f"{plan.processes} × {device.name}"
             title = f"Time on {where}, at the speeds assumed below"
             yield title, _table(["iteration", *Hours._fields, "in all"], _hours(plan, plan.shape, device), "all")
-        columns = [f"{device.name}, {device.dtype}" for device in plan.devices]
+        columns = [f"{device.name}, {device.dtype}" for device in _devices(plan)]
         sharding = plan.recipe.train.sharding if plan.sharded else "none"
         divided = DIVIDED.get(sharding, "the model divided over all")
-        title = f"Peak memory of one process, beside 0.3 GB of libraries; {divided}"
+        title = f"Peak memory of one process, {divided}"
         yield title, _table(["", *columns], _memory(plan, plan.shape), "training", "generating")
     yield "Disk", _table(["", "last iteration", "in all", "files, about"], _disk(plan), "run folder")
     yield "What this rests on", _table([], facts(plan))
@@ -129,7 +136,7 @@ def _hours(plan: Plan, shape: Shape, device: Device) -> Iterator[list[str]]:
 
 
 def _memory(plan: Plan, shape: Shape) -> Iterator[list[str]]:
-    devices = [plan.memory(shape, device) for device in plan.devices]
+    devices = [plan.memory(shape, device) for device in _devices(plan)]
     for part in devices[0]:
         yield [part, *(_short(memory[part], "B") for memory in devices)]
 
@@ -162,13 +169,14 @@ def facts(plan: Plan) -> Iterator[tuple[str, str, str]]:
         layout = "one row for all responses" if plan.trees else "one response per row"
         yield "layout", layout, "assumed for time; the run measures whether the model can take trees"
     if plan.shape:
-        modes = [f"{one.name} {'on' if plan.checkpoints(plan.shape, one) else 'off'}" for one in plan.devices]
-        memory = ", ".join(f"{one.memory / 1e9:.0f} GB" for one in plan.devices)
+        modes = [f"{one.name} {'on' if plan.checkpoints(plan.shape, one) else 'off'}" for one in _devices(plan)]
+        memory = ", ".join(f"{one.memory / 1e9:.0f} GB" for one in _devices(plan))
         auto = recipe.train.gradient_checkpointing == "auto"
         source = f"by need, in {memory}" if auto else "train.gradient_checkpointing"
         yield "gradient checkpointing", ", ".join(modes), source
-    for device in plan.devices if plan.shape else ():
+    for device in _devices(plan) if plan.shape else ():
         yield from device.speeds(recipe.opponent.batch_size)
+    yield "libraries", _short(LIBRARIES, "B"), "beside the memory above; measured on a CPU, when they are loaded"
     speed = f"assumed: {TOKENISER_SPEED:,.0f} tokens/s, in one process"
     yield "prepare, before all this", _duration(plan.preparing), speed
     if plan.shape and plan.processes > 1:
@@ -176,7 +184,7 @@ def facts(plan: Plan) -> Iterator[tuple[str, str, str]]:
 
 
 def _sent(plan: Plan, shape: Shape) -> Iterator[tuple[str, str, str]]:
-    for device in plan.devices:
+    for device in _devices(plan):
         speed, source = device.bandwidth(plan.processes)
         sent = plan.traffic(shape, device, plan.work[-1])
         said = f"{_short(sent, 'B')} from each process, {_short_seconds(sent / speed)}"
@@ -201,15 +209,10 @@ def _prompts_source(plan: Plan) -> str:
 def refusals(plan: Plan) -> Iterator[str]:
     """Why the run cannot begin, as far as that shows without loading anything."""
     recipe, examples, asked = plan.recipe, plan.lengths.examples, plan.recipe.data.prompts or 1
-    if names_a_file(recipe.data.path) and not Path(recipe.data.path).expanduser().is_file():
+    if names_a_file(recipe.data.path) and not ((path := local(recipe.data.path)) and path.is_file()):
         yield f"{recipe.data.path}: no such file. Set data.path."
-    elif is_read(recipe.data):
-        from spinlm.data.examples import check_layout  # which takes numpy along
-
-        try:
-            check_layout(recipe.data)
-        except DataError as error:
-            yield str(error)
+    if plan.lengths.unreadable:
+        yield plan.lengths.unreadable
     # With every turn an example, their number is an estimate; otherwise there is at most one in a row.
     if examples is not None and recipe.data.turns != "every" and asked > examples - plan.set_apart:
         yield (
@@ -225,15 +228,17 @@ def notes(plan: Plan) -> Iterator[str]:
     recipe, examples = plan.recipe, plan.lengths.examples
     if plan.shape is None:
         yield f"Memory, disk for players and time are missing: {plan.shape_source}."
-    if examples is None and recipe.data.prompts is None:
+    here = names_a_file(recipe.data.path)
+    if examples is None and recipe.data.prompts is None and not plan.lengths.unreadable:
+        why = f"files over {READ_WHOLE >> 20} MiB" if here else "data sets of the hub"
         yield (
-            "data.prompts is not set, and these data are not counted, as local .jsonl files and others up to "
-            f"{READ_WHOLE >> 20} MiB are: for every {plan.prompts:,} prompts the run does what is shown here."
+            f"data.prompts is not set, and the rows of {why} are not counted: for every {plan.prompts:,} prompts the "
+            "run does what is shown here."
         )
     if plan.lengths.limits:
         yield (
             "Lengths are the longest possible: tokens, time and disk are at most as shown, and with shorter prompts "
-            "trees save less. A local file as data.path gives estimates instead."
+            "trees save less." + ("" if here else " A local file as data.path gives estimates instead.")
         )
     if plan.shape and GPU in plan.devices:
         memory = plan.memory(plan.shape, GPU)
