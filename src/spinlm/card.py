@@ -111,7 +111,11 @@ def _load(model: Model, commit: str | None, *, adapter: bool, in_4_bits: bool) -
         imports = ["from peft import PeftModel"]
         on_top = [f"model = PeftModel.from_pretrained(model, {here})"]
         base, revision = _quoted(model.path), model.revision or commit
-        if _is_place(model.path):
+        if model.path.startswith("package://"):
+            package, *folders, _ = model.path.removeprefix("package://").split("/")
+            imports = ["from importlib.resources import files", "", *imports]
+            base = f"str(files({_quoted(package)}){''.join(f' / {_quoted(one)}' for one in folders)})"
+        elif _is_place(model.path):
             base = _quoted(f"FOLDER OF {Path(model.path).name}")
         elif revision:
             options.append(f"revision={_quoted(revision)}")

@@ -1,6 +1,8 @@
 """Chat: the same prompt to several players, side by side."""
 
+import textwrap
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from spinlm.config import Recipe
@@ -163,5 +165,6 @@ def _columns(names: Sequence[str], texts: Sequence[str]) -> "Table":
 
 def _end(text: str, lines: int, width: int) -> str:
     """The last lines of a text that is wrapped at a width."""
-    wrapped = [line[begin : begin + width] for line in text.split("\n") for begin in range(0, max(len(line), 1), width)]
+    wrap = partial(textwrap.wrap, width=max(width, 1), replace_whitespace=False, drop_whitespace=False)
+    wrapped = [part for line in text.split("\n") for part in wrap(line) or [""]]
     return "\n".join(wrapped[-lines:])

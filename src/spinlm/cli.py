@@ -20,7 +20,7 @@ import typer
 from spinlm import __version__
 from spinlm.errors import PeerError, RunError, SpinError, is_out_of_memory
 from spinlm.files import UNWRITABLE
-from spinlm.order import START, player_name
+from spinlm.order import START, describe, player_name
 from spinlm.rundir import RunDir
 from spinlm.terminal import console, printable
 
@@ -307,7 +307,7 @@ def export(
 def status(run: RunPath, against: Against = None, as_json: AsJson = False) -> None:
     """Show how far a run has come, and its players."""
     from spinlm import paired, summary
-    from spinlm.standing import so_far, standing
+    from spinlm.standing import failure, so_far, standing
 
     folder, _ = _open_run(run)
     if as_json:
@@ -318,6 +318,8 @@ def status(run: RunPath, against: Against = None, as_json: AsJson = False) -> No
     out.print(str(where))
     if told := so_far(folder, where):
         out.print(told)
+    if failed := failure(folder):
+        out.print(printable(f"The last attempt ended with: {failed}"))
     if summary.rows(folder):
         out.print(summary.table(folder, out.width))
     out.print(summary.verdict(folder))
@@ -346,7 +348,7 @@ def runs(
         return
     grid = Table("run", "state", "players", "best", "outcome", box=SIMPLE, pad_edge=False)
     for one in found:
-        where = "" if one["stage"] is None else f", {one['stage']}"
+        where = "" if one["stage"] is None else f", {describe((one['stage'], one['iteration']))}"
         best = "–" if one["best"] is None else player_name(one["best"])
         outcome = one["verdict"] if one["state"] == "damaged" else one["outcome"] or "–"
         values = Path(one["run"]).name, one["state"] + where, str(len(one["players"])), best, outcome
@@ -393,11 +395,15 @@ def chat(
     if remark:
         print(f"({remark})")
     before = [{"role": "system", "content": system}] if system else []
+    if prompt is None and sys.stdin.isatty():
+        print("(each prompt is a conversation of its own; Ctrl-D ends)")
     while True:
         try:
             text = prompt if prompt is not None else input("you> ")
         except EOFError:
             return
+        if prompt is None and not text.strip():
+            continue
         asked = [*before, {"role": "user", "content": text}]
         answer = partial(ask, recipe, folder, list(heads), asked, temperature=temperature, seed=recipe.seed)
         try:
@@ -429,6 +435,7 @@ def main() -> None:
     """Entry point: errors meant for the user are shown without a traceback, with their exit code."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # a line for every retry otherwise
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TQDM_DISABLE", "1")  # spinlm shows its own progress
     warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries, about each other
@@ -519,8 +526,7 @@ def _print_status(run: RunDir, other: Path | None = None) -> None:
 
 
 def _print_result(run: RunDir) -> None:
-    from spinlm.files import read_json
-    from spinlm.summary import is_control, side_by_side, system_prompt, table, verdict
+    from spinlm.summary import is_control, side_by_side, start_from, system_prompt, table, verdict
 
     out = console(100)
     for prompt, real, answers in side_by_side(run, prompts=3):
@@ -543,7 +549,7 @@ def _print_result(run: RunDir) -> None:
     }
     if is_control(run):
         del commands[control]
-        source = read_json(run.provenance).get("start_from")
+        source = start_from(run)
         if source and RunDir(Path(source)).recipe.exists():
             near = Path(source).relative_to(Path.cwd()) if Path(source).is_relative_to(Path.cwd()) else source
             compare = f"status {shlex.quote(str(near))} --against {folder}"

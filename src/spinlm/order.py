@@ -70,4 +70,6 @@ def describe(stage: Stage | None) -> str:
     if stage is None:
         return "nothing"
     name, iteration = stage
-    return name if iteration == START else f"{name} of iteration {iteration}"
+    if iteration != START:
+        return f"{name} of iteration {iteration}"
+    return {"warmup": "warm-up", "evaluate": "evaluate of the start"}.get(name, name)

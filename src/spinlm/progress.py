@@ -19,7 +19,7 @@ SECONDS_BETWEEN_COUNTS = 1  # among several processes
 
 @contextlib.contextmanager
 def track(
-    what: str, total: int, already: int = 0, unit: str = "tokens", *, shared: bool = False, responses: bool = False
+    what: str, total: int, already: int = 0, unit: str = "tokens", *, shared: bool = False, responses: str = ""
 ) -> Iterator[Advance]:
     """Show how far a stage has come, its rate in units per second, and when it will end.
 
@@ -29,8 +29,8 @@ def track(
         already: items that were done before, which say nothing about the rate.
         unit: what the rate counts.
         shared: whether each process does a part of the items, and not each of them all.
-        responses: whether the items are responses, written or read. Those of a batch end late, so no line says when
-            all will, before a quarter has.
+        responses: what the items are called where they are responses, written or read. Those of a batch end late, so
+            no line says when all will, before a quarter has.
     """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -69,7 +69,7 @@ def track(
                 spoken = now
                 left = (total - already - items) * (now - begun) / max(items, 1)
                 ending = "" if responses and items < (total - already) / 4 else f", {left:.0f} s left"
-                name = " responses" if responses else ""
-                log.info("%s %d/%d%s, %s%s", what, already + items, total, name, rate, ending)
+                name = f"{total} {responses}".strip()
+                log.info("%s %d/%s, %s%s", what, already + items, name, rate, ending)
 
         yield advance

@@ -150,7 +150,11 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         target = target[section]
         if not isinstance(target, dict):
             raise RecipeError(f"override {override!r}: {section} is not a section")
-    target[last] = parse_yaml(text, f"override {override!r}")
+    try:
+        target[last] = parse_yaml(text, f"override {override!r}")
+    except RecipeError as error:
+        hint = " Put the whole override in quotes, so that the shell leaves it alone" if text.endswith(":") else ""
+        raise RecipeError(f"{error}.{hint}" if hint else str(error)) from None
 
 
 def _resolve_paths(values: dict[str, Any], folder: Path) -> None:

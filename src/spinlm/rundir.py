@@ -1,6 +1,6 @@
 """The run folder: every path in it, markers, fingerprints and the lock.
 
-    recipe.yaml  recipe.resolved.json  provenance.json  packing.json  lock  .seals/
+    recipe.yaml  recipe.resolved.json  provenance.json  packing.json  failure.txt  lock  .seals/
     examples/       train.jsonl  heldout.jsonl  warmup.jsonl  dropped.json
     base/           the model in plain format, where it came as a .gguf file
     start/          player/ (θ_0)  answers.jsonl  samples.jsonl  metrics.json  *.done
@@ -115,6 +115,11 @@ class RunDir:
     def readable_recipe(self) -> Path:
         """The same for people, who may run it again."""
         return self.root / "recipe.yaml"
+
+    @property
+    def failure(self) -> Path:
+        """What the last attempt has failed with."""
+        return self.root / "failure.txt"
 
     @property
     def provenance(self) -> Path:

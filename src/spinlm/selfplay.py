@@ -12,7 +12,8 @@ from pathlib import Path
 from spinlm.binding import bind, differences
 from spinlm.branch import branch, check_source
 from spinlm.config import EXECUTION_ONLY, Recipe
-from spinlm.errors import RecipeError, RunError
+from spinlm.errors import PeerError, RecipeError, RunError, SpinError, StoppedError
+from spinlm.files import write_text
 from spinlm.interrupt import gentle_stop
 from spinlm.model.loading import ensure_base
 from spinlm.model.players import stand_up
@@ -25,7 +26,7 @@ from spinlm.stages.promote import promote
 from spinlm.stages.score import score
 from spinlm.stages.train import train
 from spinlm.stages.warmup import warmup
-from spinlm.team import first, gather, joined
+from spinlm.team import first, gather, is_first, joined
 
 VISIBLE = 10.0  # seconds until what one machine has written is seen by another
 
@@ -52,8 +53,14 @@ def run(recipe: Recipe, run_dir: Path, *, fresh: bool = False, start_from: Path 
         first(held.enter_context, folder.locked())
         first(_lay_out, recipe, folder, source, fresh)
         _see(folder)
+        first(folder.failure.unlink, missing_ok=True)
         try:
             play(recipe, folder)
+        except SpinError as error:
+            if is_first() and not isinstance(error, StoppedError | PeerError):
+                with contextlib.suppress(OSError):  # what was wrong is worth more than the note of it
+                    write_text(folder.failure, f"{error}\n")
+            raise
         finally:
             stand_up()
     return folder

@@ -8,9 +8,9 @@ from typing import Any
 
 from spinlm.errors import SpinError
 from spinlm.files import finite, read_json
-from spinlm.order import START, Stage, stages
+from spinlm.order import START, Stage, describe, stages
 from spinlm.rundir import RunDir
-from spinlm.summary import is_control, outcome, promotions, rows, verdict
+from spinlm.summary import is_control, outcome, promotions, rows, start_from, verdict
 
 TAIL = 1 << 16  # bytes in which the last line of a file of steps is looked for
 
@@ -31,7 +31,7 @@ class Standing:
     def __str__(self) -> str:
         if self.stage is None:
             return "The run is finished."
-        where = self.stage if self.iteration == START else f"{self.stage} of iteration {self.iteration}"
+        where = describe((self.stage, START if self.iteration is None else self.iteration))
         if self.under_way:
             return f"The run is under way, in {where}."
         return f"The run is not finished: {where} is not complete. The same command goes on there."
@@ -56,6 +56,7 @@ def status(run: RunDir) -> dict[str, Any]:
         "stage": where.stage,
         "iteration": where.iteration,
         "seconds": sum(read_json(marker).get("seconds") or 0.0 for marker in _markers(run)),
+        "failure": failure(run),
         "last_step": last_step(run),
         "best": run.best(),
         "verdict": verdict(run),
@@ -80,6 +81,13 @@ def so_far(run: RunDir, where: Standing) -> str | None:
         return None
     told = "".join(f", {name} {step[name]:.4f}" for name in ("loss", "margin") if name in step)
     return f"Last step: {step['step']} of {step['steps']}{told}."
+
+
+def failure(run: RunDir) -> str | None:
+    """How the last attempt at a run has failed; None where it has not, or is still under way."""
+    if run.in_use() or not run.failure.exists():
+        return None
+    return run.failure.read_text(encoding="utf-8", errors="replace").strip()
 
 
 def last_step(run: RunDir) -> dict[str, Any] | None:
@@ -109,7 +117,9 @@ def status_of_all(found: list[RunDir]) -> list[dict[str, Any]]:
             return status(run)
         except (SpinError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             why = str(error) if isinstance(error, SpinError) else f"{type(error).__name__}: {error}"
-            unknown = dict.fromkeys(("stage", "iteration", "seconds", "last_step", "best", "outcome")) | {"players": []}
+            unknown = dict.fromkeys(("stage", "iteration", "seconds", "failure", "last_step", "best", "outcome")) | {
+                "players": []
+            }
             return {"run": str(run.root), "state": "damaged", **unknown, "verdict": why}
 
     return [one(run) for run in found]
@@ -127,4 +137,6 @@ def stages_of(run: RunDir) -> Iterator[Stage]:
 
 
 def _markers(run: RunDir) -> Iterator[Path]:
-    return (marker for one in stages_of(run) if (marker := run.marker(*one)).exists())
+    """Of the stages that this run has done itself."""
+    own = (one for one in stages_of(run) if one[1] != START or start_from(run) is None)
+    return (marker for one in own if (marker := run.marker(*one)).exists())

@@ -1,10 +1,12 @@
 """What a run has found so far, as a table and a sentence. Reads the run folder only; imports no torch."""
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
+from spinlm.errors import RunError
 from spinlm.files import read_json, read_json_lines
 from spinlm.order import START, player_name
 from spinlm.rundir import RunDir
@@ -62,19 +64,22 @@ def table(run: RunDir, width: int = 100) -> "Table":
     players = rows(run)
     titles, body = cells(players)
     tries = ((count, close) for count in range(len(titles), 1, -1) for close in (False, True))
-    grids = (_grid(titles[:count], [row[:count] for row in body], players, close) for count, close in tries)
-    return next((grid for grid in grids if _fits(grid, width)), _grid(titles[:2], [r[:2] for r in body], players, True))
+    grids = (_grid(titles, body, players, count, close) for count, close in tries)
+    return next((grid for grid in grids if _fits(grid, width)), _grid(titles, body, players, 2, True))
 
 
-def _grid(titles: list[str], body: list[list[str]], players: list[Row], close: bool) -> "Table":
+def _grid(titles: list[str], body: list[list[str]], players: list[Row], count: int, close: bool) -> "Table":
+    """The table's first columns."""
     from rich.box import SIMPLE
     from rich.table import Table
 
     grid = Table(box=SIMPLE, pad_edge=False, padding=(0, 1), collapse_padding=close, show_edge=not close)
-    for number, title in enumerate(titles):
+    if left_out := titles[count:]:
+        grid.caption, grid.caption_justify = f"no room for: {', '.join(left_out)}", "left"
+    for number, title in enumerate(titles[:count]):
         grid.add_column(_on_two_lines(title), justify="right" if number else "left", no_wrap=True)
     for player, values in zip(players, body, strict=True):
-        grid.add_row(*values, style="bold" if player.best else "")
+        grid.add_row(*values[:count], style="bold" if player.best else "")
     return grid
 
 
@@ -180,6 +185,14 @@ def outcome(run: RunDir) -> str | None:
     metric = last[-1]["metric"]
     start, new = (read_json(run.iteration_metrics(one))[metric] for one in (START, last[-1]["best"]))
     return f"{METRIC_NAMES[metric]} {start:.3f} → {new:.3f}"
+
+
+def start_from(run: RunDir) -> str | None:
+    """The run that this one has taken its start from, if it has."""
+    made = None
+    with contextlib.suppress(RunError):  # damaged, or not there yet: whoever needs it will say so
+        made = read_json(run.provenance)
+    return made.get("start_from") if isinstance(made, dict) else None
 
 
 def is_control(run: RunDir) -> bool:

@@ -113,7 +113,7 @@ def contents(run: Path) -> dict[str, str]:
             found[name] = f"-> {path.readlink()}"
         elif path.suffix == ".done":
             found[name] = json.dumps(without(json.loads(path.read_text(encoding="utf-8")), *VARIABLE))
-        elif path.is_file() and name not in ("lock", "provenance.json", "metrics.jsonl"):
+        elif path.is_file() and name not in ("lock", "provenance.json", "metrics.jsonl", "failure.txt"):
             found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
     timeless = [without(line, "tokens_per_second") for line in steps(run)]
     return found | {"metrics.jsonl": json.dumps(timeless)}

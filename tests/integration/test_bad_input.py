@@ -93,7 +93,8 @@ def test_recipe_is_not_there(cli, tmp_path):
 
 def assert_nothing_made(run: Path) -> None:
     """A slip of the pen is told at once, not after hours of work."""
-    assert {path.name for path in run.iterdir()} == {".seals", "lock", "recipe.resolved.json", "recipe.yaml"}
+    made = {path.name for path in run.iterdir()}
+    assert made == {".seals", "lock", "recipe.resolved.json", "recipe.yaml", "failure.txt"}
 
 
 def test_unknown_optimizer(refused, tmp_path):

@@ -52,6 +52,12 @@ def test_the_control_that_a_run_names_can_be_run(world, cli, reference, tmp_path
     said = cli(*command, "selfplay.iterations=1", folder=tmp_path).out
     assert (tmp_path / "a run-control" / "iteration-0" / "promote.done").exists()
     assert "More supervised fine-tuning" in said and "objective=" not in said
+    told = json.loads(cli("status", "a run-control", "--json", folder=tmp_path).out)
+    markers = (tmp_path / "a run-control" / "iteration-0").glob("*.done")
+    assert told["seconds"] == pytest.approx(sum(json.loads(path.read_text())["seconds"] for path in markers))
+    cli("report", "a run-control", folder=tmp_path)
+    page = (tmp_path / "a run-control" / "report.html").read_text()
+    assert page.count("in the run that the start was taken from, not counted") == 3  # prepare, warm-up, evaluate
     line = next(line for line in said.splitlines() if "--against" in line)
     command = shlex.split(line, comments=True)
     said = cli(*command[command.index("status") :], folder=tmp_path).out

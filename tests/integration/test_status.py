@@ -65,6 +65,29 @@ def test_a_run_before_its_start_is_made(reference, cli, tmp_path):
     assert "No player has been measured yet" in said and (run / "report.html").exists()
 
 
+def test_what_the_last_attempt_ended_with_is_kept_until_the_next(world, cli, tmp_path):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"prompt": "p", "response": ""}\n' * 60)
+    run = tmp_path / "run"
+    refused = cli("run", world.recipe, f"data.path={bad}", "--run-dir", run, folder=world.folder, code=2)
+    told = cli("status", run, folder=tmp_path).out
+    assert "prepare is not complete" in told and f"The last attempt ended with: {refused.message}" in " ".join(
+        told.split()
+    )
+    assert json.loads(cli("status", run, "--json", folder=tmp_path).out)["failure"] == refused.message
+    other = cli("run", world.recipe, "evaluate.scorer=none:f", "--run-dir", run, folder=world.folder, code=2)
+    assert json.loads(cli("status", run, "--json", folder=tmp_path).out)["failure"] == other.message
+
+
+def test_a_run_that_ends_well_tells_of_no_failure(world, rewound, cli, tmp_path):
+    run = rewound(1)
+    (run / "failure.txt").write_text("what was wrong before\n")
+    assert "what was wrong before" in cli("status", run, folder=tmp_path).out
+    cli("run", world.recipe, "--run-dir", run, folder=world.folder)
+    assert not (run / "failure.txt").exists()
+    assert json.loads(cli("status", run, "--json", folder=tmp_path).out)["failure"] is None
+
+
 def test_a_run_under_way(rewound, cli, tmp_path):
     run = rewound(1, "train")
     complete = read_jsons(run, "metrics.jsonl")[-1]

@@ -108,6 +108,14 @@ def test_an_override_that_is_none(tmp_path: Path, override: str) -> None:
     assert "write section.key=value" in complaint(tmp_path, SMALLEST, override)
 
 
+def test_an_override_that_the_shell_has_taken_apart(tmp_path: Path) -> None:
+    told = complaint(tmp_path, SMALLEST, "objective={name:", "sft}")
+    assert "not valid YAML" in told and told.endswith(
+        "Put the whole override in quotes, so that the shell leaves it alone"
+    )
+    assert "quotes, so" not in complaint(tmp_path, SMALLEST, "objective={name")
+
+
 def test_an_override_into_a_value(tmp_path: Path) -> None:
     assert complaint(tmp_path, SMALLEST + "seed: 1\n", "seed.x=1") == "override 'seed.x=1': seed is not a section"
     assert complaint(tmp_path, SMALLEST, "model.path.x=1") == "override 'model.path.x=1': path is not a section"

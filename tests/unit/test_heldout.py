@@ -1,5 +1,6 @@
 """What is measured on held-out prompts, and what is made of it: literal values, worked out by hand."""
 
+import io
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from spinlm.config import Recipe
 from spinlm.errors import RunError
@@ -25,7 +27,7 @@ from spinlm.paired import against, standard_error
 from spinlm.records import Example, HeldOutAnswer, HeldOutSample, to_line
 from spinlm.rundir import RunDir
 from spinlm.stages.promote import compare, promote
-from spinlm.summary import outcome, rows, side_by_side, verdict
+from spinlm.summary import outcome, rows, side_by_side, table, verdict
 
 
 def answer(key: str = "a", **changes: Any) -> HeldOutAnswer:
@@ -529,6 +531,18 @@ def test_rows_are_the_players_so_far(play, run):
         ("iteration 0", True, 0.75),
         ("iteration 1", False, 0.0),
     ]
+
+
+def test_a_narrow_table_names_what_it_leaves_out(play, run):
+    play([1, 1], [1, 0])
+
+    def shown(width: int) -> str:
+        console = Console(file=io.StringIO(), width=width)
+        console.print(table(run, width))
+        return console.file.getvalue()
+
+    assert "no room for" not in shown(100)
+    assert "no room for: unfinished, repeated" in " ".join(shown(50).split())
 
 
 def test_side_by_side_shows_prompts_where_the_answers_differ_first(play, run):

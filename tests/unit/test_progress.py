@@ -26,7 +26,7 @@ def test_no_end_is_told_from_the_first_responses_of_a_batch(
 ) -> None:
     monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", -1)
     caplog.set_level(logging.INFO)
-    with progress.track("generate", 20, already=4, responses=True) as advance:
+    with progress.track("generate", 20, already=4, responses="responses") as advance:
         advance(3, 600)
         advance(1, 600)
     first, last = caplog.messages

@@ -17,7 +17,7 @@ from spinlm.binding import bind, bind_inputs, differences, identity, read_recipe
 from spinlm.config import Recipe
 from spinlm.errors import RunError
 from spinlm.files import read_json, write_json
-from spinlm.order import STAGES, START
+from spinlm.order import STAGES, START, describe
 from spinlm.rundir import RunDir
 
 
@@ -262,7 +262,7 @@ def test_redoing_a_stage_with_another_result_is_noticed(run, redone, stale):
     with pytest.raises(RunError) as caught:
         run.done(*stale)
     message = str(caught.value)
-    assert message.startswith(f"{run.marker(*stale)}: this stage was made from another result of {redone[0]}")
+    assert message.startswith(f"{run.marker(*stale)}: this stage was made from another result of {describe(redone)}")
     assert f"Remove {run.marker(*stale)} and what follows it to redo the stage, or start again with --fresh" in message
     with pytest.raises(RunError):
         run.require(*stale)
@@ -304,7 +304,7 @@ def test_a_stage_is_not_complete_without_all_its_files(run):
 
 def test_completing_a_stage_needs_the_one_before(run):
     finish(run, ("prepare", START))
-    with pytest.raises(RunError, match=r"warmup has not been completed, and generate of iteration 0 needs it"):
+    with pytest.raises(RunError, match=r"warm-up has not been completed, and generate of iteration 0 needs it"):
         finish(run, ("generate", 0))
     assert not run.marker("generate", 0).exists()
 

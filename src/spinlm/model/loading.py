@@ -112,6 +112,7 @@ def hub_commit(model: Model) -> str | None:
     """The commit of the hub that a model's name means now; None where that cannot be found out."""
     from transformers.utils.hub import cached_file, extract_commit_hash
 
+    log.info("asking the hub for %s", model.path)
     try:
         found = cached_file(model.path, "config.json", revision=model.revision)
     except OSError:  # loading it will tell
@@ -130,7 +131,8 @@ def load_tokenizer(model: Model, path: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(path, revision=model.revision, trust_remote_code=model.trust_remote_code)
     except _LOADING as error:
-        raise ModelError(f"{path}: the tokenizer cannot be loaded: {_why(error)}") from error
+        hub = "" if locate(path) else " (no such folder here, so it was looked for on the hub)"
+        raise ModelError(f"{path}: the tokenizer cannot be loaded{hub}: {_why(error)}") from error
 
 
 def stop_ids(model: Model, path: str) -> list[int]:

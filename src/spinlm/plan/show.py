@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from spinlm.config import OPTIMIZER_BYTES
 from spinlm.data.sources import names_a_file
-from spinlm.locate import local
+from spinlm.errors import ModelError, RecipeError
+from spinlm.evals.scorers import get_scorer
+from spinlm.locate import local, locate
 from spinlm.machine import has_gpu
 from spinlm.order import START
 from spinlm.plan.devices import GPU, TOKENISER_SPEED, Device
@@ -177,7 +179,7 @@ def facts(plan: Plan) -> Iterator[tuple[str, str, str]]:
     for device in _devices(plan) if plan.shape else ():
         yield from device.speeds(recipe.opponent.batch_size)
     yield "libraries", _short(LIBRARIES, "B"), "beside the memory above; measured on a CPU, when they are loaded"
-    speed = f"assumed: {TOKENISER_SPEED:,.0f} tokens/s, in one process"
+    speed = f"assumed: {TOKENISER_SPEED:,.0f} tokens/s, in one process; a .gguf file is unpacked before that"
     yield "prepare, before all this", _duration(plan.preparing), speed
     if plan.shape and plan.processes > 1:
         yield from _sent(plan, plan.shape)
@@ -208,16 +210,28 @@ def _prompts_source(plan: Plan) -> str:
 
 def refusals(plan: Plan) -> Iterator[str]:
     """Why the run cannot begin, as far as that shows without loading anything."""
+    try:
+        locate(plan.recipe.model.path)
+    except ModelError as error:
+        yield str(error)
     recipe, examples, asked = plan.recipe, plan.lengths.examples, plan.recipe.data.prompts or 1
     if names_a_file(recipe.data.path) and not ((path := local(recipe.data.path)) and path.is_file()):
         yield f"{recipe.data.path}: no such file. Set data.path."
     if plan.lengths.unreadable:
         yield plan.lengths.unreadable
+    scorer = recipe.evaluate.scorer
+    if scorer is not None and ":" not in scorer:  # otherwise it is code of the user's
+        try:
+            get_scorer(scorer)
+        except RecipeError as error:
+            yield str(error)
     # With every turn an example, their number is an estimate; otherwise there is at most one in a row.
     if examples is not None and recipe.data.turns != "every" and asked > examples - plan.set_apart:
+        warmup = plan.set_apart - recipe.data.heldout
         yield (
-            f"{recipe.data.path} has {examples:,} examples: too few for {asked:,} prompts beside {plan.set_apart:,} "
-            f"that are set apart. Lower data.heldout or data.prompts."
+            f"{recipe.data.path} has {examples:,} examples: too few for {asked:,} prompts beside "
+            f"{recipe.data.heldout:,} held out" + (f" and {warmup:,} for the warm-up alone" if warmup else "") + ". "
+            f"Lower {'data.heldout, data.prompts or warmup_sft.prompts' if warmup else 'data.heldout or data.prompts'}."
         )
     if plan.changed:
         yield "\n  ".join(("the run folder was made with a different recipe:", *plan.changed))
@@ -276,4 +290,6 @@ def _duration(hours: float) -> str:
         return "under 1 s" if hours else "–"
     if hours >= 1:
         return f"{hours:.1f} h" if hours < 48 else f"{hours / 24:.3g} d"
-    return f"{hours * 60:.0f} min" if hours >= 1 / 60 else f"{hours * 3600:.0f} s"
+    if hours >= 1 / 60:
+        return f"{hours * 60:.{0 if hours >= 1 / 6 else 1}f} min"
+    return f"{hours * 3600:.0f} s"

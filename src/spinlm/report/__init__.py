@@ -99,7 +99,8 @@ def _spent(spent: Spent) -> str:
     """A time as people say it."""
     if spent.seconds is None:
         return "–"
-    return ("at least " if spent.at_least else "") + _duration(spent.seconds)
+    where = " in the run that the start was taken from, not counted" if spent.elsewhere else ""
+    return ("at least " if spent.at_least else "") + _duration(spent.seconds) + where
 
 
 def _duration(seconds: float) -> str:

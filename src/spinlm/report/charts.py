@@ -106,7 +106,7 @@ def _players(facts: Facts) -> list[Chart]:
 
 def _training(facts: Facts) -> list[Chart]:
     what = (
-        ("loss", "Loss", "What is minimised. ln 2 = 0.693 at the first step of self-play."),
+        ("loss", "Loss", f"What is minimised.{_first_loss(facts.recipe)}"),
         ("margin", "Margin", "Mean over a step's pairs, in nats."),
         ("accuracy", "Accuracy", "Share of a step's pairs with a positive margin."),
         ("real_nll", "NLL of the real responses", "Nats per token, on the prompts that are trained on."),
@@ -118,11 +118,21 @@ def _training(facts: Facts) -> list[Chart]:
     ]
 
 
+def _first_loss(recipe: dict[str, Any]) -> str:
+    """Where the loss of self-play begins, as long as both players are the same."""
+    objective = recipe["objective"]
+    if objective["name"] != "spin" or objective["loss"] != "logistic":
+        return ""
+    term = f", and {objective['nll_weight']:g} × the NLL of the real responses" if objective["nll_weight"] else ""
+    return f" At the first step of self-play it is ln 2 = 0.693{term}."
+
+
 def _time(facts: Facts) -> Chart:
     traces = []
     for stage in dict.fromkeys((*BEFORE, *STAGES)):
-        taken = {name: stages[stage].seconds for name, stages in facts.times if stage in stages}
-        spent = {name: seconds / 60 for name, seconds in taken.items() if seconds is not None}
+        taken = {name: stages[stage] for name, stages in facts.times if stage in stages}
+        own = {name: one.seconds for name, one in taken.items() if not one.elsewhere}
+        spent = {name: seconds / 60 for name, seconds in own.items() if seconds is not None}
         if spent:
             traces.append({"type": "bar", "name": stage, "x": list(spent), "y": list(spent.values())})
     layout = {"barmode": "stack", "yaxis": {"title": {"text": "minutes"}}}

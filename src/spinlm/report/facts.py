@@ -15,7 +15,7 @@ from spinlm.files import read_json, read_json_lines
 from spinlm.order import START, player_name
 from spinlm.rundir import RunDir
 from spinlm.standing import is_step, stages_of, standing
-from spinlm.summary import COLUMNS, Row, rows, text_of, verdict
+from spinlm.summary import COLUMNS, Row, rows, start_from, text_of, verdict
 
 SHOWN = 20
 """Prompts whose answers are shown side by side."""
@@ -50,6 +50,7 @@ class Spent:
 
     seconds: float | None  # None where it was not kept
     at_least: bool
+    elsewhere: bool = False  # by the run that the start was taken from
 
 
 @dataclass(frozen=True)
@@ -87,17 +88,19 @@ class Facts:
     def times(self) -> list[tuple[str, dict[str, "Spent"]]]:
         """What each complete stage took, by player."""
         found: dict[str, dict[str, Spent]] = {}
+        source = start_from(self.run)
         for stage, iteration in stages_of(self.run):
             if self.run.marker(stage, iteration).exists():
                 noted = self.run.facts(stage, iteration)
-                spent = Spent(noted.get("seconds"), bool(noted.get("resumed")))
+                elsewhere = source is not None and iteration == START
+                spent = Spent(noted.get("seconds"), bool(noted.get("resumed")), elsewhere)
                 found.setdefault(player_name(iteration), {})[stage] = spent
         return list(found.items())
 
     @cached_property
     def spent(self) -> "Spent":
-        """What all complete stages took."""
-        each = [spent for _, stages in self.times for spent in stages.values()]
+        """What all complete stages of this run took."""
+        each = [spent for _, stages in self.times for spent in stages.values() if not spent.elsewhere]
         return Spent(sum(one.seconds or 0.0 for one in each), any(one.at_least for one in each))
 
     @cached_property

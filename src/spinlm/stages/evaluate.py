@@ -63,7 +63,9 @@ def evaluate(recipe: Recipe, run: RunDir, iteration: int) -> None:
     ]
     mine: dict[int, _Part] = {}
     passes = len(ways) + 2  # its own responses and the real ones are read by it, and its own by the start
-    with track(f"{player_name(iteration)}: evaluate", passes * len(heldout), shared=True, responses=True) as advance:
+    with track(
+        f"{player_name(iteration)}: evaluate", passes * len(heldout), shared=True, responses="answers written and read"
+    ) as advance:
         for shard in team.deal(range(heldout.shards(size))):
             examples = heldout.shard(shard, size)
             given, drawn = (

@@ -52,7 +52,7 @@ def generate(recipe: Recipe, run: RunDir, iteration: int) -> None:
     needed = at_work and missing and not recipe.preferences
     with (
         open_opponent(recipe, players, iteration, packing) if needed else nullcontext() as opponent,
-        track(f"iteration {iteration}: generate", total, total - left, shared=True, responses=True) as advance,
+        track(f"iteration {iteration}: generate", total, total - left, shared=True, responses="responses") as advance,
     ):
         for split, shard in team.deal(missing, at_work):
             chosen = examples[split].shard(shard, size)
