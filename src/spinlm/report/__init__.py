@@ -99,8 +99,7 @@ def _spent(spent: Spent) -> str:
     """A time as people say it."""
     if spent.seconds is None:
         return "–"
-    where = " in the run that the start was taken from, not counted" if spent.elsewhere else ""
-    return ("at least " if spent.at_least else "") + _duration(spent.seconds) + where
+    return ("at least " if spent.at_least else "") + _duration(spent.seconds)
 
 
 def _duration(seconds: float) -> str:
