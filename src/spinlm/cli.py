@@ -504,6 +504,7 @@ def _stage(name: str, path: Path, iteration: int) -> None:
     with gentle_stop(), team.joined(), contextlib.ExitStack() as held:
         team.first(held.enter_context, run.locked())
         done = team.first(run.done, name, iteration)
+        team.first(run.failure.unlink, missing_ok=True)
         stage(recipe, run, iteration)
         if team.is_first():
             print(f"{name} of iteration {iteration}: " + ("already complete" if done else "complete"))

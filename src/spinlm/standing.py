@@ -138,5 +138,6 @@ def stages_of(run: RunDir) -> Iterator[Stage]:
 
 def _markers(run: RunDir) -> Iterator[Path]:
     """Of the stages that this run has done itself."""
-    own = (one for one in stages_of(run) if one[1] != START or start_from(run) is None)
+    taken = start_from(run) is not None
+    own = (one for one in stages_of(run) if not (taken and one[1] == START))
     return (marker for one in own if (marker := run.marker(*one)).exists())

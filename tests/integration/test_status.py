@@ -46,7 +46,8 @@ def test_how_far_a_stage_is_that_trains_nothing(rewound, cli, tmp_path):
     for folder, kind, stage in (("generations", "jsonl", "generate"), ("pairs", "arrow", "score")):
         assert "\n0 of 34 prompts are through, in shards of up to 4.\n" in cli("status", run, folder=tmp_path).out
         (run / "iteration-1" / folder).mkdir(exist_ok=True)
-        for shard in ("train-00000", "heldout-00000", "heldout-00002", ".train-00001"):  # ten in shards of 4, 4 and 2
+        # Ten in shards of 4, 4 and 2; and what others have left.
+        for shard in ("train-00000", "heldout-00000", "heldout-00002", ".train-00001", "train-00000.copy-2", "a-b-c"):
             (run / "iteration-1" / folder / f"{shard}.{kind}").write_text("")
         assert "\n10 of 34 prompts are through, in shards" in cli("status", run, folder=tmp_path).out
         (run / "iteration-1" / f"{stage}.done").write_text("{}")
@@ -77,6 +78,14 @@ def test_what_the_last_attempt_ended_with_is_kept_until_the_next(world, cli, tmp
     assert json.loads(cli("status", run, "--json", folder=tmp_path).out)["failure"] == refused.message
     other = cli("run", world.recipe, "evaluate.scorer=none:f", "--run-dir", run, folder=world.folder, code=2)
     assert json.loads(cli("status", run, "--json", folder=tmp_path).out)["failure"] == other.message
+
+
+def test_rows_that_cannot_be_read_at_the_beginning_stop_nothing_that_was_told_to_skip(world, cli, tmp_path):
+    data = tmp_path / "data.jsonl"
+    data.write_text("{\n" * 120 + (world.folder / "data.jsonl").read_text())
+    few = ("warmup_sft=null", "selfplay.iterations=1", "data.prompts=4", "data.heldout=2", "data.on_bad_row=skip")
+    for command in ("plan", "run"):
+        cli(command, world.recipe, f"data.path={data}", *few, "--run-dir", tmp_path / "run", folder=world.folder)
 
 
 def test_a_run_that_ends_well_tells_of_no_failure(world, rewound, cli, tmp_path):

@@ -532,6 +532,8 @@ def test_a_folder_that_is_replaced_under_a_process(run):
         run.root.rename(run.root.with_name("elsewhere"))
         with pytest.raises(RunError, match="was removed or replaced while it was in use"):
             run.begin("prepare", START)
+        run.note_failure(RunError("x"))
+        assert not run.root.exists(), "nothing is made in the place of what was removed"
         with RunDir(run.root).locked(), pytest.raises(RunError, match="was removed or replaced"):
             run.complete("prepare", START, [])
 

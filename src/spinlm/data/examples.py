@@ -4,6 +4,7 @@ Rows are read one at a time in a seeded order and handed on as they are accepted
 hub dataset does not matter; other files are held in memory.
 """
 
+import contextlib
 import difflib
 import hashlib
 import json
@@ -30,7 +31,7 @@ _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant"
 _PROMPTS = ("prompt", "instruction", "question")
 _RESPONSES = ("response", "completion", "output", "answer")
 _PREFERRED = ("chosen", *_RESPONSES)
-ROWS_TO_RECOGNISE = 100
+_ROWS_TO_RECOGNISE = 100
 _DROPS_TO_LIST = 100
 
 
@@ -72,12 +73,21 @@ def select_examples(
     return draw.selection()
 
 
-def check_layout(source: Source, data: Data) -> None:
+def check_layout(data: Data, source: Source | None = None) -> None:
     """Look at the first rows alone: whether their columns can be told.
 
+    Args:
+        data: of the recipe.
+        source: the same, where it is open. Otherwise no more of a .jsonl file is read than has to be.
+
     Raises:
-        DataError: they cannot.
+        DataError: they cannot, or the data cannot be read.
     """
+    if source is None:
+        with contextlib.suppress(DataError):  # perhaps it is just the first rows that cannot be read
+            _recognise(open_source(data, _ROWS_TO_RECOGNISE), data.columns)
+            return
+        source = open_source(data)
     _recognise(source, data.columns)
 
 
@@ -337,7 +347,7 @@ def _columns(source: Source) -> list[str]:
             first_error = first_error or DataError(f"{source.where}: no row can be read; row {number}: {error}")
         else:
             readable += 1
-            if readable == ROWS_TO_RECOGNISE:
+            if readable == _ROWS_TO_RECOGNISE:
                 break
     if first_error and not readable:
         raise first_error

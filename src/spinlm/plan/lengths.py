@@ -59,13 +59,14 @@ class Lengths:
 def find_lengths(recipe: Recipe, run: RunDir | None = None) -> Lengths:
     """How long they are: as a run folder has them, estimated from a local file, or else the recipe's limits."""
     if run is not None and run.marker("prepare", START).exists():
-        return _prepared(recipe, run)
+        gone = names_a_file(recipe.data.path) and local(recipe.data.path) is None
+        return replace(_prepared(recipe, run), unreadable=f"{recipe.data.path}: no such file" if gone else "")
     limit, new = recipe.train.max_length, recipe.longest_synthetic
     count, counted, sizes, unreadable = None, "", [], ""
-    if path := _file(recipe.data):
-        count, sample, unreadable = _look(path, recipe.data)
+    if _is_read(recipe.data):
+        count, sample, unreadable = _look(recipe.data)
         sizes = [size for row in sample for size in _sizes(row, recipe.data)]
-        counted = f"rows counted in {path.name}"
+        counted = f"rows counted in {Path(recipe.data.path).name}"
         if count and sizes and recipe.data.turns == "every":
             turns = len(sizes) / len(sample)
             count, counted = round(count * turns), f"{counted}, {turns:.1f} turns in each"
@@ -102,30 +103,31 @@ def _prepared(recipe: Recipe, run: RunDir) -> Lengths:
     return lengths
 
 
-def _file(data: Data) -> Path | None:
-    """The file whose rows are counted for a plan: one of lines, or one that is not large."""
+def _is_read(data: Data) -> bool:
+    """Whether the data are looked at for a plan: a file of lines, or one that is not large; or one that is not there,
+    or none at all, to tell that."""
     path = local(data.path)
-    if path is None or not names_a_file(data.path) or not path.is_file():
-        return None
-    return path if path.suffix.lower() == ".jsonl" or path.stat().st_size <= READ_WHOLE else None
+    if path is None:
+        return names_a_file(data.path)
+    return not path.is_file() or path.suffix.lower() == ".jsonl" or path.stat().st_size <= READ_WHOLE
 
 
-def _look(path: Path, data: Data) -> tuple[int | None, list[Any], str]:
+def _look(data: Data) -> tuple[int | None, list[Any], str]:
     """How many rows a file has, up to SAMPLE_ROWS of them, evenly spread, and why it cannot be used, if it cannot."""
-    from spinlm.data.examples import ROWS_TO_RECOGNISE, check_layout  # which take numpy along
+    path, source, wrong = local(data.path), None, ""
+    in_lines = path is not None and path.is_file() and path.suffix.lower() == ".jsonl"
+    try:
+        source = None if in_lines else open_source(data)
+        from spinlm.data.examples import check_layout  # which takes numpy along
 
-    in_lines, wrong = path.suffix.lower() == ".jsonl", ""
-    try:
-        source = open_source(data, ROWS_TO_RECOGNISE if in_lines else None)
-    except DataError as error:
-        return None, [], str(error)
-    try:
-        check_layout(source, data)
+        check_layout(data, source)
     except DataError as error:
         wrong = str(error)
-    if in_lines:
+    if in_lines and path:
         count, lines = _sample_lines(path)
         return count, [_parsed(line) for line in lines], wrong
+    if source is None:
+        return None, [], wrong
     sample, count = [], len(source.numbers)
     for index in range(0, count, math.ceil(count / SAMPLE_ROWS)):
         with contextlib.suppress(RowError):

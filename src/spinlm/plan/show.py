@@ -215,8 +215,6 @@ def refusals(plan: Plan) -> Iterator[str]:
     except ModelError as error:
         yield str(error)
     recipe, examples, asked = plan.recipe, plan.lengths.examples, plan.recipe.data.prompts or 1
-    if names_a_file(recipe.data.path) and not ((path := local(recipe.data.path)) and path.is_file()):
-        yield f"{recipe.data.path}: no such file. Set data.path."
     if plan.lengths.unreadable:
         yield plan.lengths.unreadable
     scorer = recipe.evaluate.scorer
@@ -242,7 +240,7 @@ def notes(plan: Plan) -> Iterator[str]:
     recipe, examples = plan.recipe, plan.lengths.examples
     if plan.shape is None:
         yield f"Memory, disk for players and time are missing: {plan.shape_source}."
-    here = names_a_file(recipe.data.path)
+    here = names_a_file(recipe.data.path) or local(recipe.data.path) is not None
     if examples is None and recipe.data.prompts is None and not plan.lengths.unreadable:
         why = f"files over {READ_WHOLE >> 20} MiB" if here else "data sets of the hub"
         yield (

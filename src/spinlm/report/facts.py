@@ -10,6 +10,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from spinlm.binding import filled
 from spinlm.evals.benchmarks import Scores, read_scores, scores_of
 from spinlm.files import read_json, read_json_lines
 from spinlm.order import START, player_name
@@ -206,7 +207,7 @@ class Facts:
 
 def facts(run: RunDir) -> Facts:
     """Read a run folder."""
-    return Facts(run, read_json(run.recipe), rows(run))
+    return Facts(run, filled(read_json(run.recipe)), rows(run))
 
 
 def _read(path: Path, otherwise: Any) -> Any:

@@ -14,8 +14,8 @@ from typing import Any
 from spinlm import __version__, team
 from spinlm.binding import bind_inputs
 from spinlm.config import Recipe
-from spinlm.data.examples import ROWS_TO_RECOGNISE, SPLITS, check_layout, select_examples
-from spinlm.data.sources import names_a_file, open_source
+from spinlm.data.examples import SPLITS, check_layout, select_examples
+from spinlm.data.sources import names_a_file
 from spinlm.errors import DataError, RecipeError
 from spinlm.evals.scorers import get_scorer
 from spinlm.files import atomic_file, file_digest, write_json
@@ -57,7 +57,7 @@ def prepare(recipe: Recipe, run: RunDir) -> None:
 
 def _examples(recipe: Recipe, run: RunDir, data: dict[str, Any]) -> None:
     if (path := local(recipe.data.path)) and path.suffix.lower() == ".jsonl":  # told before a model is unpacked
-        check_layout(open_source(recipe.data, ROWS_TO_RECOGNISE), recipe.data)
+        check_layout(recipe.data)
     ensure_base(recipe.model, run)
     players = seat(recipe, run)
     own = recipe.warmup_sft.prompts if recipe.warmup_sft else None
