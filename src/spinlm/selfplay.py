@@ -55,7 +55,7 @@ def run(recipe: Recipe, run_dir: Path, *, fresh: bool = False, start_from: Path 
         first(folder.failure.unlink, missing_ok=True)
         try:
             play(recipe, folder)
-        except Exception as error:  # whatever it is, it goes on its way
+        except Exception as error:  # to be noted; it is raised again, whatever it is
             its_own = isinstance(error, SpinError) or size() == 1  # and no echo of what another process met
             if is_first() and its_own and not isinstance(error, StoppedError | PeerError):
                 folder.note_failure(error)

@@ -601,6 +601,20 @@ def test_a_file_that_cannot_be_read_is_refused_by_the_plan(tmp_path: Path) -> No
     assert not any("counted" in note for note in notes(plan))
 
 
+def test_lines_that_may_not_be_read_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = data_file(tmp_path, [{"prompt": "p", "response": "r"}] * 20)
+    opened = Path.open
+
+    def refuse(self: Path, *how: Any, **more: Any) -> Any:
+        if self == Path(path):
+            raise PermissionError(13, "Permission denied", path)
+        return opened(self, *how, **more)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    (reason,) = refusals(make_plan(recipe(data={"path": path})))
+    assert f"{path}: cannot be read" in reason
+
+
 def test_a_home_of_nobody_is_refused() -> None:
     plan = make_plan(recipe(data={"path": "~no_such_user/d.csv"}))
     assert list(refusals(plan)) == ["~no_such_user/d.csv: no such file"]

@@ -124,8 +124,9 @@ def _look(data: Data) -> tuple[int | None, list[Any], str]:
     except DataError as error:
         wrong = str(error)
     if in_lines and path:
-        count, lines = _sample_lines(path)
-        return count, [_parsed(line) for line in lines], wrong
+        with contextlib.suppress(OSError):  # which has been told by now
+            count, lines = _sample_lines(path)
+            return count, [_parsed(line) for line in lines], wrong
     if source is None:
         return None, [], wrong
     sample, count = [], len(source.numbers)
