@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from training import Shape as Work
 
-from spinlm.plan.shapes import Shape, shape_from_config
+from spinlm.plan.model_shape import Shape, shape_from_config
 
 SMOLLM2 = shape_from_config(
     {

@@ -28,10 +28,10 @@ class Bench:
     """One model in memory, and the ways to sample from it."""
 
     def __init__(self, data: str, prompts: int, new: int, dtype: str):
+        from spinlm.generation.local import LocalEngine
         from spinlm.model.players import Players
-        from spinlm.opponents.local import LocalOpponent
-        from spinlm.recipe import parse_recipe
-        from spinlm.rundir import RunDir
+        from spinlm.recipe.load import parse_recipe
+        from spinlm.rundir.layout import RunDir
 
         self.folder = tempfile.TemporaryDirectory()
         recipe = parse_recipe(
@@ -43,13 +43,13 @@ class Bench:
         self.prompts = [self.players.renderer.prompt_ids(_prompt(row)) for row in rows]
         self.new = new
         self.stop_ids = self.players.renderer.stop_ids
-        self.engine = LocalOpponent(self.players.logprobs, recipe.opponent.batch_size, "tree")
+        self.engine = LocalEngine(self.players.logprobs, recipe.opponent.batch_size, "tree")
 
     def spinlm(self, seed: int, temperature: float = 1.0, new: int | None = None) -> list[list[int]]:
-        from spinlm.records import Sampling
+        from spinlm.rundir.records import Sampling
 
         sampling = Sampling(temperature, 1.0, new or self.new, 4096, 1, self.stop_ids)
-        answers = self.engine.answer(self.prompts, sampling, seed, lambda ended, tokens: None)
+        answers = self.engine.generate(self.prompts, sampling, seed, lambda ended, tokens: None)
         return [answer.token_ids for (answer,) in answers]
 
     def transformers(

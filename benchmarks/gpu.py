@@ -74,13 +74,13 @@ def measure(
 ) -> dict[str, Any]:
     import torch
 
-    from spinlm.config import Lora
+    from spinlm.generation.local import LocalEngine
     from spinlm.model.attention import register_tree_attention
-    from spinlm.model.memory import kept_bytes, switch_checkpointing
-    from spinlm.model.trees import Tree, lay_out
-    from spinlm.opponents.local import LocalOpponent
-    from spinlm.plan.shapes import shape_from_config
-    from spinlm.records import Sampling
+    from spinlm.model.prefix_trees import PrefixTree, pack_batch
+    from spinlm.plan.model_shape import shape_from_config
+    from spinlm.recipe.schema import Lora
+    from spinlm.rundir.records import Sampling
+    from spinlm.training.activation_checkpointing import saved_activation_bytes, switch_checkpointing
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -96,8 +96,8 @@ def measure(
     def ids(count: int) -> list[int]:
         return torch.randint(3, CONFIGS[model]["vocab_size"], (count,), generator=generator).tolist()
 
-    batch = [Tree(ids(prompt), tuple(ids(response) for _ in range(1 + opponents))) for _ in range(trees)]
-    layout = lay_out(batch, "tree").to(device)
+    batch = [PrefixTree(ids(prompt), tuple(ids(response) for _ in range(1 + opponents))) for _ in range(trees)]
+    layout = pack_batch(batch, "tree").to(device)
 
     def step() -> None:
         player.train()
@@ -109,14 +109,15 @@ def measure(
         with torch.no_grad():
             player(layout)
 
-    engine = LocalOpponent(player, rows, "tree")
+    engine = LocalEngine(player, rows, "tree")
     prompts = [ids(prompt) for _ in range(rows)]
 
     def generate() -> None:
-        engine.answer(prompts, Sampling(1.0, 1.0, response, prompt + response, 1, ()), 0, lambda *_: None)
+        engine.generate(prompts, Sampling(1.0, 1.0, response, prompt + response, 1, ()), 0, lambda *_: None)
 
     seconds = {
-        name: _median(run, count, device) for name, run, count in (("step", step, steps), ("score", score, steps))
+        name: _median(run, count, device)
+        for name, run, count in (("step", step, steps), ("reference_logprobs", score, steps))
     }
     memory = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None
     seconds["generate"] = _median(generate, 1, device)
@@ -124,10 +125,12 @@ def measure(
     step_flops, score_flops = flops(shape, work)
     rate = 1e9 * peak(str(dtype).split(".")[1], device.type, torch.get_num_threads())
     token = (prompt + 3 * response, prompt + 2 * response)  # of a tree with two synthetic responses, and with one
-    per_token = {name: seconds[name] / (trees * length) for name in ("step", "score")}
+    per_token = {name: seconds[name] / (trees * length) for name in ("step", "reference_logprobs")}
     hours = sum(
         PROMPTS * seconds["generate"] / rows
-        + PROMPTS * token[0 if used == 2 else 1] * (EPOCHS * per_token["step"] + per_token["score"])
+        + PROMPTS
+        * token[0 if used == 2 else 1]
+        * (EPOCHS * per_token["step"] + per_token["reference_logprobs"])
         for used in PLAYED
     )
     return {
@@ -136,13 +139,13 @@ def measure(
         "flex_attention": player.uses_flex(device),
         "tokens_in_a_micro_batch": trees * length,
         "seconds": seconds,
-        "pairs_per_second_over_two_epochs": work.pairs / (EPOCHS * seconds["step"] + seconds["score"]),
+        "pairs_per_second_over_two_epochs": work.pairs / (EPOCHS * seconds["step"] + seconds["reference_logprobs"]),
         "generated_tokens_per_second": rows * response / seconds["generate"],
         "matmul_peak_tflops": rate / 1e12,
         "utilisation_step": step_flops / seconds["step"] / rate,
-        "utilisation_score": score_flops / seconds["score"] / rate,
+        "utilisation_score": score_flops / seconds["reference_logprobs"] / rate,
         "peak_gigabytes": memory,
-        "kept_kilobytes_per_token": kept_bytes(player, "tree", length) / 1e3,
+        "kept_kilobytes_per_token": saved_activation_bytes(player, "tree", length) / 1e3,
         "planned_kilobytes_per_token": shape.activation_bytes(
             dtype.itemsize, length, Lora(r=rank), checkpointing=checkpointed
         )

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-SMALL = ("data.prompts=24", "data.heldout=24", "warmup_sft.prompts=48", "warmup_sft.epochs=1", "selfplay.iterations=1")
+SMALL = ("data.prompts=24", "data.heldout=24", "sft.prompts=48", "sft.epochs=1", "selfplay.iterations=1")
 RECIPE = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
 
 
@@ -22,11 +22,11 @@ def main() -> None:
     import torch
     from accelerate import Accelerator
 
+    from spinlm.generation import local
     from spinlm.model import fused, loading, players
     from spinlm.model.decoding import RaggedRows
     from spinlm.model.logprobs import LogProbs
-    from spinlm.opponents import local
-    from spinlm.recipe import load_recipe
+    from spinlm.recipe.load import load_recipe
     from spinlm.selfplay import run
 
     imported = time.perf_counter() - began

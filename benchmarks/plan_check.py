@@ -23,19 +23,19 @@ from typing import Any
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 RECIPE = RECIPES / "quickstart.yaml"
-FEW = ("warmup_sft.epochs=1",)
-FIRST = ("data.prompts=64", "data.heldout=32", "warmup_sft.prompts=64", *FEW)
+FEW = ("sft.epochs=1",)
+FIRST = ("data.prompts=64", "data.heldout=32", "sft.prompts=64", *FEW)
 JOINED = (
-    *("data.prompts=40", "data.heldout=24", "warmup_sft.prompts=48", *FEW, "opponent.max_new_tokens=160"),
+    *("data.prompts=40", "data.heldout=24", "sft.prompts=48", *FEW, "opponent.max_new_tokens=160"),
     *("train.max_length=640", "selfplay.iterations=1", "evaluate.scorer=null"),
 )
 GIVEN = (
-    *("data.prompts=32", "data.heldout=24", "warmup_sft.prompts=32", *FEW, "opponent.max_new_tokens=200"),
+    *("data.prompts=32", "data.heldout=24", "sft.prompts=32", *FEW, "opponent.max_new_tokens=200"),
     *("train.max_length=512", "train.epochs=2", "selfplay.iterations=1", "evaluate.scorer=null"),
 )
-SMALL = ("data.prompts=24", "data.heldout=16", "warmup_sft.prompts=24", "selfplay.iterations=1", "train.epochs=1")
+SMALL = ("data.prompts=24", "data.heldout=16", "sft.prompts=24", "selfplay.iterations=1", "train.epochs=1")
 TOLERANCE = 0.25
-STAGES = ("warmup", "generate", "score", "train", "evaluate")
+STAGES = ("sft", "generate", "reference_logprobs", "train", "evaluate")
 
 
 def join_rows(path: Path, together: int = 4) -> None:
@@ -57,7 +57,7 @@ def predict(overrides: list[str]) -> tuple[dict[str, float], dict[str, float]]:
     from spinlm.plan import make_plan
     from spinlm.plan.devices import CPU
     from spinlm.plan.disk import disk
-    from spinlm.recipe import load_recipe
+    from spinlm.recipe.load import load_recipe
 
     plan = make_plan(load_recipe(RECIPE, overrides))
     assert plan.shape
@@ -77,37 +77,36 @@ def predict(overrides: list[str]) -> tuple[dict[str, float], dict[str, float]]:
         "files": sum(room.files for room in rooms.values()),
     }
     hours = [plan.hours(plan.shape, CPU, work) for work in plan.work]
-    seconds = {name: 3600 * sum(getattr(one, name) for one in hours[1:]) for name in ("generate", "score", "train")}
-    seconds |= {"warmup": 3600 * hours[0].train, "evaluate": 3600 * sum(one.evaluate for one in hours)}
+    seconds = {name: 3600 * sum(getattr(one, name) for one in hours[1:]) for name in ("generate", "train")}
+    seconds["reference_logprobs"] = 3600 * sum(one.score for one in hours[1:])
+    seconds |= {"sft": 3600 * hours[0].train, "evaluate": 3600 * sum(one.evaluate for one in hours)}
     return amounts, seconds
 
 
 def measure(folder: Path) -> tuple[dict[str, float], dict[str, float]]:
     """The same of a finished run, from its folder."""
-    from spinlm.files import read_json
-    from spinlm.order import START
-    from spinlm.records import Example, Generation, HeldOutAnswer, HeldOutSample, read_lines, read_pairs
-    from spinlm.rundir import RunDir
+    from spinlm.rundir.layout import RunDir
+    from spinlm.rundir.records import Example, Generation, HeldoutGreedy, HeldoutSampled, read_lines, read_pairs
+    from spinlm.rundir.stage_graph import START
+    from spinlm.utils.atomic import read_json
 
     run = RunDir(folder)
     epochs = read_json(run.recipe)["train"]["epochs"]
-    warm = read_json(run.recipe)["warmup_sft"]["epochs"]
+    warm = read_json(run.recipe)["sft"]["epochs"]
     found: dict[str, float] = defaultdict(float)
     seconds: dict[str, float] = defaultdict(float)
-    examples = {split: list(read_lines(run.examples(split), Example)) for split in ("train", "heldout", "warmup")}
+    examples = {split: list(read_lines(run.examples(split), Example)) for split in ("train", "heldout", "sft")}
     held = {one.id: len(one.prompt_ids) + len(one.response_ids) - 1 for one in examples["heldout"]}
     everyone = [one for split in examples.values() for one in split]
     found["prompt, tokens"] = sum(len(one.prompt_ids) for one in everyone) / len(everyone)
     found["real response, tokens"] = sum(len(one.response_ids) for one in everyone) / len(everyone)
-    found["tokens trained on"] = warm * sum(
-        len(one.prompt_ids) + len(one.response_ids) - 1 for one in examples["warmup"]
-    )
-    found["optimiser steps"] = len(run.step_metrics.read_text().splitlines())
+    found["tokens trained on"] = warm * sum(len(one.prompt_ids) + len(one.response_ids) - 1 for one in examples["sft"])
+    found["optimiser steps"] = len(run.train_log.read_text().splitlines())
     iterations = [START, *(int(path.name.split("-")[1]) for path in folder.glob("iteration-*"))]
     for iteration in iterations:
         place = run.iteration(iteration)
-        samples = {one.id: one.token_ids for one in read_lines(run.samples(iteration), HeldOutSample)}
-        answers = [one.token_ids for one in read_lines(run.answers(iteration), HeldOutAnswer)]
+        samples = {one.id: one.token_ids for one in read_lines(run.heldout_sampled(iteration), HeldoutSampled)}
+        answers = [one.token_ids for one in read_lines(run.heldout_greedy(iteration), HeldoutGreedy)]
         replies = [one.token_ids for path in place.glob("generations/*") for one in read_lines(path, Generation)]
         found["tokens generated"] += sum(map(len, [*answers, *samples.values(), *replies]))
         # Read by the player beside the opponent's responses to the same prompts, which are added below, and by θ_0.
@@ -155,12 +154,12 @@ def table(names: list[str], predicted: dict[str, float], measured: dict[str, flo
 
 def play(folder: Path, overrides: list[str], processor: bool) -> None:
     """A run in this process."""
-    from spinlm import rundir
-    from spinlm.recipe import load_recipe
+    from spinlm.recipe.load import load_recipe
+    from spinlm.rundir import layout
     from spinlm.selfplay import run
 
     if processor:
-        vars(rundir)["time"] = SimpleNamespace(
+        vars(layout)["time"] = SimpleNamespace(
             **vars(time) | {"monotonic": time.process_time}
         )  # what markers say of stages
     run(load_recipe(RECIPE, overrides), folder)

@@ -11,11 +11,11 @@ import textwrap
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from spinlm.order import START
 from spinlm.plan import Plan, make_plan
 from spinlm.plan.devices import GPU
 from spinlm.plan.disk import disk, total
-from spinlm.recipe import load_recipe
+from spinlm.recipe.load import load_recipe
+from spinlm.rundir.stage_graph import START
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "zephyr-7b-ultrachat.yaml"
 PROMPT, RESPONSE = 300, 250  # tokens in a typical example, and a response of the opponent is as long
@@ -80,7 +80,7 @@ def _fits(size: int) -> str:
 
 
 def table(scale: Scale) -> str:
-    head = ["GPUs", "prepare", "generate", "score", "train", "evaluate", "GB train", "GB generate"]
+    head = ["GPUs", "prepare", "generate", "reference_logprobs", "train", "evaluate", "GB train", "GB generate"]
     head += ["sent in a step", "sending", "TB", "files"]
     rows = [head, ["---"] * len(head), *(row(scale, *spread) for spread in scale.spread)]
     changes = f": {', '.join(f'`{change}`' for change in scale.changes)}" if scale.changes else ""

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-STAGES = ("prepare", "generate", "score", "train")
+STAGES = ("prepare", "generate", "reference_logprobs", "train")
 WORDS = ("red", "stone", "river", "seven", "lamp", "green", "orange", "table", "north", "wind", "paper", "under")
 
 
@@ -48,22 +48,22 @@ def stage(name: str, folder: Path, rows: int) -> None:
 
     import torch
 
-    from spinlm.binding import bind
     from spinlm.model.players import seat
-    from spinlm.recipe import parse_recipe
-    from spinlm.rundir import RunDir
+    from spinlm.recipe.load import parse_recipe
+    from spinlm.rundir.layout import RunDir
+    from spinlm.rundir.provenance import claim_recipe
 
     torch.set_num_threads(1)
     parsed, run = parse_recipe(recipe(folder, rows)), RunDir(folder / f"run-{rows}")
     if name == "prepare":
-        bind(run, parsed.model_dump(mode="json"), ())
+        claim_recipe(run, parsed.model_dump(mode="json"), ())
     _ = seat(parsed, run).model
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak of loading
     before = _peak()
     began = time.perf_counter()
     work = getattr(importlib.import_module(f"spinlm.stages.{name}"), name)
     if name == "prepare":
-        from spinlm.stages.warmup import warmup
+        from spinlm.stages.sft import warmup
 
         work(parsed, run)
         warmup(parsed, run)

@@ -88,7 +88,7 @@ def compare(shape: Shape, rounds: int, contenders: tuple[str, ...] = CONTENDERS)
         scores: dict[str, list[float]] = {name: [] for name in workers}
         for _ in range(rounds):
             for name, worker in workers.items():
-                scores[name].append(worker.ask("score")["seconds"])
+                scores[name].append(worker.ask("reference_logprobs")["seconds"])
                 seconds[name].append(worker.ask("step")["seconds"])
         results = {}
         for name, worker in workers.items():
@@ -158,7 +158,7 @@ def work(name: str, shape: Shape, folder: Path) -> None:
 
                 save_file({key: value.contiguous() for key, value in grads.items()}, folder / f"{name}.safetensors")
                 answer = {"loss": loss}
-            case "score":
+            case "reference_logprobs":
                 contender.score()
                 answer = {"seconds": time.perf_counter() - began}
             case "step":
@@ -188,11 +188,11 @@ def _gradients(model: Any) -> dict[str, Any]:
 
 class _Ours:
     def __init__(self, shape: Shape, checkpointed: bool = False):
-        from spinlm.model.optimizers import make_optimizer
         from spinlm.model.players import Players
-        from spinlm.model.trees import Tree
-        from spinlm.recipe import parse_recipe
-        from spinlm.rundir import RunDir
+        from spinlm.model.prefix_trees import PrefixTree
+        from spinlm.recipe.load import parse_recipe
+        from spinlm.rundir.layout import RunDir
+        from spinlm.training.optimizers import make_optimizer
 
         self.folder = tempfile.TemporaryDirectory()
         recipe = parse_recipe(
@@ -209,15 +209,15 @@ class _Ours:
         self.players = Players(recipe, RunDir(Path(self.folder.name)))
         self.players.make_room("tree")
         self.module = self.players.parallel().module
-        self.trees = [Tree(prompt, (real, *others)) for prompt, real, others in shape.groups()]
+        self.trees = [PrefixTree(prompt, (real, *others)) for prompt, real, others in shape.groups()]
         self.budget, self.pairs, self.recipe = recipe.train.tokens_per_micro_batch, shape.pairs, recipe
         trained = (parameter for _, parameter in self.players.parameters())
         self.optimizer = make_optimizer(recipe.train.optimizer, trained, 1e-6, recipe.train.weight_decay)
         self.score()
 
     def score(self) -> None:
-        from spinlm.model.fit import Item
-        from spinlm.model.trees import micro_batches
+        from spinlm.model.prefix_trees import micro_batches
+        from spinlm.training.trainer import Item
 
         values: dict[int, list[float]] = {}
         for chosen in micro_batches(self.trees, self.budget):
@@ -245,14 +245,14 @@ class _Ours:
         self.optimizer.zero_grad()
 
     def _backward(self) -> float:
-        from spinlm.model.trees import lay_out, micro_batches
-        from spinlm.stages.items import pair_objective
+        from spinlm.model.prefix_trees import micro_batches, pack_batch
+        from spinlm.training.batches import pair_objective
 
         self.module.train()
         objective, total = pair_objective(self.recipe, 0), 0.0
         for chosen in micro_batches(self.trees, self.budget):
             part = [self.items[index] for index in chosen]
-            loss = objective(self.module(lay_out([item.tree for item in part], "tree")), part).loss / self.pairs
+            loss = objective(self.module(pack_batch([item.tree for item in part], "tree")), part).loss / self.pairs
             loss.backward()
             total += loss.item()
         return total
@@ -268,11 +268,11 @@ class _Trl:
         from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
         from trl import DPOConfig, DPOTrainer
 
-        from spinlm.locate import locate
+        from spinlm.utils.model_path import resolve_model
 
         torch.manual_seed(0)
         best = name != "trl"
-        path = locate(MODEL)
+        path = resolve_model(MODEL)
         assert path is not None
         model = AutoModelForCausalLM.from_pretrained(
             path.parent, gguf_file=path.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32

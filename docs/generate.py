@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from spinlm.config import EXECUTION_ONLY, ONE, Recipe
+from spinlm.recipe.schema import MUTABLE_FIELDS, ONE, Recipe
 
 DOCS = Path(__file__).parent
 REFERENCE = """\
@@ -51,7 +51,7 @@ def _tables(section: type[BaseModel], name: str) -> Iterator[str]:
         kind = f"[section](#{path.replace('.', '')})" if below else _type(field)
         if below and type(None) in get_args(field.annotation) and field.default is not None:
             kind += ", or `null`"
-        changeable = " ⟳" if path in EXECUTION_ONLY or path.rpartition(".")[0] in EXECUTION_ONLY else ""
+        changeable = " ⟳" if path in MUTABLE_FIELDS or path.rpartition(".")[0] in MUTABLE_FIELDS else ""
         yield f"| `{key}`{changeable} | {kind} | {_default(field, bool(below))} | {_escaped(field.description or '')} |"
     yield ""
     for below, path in inner:

@@ -7,8 +7,8 @@ import torch
 from peft import PeftModel
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from spinlm.config import Recipe
-from spinlm.recipe import parse_recipe
+from spinlm.recipe.load import parse_recipe
+from spinlm.recipe.schema import Recipe
 from tiny import Kind, tiny_tokenizer
 
 _LLAMA_LIKE = {

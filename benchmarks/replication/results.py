@@ -16,10 +16,10 @@ from itertools import count, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spinlm.files import read_json, read_json_lines
-from spinlm.order import START, player_name
-from spinlm.paired import is_ahead
-from spinlm.rundir import RunDir
+from spinlm.report.compare import significantly_better
+from spinlm.rundir.layout import RunDir
+from spinlm.rundir.stage_graph import START, player_name
+from spinlm.utils.atomic import read_json, read_json_lines
 
 if TYPE_CHECKING:
     from play import Plan
@@ -57,11 +57,11 @@ class Run:
         return sum(read_json(self.run.marker("train", number))["steps"] for number in range(player + 1))
 
     def metrics(self, player: int) -> dict[str, Any]:
-        return dict(read_json(self.run.iteration_metrics(player)))
+        return dict(read_json(self.run.eval_metrics(player)))
 
     def values(self, player: int, measure: str) -> dict[str, float]:
         """Task score or NLL of each held-out prompt."""
-        return {row["id"]: float(row[measure]) for row in read_json_lines(self.run.answers(player))}
+        return {row["id"]: float(row[measure]) for row in read_json_lines(self.run.heldout_greedy(player))}
 
     @cached_property
     def selected(self) -> float:
@@ -74,7 +74,9 @@ class Run:
         for chosen_on, measured_on in (halves, halves[::-1]):
             best = START
             for player in self.players[1:]:
-                if is_ahead([scores[player][prompt] - scores[best][prompt] for prompt in chosen_on], errors):
+                if significantly_better(
+                    [scores[player][prompt] - scores[best][prompt] for prompt in chosen_on], errors
+                ):
                     best = player
             found += [scores[best][prompt] for prompt in measured_on]
         return statistics.fmean(found)
@@ -179,10 +181,10 @@ def _players(plan: "Plan", folder: Path, dataset: str) -> Iterator[str]:
                 _mean(found, "sampled_task_score", "{:.3f}"),
                 _mean(found, "heldout_nll", "{:.3f}"),
                 _mean(found, "pair_accuracy", "{:.2f}"),
-                _mean(found, "unfinished_share", "{:.1%}"),
-                _mean(found, "repetition", "{:.1%}"),
-                _mean(found, "discriminability", "{:.2f}"),
-                _mean(found, "drift", "{:+.3f}"),
+                _mean(found, "truncated_rate", "{:.1%}"),
+                _mean(found, "repeated_4grams", "{:.1%}"),
+                _mean(found, "probe_auc", "{:.2f}"),
+                _mean(found, "kl_from_start", "{:+.3f}"),
             ]
             name = "all" if player == START and arm.start == "shared" else arm.name
             yield f"| {name} | {player_name(player)} | {len(found)} | " + " | ".join(cells) + " |"

@@ -1,5 +1,5 @@
 """`python -m spinlm` is the command line."""
 
-from spinlm.cli import main
+from spinlm.cli.app import main
 
 main()

@@ -5,16 +5,16 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from spinlm.config import Recipe
-from spinlm.data.chat import RowError
-from spinlm.export import which_player
+from spinlm.data.renderer import RowError
+from spinlm.export.player import which_player
+from spinlm.generation import local_engine
 from spinlm.model.players import seat
-from spinlm.opponents import local_opponent
-from spinlm.order import START, player_name
-from spinlm.records import Message, Sampling
-from spinlm.rundir import RunDir
-from spinlm.summary import as_shown
-from spinlm.terminal import printable
+from spinlm.recipe.schema import Recipe
+from spinlm.report.summary import display_text
+from spinlm.rundir.layout import RunDir
+from spinlm.rundir.records import Message, Sampling
+from spinlm.rundir.stage_graph import START, player_name
+from spinlm.utils.console import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -93,9 +93,9 @@ def ask(
 
     for iteration in iterations:
         players.become(iteration)
-        opponent = local_opponent(recipe, players, run.facts("warmup", START)["packing"])
-        ((answer,),) = opponent.answer([prompt], sampling, seed, lambda ended, tokens: None, grown)
-        text = as_shown(decode(answer.token_ids), answer.finished, len(answer.token_ids))
+        opponent = local_engine(recipe, players, run.metadata("sft", START)["packing"])
+        ((answer,),) = opponent.generate([prompt], sampling, seed, lambda ended, tokens: None, grown)
+        text = display_text(decode(answer.token_ids), answer.finished, len(answer.token_ids))
         show(len(texts), text)
         texts.append(text)
     return texts

@@ -12,27 +12,27 @@ from typing import Any
 
 import torch
 
-from spinlm.config import MEMORY_MARGIN, Objective, Recipe
 from spinlm.errors import DataError, ModelError
-from spinlm.evals.heldout import judge_real
-from spinlm.files import read_json
-from spinlm.model.fit import Item
-from spinlm.model.loading import add_adapter, load_model, silence_dropout
+from spinlm.evals.heldout import real_nll_and_margins
+from spinlm.generation import local_engine, open_engine
+from spinlm.model.loading import add_adapter, disable_dropout, load_model
 from spinlm.model.logprobs import LogProbs
-from spinlm.model.memory import free_bytes
 from spinlm.model.players import Players, seat
+from spinlm.model.prefix_trees import PrefixTree, micro_batches, pack_batch
 from spinlm.model.quantize import count
-from spinlm.model.trees import Tree, lay_out, micro_batches
-from spinlm.opponents import local_opponent, open_opponent
-from spinlm.order import START
 from spinlm.plan import make_plan, refusals
-from spinlm.records import Example, Generation, read_lines
-from spinlm.rundir import RunDir
+from spinlm.recipe.schema import MEMORY_MARGIN, Objective, Recipe
+from spinlm.rundir.layout import RunDir
+from spinlm.rundir.records import Example, Generation, read_lines
+from spinlm.rundir.stage_graph import START
 from spinlm.stages.generate import generate, opponent_sampling
-from spinlm.stages.items import PairItems, pair_objective
 from spinlm.stages.prepare import prepare
-from spinlm.stages.score import score
-from spinlm.stages.warmup import warmup
+from spinlm.stages.reference_logprobs import score
+from spinlm.stages.sft import warmup
+from spinlm.training.activation_checkpointing import free_bytes
+from spinlm.training.batches import PairItems, pair_objective
+from spinlm.training.trainer import Item
+from spinlm.utils.atomic import read_json
 
 EXAMPLES = 8
 TIE = 0.1  # nats between two tokens that another order of sums may swap
@@ -56,7 +56,7 @@ def check(recipe: Recipe) -> Iterator[str]:
     small = recipe.model_copy(
         update={
             "data": recipe.data.model_copy(update=few),
-            "warmup_sft": None,
+            "sft": None,
             "objective": Objective() if recipe.objective.name == "sft" else recipe.objective,
             "tracking": [],
         }
@@ -94,17 +94,17 @@ def check(recipe: Recipe) -> Iterator[str]:
         yield from _about_answers(run, generations)
         yield from _about_engine(small, players, run, generations, noted["packing"])
         score(small, run, 0)
-        facts = run.facts("score", 0)["train"]
-        if "sampler_gap_mean" in facts:
+        facts = run.metadata("reference_logprobs", 0)["train"]
+        if "logprob_mismatch_mean" in facts:
             yield (
-                f"scoring: sampler and scorer differ by {facts['sampler_gap_mean']:.1e} nats per token on average, "
-                f"{facts['sampler_gap_worst']:.1e} at worst"
+                f"scoring: sampler and scorer differ by {facts['logprob_mismatch_mean']:.1e} nats per token on average, "
+                f"{facts['logprob_mismatch_max']:.1e} at worst"
             )
         yield (
-            f"synthetic responses: {facts['identical_share']:.0%} equal the real one, {facts['unfinished_share']:.0%} "
+            f"synthetic responses: {facts['identical_rate']:.0%} equal the real one, {facts['truncated_rate']:.0%} "
             "did not end"
         )
-        regime, advice = _about_regime(small, players, run, warm=recipe.warmup_sft is None)
+        regime, advice = _about_regime(small, players, run, warm=recipe.sft is None)
         yield regime
         yield from (f"  {one}" for one in advice)
         pairs = PairItems([run.pairs(0, "train", 0)], recipe.train.batch_size)
@@ -138,17 +138,17 @@ def _about_engine(
     recipe: Recipe, players: Players, run: RunDir, sampled: list[Generation], packing: str
 ) -> Iterator[str]:
     """Whether the recipe's engine answers as the transformers engine does, greedily, and where they first differ."""
-    if recipe.opponent.engine == "transformers" or recipe.preferences:
+    if recipe.opponent.engine == "local" or recipe.preferences:
         return
     examples = list(read_lines(run.examples("train"), Example))
     prompts = [example.prompt_ids for example in examples]
     sampling = replace(opponent_sampling(recipe, players), temperature=0.0, top_p=1.0, samples=1)
-    with open_opponent(recipe, players, 0, packing) as engine:
-        answers = [given[0] for given in engine.answer(prompts, sampling, 0, lambda ended, tokens: None)]
+    with open_engine(recipe, players, 0, packing) as engine:
+        answers = [given[0] for given in engine.generate(prompts, sampling, 0, lambda ended, tokens: None)]
     theirs, as_text = [answer.token_ids for answer in answers], any(answer.retokenised for answer in answers)
     players.become(START)
-    own = local_opponent(recipe, players, packing)
-    ours = [given[0].token_ids for given in own.answer(prompts, sampling, 0, lambda ended, tokens: None)]
+    own = local_engine(recipe, players, packing)
+    ours = [given[0].token_ids for given in own.generate(prompts, sampling, 0, lambda ended, tokens: None)]
     told: Callable[[list[int]], Any] = players.renderer.decode if as_text else list  # text may have had other tokens
     differ = [number for number, (mine, its) in enumerate(zip(ours, theirs, strict=True)) if told(mine) != told(its)]
     name = recipe.opponent.engine
@@ -182,7 +182,7 @@ def _first_difference(
     same = next((at for at, (a, b) in enumerate(zip(mine, its, strict=False)) if a != b), None)
     if same is None:
         return f"answer {number + 1} is {len(its)} tokens long there and {len(mine)} here, as far as that the same"
-    tree = Tree(prompts[number] + mine[:same], ([mine[same]], [its[same]]))
+    tree = PrefixTree(prompts[number] + mine[:same], ([mine[same]], [its[same]]))
     likely, less = players.response_logprobs([tree], packing)
     words = [repr(players.tokenizer.decode([ids[same]])) for ids in (its, mine)]
     verdict = (
@@ -212,12 +212,12 @@ def _about_regime(recipe: Recipe, players: Players, run: RunDir, *, warm: bool) 
         return "regime: not looked at, since the data's own pairs are trained on", []
     if not warm:
         return "regime: not looked at, since the warm-up, which this check leaves out, decides it", []
-    packing, budget = run.facts("warmup", START)["packing"], recipe.train.tokens_per_micro_batch
+    packing, budget = run.metadata("sft", START)["packing"], recipe.train.tokens_per_micro_batch
     nll, own, longest = {}, [], 0
     for split in ("train", "heldout"):
         examples = list(read_lines(run.examples(split), Example))
         longest = max(longest, *(len(one.response_ids) for one in examples))
-        nll[split] = statistics.fmean(judge_real(players, examples, packing, budget).nll)
+        nll[split] = statistics.fmean(real_nll_and_margins(players, examples, packing, budget).nll)
         drawn = list(read_lines(run.generations(0, split, 0), Generation))
         own += [(-one.logprob, len(one.token_ids)) for one in drawn if one.logprob is not None]
     samples = sum(value for value, _ in own) / sum(tokens for _, tokens in own) if own else None
@@ -226,10 +226,10 @@ def _about_regime(recipe: Recipe, players: Players, run: RunDir, *, warm: bool) 
         f"{nll['heldout']:.2f} on held-out ones"
         + ("" if samples is None else f"; the model's own samples {samples:.2f}")
     )
-    facts, advice = run.facts("score", 0)["train"], []
-    if facts["identical_share"] >= REPEATED:
+    facts, advice = run.metadata("reference_logprobs", 0)["train"], []
+    if facts["identical_rate"] >= REPEATED:
         advice.append(
-            f"{facts['identical_share']:.0%} of the responses repeat the real one: little is left to learn. Take "
+            f"{facts['identical_rate']:.0%} of the responses repeat the real one: little is left to learn. Take "
             "prompts that the model was not tuned on, or a model tuned for fewer epochs"
         )
     if samples is not None and nll["heldout"] > UNDERTRAINED * samples:
@@ -237,10 +237,10 @@ def _about_regime(recipe: Recipe, players: Players, run: RunDir, *, warm: bool) 
             "the real responses are much less likely to it than its own: it has not learned this data yet. More "
             "supervised fine-tuning is cheaper than self-play and gains more here; compare with objective={name: sft}"
         )
-    if facts["unfinished_share"] >= REPEATED:
+    if facts["truncated_rate"] >= REPEATED:
         limit = recipe.opponent.max_new_tokens
         advice.append(
-            f"{facts['unfinished_share']:.0%} of the model's responses do not end within {limit} tokens. "
+            f"{facts['truncated_rate']:.0%} of the model's responses do not end within {limit} tokens. "
             + (
                 f"Real ones take up to {longest}: raise opponent.max_new_tokens"
                 if longest > limit
@@ -256,7 +256,9 @@ def _about_first_step(recipe: Recipe, players: Players, items: list[Item], packi
     total = 0.0
     for item in items:
         with torch.no_grad():
-            total += objective(players.logprobs(lay_out([item.tree], packing).to(players.device)), [item]).loss.item()
+            total += objective(
+                players.logprobs(pack_batch([item.tree], packing).to(players.device)), [item]
+            ).loss.item()
     loss = total / sum(len(item.pairs) for item in items)
     gap = abs(loss - math.log(2))
     if gap > 0.02:
@@ -275,7 +277,7 @@ def _about_precision(recipe: Recipe, players: Players, items: list[Item], packin
         return f"precision: {players.dtype}; its margin error is measured for LoRA only"
     exact = load_model(recipe.model, players.path, torch.float32, quantize=bool(recipe.lora.quantize))
     exact = add_adapter(exact, recipe.lora, recipe.seed).to(players.device)
-    silence_dropout(exact)
+    disable_dropout(exact)
     reference = LogProbs(exact).eval()
     weights = dict(exact.named_parameters())
     before = _margins(players.logprobs, items, packing), _margins(reference, items, packing)
@@ -304,7 +306,7 @@ def _about_quantization(recipe: Recipe, players: Players, items: list[Item], pac
             "GB are free"
         )
     plain = load_model(recipe.model, players.path, players.dtype).to(players.device)
-    silence_dropout(plain)
+    disable_dropout(plain)
     ours, theirs = (_per_token(model, items, packing) for model in (players.logprobs, LogProbs(plain)))
     real = torch.cat([torch.arange(len(item.tree.responses)) == 0 for item in items])
     apart = (ours - theirs).abs()
@@ -320,7 +322,7 @@ def _per_token(logprobs: LogProbs, items: list[Item], packing: str) -> torch.Ten
     """Log-probability of each response divided by its tokens."""
     logprobs.eval()
     device = next(logprobs.parameters()).device
-    values = torch.cat([logprobs(lay_out([item.tree], packing).to(device)).cpu() for item in items])
+    values = torch.cat([logprobs(pack_batch([item.tree], packing).to(device)).cpu() for item in items])
     return values / torch.tensor([len(response) for item in items for response in item.tree.responses])
 
 
@@ -331,7 +333,7 @@ def _margins(logprobs: LogProbs, items: list[Item], packing: str) -> torch.Tenso
     device = next(logprobs.parameters()).device
     found = []
     for item in items:
-        values = logprobs(lay_out([item.tree], packing).to(device)).double().cpu()
+        values = logprobs(pack_batch([item.tree], packing).to(device)).double().cpu()
         found += [values[real] - values[synthetic] for real, synthetic in item.pairs]
     return torch.stack(found)
 
@@ -344,7 +346,7 @@ def _about_memory(recipe: Recipe, players: Players, items: list[Item], packing: 
     checkpointing = "on" if players.make_room(packing) else "off"
     players.logprobs.train()
     began = time.monotonic()
-    layout = lay_out([item.tree for item in part], packing).to(players.device)
+    layout = pack_batch([item.tree for item in part], packing).to(players.device)
     objective(players.logprobs(layout), part).loss.backward()
     seconds = time.monotonic() - began
     players.model.zero_grad()

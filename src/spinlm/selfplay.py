@@ -9,23 +9,23 @@ import socket
 import time
 from pathlib import Path
 
-from spinlm.binding import bind, differences
-from spinlm.branch import branch, check_source
-from spinlm.config import EXECUTION_ONLY, Recipe
+from spinlm.distributed.processes import all_gather, is_main_process, on_rank_zero, process_group, world_size
 from spinlm.errors import PeerError, RecipeError, RunError, SpinError, StoppedError
-from spinlm.interrupt import gentle_stop
 from spinlm.model.loading import ensure_base
 from spinlm.model.players import stand_up
-from spinlm.order import START
-from spinlm.rundir import RunDir
+from spinlm.recipe.schema import MUTABLE_FIELDS, Recipe
+from spinlm.rundir.fork import check_source, fork_from
+from spinlm.rundir.layout import RunDir
+from spinlm.rundir.provenance import claim_recipe, differences
+from spinlm.rundir.stage_graph import START
 from spinlm.stages.evaluate import evaluate
 from spinlm.stages.generate import generate
 from spinlm.stages.prepare import prepare
 from spinlm.stages.promote import promote
-from spinlm.stages.score import score
+from spinlm.stages.reference_logprobs import score
+from spinlm.stages.sft import warmup
 from spinlm.stages.train import train
-from spinlm.stages.warmup import warmup
-from spinlm.team import first, gather, is_first, joined, size
+from spinlm.utils.signals import graceful_shutdown
 
 VISIBLE = 10.0  # seconds until what one machine has written is seen by another
 
@@ -45,20 +45,20 @@ def run(recipe: Recipe, run_dir: Path, *, fresh: bool = False, start_from: Path 
     folder = RunDir(run_dir)
     source = None if start_from is None else RunDir(start_from)
     stand_up()  # an earlier run in this process has trained the model it loaded
-    with gentle_stop(), joined(), contextlib.ExitStack() as held:
+    with graceful_shutdown(), process_group(), contextlib.ExitStack() as held:
         _agree(recipe)
         if source is not None:
-            first(check_source, recipe, folder, source)  # before anything is deleted
-        first(held.enter_context, folder.locked())
-        first(_lay_out, recipe, folder, source, fresh)
+            on_rank_zero(check_source, recipe, folder, source)  # before anything is deleted
+        on_rank_zero(held.enter_context, folder.locked())
+        on_rank_zero(_lay_out, recipe, folder, source, fresh)
         _see(folder)
-        first(folder.failure.unlink, missing_ok=True)
+        on_rank_zero(folder.error_file.unlink, missing_ok=True)
         try:
             play(recipe, folder)
         except Exception as error:  # to be noted; it is raised again, whatever it is
-            its_own = isinstance(error, SpinError) or size() == 1  # and no echo of what another process met
-            if is_first() and its_own and not isinstance(error, StoppedError | PeerError):
-                folder.note_failure(error)
+            its_own = isinstance(error, SpinError) or world_size() == 1  # and no echo of what another process met
+            if is_main_process() and its_own and not isinstance(error, StoppedError | PeerError):
+                folder.write_error(error)
             raise
         finally:
             stand_up()
@@ -71,7 +71,7 @@ def _agree(recipe: Recipe) -> None:
     Raises:
         RecipeError: one was given another.
     """
-    theirs = gather((socket.gethostname(), recipe.model_dump(mode="json")))
+    theirs = all_gather((socket.gethostname(), recipe.model_dump(mode="json")))
     (host, expected), *others = theirs
     for number, (other, found) in enumerate(others, start=1):
         if differing := differences(expected, found):
@@ -88,11 +88,11 @@ def _see(folder: RunDir) -> None:
     Raises:
         RunError: one does not.
     """
-    expected = first(folder.holder)
+    expected = on_rank_zero(folder.lock_owner)
     deadline = time.monotonic() + VISIBLE
-    while (seen := folder.holder()) != expected and time.monotonic() < deadline:
+    while (seen := folder.lock_owner()) != expected and time.monotonic() < deadline:
         time.sleep(0.5)
-    for number, (host, same) in enumerate(gather((socket.gethostname(), seen == expected))):
+    for number, (host, same) in enumerate(all_gather((socket.gethostname(), seen == expected))):
         if not same:
             raise RunError(
                 f"{folder.root.absolute()}: process {number} on {host} does not see the folder that the first process "
@@ -103,15 +103,15 @@ def _see(folder: RunDir) -> None:
 def _lay_out(recipe: Recipe, folder: RunDir, source: RunDir | None, fresh: bool) -> None:
     if fresh:
         folder.clear()
-    bind(folder, recipe.model_dump(mode="json"), EXECUTION_ONLY)
+    claim_recipe(folder, recipe.model_dump(mode="json"), MUTABLE_FIELDS)
     if source is not None:
-        branch(recipe, folder, source)
+        fork_from(recipe, folder, source)
 
 
 def play(recipe: Recipe, folder: RunDir) -> None:
     """The stages of a run in order. A stage that is complete does nothing."""
-    first(prepare, recipe, folder)
-    first(ensure_base, recipe.model, folder)
+    on_rank_zero(prepare, recipe, folder)
+    on_rank_zero(ensure_base, recipe.model, folder)
     warmup(recipe, folder)
     evaluate(recipe, folder, START)
     for iteration in range(recipe.selfplay.iterations):
@@ -119,5 +119,5 @@ def play(recipe: Recipe, folder: RunDir) -> None:
         score(recipe, folder, iteration)
         train(recipe, folder, iteration)
         evaluate(recipe, folder, iteration)
-        if not first(promote, recipe, folder, iteration):
+        if not on_rank_zero(promote, recipe, folder, iteration):
             break

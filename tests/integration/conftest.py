@@ -93,14 +93,14 @@ def rewind(tmp_path) -> Callable[..., Path]:
         shutil.copytree(reference, run, symlinks=True)
         for later in range(iteration + 1, ITERATIONS):
             shutil.rmtree(run / f"iteration-{later}")
-        stages = ("generate", "score", "train", "evaluate", "promote")
+        stages = ("generate", "reference_logprobs", "train", "evaluate", "promote")
         for undone in stages[stages.index(stage) :]:
             for name in UNDO[undone]:
                 path = run / f"iteration-{iteration}" / name
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         before = [line for line in steps(run) if line["stage"] != "train" or line["iteration"] < iteration]
         kept = [line for line in steps(run) if line["iteration"] == iteration] if stage in stages[3:] else []
-        write_rows(run / "metrics.jsonl", before + kept)
+        write_rows(run / "train_log.jsonl", before + kept)
         (run / "best").unlink()
         if iteration > 0:
             best = json.loads((run / f"iteration-{iteration - 1}" / "promote.done").read_text())["best"]
@@ -133,8 +133,8 @@ def stopped_in_training(world, cli, rewound) -> Path:
 
 UNDO = {
     "generate": ("generations", "generate.done"),
-    "score": ("pairs", "score.done"),
+    "reference_logprobs": ("pairs", "reference_logprobs.done"),
     "train": ("player", "train.done"),
-    "evaluate": ("answers.jsonl", "samples.jsonl", "metrics.json", "evaluate.done"),
-    "promote": ("promotion.json", "promote.done"),
+    "evaluate": ("heldout_greedy.jsonl", "heldout_sampled.jsonl", "eval.json", "evaluate.done"),
+    "promote": ("selection.json", "promote.done"),
 }

@@ -10,23 +10,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spinlm.order import START
-from spinlm.rundir import VARIABLE, RunDir
+from spinlm.rundir.layout import VOLATILE_KEYS, RunDir
+from spinlm.rundir.stage_graph import START
 
 RECIPE = """\
 # a tiny recipe
 model: {path: model}
 lora: {r: 4, alpha: 8, dropout: 0.1}
 data: {path: data.jsonl, prompts: 24, heldout: 10}
-warmup_sft: {epochs: 3, learning_rate: 2e-2, batch_size: 4}
+sft: {epochs: 3, learning_rate: 2e-2, batch_size: 4}
 opponent: {max_new_tokens: 6, shard_size: 4, batch_size: 4, temperature: 0.4}
 selfplay: {iterations: 2, guard: null}
 train:
   {epochs: 2, batch_size: 4, learning_rate: 2e-3, optimizer: adamw, max_length: 64, tokens_per_micro_batch: 128,
-   checkpoint_every: 5}
+   save_steps: 5}
 evaluate: {scorer: exact_match}
 """
-PROMPTS, HELDOUT, ITERATIONS, CHECKPOINT_EVERY, SHARDS = 24, 10, 2, 5, 6
+PROMPTS, HELDOUT, ITERATIONS, SAVE_STEPS, SHARDS = 24, 10, 2, 5, 6
 
 
 def write_rows(path: Path, rows: list[Any]) -> Path:
@@ -76,8 +76,8 @@ def readme_command(where: str) -> list[str]:
 
 
 def steps(run: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl, as far as they are complete."""
-    path = run / "metrics.jsonl"
+    """The lines of train_log.jsonl, as far as they are complete."""
+    path = run / "train_log.jsonl"
     lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
     return [json.loads(line) for line in lines]
 
@@ -91,8 +91,8 @@ def change_marker(path: Path, **facts: Any) -> None:
 def reseal(run: Path) -> None:
     """Make all markers fit what the run folder holds now, as if its stages had come to that."""
     folder = RunDir(run)
-    players = [("prepare", START), ("warmup", START), ("evaluate", START)]
-    stages = ("generate", "score", "train", "evaluate", "promote")
+    players = [("prepare", START), ("sft", START), ("evaluate", START)]
+    stages = ("generate", "reference_logprobs", "train", "evaluate", "promote")
     for stage, iteration in [*players, *((stage, iteration) for iteration in range(ITERATIONS) for stage in stages)]:
         if (marker := folder.marker(stage, iteration)).exists():
             noted = json.loads(marker.read_text(encoding="utf-8"))
@@ -112,11 +112,11 @@ def contents(run: Path) -> dict[str, str]:
         if path.is_symlink():
             found[name] = f"-> {path.readlink()}"
         elif path.suffix == ".done":
-            found[name] = json.dumps(without(json.loads(path.read_text(encoding="utf-8")), *VARIABLE))
-        elif path.is_file() and name not in ("lock", "provenance.json", "metrics.jsonl", "failure.txt"):
+            found[name] = json.dumps(without(json.loads(path.read_text(encoding="utf-8")), *VOLATILE_KEYS))
+        elif path.is_file() and name not in ("lock", "provenance.json", "train_log.jsonl", "error.txt"):
             found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
     timeless = [without(line, "tokens_per_second") for line in steps(run)]
-    return found | {"metrics.jsonl": json.dumps(timeless)}
+    return found | {"train_log.jsonl": json.dumps(timeless)}
 
 
 def assert_whole(run: Path) -> None:
@@ -142,7 +142,7 @@ def assert_whole(run: Path) -> None:
 
 def held_by(run: Path, pid: int) -> bool:
     """Whether the process has locked the run folder."""
-    return RunDir(run).holder().startswith(f"pid {pid} on ")
+    return RunDir(run).lock_owner().startswith(f"pid {pid} on ")
 
 
 @contextlib.contextmanager

@@ -15,14 +15,14 @@ from pathlib import Path
 import pytest
 import torch
 from commands import Cli, Result
-from runs import CHECKPOINT_EVERY, World, assert_whole, change_marker, contents, rows, steps, without, write_rows
+from runs import SAVE_STEPS, World, assert_whole, change_marker, contents, rows, steps, without, write_rows
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from models import save_tiny_model
 from spinlm.errors import RunError
-from spinlm.records import Generation, read_lines, read_pairs
-from spinlm.rundir import VARIABLE
+from spinlm.rundir.layout import VOLATILE_KEYS
+from spinlm.rundir.records import Generation, read_lines, read_pairs
 
 Refused = Callable[..., str]
 
@@ -65,7 +65,7 @@ def goes_on(cli: Cli, world: World, run: Path, *changes: str) -> None:
 
 def few(*changes: str) -> tuple[str, ...]:
     """Changes that make a run short."""
-    return ("warmup_sft=null", "selfplay.iterations=1", "train.epochs=1", "data.prompts=4", "data.heldout=2", *changes)
+    return ("sft=null", "selfplay.iterations=1", "train.epochs=1", "data.prompts=4", "data.heldout=2", *changes)
 
 
 # The recipe
@@ -94,7 +94,7 @@ def test_recipe_is_not_there(cli, tmp_path):
 def assert_nothing_made(run: Path) -> None:
     """A slip of the pen is told at once, not after hours of work."""
     made = {path.name for path in run.iterdir()}
-    assert made == {".seals", "lock", "recipe.resolved.json", "recipe.yaml", "failure.txt"}
+    assert made == {".seals", "lock", "recipe.resolved.json", "recipe.yaml", "error.txt"}
 
 
 def test_unknown_optimizer(refused, tmp_path):
@@ -179,7 +179,7 @@ def test_bad_rows_can_be_skipped(cli, world, tmp_path):
     path = write_rows(tmp_path / "rows.jsonl", [row for row, _ in BAD_ROWS.values()] + rows())
     changes = (f"data.path={path}", "data.on_bad_row=skip", "data.prompts=null", "data.heldout=2", *few()[:3])
     said = cli("run", world.recipe, *changes, "--run-dir", "run", folder=tmp_path)
-    found = json.loads((tmp_path / "run" / "examples" / "dropped.json").read_text())
+    found = json.loads((tmp_path / "run" / "examples" / "skipped_rows.json").read_text())
     assert {reason: found["dropped"][reason] for reason in BAD_ROWS} == dict.fromkeys(BAD_ROWS, 1)
     numbers = {reason: number for number, reason in enumerate(BAD_ROWS, start=1)}
     listed = [line for line in found["dropped_rows"] if line.split(": ")[1] in BAD_ROWS]
@@ -192,7 +192,7 @@ def test_bad_rows_can_be_skipped(cli, world, tmp_path):
 def test_fewer_rows_than_asked_for(refused):
     message = refused("data.prompts=100")
     assert "data.jsonl: not enough usable examples: 10 of 10 heldout, 37 of 100 train. Its 48 rows gave 47; " in message
-    assert message.endswith("Add rows, or lower data.heldout, data.prompts or warmup_sft.prompts")
+    assert message.endswith("Add rows, or lower data.heldout, data.prompts or sft.prompts")
 
 
 def test_row_can_be_corrected(refused, cli, world, tmp_path):
@@ -297,7 +297,7 @@ def test_model_without_weights(refused, world, tmp_path):
 def test_model_whose_weights_are_cut_off(refused, world, tmp_path):
     folder = shutil.copytree(world.model, tmp_path / "model")
     cut(folder / "model.safetensors", 0.5)
-    message = refused(f"model.path={folder}", failed="start/warmup.done")
+    message = refused(f"model.path={folder}", failed="start/sft.done")
     assert message.startswith(f"{folder}: the model cannot be loaded: ")
 
 
@@ -339,7 +339,7 @@ def test_model_with_a_weight_that_is_not_a_number(refused, world, tmp_path):
         model.model.layers[1].mlp.up_proj.weight[3, 5] = torch.nan
     folder = shutil.copytree(world.model, tmp_path / "model")
     model.save_pretrained(folder)
-    message = refused(f"model.path={folder}", failed="start/warmup.done")
+    message = refused(f"model.path={folder}", failed="start/sft.done")
     assert "nan" in message.lower() or "not finite" in message
     message = refused(f"model.path={folder}", *few(), failed="iteration-0/train.done", run=tmp_path / "without warm-up")
     assert str(folder) in message
@@ -350,7 +350,7 @@ def test_model_with_a_weight_that_is_not_a_number(refused, world, tmp_path):
 
 
 def test_loss_that_is_not_finite(refused, tmp_path):
-    changes = few("train.learning_rate=1e30", "train.checkpoint_every=1", "train.batch_size=1", "train.warmup=0.0")
+    changes = few("train.learning_rate=1e30", "train.save_steps=1", "train.batch_size=1", "train.warmup=0.0")
     message = refused(*changes, failed="iteration-0/train.done")
     run = tmp_path / "run"
     done = len(steps(run))
@@ -369,7 +369,7 @@ def test_run_folder_in_use(cli, world, reference, tmp_path):
     commands = [
         ("run", world.recipe, "--run-dir", run),
         ("run", world.recipe, "--fresh", "--run-dir", run),
-        *((stage, run, "--iteration", "1") for stage in ("generate", "score", "train", "evaluate")),
+        *((stage, run, "--iteration", "1") for stage in ("generate", "reference_logprobs", "train", "evaluate")),
     ]
     before = contents(run)
     with (run / "lock").open() as file:
@@ -442,7 +442,7 @@ def test_stages_out_of_order(stage_refused, rewound):
     run = rewound(0)
     hint = "`spinlm run` does all stages in order"
     for stage, iteration, before in (
-        ("score", 0, "generate of iteration 0"),
+        ("reference_logprobs", 0, "generate of iteration 0"),
         ("train", 0, "score of iteration 0"),
         ("evaluate", 0, "train of iteration 0"),
         ("generate", 1, "train of iteration 0"),
@@ -486,11 +486,11 @@ def cut_in_a_line(path: Path) -> None:
 @pytest.mark.parametrize(("damage", "what"), [(cut_in_a_line, CHANGED), (drop_a_line, CHANGED), (Path.unlink, MISSING)])
 @pytest.mark.parametrize("iteration", [1, 0])  # the one before is replayed
 def test_generations_that_are_damaged(stage_refused, rewound, iteration, damage, what):
-    run = rewound(1, "score")
+    run = rewound(1, "reference_logprobs")
     folder = run / f"iteration-{iteration}"
     path = folder / "generations" / "train-00002.jsonl"
     damage(path)
-    assert stage_refused("score", run) == remake(path, folder / "generate.done", what)
+    assert stage_refused("reference_logprobs", run) == remake(path, folder / "generate.done", what)
     assert not (run / "iteration-1" / "pairs").exists()
 
 
@@ -529,16 +529,16 @@ def test_pairs_that_are_damaged(stage_refused, rewound, damage, what):
     run = rewound(1, "train")
     path = run / "iteration-1" / "pairs" / "train-00002.arrow"
     damage(path)
-    assert stage_refused("train", run) == remake(path, run / "iteration-1" / "score.done", what)
+    assert stage_refused("train", run) == remake(path, run / "iteration-1" / "reference_logprobs.done", what)
 
 
 @pytest.mark.parametrize(
     ("stage", "name", "follows"),
     [
-        ("generate", "generations/train-00002.jsonl", "score"),
-        ("score", "pairs/train-00002.arrow", "train"),
+        ("generate", "generations/train-00002.jsonl", "reference_logprobs"),
+        ("reference_logprobs", "pairs/train-00002.arrow", "train"),
         ("train", "player/adapter_model.safetensors", "evaluate"),
-        ("evaluate", "answers.jsonl", "promote"),
+        ("evaluate", "heldout_greedy.jsonl", "promote"),
     ],
 )
 def test_damaged_file_can_be_made_again_as_the_message_says(
@@ -557,13 +557,13 @@ def test_damaged_file_can_be_made_again_as_the_message_says(
     assert {path: path.stat().st_ino for path in others} == others  # the other shards are kept
     assert (folder / name).read_bytes() == (reference / "iteration-1" / name).read_bytes()
     again, first = (json.loads((run / "iteration-1" / f"{stage}.done").read_text()) for run in (run, reference))
-    assert without(again, *VARIABLE) == without(first, *VARIABLE)
+    assert without(again, *VOLATILE_KEYS) == without(first, *VOLATILE_KEYS)
 
 
 @pytest.mark.parametrize("text", ["", "{", "{}", "[]", "null"])
 def test_marker_that_is_damaged(stage_refused, rewound, text):
     run = rewound(1, "train")
-    marker = run / "iteration-1" / "score.done"
+    marker = run / "iteration-1" / "reference_logprobs.done"
     marker.write_text(text)
     message = stage_refused("train", run)
     assert message.startswith(f"{marker}: damaged (")
@@ -594,7 +594,9 @@ def test_stage_that_was_redone_with_another_result(refused, rewound):
     run = rewound(1, "train")
     change_marker(run / "iteration-1" / "generate.done", digest="0" * 64)
     message = refused(run=run, failed="iteration-1/train.done")
-    assert message.startswith(f"{run}/iteration-1/score.done: this stage was made from another result of generate")
+    assert message.startswith(
+        f"{run}/iteration-1/reference_logprobs.done: this stage was made from another result of generate"
+    )
     assert "or start again with --fresh" in message
 
 
@@ -608,7 +610,7 @@ def test_disk_that_is_full(refused, cli, world, reference, rewound):
         "generations/.train-00001.jsonl.tmp",
         "pairs/.train-00001.arrow.tmp",
         ".train.done.tmp",
-        ".answers.jsonl.tmp",
+        ".heldout_greedy.jsonl.tmp",
         ".promote.done.tmp",
     ):
         full = run / "iteration-1" / name
@@ -650,7 +652,7 @@ def test_disk_that_gets_full_while_training(cli, world, reference, rewound, tmp_
     if done.returncode == 77:
         pytest.skip("cannot mount a small disk here")
     trained = [line for line in steps(kept) if (line["stage"], line["iteration"]) == ("train", 1)]
-    assert len(trained) == CHECKPOINT_EVERY
+    assert len(trained) == SAVE_STEPS
     assert not (kept / "iteration-1" / "train.done").exists()
     assert_whole(kept)
     assert done.returncode == 2, done.stderr

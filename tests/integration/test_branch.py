@@ -9,15 +9,15 @@ import pytest
 from runs import change_marker, contents
 
 from spinlm import load_recipe
-from spinlm.branch import branch as take_start
-from spinlm.rundir import RunDir
+from spinlm.rundir.fork import branch as take_start
+from spinlm.rundir.layout import RunDir
 
 
 def played(run):
     """What the iterations of a run left, and its starting player."""
     found = contents(run)
     kept = {name: digest for name, digest in found.items() if name.startswith(("iteration-", "examples/", "base/"))}
-    start = {name: found[name] for name in ("start/answers.jsonl", "start/metrics.json", "start/evaluate.done")}
+    start = {name: found[name] for name in ("start/heldout_greedy.jsonl", "start/eval.json", "start/evaluate.done")}
     return kept | start
 
 
@@ -36,7 +36,7 @@ def test_a_branch_plays_on_as_the_run_it_left(branch, reference, tmp_path):
     ours, theirs = (json.loads((run / "provenance.json").read_text()) for run in (tmp_path / "branch", reference))
     assert ours["start_from"] == str(reference) and ours["inputs"] == theirs["inputs"]
     assert "--start-from" in ours["command"] and "--start-from" not in theirs["command"]
-    lines = (tmp_path / "branch" / "metrics.jsonl").read_text().splitlines()
+    lines = (tmp_path / "branch" / "train_log.jsonl").read_text().splitlines()
     assert {json.loads(line)["stage"] for line in lines} == {"train"}  # the warm-up was not done again
     before = contents(tmp_path / "branch")
     branch()
@@ -68,7 +68,7 @@ def test_a_branch_may_play_otherwise(branch, reference, tmp_path):
     changes = ("objective={name: sft}", "selfplay.iterations=1", "train.epochs=1", "train.learning_rate=1e-3")
     branch(*changes)
     ours, theirs = played(tmp_path / "branch"), played(reference)
-    assert ours["start/answers.jsonl"] == theirs["start/answers.jsonl"]
+    assert ours["start/heldout_greedy.jsonl"] == theirs["start/heldout_greedy.jsonl"]
     name = "iteration-0/player/adapter_model.safetensors"
     assert ours[name] != theirs[name]
 
@@ -99,14 +99,14 @@ def test_a_branch_that_was_cut_short_is_completed(branch, reference, tmp_path):
     run = tmp_path / "branch"
     shutil.rmtree(run / "iteration-0")
     (run / "best").unlink()
-    for name in ("evaluate.done", "warmup.done", "answers.jsonl"):
+    for name in ("evaluate.done", "sft.done", "heldout_greedy.jsonl"):
         (run / "start" / name).unlink()
     branch()
     assert played(run) == played(reference)
 
 
 @pytest.mark.parametrize(
-    "change", ["data.heldout=9", "seed=1", "lora.r=2", "warmup_sft.epochs=2", "train.max_length=63", "lora=null"]
+    "change", ["data.heldout=9", "seed=1", "lora.r=2", "sft.epochs=2", "train.max_length=63", "lora=null"]
 )
 def test_another_start_is_refused(branch, tmp_path, change):
     said = branch(change, code=2).message
@@ -121,7 +121,7 @@ def test_a_run_without_a_start_is_refused(branch, tmp_path):
 def test_a_folder_that_has_another_start_is_refused(branch, world, cli, reference, tmp_path):
     source = shutil.copytree(reference, tmp_path / "source", symlinks=True)
     branch("selfplay.iterations=1")
-    change_marker(tmp_path / "branch" / "start" / "warmup.done", packing="pair")
+    change_marker(tmp_path / "branch" / "start" / "sft.done", packing="pair")
     assert "has begun with another start than that of" in branch(source=source, code=2).message
 
 

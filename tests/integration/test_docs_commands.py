@@ -91,7 +91,7 @@ def readers(session_cli: Cli, world: World, tmp_path_factory: pytest.TempPathFac
 
 def test_commands_run(readers: Path) -> None:
     """That none of them fails is seen by the fixture; this is what they should have left."""
-    for name in ("recipe/report.html", "recipe-control/metrics.jsonl", "dpo-positive/best", "tracked/recipe.yaml"):
+    for name in ("recipe/report.html", "recipe-control/train_log.jsonl", "dpo-positive/best", "tracked/recipe.yaml"):
         assert (readers / "runs" / name).exists()
     assert list((readers / "runs" / "tracked").rglob("events.out.*"))  # what tensorboard shows
     for name in ("my-adapter/adapter_model.safetensors", "my-model/model.safetensors", "pairs", "pairs-lf"):

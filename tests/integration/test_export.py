@@ -15,15 +15,15 @@ from runs import HELDOUT, read_pairs, read_rows, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from models import load_player
-from spinlm.card import base_licence, full_card
-from spinlm.config import Model, Recipe
-from spinlm.data.chat import Renderer
-from spinlm.export import export, push
-from spinlm.files import read_json, write_json
-from spinlm.locate import locate
-from spinlm.order import START
-from spinlm.preferences import export_pairs
-from spinlm.rundir import RunDir
+from spinlm.data.renderer import Renderer
+from spinlm.export.model_card import base_licence, full_card
+from spinlm.export.pairs import export_pairs
+from spinlm.export.player import export, push
+from spinlm.recipe.schema import Model, Recipe
+from spinlm.rundir.layout import RunDir
+from spinlm.rundir.stage_graph import START
+from spinlm.utils.atomic import read_json, write_json
+from spinlm.utils.model_path import resolve_model
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +142,7 @@ def test_a_card_where_the_model_and_the_data_are_gone(reference, cli, tmp_path):
     resolved = json.loads((run / "recipe.resolved.json").read_text())
     resolved["model"]["path"], resolved["data"]["path"] = "/home/alice/clients/acme/model", "/data.jsonl"
     (run / "recipe.resolved.json").write_text(json.dumps(resolved))
-    RunDir(run).seal(run / "recipe.resolved.json")
+    RunDir(run).record_digest(run / "recipe.resolved.json")
     cli("export", run, "--to", "new", folder=tmp_path)
     matter, text = card_of(tmp_path / "new")
     assert "alice" not in text and "base_model" not in matter and "datasets" not in matter
@@ -187,14 +187,14 @@ def test_card_of_an_exported_player(world, cli, reference, tmp_path):
     assert loaded["model"].peft_type == "LORA" and loaded["tokenizer"].chat_template
     ids = loaded["answer"][0, loaded["prompt"]["input_ids"].shape[1] :].tolist()
     asked, measured = (
-        read_rows(reference / name)[0] for name in ("examples/heldout.jsonl", "iteration-1/answers.jsonl")
+        read_rows(reference / name)[0] for name in ("examples/heldout.jsonl", "iteration-1/heldout_greedy.jsonl")
     )
     assert asked["id"] == measured["id"] and asked["prompt_ids"] == loaded["prompt"]["input_ids"][0].tolist()
     assert ids == measured["token_ids"]
     assert f"eos_token_id={Renderer(loaded['tokenizer']).stop_ids}".replace("(", "[").replace(",)", "]") in code
     assert f"and {HELDOUT} held-out prompts, which nothing was trained on" in text
     assert "Self-play" in text.split("## Results")[1]
-    metrics = json.loads((reference / "iteration-1" / "metrics.json").read_text())
+    metrics = json.loads((reference / "iteration-1" / "eval.json").read_text())
     (row,) = [line for line in text.splitlines() if line.startswith("| iteration 1")]
     assert f"| {metrics['heldout_nll']:.3f} |" in row
     recipe = yaml.safe_load(text.split("```yaml")[1].split("```")[0])
@@ -209,7 +209,7 @@ def test_card_of_a_start(world, reference):
     recipe = Recipe.model_validate(read_json(reference / "recipe.resolved.json"))
     told = full_card(recipe, RunDir(reference), START, merged=False)
     assert "Made by supervised fine-tuning, the warm-up before self-play" in told and "- spin" not in told
-    plain = recipe.model_copy(update={"warmup_sft": None, "data": recipe.data.model_copy(update={"path": "hub/data"})})
+    plain = recipe.model_copy(update={"sft": None, "data": recipe.data.model_copy(update={"path": "hub/data"})})
     told = full_card(plain, RunDir(reference), START, merged=False)
     assert "The model as it came, from which self-play fine-tuning" in told and "datasets:" not in told
     assert "datasets: [hub/data]" in full_card(plain, RunDir(reference), 0, merged=False)
@@ -230,7 +230,7 @@ def test_a_card_asks_with_a_system_prompt_where_the_data_have_one(reference, tmp
 def test_a_whole_player_keeps_what_else_its_generation_config_says(world, cli, tmp_path):
     model = shutil.copytree(world.model, tmp_path / "model")
     write_json(model / "generation_config.json", {"eos_token_id": 3, "repetition_penalty": 1.5})
-    few = ("data.prompts=4", "data.heldout=2", "selfplay.iterations=1", "warmup_sft=null", "train.epochs=1")
+    few = ("data.prompts=4", "data.heldout=2", "selfplay.iterations=1", "sft=null", "train.epochs=1")
     changes = (f"model.path={model}", "lora=null", *few)
     cli("run", world.recipe, *changes, "--run-dir", tmp_path / "run", folder=tmp_path)
     found = GenerationConfig.from_pretrained(tmp_path / "run" / "iteration-0" / "player")
@@ -245,7 +245,7 @@ def test_a_player_stops_elsewhere_where_it_stopped_here(world, cli, tmp_path):
     end = Renderer(AutoTokenizer.from_pretrained(model)).stop_ids
     for name in ("config.json", "generation_config.json"):
         write_json(model / name, (config if name == "config.json" else {}) | {"eos_token_id": config["vocab_size"] - 1})
-    few = ("data.prompts=4", "data.heldout=2", "selfplay.iterations=1", "warmup_sft=null", "train.epochs=1")
+    few = ("data.prompts=4", "data.heldout=2", "selfplay.iterations=1", "sft=null", "train.epochs=1")
     cli("run", world.recipe, f"model.path={model}", *few, "--run-dir", tmp_path / "run", folder=tmp_path)
     for how in (("--to", "adapter"), ("--merge", "--to", "whole")):
         cli("export", tmp_path / "run", "--iteration", "0", *how, folder=tmp_path)
@@ -307,7 +307,7 @@ def test_a_card_finds_its_base_in_a_package_that_cannot_be_imported(reference, t
     found: dict[str, Any] = {}
     base = re.search(r"from_pretrained\((find_spec.*), gguf_file", code)
     exec(f"{code.strip().splitlines()[0]}\nbase = {base[1]}", found)
-    assert Path(found["base"]) / Path(file).name == locate(path)
+    assert Path(found["base"]) / Path(file).name == resolve_model(path)
 
 
 def test_a_merged_player_of_4_bits_is_not_the_one_that_was_measured(reference):
@@ -420,7 +420,7 @@ def test_pairs_that_cannot_be_exported(cli, reference, rewound, tmp_path):
     refused = cli("export", reference, "--pairs", "trl", "--merge", "--to", "new", folder=tmp_path, code=2)
     assert "--merge and --license have no meaning for --pairs" in refused.message
     for changed in ("iteration-0/pairs/train-00000.arrow", "iteration-0/generations/train-00000.jsonl"):
-        run = rewound(1, "score")
+        run = rewound(1, "reference_logprobs")
         with (run / changed).open("ab") as file:
             file.write(b"more")
         refused = cli("export", run, "--pairs", "trl", "--to", "new", folder=tmp_path, code=2)

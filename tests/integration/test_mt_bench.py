@@ -19,15 +19,15 @@ from typing import Any
 import pytest
 from runs import assert_whole, read_rows, write_rows
 
-import spinlm.endpoint
+import spinlm.utils.http
 from spinlm.errors import DataError, RunError, SpinError
-from spinlm.evals.benchmarks import comparable, read_scores
 from spinlm.evals.mt_bench.bench import mt_bench
 from spinlm.evals.mt_bench.judge import REMINDER, Judge, JudgeError, read_mark, read_options
-from spinlm.files import read_json
-from spinlm.order import START
-from spinlm.recipe import parse_recipe
-from spinlm.rundir import RunDir
+from spinlm.evals.scores import comparable, read_scores
+from spinlm.recipe.load import parse_recipe
+from spinlm.rundir.layout import RunDir
+from spinlm.rundir.stage_graph import START
+from spinlm.utils.atomic import read_json
 
 KEY = "sk-very-secret/1+2"
 QUESTIONS = [
@@ -80,7 +80,7 @@ def endpoint(monkeypatch) -> Iterator[Endpoint]:
     for name in ("SPINLM_JUDGE_KEY", "OPENAI_API_KEY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(spinlm.endpoint, "BACKOFF", 0.01)
+    monkeypatch.setattr(spinlm.utils.http, "BACKOFF", 0.01)
     scripted = Endpoint()
 
     class Handler(BaseHTTPRequestHandler):
@@ -223,9 +223,9 @@ def test_options_that_cannot_be_sent(text):
 
 def test_the_second_turn_sees_the_first_answer(bench, judge, endpoint):
     """Greedy answers, as the model gives them to these very conversations."""
+    from spinlm.generation import local_engine
     from spinlm.model.players import seat
-    from spinlm.opponents import local_opponent
-    from spinlm.records import Sampling
+    from spinlm.rundir.records import Sampling
 
     bench(judge)
     (row,) = [row for row in bench.rows("answers-*") if row["category"] == "math"]
@@ -237,7 +237,7 @@ def test_the_second_turn_sees_the_first_answer(bench, judge, endpoint):
     for said, given in zip(QUESTIONS[1]["turns"], row["choices"][0]["turns"], strict=True):
         messages.append({"role": "user", "content": said})
         prompt = players.renderer.prompt_ids(messages)
-        ((answer,),) = local_opponent(recipe, players, "tree").answer([prompt], sampling, 0, lambda ended, tokens: None)
+        ((answer,),) = local_engine(recipe, players, "tree").answer([prompt], sampling, 0, lambda ended, tokens: None)
         assert players.renderer.decode(answer.token_ids) == given
         messages.append({"role": "assistant", "content": given})
 
@@ -497,7 +497,7 @@ def test_trouble_that_stays(judge, endpoint, reply, message, requests):
 
 
 def test_nobody_there(bench, monkeypatch):
-    monkeypatch.setattr("spinlm.endpoint.BACKOFF", 0.01)
+    monkeypatch.setattr("spinlm.utils.http.BACKOFF", 0.01)
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{unused.getsockname()[1]}/v1"

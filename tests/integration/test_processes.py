@@ -16,7 +16,7 @@ import psutil
 import pytest
 from commands import Cli, Process, asleep
 from model_server import ModelServer, listen
-from runs import CHECKPOINT_EVERY, RECIPE, World, assert_whole, fifo, held_by, read_jsons, readme_command, steps
+from runs import RECIPE, SAVE_STEPS, World, assert_whole, fifo, held_by, read_jsons, readme_command, steps
 from safetensors.torch import load_file
 
 LAST = "iteration-1"
@@ -93,8 +93,8 @@ def assert_like(run: Path, other: Path) -> None:
         ours, theirs = load_file(file), load_file(other / name / "player" / file.name)
         assert ours.keys() == theirs.keys()
         assert max(float((ours[key] - theirs[key]).abs().max()) for key in ours) < TOLERANCE
-        answers = [(row["id"], row["text"]) for row in read_jsons(run / name, "answers.jsonl")]
-        assert answers == [(row["id"], row["text"]) for row in read_jsons(other / name, "answers.jsonl")]
+        answers = [(row["id"], row["text"]) for row in read_jsons(run / name, "heldout_greedy.jsonl")]
+        assert answers == [(row["id"], row["text"]) for row in read_jsons(other / name, "heldout_greedy.jsonl")]
     ours, theirs = steps(run), steps(other)
     assert len(ours) == len(theirs)
     for one, two in zip(ours, theirs, strict=True):
@@ -105,7 +105,7 @@ def assert_like(run: Path, other: Path) -> None:
 def assert_same(run: Path, reference: Path) -> None:
     """To the bit."""
     for folder in ("start", "iteration-0", LAST):
-        for name in ("player/adapter_model.safetensors", "answers.jsonl", "metrics.json"):
+        for name in ("player/adapter_model.safetensors", "heldout_greedy.jsonl", "eval.json"):
             assert (run / folder / name).read_bytes() == (reference / folder / name).read_bytes(), (folder, name)
     for pattern in ("generations/*.jsonl", "pairs/*.arrow"):
         expected = {path.name: path.read_bytes() for path in (reference / LAST).glob(pattern)}
@@ -163,7 +163,7 @@ def test_all_weights_divided(full, world, cli, play, tmp_path, sharding):
     run, recipe = tmp_path / "run", full.parent / "recipe.yaml"
     what = (f"train.sharding={sharding}", "selfplay.iterations=1")
     processes = play(run, *what, recipe=recipe)
-    processes[0].wait_until(lambda: done(run, "train", 0) > CHECKPOINT_EVERY)
+    processes[0].wait_until(lambda: done(run, "train", 0) > SAVE_STEPS)
     processes[1].kill()
     told(processes[:1])
     first, second = (process.wait() for process in play(run, *what, recipe=recipe))
@@ -182,8 +182,8 @@ def needs_deepspeed_for(sharding: str) -> None:
     ("stage", "held", "when"),
     [
         ("generate", "generations/.train-00003.jsonl.tmp", "generations/train-00002.jsonl"),
-        ("score", "pairs/.train-00003.arrow.tmp", "pairs/train-00002.arrow"),
-        ("evaluate", ".answers.jsonl.tmp", "train.done"),
+        ("reference_logprobs", "pairs/.train-00003.arrow.tmp", "pairs/train-00002.arrow"),
+        ("evaluate", ".heldout_greedy.jsonl.tmp", "train.done"),
     ],
 )
 def test_a_killed_process_ends_the_others(play, together, rewind, stage, held, when, lost):
@@ -200,12 +200,12 @@ def test_a_killed_process_ends_the_others(play, together, rewind, stage, held, w
     assert_same(run, together)
 
 
-@pytest.mark.parametrize(("stage", "iteration"), [("warmup", -1), ("train", 1)])
+@pytest.mark.parametrize(("stage", "iteration"), [("sft", -1), ("train", 1)])
 @pytest.mark.parametrize("lost", [0, 1])
 def test_killed_in_training(play, together, rewind, tmp_path, stage, iteration, lost):
     run = rewind(together, 1) if stage == "train" else tmp_path / "run"
     processes = play(run)
-    processes[0].wait_until(lambda: done(run, stage, iteration) > CHECKPOINT_EVERY)
+    processes[0].wait_until(lambda: done(run, stage, iteration) > SAVE_STEPS)
     processes[lost].kill()
     (message,) = told([processes[1 - lost]])
     assert "run the same command again" in message
@@ -319,7 +319,7 @@ def test_torchrun_starts_again_by_itself(world, plain, tmp_path):
         ) as torchrun,
     ):
         deadline = time.monotonic() + 120
-        while done(tmp_path / "run", "warmup", -1) <= CHECKPOINT_EVERY and torchrun.poll() is None:
+        while done(tmp_path / "run", "sft", -1) <= SAVE_STEPS and torchrun.poll() is None:
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.05)
         workers = psutil.Process(torchrun.pid).children()

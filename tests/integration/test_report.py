@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from runs import HELDOUT, ITERATIONS, change_marker, read_jsons, write_rows
 
-from spinlm.evals.benchmarks import Score, add_scores
-from spinlm.order import START
-from spinlm.rundir import RunDir
+from spinlm.evals.scores import Score, add_scores
+from spinlm.rundir.layout import RunDir
+from spinlm.rundir.stage_graph import START
 
 EVIL = "document.title='taken'"
 HOSTILE = f'</script><script>{EVIL}</script><img src=x onerror="{EVIL}"> & \x1b[31m \u2028 \x85 {{{{ 7 * 7 }}}}'
@@ -24,7 +24,7 @@ CHARTS = (
     "apart",
     "margins",
     "lengths",
-    "drift",
+    "kl_from_start",
     "signs",
     "step_loss",
     "step_margin",
@@ -82,9 +82,7 @@ def test_a_finished_run(run, cli, tmp_path):
     for name in ("start", "iteration 0", "iteration 1"):
         assert name in page.text
     assert set(CHARTS) <= page.charts.keys()
-    measured = [
-        json.loads((run / name / "metrics.json").read_text()) for name in ("start", "iteration-0", "iteration-1")
-    ]
+    measured = [json.loads((run / name / "eval.json").read_text()) for name in ("start", "iteration-0", "iteration-1")]
     (shown,) = page.charts["heldout_nll"]["traces"]
     assert shown["y"] == [metrics["heldout_nll"] for metrics in measured]
     low, high = measured[0]["intervals"]["heldout_nll"]
@@ -94,9 +92,11 @@ def test_a_finished_run(run, cli, tmp_path):
     assert sum(margins) / len(margins) == pytest.approx(measured[1]["margin"])
     losses = {trace["name"]: trace["y"] for trace in page.charts["step_loss"]["traces"]}
     assert losses["iteration 1"] == [
-        line["loss"] for line in read_jsons(run, "metrics.jsonl") if (line["stage"], line["iteration"]) == ("train", 1)
+        line["loss"]
+        for line in read_jsons(run, "train_log.jsonl")
+        if (line["stage"], line["iteration"]) == ("train", 1)
     ]
-    for answer in read_jsons(run / "iteration-1", "answers.jsonl"):
+    for answer in read_jsons(run / "iteration-1", "heldout_greedy.jsonl"):
         assert " ".join(answer["text"].replace("\0", "�").split()) in page.text
     assert "prompt in heldout" in page.text and "data.jsonl:43" in page.text
     assert "tokens_per_micro_batch: 128" in page.text
@@ -111,7 +111,7 @@ def test_it_loads_nothing(run, cli, tmp_path):
     assert "default-src 'none'" in (tmp_path / "page.html").read_text()
 
 
-@pytest.mark.parametrize("stage", ["generate", "score", "train", "evaluate", "promote"])
+@pytest.mark.parametrize("stage", ["generate", "reference_logprobs", "train", "evaluate", "promote"])
 def test_a_run_that_stopped(rewound, cli, tmp_path, stage):
     run = rewound(1, stage)
     cli("report", run, folder=tmp_path)
@@ -130,7 +130,7 @@ def test_a_run_that_has_hardly_begun(run, cli, tmp_path):
 
 def test_a_run_without_a_scorer_and_without_margins(run, cli, tmp_path):
     """As earlier versions wrote it: wins and losses are then those of likelihood."""
-    for folder in run.glob("*/answers.jsonl"):
+    for folder in run.glob("*/heldout_greedy.jsonl"):
         rows = read_jsons(folder.parent, folder.name)
         write_rows(folder, [{key: value for key, value in row.items() if key != "margins"} for row in rows])
     recipe = json.loads((run / "recipe.resolved.json").read_text())
@@ -141,7 +141,8 @@ def test_a_run_without_a_scorer_and_without_margins(run, cli, tmp_path):
     assert "margins" not in page.charts
     assert "how much likelier the real response has become" in page.text
     before, after = (
-        {row["id"]: row["nll"] for row in read_jsons(run / name, "answers.jsonl")} for name in ("start", "iteration-1")
+        {row["id"]: row["nll"] for row in read_jsons(run / name, "heldout_greedy.jsonl")}
+        for name in ("start", "iteration-1")
     )
     best = max(before[key] - after[key] for key in before)
     assert f"{best:+.3f}" in page.text
@@ -149,7 +150,7 @@ def test_a_run_without_a_scorer_and_without_margins(run, cli, tmp_path):
 
 def test_a_run_under_way(rewound, cli, tmp_path):
     run = rewound(1, "train")
-    with (run / "metrics.jsonl").open("a") as file:
+    with (run / "train_log.jsonl").open("a") as file:
         file.write('{"stage": "train", "iterat')  # a line that is being written
     with (run / "lock").open("a") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
@@ -165,16 +166,16 @@ def test_no_run(cli, tmp_path):
 def poison(run: Path) -> None:
     """Hostile text wherever a model or data set could have written it."""
     for name in ("start", *(f"iteration-{iteration}" for iteration in range(ITERATIONS))):
-        rows = read_jsons(run / name, "answers.jsonl")
-        write_rows(run / name / "answers.jsonl", [row | {"text": HOSTILE} for row in rows])
+        rows = read_jsons(run / name, "heldout_greedy.jsonl")
+        write_rows(run / name / "heldout_greedy.jsonl", [row | {"text": HOSTILE} for row in rows])
     rows = read_jsons(run / "examples", "heldout.jsonl")
     for row in rows:
         row["messages"] = [{"role": HOSTILE, "content": HOSTILE} for _ in row["messages"]]
         row["response"] = HOSTILE
     write_rows(run / "examples" / "heldout.jsonl", rows)
-    dropped = json.loads((run / "examples" / "dropped.json").read_text())
+    dropped = json.loads((run / "examples" / "skipped_rows.json").read_text())
     dropped |= {"dropped": {HOSTILE: 1}, "dropped_rows": [HOSTILE]}
-    (run / "examples" / "dropped.json").write_text(json.dumps(dropped))
+    (run / "examples" / "skipped_rows.json").write_text(json.dumps(dropped))
     recipe = json.loads((run / "recipe.resolved.json").read_text())
     recipe["data"]["path"] = HOSTILE
     (run / "recipe.resolved.json").write_text(json.dumps(recipe))
@@ -224,7 +225,9 @@ def test_a_folder_is_written_into_and_never_over(run, cli, tmp_path):
     assert "a folder stands where" in cli("report", run, "--to", "mine", folder=tmp_path, code=2).message
 
 
-@pytest.mark.parametrize("name", ["iteration-1/answers.jsonl", "examples/heldout.jsonl", "iteration-1/metrics.json"])
+@pytest.mark.parametrize(
+    "name", ["iteration-1/heldout_greedy.jsonl", "examples/heldout.jsonl", "iteration-1/eval.json"]
+)
 def test_a_damaged_file_is_named(run, cli, tmp_path, name):
     (run / name).write_bytes((run / name).read_bytes()[:-20])
     assert cli("report", run, folder=tmp_path, code=2).message.startswith(f"{run / name}")
@@ -235,7 +238,7 @@ def test_a_damaged_file_is_named(run, cli, tmp_path, name):
 
 def test_what_is_damaged_and_not_needed_is_left_out(run, cli, tmp_path):
     (run / "recipe.yaml").write_bytes(b"seed: \xff")
-    with (run / "metrics.jsonl").open("a") as file:
+    with (run / "train_log.jsonl").open("a") as file:
         file.write('7\n[]\n{"stage": "train", "iteration": 1, "step": 99, "steps": 99, "loss": NaN}\n')
     cli("report", run, folder=tmp_path)
     page = Page(run / "report.html")

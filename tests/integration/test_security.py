@@ -23,7 +23,7 @@ def refuse(*arguments, **more):
     raise OSError("no network in this test")
 
 socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = socket.create_connection = refuse
-from spinlm.cli import main
+from spinlm.cli.app import main
 sys.argv[0] = "spinlm"
 main()
 """

@@ -18,14 +18,14 @@ from commands import Cli
 from model_server import ModelServer, Reply, listen
 from runs import World, assert_whole, read_jsons, readme_command
 
-import spinlm.endpoint
+import spinlm.utils.http
 from spinlm.check import check
 from spinlm.errors import RecipeError
-from spinlm.opponents import keeper
-from spinlm.opponents.server import ServerError, ServerOpponent
-from spinlm.recipe import load_recipe
-from spinlm.records import Sampling
-from spinlm.rundir import RunDir
+from spinlm.generation import supervisor
+from spinlm.generation.server import ServerError, ServerOpponent
+from spinlm.recipe.load import load_recipe
+from spinlm.rundir.layout import RunDir
+from spinlm.rundir.records import Sampling
 
 GREEDY = ("opponent.temperature=0", "selfplay.select.patience=2")
 KINDS_WITH_ADAPTERS = ("vllm", "sglang")
@@ -37,7 +37,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("SPINLM_SERVER_KEY", "OPENAI_API_KEY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(spinlm.endpoint, "BACKOFF", 0.01)
+    monkeypatch.setattr(spinlm.utils.http, "BACKOFF", 0.01)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def generations(run: Path, iteration: int) -> dict[str, Any]:
 
 
 def facts(run: Path, iteration: int) -> dict[str, Any]:
-    marker = run / f"iteration-{iteration}" / "score.done"
+    marker = run / f"iteration-{iteration}" / "reference_logprobs.done"
     return dict(json.loads(marker.read_text(encoding="utf-8"))["train"])
 
 
@@ -74,7 +74,7 @@ def test_each_opponent_is_handed_to_the_server(kind: str, cli: Cli, world: World
         assert {key: row["token_ids"] for key, row in theirs.items()} == {
             key: row["token_ids"] for key, row in ours.items()
         }
-        assert facts(tmp_path / "run", iteration)["sampler_gap_worst"] < 1e-4
+        assert facts(tmp_path / "run", iteration)["logprob_mismatch_max"] < 1e-4
     assert [body["lora_path"] for body in served.loaded] == [
         str(tmp_path / "run" / name / "player") for name in ("start", "iteration-0")
     ]
@@ -103,7 +103,7 @@ def test_server_is_started_with_each_opponent(kind: str, cli: Cli, world: World,
         assert [row["text"] for row in theirs.values()] == [row["text"] for row in ours.values()]
         assert [row["finished"] for row in theirs.values()] == [row["finished"] for row in ours.values()]
         assert all(row["retokenised"] == (kind == "openai") for row in theirs.values())
-        assert ("sampler_gap_worst" in facts(run, iteration)) == (kind != "openai")
+        assert ("logprob_mismatch_max" in facts(run, iteration)) == (kind != "openai")
         assert "listening" in (run / f"iteration-{iteration}" / "server.log").read_text()
     assert not list(run.glob("*/.merged"))
     assert not running(str(run))
@@ -147,7 +147,7 @@ def test_keeper_gives_time_to_end(tmp_path: Path) -> None:
     )
     log = tmp_path / "log"
     with log.open("wb") as file:
-        command = [sys.executable, keeper.__file__, f"echo first && {sys.executable} {slow}"]
+        command = [sys.executable, supervisor.__file__, f"echo first && {sys.executable} {slow}"]
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=file)
     until(lambda: "up" in log.read_text())
     assert process.stdin is not None
@@ -401,30 +401,30 @@ def test_a_server_that_still_loads_is_waited_for(cli: Cli, world: World, tmp_pat
 def test_command_that_leaves_a_server_running(cli: Cli, world: World, tmp_path: Path) -> None:
     served = ModelServer("llama.cpp", str(world.model))
     with listen(served.post, served.get) as url:
-        handed = using("llama.cpp", urls=[url], on_promote="sleep 100 & echo begun")
+        handed = using("llama.cpp", urls=[url], reload_command="sleep 100 & echo begun")
         began = time.monotonic()
         more = ("selfplay.iterations=1", *handed)
         cli("run", world.recipe, *more, "--run-dir", tmp_path / "run", folder=world.folder)
         assert time.monotonic() - began < 60
-        assert (tmp_path / "run" / "iteration-0" / "on_promote.log").read_text() == "begun\n"
-        stuck = using("llama.cpp", urls=[url], on_promote="sleep 100", start_timeout=1)
+        assert (tmp_path / "run" / "iteration-0" / "reload_command.log").read_text() == "begun\n"
+        stuck = using("llama.cpp", urls=[url], reload_command="sleep 100", start_timeout=1)
         result = cli("run", world.recipe, *stuck, "--run-dir", tmp_path / "other", folder=world.folder, code=2)
-    assert "on_promote: took longer than opponent.server.start_timeout" in result.message
+    assert "reload_command: took longer than opponent.server.start_timeout" in result.message
 
 
 def test_command_that_hands_over_the_opponent(cli: Cli, world: World, tmp_path: Path) -> None:
     noted = tmp_path / "noted"
     served = ModelServer("llama.cpp", str(world.model))
     with listen(served.post, served.get) as url:
-        handed = using("llama.cpp", urls=[url], on_promote=f"echo {{iteration}} {{player}} {{base}} >> {noted}")
+        handed = using("llama.cpp", urls=[url], reload_command=f"echo {{iteration}} {{player}} {{base}} >> {noted}")
         cli("run", world.recipe, *handed, "--run-dir", tmp_path / "run", folder=world.folder)
         lines = [line.split() for line in noted.read_text().splitlines()]
         assert [line[0] for line in lines] == ["0", "1"]
         assert [Path(line[1]).parent.name for line in lines] == ["start", "iteration-0"]
         assert lines[0][2] == str(world.model)
-        broken = using("llama.cpp", urls=[url], on_promote="echo no room; false")
+        broken = using("llama.cpp", urls=[url], reload_command="echo no room; false")
         result = cli("run", world.recipe, *broken, "--run-dir", tmp_path / "other", folder=world.folder, code=2)
-    assert "on_promote: ended with exit code 1" in result.message and "no room" in result.message
+    assert "reload_command: ended with exit code 1" in result.message and "no room" in result.message
 
 
 def test_adapter_that_the_server_refuses(cli: Cli, world: World, tmp_path: Path) -> None:
@@ -445,7 +445,7 @@ def test_check_compares_the_engines(world: World, tmp_path: Path) -> None:
     """A server with the player is told from one with another model, and one that does not sample is noticed."""
     served = ModelServer("llama.cpp", str(world.model))
     with listen(served.post, served.get) as url:
-        recipe = load_recipe(world.recipe, list(using("llama.cpp", urls=[url], on_promote="true")))
+        recipe = load_recipe(world.recipe, list(using("llama.cpp", urls=[url], reload_command="true")))
         said = "\n".join(check(recipe))
         assert "engine: all 8 greedy answers of the server engine are those of the transformers engine" in said
         assert "does it heed" not in said
@@ -471,7 +471,7 @@ def test_check_compares_the_engines(world: World, tmp_path: Path) -> None:
         (using("vllm", urls=["http://me:secret@a"]), "write the address without a password"),
         (using("openai", urls=["http://a"]), "has to be told of each new opponent"),
         ((*using("vllm", urls=["http://a"]), "lora=null"), "only LoRA adapters can be handed"),
-        (using("vllm", urls=["http://a"], command="x", on_promote="y"), "Leave one of them out"),
+        (using("vllm", urls=["http://a"], command="x", reload_command="y"), "Leave one of them out"),
         (using("ollama", urls=["http://a"]), "opponent.server.kind"),
     ],
 )

@@ -7,7 +7,7 @@ import shutil
 import pytest
 from runs import change_marker, read_jsons
 
-from spinlm.rundir import RunDir
+from spinlm.rundir.layout import RunDir
 
 
 def test_a_finished_run(reference, cli, tmp_path):
@@ -16,15 +16,15 @@ def test_a_finished_run(reference, cli, tmp_path):
     assert "iteration 1" in said and "Self-play" in said
     told = json.loads(cli("status", reference, "--json", folder=tmp_path).out)
     assert (told["state"], told["stage"], told["iteration"]) == ("finished", None, None)
-    assert told["last_step"] == read_jsons(reference, "metrics.jsonl")[-1]
+    assert told["last_step"] == read_jsons(reference, "train_log.jsonl")[-1]
     assert [player["name"] for player in told["players"]] == ["start", "iteration 0", "iteration 1"]
-    metrics = json.loads((reference / "iteration-1" / "metrics.json").read_text())
+    metrics = json.loads((reference / "iteration-1" / "eval.json").read_text())
     assert metrics.items() <= told["players"][-1].items()
     markers = [json.loads(path.read_text()) for path in reference.rglob("*.done")]
     assert told["seconds"] == pytest.approx(sum(marker["seconds"] for marker in markers))
 
 
-@pytest.mark.parametrize("stage", ["generate", "score", "train", "evaluate", "promote"])
+@pytest.mark.parametrize("stage", ["generate", "reference_logprobs", "train", "evaluate", "promote"])
 def test_a_run_that_stopped(rewound, cli, tmp_path, stage):
     run = rewound(1, stage)
     assert f"{stage} of iteration 1 is not complete" in cli("status", run, folder=tmp_path).out
@@ -33,7 +33,7 @@ def test_a_run_that_stopped(rewound, cli, tmp_path, stage):
 
 
 def test_how_far_training_is(stopped_in_training, cli, tmp_path):
-    step = read_jsons(stopped_in_training, "metrics.jsonl")[-1]
+    step = read_jsons(stopped_in_training, "train_log.jsonl")[-1]
     assert (
         f"\nLast step: {step['step']} of {step['steps']}, loss "
         in cli("status", stopped_in_training, folder=tmp_path).out
@@ -43,7 +43,7 @@ def test_how_far_training_is(stopped_in_training, cli, tmp_path):
 def test_how_far_a_stage_is_that_trains_nothing(rewound, cli, tmp_path):
     """What it has left itself, and not the last step of another; 24 prompts and 10 held-out ones, in fours."""
     run = rewound(1)
-    for folder, kind, stage in (("generations", "jsonl", "generate"), ("pairs", "arrow", "score")):
+    for folder, kind, stage in (("generations", "jsonl", "generate"), ("pairs", "arrow", "reference_logprobs")):
         assert "\n0 of 34 prompts are through, in shards of up to 4.\n" in cli("status", run, folder=tmp_path).out
         (run / "iteration-1" / folder).mkdir(exist_ok=True)
         # Ten in shards of 4, 4 and 2; and what others have left.
@@ -83,24 +83,24 @@ def test_what_the_last_attempt_ended_with_is_kept_until_the_next(world, cli, tmp
 def test_rows_that_cannot_be_read_at_the_beginning_stop_nothing_that_was_told_to_skip(world, cli, tmp_path):
     data = tmp_path / "data.jsonl"
     data.write_text("{\n" * 120 + (world.folder / "data.jsonl").read_text())
-    few = ("warmup_sft=null", "selfplay.iterations=1", "data.prompts=4", "data.heldout=2", "data.on_bad_row=skip")
+    few = ("sft=null", "selfplay.iterations=1", "data.prompts=4", "data.heldout=2", "data.on_bad_row=skip")
     for command in ("plan", "run"):
         cli(command, world.recipe, f"data.path={data}", *few, "--run-dir", tmp_path / "run", folder=world.folder)
 
 
 def test_a_run_that_ends_well_tells_of_no_failure(world, rewound, cli, tmp_path):
     run = rewound(1)
-    (run / "failure.txt").write_text("what was wrong before\n")
+    (run / "error.txt").write_text("what was wrong before\n")
     assert "what was wrong before" in cli("status", run, folder=tmp_path).out
     cli("run", world.recipe, "--run-dir", run, folder=world.folder)
-    assert not (run / "failure.txt").exists()
+    assert not (run / "error.txt").exists()
     assert json.loads(cli("status", run, "--json", folder=tmp_path).out)["failure"] is None
 
 
 def test_a_run_under_way(rewound, cli, tmp_path):
     run = rewound(1, "train")
-    complete = read_jsons(run, "metrics.jsonl")[-1]
-    with (run / "metrics.jsonl").open("a") as file:
+    complete = read_jsons(run, "train_log.jsonl")[-1]
+    with (run / "train_log.jsonl").open("a") as file:
         file.write('{"stage": "tra')  # being written
     with (run / "lock").open("a") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
@@ -115,7 +115,7 @@ def test_a_run_that_promotion_ended(reference, cli, tmp_path):
     recipe = json.loads((run / "recipe.resolved.json").read_text())
     recipe["selfplay"]["iterations"] = 4
     (run / "recipe.resolved.json").write_text(json.dumps(recipe))
-    RunDir(run).seal(run / "recipe.resolved.json")
+    RunDir(run).record_digest(run / "recipe.resolved.json")
     assert cli("status", run, folder=tmp_path).out.startswith("The run is finished.")
 
 
@@ -123,7 +123,7 @@ def test_a_list_of_runs(reference, rewound, cli, tmp_path):
     assert cli("runs", folder=tmp_path).out == "no runs in runs\n"
     (tmp_path / "runs" / "something else").mkdir(parents=True)
     shutil.copytree(reference, tmp_path / "runs" / "whole", symlinks=True)
-    rewound(0, "score").rename(tmp_path / "runs" / "part")
+    rewound(0, "reference_logprobs").rename(tmp_path / "runs" / "part")
     said = cli("runs", folder=tmp_path).out
     assert "whole" in said and "part" in said and "stopped, score" in said and "something" not in said
     assert "Self-play" not in said and max(map(len, said.splitlines())) > 40

@@ -13,8 +13,8 @@ import sys
 import pytest
 from runs import read_rows, write_rows
 
-from spinlm.rundir import RunDir
-from spinlm.terminal import printable
+from spinlm.rundir.layout import RunDir
+from spinlm.utils.console import printable
 
 ESCAPE = "\x1b"
 
@@ -39,7 +39,7 @@ def on_a_terminal(*arguments, folder, columns=100):
 def test_a_run_on_a_terminal_shows_bars_with_rate_loss_and_margin(world, rewound):
     output, code = on_a_terminal("run", world.recipe, "--run-dir", rewound(1), folder=world.folder)
     assert code == 0
-    for stage in ("generate", "score", "train"):
+    for stage in ("generate", "reference_logprobs", "train"):
         assert f"iteration 1: {stage}" in output
     assert ESCAPE in output and "tokens/s, loss 0." in output and ", margin " in output
     assert "0:00:0" in output  # the time it still takes
@@ -111,10 +111,10 @@ ODD = "{a:100:b} :smile: [red]not red[/red] \x1b[31m\x9b31m"
 def test_text_is_shown_as_it_is(reference, cli, tmp_path):
     """No emoji for codes, no markup, no control characters: what models wrote, and what folders are called."""
     run = shutil.copytree(reference, tmp_path / "runs" / "lr[red]1e-5\x1b[31m", symlinks=True)
-    for path in run.glob("*/answers.jsonl"):
+    for path in run.glob("*/heldout_greedy.jsonl"):
         write_rows(path, [row | {"text": ODD} for row in read_rows(path)])
     shown = printable(ODD)
-    from spinlm.cli import _print_result
+    from spinlm.cli.app import _print_result
 
     with contextlib.redirect_stdout(io.StringIO()) as out:
         _print_result(RunDir(run))
@@ -126,11 +126,11 @@ def test_text_is_shown_as_it_is(reference, cli, tmp_path):
 def test_a_damaged_run_hides_no_other(reference, cli, tmp_path):
     for name in ("a", "b", "c"):
         shutil.copytree(reference, tmp_path / "runs" / name, symlinks=True)
-    (tmp_path / "runs" / "a" / "iteration-1" / "metrics.json").unlink()
+    (tmp_path / "runs" / "a" / "iteration-1" / "eval.json").unlink()
     (tmp_path / "runs" / "b" / "recipe.resolved.json").write_text("{}")
     told = [json.loads(line) for line in cli("runs", "--json", folder=tmp_path).out.splitlines()]
     assert [one["state"] for one in told] == ["damaged", "damaged", "finished"]
-    assert "runs/a/iteration-1/metrics.json: is missing" in told[0]["verdict"]
+    assert "runs/a/iteration-1/eval.json: is missing" in told[0]["verdict"]
     assert "damaged" in cli("runs", folder=tmp_path).out
 
 
@@ -153,5 +153,5 @@ def test_no_number_is_cut_on_a_narrow_terminal(reference, tmp_path, columns, sho
     output, code = on_a_terminal("status", reference, folder=tmp_path, columns=columns)
     assert code == 0 and "…" not in output
     (row,) = re.findall(r"iteration 1 +(?:\(best\) +)?([-+.%–0-9 ]+)", re.sub(r"\x1b\[[0-9;]*m", "", output))[:1]
-    score = json.loads((reference / "iteration-1" / "metrics.json").read_text())["task_score"]
+    score = json.loads((reference / "iteration-1" / "eval.json").read_text())["task_score"]
     assert row.split()[0] == f"{score:.3f}" and len(row.split()) == shown - 1

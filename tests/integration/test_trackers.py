@@ -1,4 +1,4 @@
-"""Trackers get what metrics.jsonl gets, and stay off the network where that is asked for."""
+"""Trackers get what train_log.jsonl gets, and stay off the network where that is asked for."""
 
 import json
 
@@ -25,8 +25,8 @@ def test_tensorboard(tracked):
     for name in ("loss", "margin", "learning_rate", "grad_norm"):
         values = [point.value for point in found.Scalars(f"train/{name}")]
         assert values == pytest.approx([line[name] for line in lines])
-    measured = json.loads((run / "iteration-1" / "metrics.json").read_text())
-    for name in ("task_score", "heldout_nll", "margin", "drift"):
+    measured = json.loads((run / "iteration-1" / "eval.json").read_text())
+    for name in ("task_score", "heldout_nll", "margin", "kl_from_start"):
         (point,) = found.Scalars(f"evaluate/{name}")
         assert point.value == pytest.approx(measured[name]) and point.step == len(steps(run))
     numbers = [point.step for point in found.Scalars("train/loss")]

@@ -13,16 +13,16 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from models import save_tiny_model, tiny_recipe
+from spinlm.generation import LocalEngine
 from spinlm.model import logprobs as logprobs_module
-from spinlm.model.fit import Item
 from spinlm.model.kernels import BLOCK
-from spinlm.model.memory import switch_checkpointing
 from spinlm.model.players import Players
-from spinlm.model.trees import Tree, lay_out
-from spinlm.opponents import LocalOpponent
-from spinlm.records import Sampling
-from spinlm.rundir import RunDir
-from spinlm.stages.items import pair_objective
+from spinlm.model.prefix_trees import PrefixTree, pack_batch
+from spinlm.rundir.layout import RunDir
+from spinlm.rundir.records import Sampling
+from spinlm.training.activation_checkpointing import switch_checkpointing
+from spinlm.training.batches import pair_objective
+from spinlm.training.trainer import Item
 
 PROMPT, REAL, SYNTHETIC = 30, 20, 16
 
@@ -39,7 +39,7 @@ def items(trees: int, opponents: int) -> list[Item]:
 
     return [
         Item(
-            Tree(ids(PROMPT), (ids(REAL), *(ids(SYNTHETIC) for _ in range(opponents)))),
+            PrefixTree(ids(PROMPT), (ids(REAL), *(ids(SYNTHETIC) for _ in range(opponents)))),
             (-1.0,) * (1 + opponents),
             tuple((0, other + 1) for other in range(opponents)),
         )
@@ -81,7 +81,7 @@ class Cost(TorchDispatchMode):
 
 def training(players: Players, part: list[Item], packing: str = "tree") -> None:
     players.logprobs.train()
-    layout = lay_out([item.tree for item in part], packing)
+    layout = pack_batch([item.tree for item in part], packing)
     pair_objective(players.recipe, 0)(players.logprobs(layout), part).loss.backward()
     players.model.zero_grad()
 
@@ -134,7 +134,7 @@ def test_checkpointing_computes_every_token_once_more(players: Players) -> None:
 def test_generation_computes_each_prompt_once_and_no_padding(players: Players) -> None:
     """Prompts of different lengths, two samples each: the head sees one row for each token that is drawn."""
     prompts = [[5] * length for length in (7, 30, 11, 23)]
-    engine = LocalOpponent(players.logprobs, 3, "tree")
+    engine = LocalEngine(players.logprobs, 3, "tree")
     with Cost(players) as cost, torch.inference_mode():
         answers = engine.answer(prompts, Sampling(1.0, 1.0, 6, 500, 2, (50, 51, 52, 53, 54)), 0, lambda *_: None)
     drawn = sum(len(one.token_ids) for given in answers for one in given)

@@ -6,9 +6,9 @@ from typing import Any
 
 from rich.console import Console
 
-from spinlm.evals.benchmarks import AVERAGED, Score, add_scores, average, read_scores, table
-from spinlm.order import START
-from spinlm.rundir import RunDir
+from spinlm.evals.scores import AVERAGED, Score, add_scores, average, read_scores, table
+from spinlm.rundir.layout import RunDir
+from spinlm.rundir.stage_graph import START
 
 SUITE = "open-llm-leaderboard"
 

@@ -8,7 +8,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
-from spinlm.data.chat import Renderer, RowError
+from spinlm.data.renderer import Renderer, RowError
 from spinlm.errors import ModelError
 from tiny import KINDS, Kind, tiny_tokenizer
 
@@ -292,8 +292,8 @@ def test_control_tokens_in_text_are_refused() -> None:
     stopping = Renderer(tokenizer, CHATML, stop_ids=[tokenizer.get_vocab()["<other>"]])
     assert reason(stopping, [USER], "an <other>") == ("control_token", spelled + "<other>")
     # an added token that plays no part in the template, white space, and what only looks like a control token
-    for harmless in ("<other>", "if x:\n    return", "<|im_end>", "</s>"):
-        assert renderer.decode(renderer.encode([USER], harmless, 1000).response_ids) == harmless
+    for mutable_fields in ("<other>", "if x:\n    return", "<|im_end>", "</s>"):
+        assert renderer.decode(renderer.encode([USER], mutable_fields, 1000).response_ids) == mutable_fields
 
 
 def test_a_response_that_the_tokenizer_joins_with_the_prompt_is_refused() -> None:

@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from pydantic.fields import FieldInfo
 
 import spinlm
-from spinlm.config import READ_BY, Objective, Recipe, Section, at_iteration
 from spinlm.errors import RecipeError
-from spinlm.recipe import as_yaml, load_recipe, parse_recipe
+from spinlm.recipe.load import as_yaml, load_recipe, parse_recipe
+from spinlm.recipe.schema import READ_BY, Objective, Recipe, Section, value_at
 
 SMALLEST = "model:\n  path: m\ndata:\n  path: d\n"
 
@@ -71,8 +71,8 @@ def test_numbers_as_people_write_them(tmp_path: Path, written: str, value: float
 
 def test_values_for_each_iteration(tmp_path: Path) -> None:
     recipe = load(tmp_path, SMALLEST + "objective: {beta: [0.1, 0.2, 3, 5e-1]}\n")
-    assert [at_iteration(recipe.objective.beta, t) for t in range(4)] == [0.1, 0.2, 3, 0.5]
-    assert [at_iteration(recipe.train.learning_rate, t) for t in range(4)] == [5e-7] * 4
+    assert [value_at(recipe.objective.beta, t) for t in range(4)] == [0.1, 0.2, 3, 0.5]
+    assert [value_at(recipe.train.learning_rate, t) for t in range(4)] == [5e-7] * 4
 
 
 def test_a_recipe_cannot_be_changed(tmp_path: Path) -> None:
@@ -94,13 +94,13 @@ def test_overrides(tmp_path: Path) -> None:
         "selfplay.select.patience=3",
         "lora=null",
         "data.columns={prompt: question, response: answer}",
-        "warmup_sft.epochs=2",
+        "sft.epochs=2",
     )
     assert (recipe.train.epochs, recipe.train.learning_rate) == (1, 5e-6)
     assert (recipe.objective.beta, recipe.selfplay.select.patience) == ([0.1, 0.2], 3)
     assert recipe.lora is None
     assert recipe.data.columns.response == "answer"
-    assert recipe.warmup_sft is not None and recipe.warmup_sft.epochs == 2
+    assert recipe.sft is not None and recipe.sft.epochs == 2
 
 
 @pytest.mark.parametrize("override", ["train.epochs", "=1", "train.epochs=", "train.epochs= "])
@@ -163,7 +163,7 @@ def test_every_wrong_thing_has_one_line(tmp_path: Path) -> None:
         ({"selfplay": {"select": {"patiance": 1}}}, "selfplay.select.patiance: unknown key; did you mean patience?"),
         ({"lora": {"rank_": 1, "r": 2}}, "lora.rank_: unknown key; known: r, alpha, dropout, targets"),
         ({"train": {"beta": 1}}, "train.beta: unknown key; did you mean objective.beta?"),
-        ({"epochs": 1}, "epochs: unknown key; did you mean train.epochs or warmup_sft.epochs?"),
+        ({"epochs": 1}, "epochs: unknown key; did you mean train.epochs or sft.epochs?"),
         ({"train": {"x]": 1}, "seed": 1}, "train.x]: unknown key; known: epochs, batch_size"),
     ],
 )
@@ -259,7 +259,7 @@ def test_choosing_by_task_score_needs_a_scorer() -> None:
     assert "evaluate.scorer names no scorer" in with_section(selfplay={"select": {"metric": "task_score"}})
 
 
-@pytest.mark.parametrize("section", ["train", "warmup_sft"])
+@pytest.mark.parametrize("section", ["train", "sft"])
 def test_deepspeed_hides_shapes_from_the_optimiser(section: str) -> None:
     sharding = {"train": {"sharding": "zero-3"}}
     said = with_section(**(sharding | {section: {**sharding.get(section, {}), "optimizer": "Adafactor"}}))

@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 
 from models import save_tiny_model, tiny_recipe
-from spinlm.data.chat import Renderer
+from spinlm.data.renderer import Renderer
+from spinlm.generation.server import ServerError, read_reply, with_options
+from spinlm.generation.server_apis import DIALECTS, Reply, Wish
 from spinlm.model.players import Players
-from spinlm.opponents.dialects import DIALECTS, Reply, Wish
-from spinlm.opponents.server import ServerError, read_reply, with_options
-from spinlm.rundir import RunDir
+from spinlm.rundir.layout import RunDir
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import typer
 
-from spinlm.cli import app
-from spinlm.config import Recipe
-from spinlm.recipe import load_recipe
+from spinlm.cli.app import app
+from spinlm.recipe.load import load_recipe
+from spinlm.recipe.schema import Recipe
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("**/*.md")])

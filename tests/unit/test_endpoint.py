@@ -5,8 +5,8 @@ from collections.abc import Awaitable
 
 import pytest
 
-import spinlm.endpoint
-from spinlm.endpoint import _Host, fault_of, run_async
+import spinlm.utils.http
+from spinlm.utils.http import _Host, fault_of, run_async
 
 
 @pytest.mark.parametrize(
@@ -33,7 +33,7 @@ def test_addresses(address: str, fault: str | None) -> None:
 
 def test_failures_at_the_same_time_count_once(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
-    monkeypatch.setattr(spinlm.endpoint.time, "monotonic", lambda: now)
+    monkeypatch.setattr(spinlm.utils.http.time, "monotonic", lambda: now)
     host = _Host("http://a")
     for _ in range(32):
         host.fail(0)

@@ -15,11 +15,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spinlm.config import Columns, Data
-from spinlm.data.chat import Renderer
 from spinlm.data.examples import Selection, select_examples
+from spinlm.data.renderer import Renderer
 from spinlm.errors import DataError
-from spinlm.records import Example
+from spinlm.recipe.schema import Columns, Data
+from spinlm.rundir.records import Example
 from tiny import tiny_tokenizer
 
 Row = dict[str, Any]
@@ -47,7 +47,7 @@ def select(renderer: Renderer, tmp_path: Path) -> Callable[..., tuple[Selection,
         selection = select_examples(
             recipe, warmup, renderer, max_length, lambda split, example: splits[split].append(example)
         )
-        assert selection.counts == {split: len(splits[split]) for split in ("heldout", "warmup", "train")}
+        assert selection.counts == {split: len(splits[split]) for split in ("heldout", "sft", "train")}
         return selection, splits
 
     return select
@@ -288,7 +288,7 @@ def test_every_turn_of_a_row_goes_to_one_split_and_the_count_is_exact(select: An
         for n in range(10)
     ]
     selection, splits = select(talks, turns="every", heldout=4, warmup=3, prompts=5)
-    assert selection.counts == {"heldout": 4, "warmup": 3, "train": 5}
+    assert selection.counts == {"heldout": 4, "sft": 3, "train": 5}
     assert selection.not_sampled == 10 - (2 + 1 + 2)
     sources = [{example.source for example in examples} for examples in splits.values()]
     assert len(set.union(*sources)) == sum(map(len, sources)) == 5
@@ -324,7 +324,7 @@ def test_ids(select: Any) -> None:
 def test_selection_is_exact_disjoint_and_depends_on_the_seed_only(select: Any, tmp_path: Path) -> None:
     selection, splits = select(rows(40), heldout=5, warmup=4, prompts=20, seed=3)
     assert selection == Selection(
-        counts={"heldout": 5, "warmup": 4, "train": 20}, rows=40, dropped={}, dropped_rows=[], cut=0, not_sampled=11
+        counts={"heldout": 5, "sft": 4, "train": 20}, rows=40, dropped={}, dropped_rows=[], cut=0, not_sampled=11
     )
     prompts = [example.messages[0]["content"] for example in everything(splits)]
     assert len(set(prompts)) == 29
@@ -363,7 +363,7 @@ def test_heldout_prompts_are_never_trained_on(select: Any) -> None:
     several = [{"prompt": f"p{n % 8}", "response": f"r{n}"} for n in range(64)]
     selection, splits = select(several, heldout=4, warmup=4, prompts=20)
     heldout = {example.messages[0]["content"] for example in splits["heldout"]}
-    assert heldout.isdisjoint(example.messages[0]["content"] for example in splits["warmup"] + splits["train"])
+    assert heldout.isdisjoint(example.messages[0]["content"] for example in splits["sft"] + splits["train"])
     assert selection.dropped.keys() == {"prompt_in_heldout"}
     numbers = [int(line.split(":")[1]) for line in selection.dropped_rows]
     assert all(several[number - 1]["prompt"] in heldout for number in numbers)
@@ -494,7 +494,7 @@ def test_cut_responses_are_counted(select: Any, renderer: Renderer) -> None:
     [
         ({"heldout": 8}, "6 of 8 heldout, 0 of at least 1 train. Its 8 rows gave 6; dropped: "),
         ({"heldout": 6}, "6 of 6 heldout, 0 of at least 1 train"),
-        ({"heldout": 2, "warmup": 3, "prompts": 4}, "2 of 2 heldout, 3 of 3 warmup, 1 of 4 train"),
+        ({"heldout": 2, "sft": 3, "prompts": 4}, "2 of 2 heldout, 3 of 3 warmup, 1 of 4 train"),
     ],
 )
 def test_too_few_usable_rows(asked: dict[str, int], message: str, select: Any) -> None:
@@ -803,8 +803,8 @@ def test_splits_share_nothing_whatever_the_rows(
     assert set(pairs) <= {(row["prompt"], row["response"]) for row in rows}
     assert len({example.id for example in found}) == len(found)
     held = {example.messages[-1]["content"] for example in splits["heldout"]}
-    assert not held & {example.messages[-1]["content"] for split in ("warmup", "train") for example in splits[split]}
-    for split, wanted in (("heldout", heldout), ("warmup", warmup or 0), ("train", prompts)):
+    assert not held & {example.messages[-1]["content"] for split in ("sft", "train") for example in splits[split]}
+    for split, wanted in (("heldout", heldout), ("sft", warmup or 0), ("train", prompts)):
         assert wanted is None or len(splits[split]) <= wanted
         assert selection is None or wanted is None or len(splits[split]) == wanted
     if selection is not None:

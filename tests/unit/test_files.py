@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from spinlm.errors import RunError
-from spinlm.files import UNWRITABLE, atomic_file, atomic_path, read_json, write_json
+from spinlm.utils.atomic import STORAGE_ERRNOS, atomic_file, atomic_path, read_json, write_json
 
 
 def names(folder: Path) -> list[str]:
@@ -75,7 +75,7 @@ def test_full_disk_names_the_file(tmp_path, raised):
     assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(tmp_path / "weights"))
 
 
-@pytest.mark.parametrize("number", UNWRITABLE)
+@pytest.mark.parametrize("number", STORAGE_ERRNOS)
 def test_whatever_is_wrong_with_a_disk_names_the_file(tmp_path, number):
     with pytest.raises(OSError) as caught, atomic_path(tmp_path / "weights"):
         raise RuntimeError(f"I/O error: {os.strerror(number)} (os error {number})")

@@ -21,23 +21,16 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from models import save_tiny_model, tiny_recipe
 from spinlm.errors import ModelError, RecipeError, RunError, StoppedError, TrainingError
-from spinlm.interrupt import gentle_stop
-from spinlm.model.fit import (
-    Fit,
-    Item,
-    Objective,
-    fit,
-    learning_rate_at,
-    plan_steps,
-)
 from spinlm.model.logprobs import LogProbs
-from spinlm.model.optimizers import check_optimizer, find_optimizer, make_optimizer
 from spinlm.model.players import Players
-from spinlm.model.trees import Layout, Tree
-from spinlm.order import START
-from spinlm.rundir import RunDir
-from spinlm.stages.items import pair_objective
-from spinlm.stages.warmup import sft_objective
+from spinlm.model.prefix_trees import PackedBatch, PrefixTree
+from spinlm.rundir.layout import RunDir
+from spinlm.rundir.stage_graph import START
+from spinlm.stages.sft import sft_objective
+from spinlm.training.batches import pair_objective
+from spinlm.training.optimizers import check_optimizer, find_optimizer, make_optimizer
+from spinlm.training.trainer import Fit, Item, Objective, fit, learning_rate_at, plan_steps
+from spinlm.utils.signals import graceful_shutdown
 
 HOW = Fit(
     epochs=1,
@@ -49,7 +42,7 @@ HOW = Fit(
     weight_decay=0.0,
     max_grad_norm=1e9,
     tokens_per_micro_batch=40,
-    checkpoint_every=100,
+    save_steps=100,
     seed=7,
 )
 
@@ -76,14 +69,16 @@ def pair_items(count: int, synthetic: tuple[int, int] = (1, 1)) -> InMemory:
     items = []
     for n in range(count):
         lengths = [1 + (7 * n + 3 * k) % 11 for k in range(1 + synthetic[n % 2])]
-        tree = Tree(ids(2 + 5 * n % 13, 100 + n), tuple(ids(length, 10 * n + k) for k, length in enumerate(lengths)))
+        tree = PrefixTree(
+            ids(2 + 5 * n % 13, 100 + n), tuple(ids(length, 10 * n + k) for k, length in enumerate(lengths))
+        )
         opponent = tuple(-6.0 * length - k for k, length in enumerate(lengths))
         items.append(Item(tree, opponent, tuple((0, k) for k in range(1, len(lengths)))))
     return InMemory(items, [len(item.pairs) for item in items])
 
 
 def sft_items(count: int) -> InMemory:
-    items = [Item(Tree(ids(2 + 3 * n % 7, 200 + n), (ids(1 + 5 * n % 9, 300 + n),))) for n in range(count)]
+    items = [Item(PrefixTree(ids(2 + 3 * n % 7, 200 + n), (ids(1 + 5 * n % 9, 300 + n),))) for n in range(count)]
     return InMemory(items, [len(item.tree.responses[0]) for item in items])
 
 
@@ -353,7 +348,7 @@ def test_epochs_and_seeds_differ_in_order() -> None:
 
 
 @pytest.mark.parametrize(
-    ("schedule", "warmup", "expected"),
+    ("schedule", "sft", "expected"),
     [
         ("linear", 0.2, [0.5, 1.0, 1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125]),
         ("linear", 0.0, [1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1]),
@@ -463,7 +458,7 @@ def test_an_interrupted_training_ends_in_the_same_weights(
 
     # Each step has two micro-batches: after the seventh call half of the fourth step is done.
     stopped = new_players(lora=lora)
-    with gentle_stop(), pytest.raises(StoppedError):
+    with graceful_shutdown(), pytest.raises(StoppedError):
         run_fit(stopped, items, interrupted_at(7, spin_of(stopped)), how, tmp_path / "parts")
     assert [path.name for path in (tmp_path / "parts" / "checkpoints").iterdir()] == ["step-000003"]
 
@@ -476,7 +471,7 @@ def test_an_interrupted_training_ends_in_the_same_weights(
 
 
 def test_a_killed_training_goes_on_from_its_last_checkpoint(new_players: NewPlayers, tmp_path: Path) -> None:
-    how = replace(HOW, epochs=3, batch_size=2, checkpoint_every=2)
+    how = replace(HOW, epochs=3, batch_size=2, save_steps=2)
     items = pair_items(4)
     lora = {"r": 4, "dropout": 0.3}
     straight = new_players(lora=lora)
@@ -591,7 +586,7 @@ def test_a_player_that_is_not_finite_is_neither_loaded_nor_measured(new_players:
     players = new_players(lora=lora)
     players.save(0)
     poison(players)
-    tree = Tree(ids(4, 1), (ids(3, 2), ids(5, 3)))
+    tree = PrefixTree(ids(4, 1), (ids(3, 2), ids(5, 3)))
     for measure in (players.response_logprobs, players.read):
         with pytest.raises(ModelError, match=r"player: its log-probabilities are not finite"):
             measure([tree], "tree")
@@ -607,7 +602,7 @@ def test_a_player_that_is_not_finite_is_neither_loaded_nor_measured(new_players:
 def test_a_gradient_that_is_not_finite_leaves_the_weights_alone(new_players: NewPlayers, tmp_path: Path) -> None:
     """Two responses at equal distance from their opponent, at a β so large that only the gradient overflows."""
     players = new_players(lora={"r": 4}, objective={"beta": 1e30})
-    tree = Tree(ids(4, 1), (ids(3, 2), ids(5, 3)))
+    tree = PrefixTree(ids(4, 1), (ids(3, 2), ids(5, 3)))
     items = InMemory([Item(tree, tuple(players.response_logprobs([tree], "tree")), ((0, 1),))], [1])
     before = weights_of(players)
     with pytest.raises(TrainingError, match=r"gradient's norm inf"):
@@ -618,7 +613,7 @@ def test_a_gradient_that_is_not_finite_leaves_the_weights_alone(new_players: New
 def test_a_loss_that_is_not_finite_stops_even_a_finite_gradient(new_players: NewPlayers, tmp_path: Path) -> None:
     """An opponent that held the synthetic response for impossible: ℓ is infinite, its slope is −1."""
     players = new_players(lora={"r": 4})
-    items = InMemory([Item(Tree(ids(4, 1), (ids(3, 2), ids(5, 3))), (-10.0, -math.inf), ((0, 1),))], [1])
+    items = InMemory([Item(PrefixTree(ids(4, 1), (ids(3, 2), ids(5, 3))), (-10.0, -math.inf), ((0, 1),))], [1])
     with pytest.raises(TrainingError, match=r"the loss is inf and the gradient's norm [0-9]"):
         run_fit(players, items, spin_of(players), HOW, tmp_path)
 
@@ -627,7 +622,7 @@ def little_memory(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
     """Makes a forward pass fail that has more tokens."""
     forward = LogProbs.forward
 
-    def limited(self: LogProbs, layout: Layout) -> Tensor:
+    def limited(self: LogProbs, layout: PackedBatch) -> Tensor:
         if layout.input_ids.numel() > most:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return forward(self, layout)
@@ -670,7 +665,7 @@ def test_another_error_is_no_reason_to_try_again(
     players = new_players(lora={"r": 4})
     calls = []
 
-    def broken(self: LogProbs, layout: Layout) -> Tensor:
+    def broken(self: LogProbs, layout: PackedBatch) -> Tensor:
         calls.append(layout)
         raise RuntimeError("shapes do not match")
 

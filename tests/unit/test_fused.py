@@ -11,11 +11,11 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.pytorch_utils import Conv1D
 
 from models import tiny_model
-from spinlm.config import Lora
 from spinlm.model.fused import fuse, packed_adapters
 from spinlm.model.kernels import linear, pack
-from spinlm.model.loading import add_adapter, silence_dropout
-from spinlm.model.memory import switch_checkpointing
+from spinlm.model.loading import add_adapter, disable_dropout
+from spinlm.recipe.schema import Lora
+from spinlm.training.activation_checkpointing import switch_checkpointing
 
 
 class Small(nn.Module):
@@ -115,7 +115,7 @@ def test_an_adapter_that_is_switched_off_or_merged_is_left_out() -> None:
 def test_every_layer_of_a_model_is_fused(architecture: str, layers: int) -> None:
     """And the whole computes what it did, forward and backward, with gradient checkpointing and without."""
     model = add_adapter(tiny_model(architecture), Lora(r=2), 0).train()
-    silence_dropout(model)
+    disable_dropout(model)
     torch.manual_seed(5)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:

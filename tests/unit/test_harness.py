@@ -18,15 +18,15 @@ from transformers import AutoModelForCausalLM
 
 from models import save_tiny_model, tiny_recipe
 from spinlm.errors import DataError, MissingPackageError, RunError
-from spinlm.evals.benchmarks import Score, read_scores
-from spinlm.evals.harness import index
-from spinlm.evals.harness import tasks as harness_tasks
-from spinlm.evals.harness.data import local_data
-from spinlm.evals.harness.measure import harness
-from spinlm.evals.harness.tasks import SUITES, Unit, open_units, wanted_tasks
+from spinlm.evals.lm_harness import index
+from spinlm.evals.lm_harness import tasks as harness_tasks
+from spinlm.evals.lm_harness.data import local_data
+from spinlm.evals.lm_harness.measure import harness
+from spinlm.evals.lm_harness.tasks import SUITES, Unit, open_units, wanted_tasks
+from spinlm.evals.scores import Score, read_scores
 from spinlm.model.players import Players, seat
-from spinlm.order import START
-from spinlm.rundir import RunDir
+from spinlm.rundir.layout import RunDir
+from spinlm.rundir.stage_graph import START
 
 CHOICE = """\
 task: choice
@@ -114,8 +114,14 @@ def measure(world: Any, tasks: Path, tmp_path: Path) -> Callable[..., dict[str, 
     for iteration in (START, 0):
         run.iteration(iteration).mkdir()
         run.player(iteration).symlink_to(RunDir(folder / "run").player(iteration))
-    for stage, iteration in (("prepare", START), ("warmup", START), ("generate", 0), ("score", 0), ("train", 0)):
-        run.complete(stage, iteration, [run.player(iteration)] if stage in ("warmup", "train") else [])
+    for stage, iteration in (
+        ("prepare", START),
+        ("sft", START),
+        ("generate", 0),
+        ("reference_logprobs", 0),
+        ("train", 0),
+    ):
+        run.complete(stage, iteration, [run.player(iteration)] if stage in ("sft", "train") else [])
 
     def measure(names: str, *data: str, players: tuple[int, ...] = (0,), **options: Any) -> dict[str, dict[str, Score]]:
         harness(recipe, run, players, options.pop("suite", None), names, data=data, folder=tasks, **options)
@@ -145,7 +151,7 @@ def test_seated_player_is_the_one_that_peft_loads(world: Any) -> None:
     """The same log-probabilities and the same greedy text, though our layers are fused and nothing is merged."""
     from lm_eval.api.instance import Instance
 
-    from spinlm.evals.harness.model import SeatedModel
+    from spinlm.evals.lm_harness.model import SeatedModel
 
     recipe, folder = world
     players = seat(recipe, RunDir(folder / "run"))
@@ -491,7 +497,7 @@ def test_hub_that_is_not_there_is_given_up_at_once(monkeypatch: Any) -> None:
     import datasets
     from huggingface_hub import constants
 
-    from spinlm.evals.harness.measure import _give_up_on_a_hub_that_is_not_there
+    from spinlm.evals.lm_harness.measure import _give_up_on_a_hub_that_is_not_there
 
     with socket.create_server(("127.0.0.1", 0)) as server:
         here = f"http://127.0.0.1:{server.getsockname()[1]}"

@@ -10,38 +10,30 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from spinlm.config import Recipe
 from spinlm.errors import RunError
-from spinlm.evals.heldout import (
-    bootstrap,
-    distinct,
-    merged,
-    repetition,
-    summarise,
-    summarise_pairs,
-    summarise_samples,
-)
-from spinlm.files import write_json
-from spinlm.order import START
-from spinlm.paired import against, standard_error
-from spinlm.records import Example, HeldOutAnswer, HeldOutSample, to_line
-from spinlm.rundir import RunDir
+from spinlm.evals.heldout import bootstrap, distinct, merged, repetition, summarise, summarise_pairs, summarise_samples
+from spinlm.recipe.schema import Recipe
+from spinlm.report.compare import against, standard_error
+from spinlm.report.summary import outcome, rows, side_by_side, table, verdict
+from spinlm.rundir.layout import RunDir
+from spinlm.rundir.records import Example, HeldoutGreedy, HeldoutSampled, to_line
+from spinlm.rundir.stage_graph import START
 from spinlm.stages.promote import compare, promote
-from spinlm.summary import outcome, rows, side_by_side, table, verdict
+from spinlm.utils.atomic import write_json
 
 
-def answer(key: str = "a", **changes: Any) -> HeldOutAnswer:
+def answer(key: str = "a", **changes: Any) -> HeldoutGreedy:
     values: dict[str, Any] = {
         "id": key,
         "token_ids": [1, 2],
         "text": "",
         "finished": True,
         "identical": False,
-        "repetition": 0.0,
+        "repeated_4grams": 0.0,
         "nll": 1.0,
         "task_score": None,
     }
-    return HeldOutAnswer(**values | changes)
+    return HeldoutGreedy(**values | changes)
 
 
 # Measures
@@ -85,16 +77,16 @@ def test_summarise():
     ]
     summary = summarise(answers)
     intervals = summary.pop("intervals")
-    assert intervals["heldout_nll"] == [1.0, 3.0] and intervals["repetition"] == [0.0, 0.5]
+    assert intervals["heldout_nll"] == [1.0, 3.0] and intervals["repeated_4grams"] == [0.0, 0.5]
     assert summary == {
         "task_score": 0.5,
         "task_score_se": 0.5,
         "heldout_nll": 2.0,
         "heldout_nll_se": 1.0,
-        "identical_share": 0.5,
-        "unfinished_share": 0.5,
+        "identical_rate": 0.5,
+        "truncated_rate": 0.5,
         "mean_tokens": 2.0,
-        "repetition": 0.25,
+        "repeated_4grams": 0.25,
     }
 
 
@@ -104,7 +96,7 @@ def test_summarise_without_a_scorer():
     assert (summary["heldout_nll"], summary["heldout_nll_se"]) == (2.5, 0.0)
 
 
-def sample(key: str = "a", **changes: Any) -> HeldOutSample:
+def sample(key: str = "a", **changes: Any) -> HeldoutSampled:
     values: dict[str, Any] = {
         "id": key,
         "token_ids": [1, 2],
@@ -114,7 +106,7 @@ def sample(key: str = "a", **changes: Any) -> HeldOutSample:
         "start_logprob": -1.0,
         "task_score": None,
     }
-    return HeldOutSample(**values | changes)
+    return HeldoutSampled(**values | changes)
 
 
 def test_summarise_samples():
@@ -124,14 +116,16 @@ def test_summarise_samples():
         sample("b", token_ids=[5, 6, 5, 6], logprob=-3.0, start_logprob=-5.0, finished=False, task_score=0.0),
     ]
     summary = summarise_samples(samples)
-    assert summary["drift"] == pytest.approx(0.5) and summary["intervals"]["drift"] == [0.5, 0.5]
-    assert (summary["sampled_task_score"], summary["sampled_unfinished_share"]) == (0.5, 0.5)
+    assert summary["kl_from_start"] == pytest.approx(0.5) and summary["intervals"]["kl_from_start"] == [0.5, 0.5]
+    assert (summary["sampled_task_score"], summary["sampled_truncated_rate"]) == (0.5, 0.5)
     assert summary["distinct_2"] == pytest.approx(2 / 4)  # 56; 56, 65, 56
 
 
 def test_drift_is_nothing_where_nothing_moved_and_grows_with_the_distance():
-    assert summarise_samples([sample(), sample("b")])["drift"] == 0.0
-    near, far = (summarise_samples([sample(start_logprob=-1.0 - gap), sample("b")])["drift"] for gap in (1.0, 3.0))
+    assert summarise_samples([sample(), sample("b")])["kl_from_start"] == 0.0
+    near, far = (
+        summarise_samples([sample(start_logprob=-1.0 - gap), sample("b")])["kl_from_start"] for gap in (1.0, 3.0)
+    )
     assert 0 < near < far
 
 
@@ -184,7 +178,7 @@ def test_measures_are_merged_with_their_intervals():
 @pytest.fixture
 def run(tmp_path: Path) -> RunDir:
     run = RunDir(tmp_path / "run")
-    for stage, iteration in (("prepare", START), ("warmup", START)):
+    for stage, iteration in (("prepare", START), ("sft", START)):
         run.complete(stage, iteration, [])
     return run
 
@@ -224,16 +218,16 @@ def play(run: RunDir) -> Callable[..., list[tuple[int, bool]]]:
         decisions = []
         for iteration, values in enumerate([start, *players], start=START):
             if iteration >= 0:
-                for stage in ("generate", "score", "train"):
+                for stage in ("generate", "reference_logprobs", "train"):
                     run.complete(stage, iteration, [])
             answers = [answer(str(number), **{field: value}) for number, value in enumerate(values)]
             run.iteration(iteration).mkdir(parents=True, exist_ok=True)
-            run.answers(iteration).write_text("".join(map(to_line, answers)))
-            write_json(run.iteration_metrics(iteration), summarise(answers))
-            run.complete("evaluate", iteration, [run.answers(iteration), run.iteration_metrics(iteration)])
+            run.heldout_greedy(iteration).write_text("".join(map(to_line, answers)))
+            write_json(run.eval_metrics(iteration), summarise(answers))
+            run.complete("evaluate", iteration, [run.heldout_greedy(iteration), run.eval_metrics(iteration)])
             if iteration >= 0:
                 go_on = promote(chosen, run, iteration)
-                decisions.append((run.facts("promote", iteration)["best"], go_on))
+                decisions.append((run.metadata("promote", iteration)["best"], go_on))
                 assert run.best() == decisions[-1][0]
         return decisions
 
@@ -243,7 +237,7 @@ def play(run: RunDir) -> Callable[..., list[tuple[int, bool]]]:
 def test_better_beyond_the_noise(play, run):
     """Differences 1, 1, 0, 0: lead ½, standard error √(1/3/4) = 0.289."""
     assert play([0, 0, 0, 1], [1, 1, 0, 1]) == [(0, True)]
-    facts = run.facts("promote", 0)
+    facts = run.metadata("promote", 0)
     assert (facts["metric"], facts["against"], facts["lead"]) == ("task_score", START, 0.5)
     assert facts["standard_error"] == pytest.approx((1 / 12) ** 0.5)
     assert run.best_link.readlink() == Path("iteration-0")
@@ -265,7 +259,7 @@ def test_noise_of_the_paired_difference_counts(play):
 
 def test_worse(play, run):
     assert play([1, 1, 1, 1], [0, 0, 0, 1]) == [(START, True)]
-    assert run.facts("promote", 0)["lead"] == -0.75
+    assert run.metadata("promote", 0)["lead"] == -0.75
 
 
 @pytest.mark.parametrize("new", [[1, 0, 1, 0], [0, 1, 0, 1]])
@@ -275,7 +269,7 @@ def test_tie_leaves_the_older_player_the_best(play, new):
 
 def test_lower_nll_is_better(play, run):
     assert play([2.0, 2.0, 3.0], [1.0, 1.5, 2.0], metric="heldout_nll") == [(0, True)]
-    assert run.facts("promote", 0)["lead"] == pytest.approx(2.5 / 3)
+    assert run.metadata("promote", 0)["lead"] == pytest.approx(2.5 / 3)
 
 
 def test_higher_nll_is_worse(play):
@@ -286,7 +280,7 @@ def test_comparison_is_with_the_best_not_with_the_last(play, run):
     """Iteration 1 is worse than 0; iteration 2 is better than 1, but not than 0."""
     zero, one = [0] * 4, [1] * 4
     assert play(zero, one, [0.2] * 4, [0.9] * 4, patience=3) == [(0, True), (0, True), (0, True)]
-    assert [run.facts("promote", i)["against"] for i in range(3)] == [START, 0, 0]
+    assert [run.metadata("promote", i)["against"] for i in range(3)] == [START, 0, 0]
 
 
 def test_patience(play):
@@ -306,13 +300,13 @@ def test_a_player_that_has_collapsed_is_never_the_best_and_ends_the_run(play, ru
     """Its task score is far ahead, but the real responses have become 0.5 nats per token less likely."""
     play([0.0, 0.0], [0.5, 0.5])
     answers = [answer(str(number), task_score=1.0, nll=1.5) for number in range(2)]
-    for stage in ("generate", "score", "train"):
+    for stage in ("generate", "reference_logprobs", "train"):
         run.complete(stage, 1, [])
-    run.answers(1).parent.mkdir(exist_ok=True)
-    run.answers(1).write_text("".join(map(to_line, answers)))
-    write_json(run.iteration_metrics(1), summarise(answers))
-    run.complete("evaluate", 1, [run.answers(1), run.iteration_metrics(1)])
-    assert promote(recipe(guard={"nll_rise": 0.6}), run, 1) is True and run.best() == 1
+    run.heldout_greedy(1).parent.mkdir(exist_ok=True)
+    run.heldout_greedy(1).write_text("".join(map(to_line, answers)))
+    write_json(run.eval_metrics(1), summarise(answers))
+    run.complete("evaluate", 1, [run.heldout_greedy(1), run.eval_metrics(1)])
+    assert promote(recipe(guard={"max_nll_increase": 0.6}), run, 1) is True and run.best() == 1
     run.marker("promote", 1).unlink()
     assert promote(recipe(), run, 1) is False and run.best() == 0
     assert "Iteration 1 collapsed and ended the run: held-out NLL 1.000 at the start, 1.500 now" in verdict(run)
@@ -322,9 +316,9 @@ def test_a_player_that_is_ahead_and_has_collapsed_is_not_called_behind(play, run
     play([0.0, 0.0], [1.0, 1.0])
     run.marker("promote", 0).unlink()
     answers = [answer(str(number), task_score=1.0, nll=1.5) for number in range(2)]
-    run.answers(0).write_text("".join(map(to_line, answers)))
-    write_json(run.iteration_metrics(0), summarise(answers))
-    run.complete("evaluate", 0, [run.answers(0), run.iteration_metrics(0)])
+    run.heldout_greedy(0).write_text("".join(map(to_line, answers)))
+    write_json(run.eval_metrics(0), summarise(answers))
+    run.complete("evaluate", 0, [run.heldout_greedy(0), run.eval_metrics(0)])
     assert promote(recipe(), run, 0) is False and run.best() == START
     said = verdict(run)
     assert "what was ahead of the starting player's task score had collapsed. Iteration 0 collapsed" in said
@@ -333,18 +327,18 @@ def test_a_player_that_is_ahead_and_has_collapsed_is_not_called_behind(play, run
 
 def test_promotion_is_decided_once(play, run):
     play([0] * 4, [1] * 4)
-    run.answers(START).write_text("")
+    run.heldout_greedy(START).write_text("")
     run.best_link.unlink()
     assert promote(recipe(), run, 0) is True
-    with_best = run.facts("promote", 0)["best"]
+    with_best = run.metadata("promote", 0)["best"]
     assert with_best == 0
 
 
 def test_prompts_are_matched_by_id(run, play):
     """Not by their place in the file."""
     play([0.0, 1.0], [0.0, 1.0])
-    lines = run.answers(0).read_text().splitlines(keepends=True)
-    run.answers(0).write_text("".join(reversed(lines)))
+    lines = run.heldout_greedy(0).read_text().splitlines(keepends=True)
+    run.heldout_greedy(0).write_text("".join(reversed(lines)))
     comparison = compare(recipe(), run, 0, START)
     assert (comparison.lead, comparison.standard_error) == (0.0, 0.0)
 
@@ -441,9 +435,9 @@ def runs(play, run: RunDir, tmp_path: Path) -> Callable[..., tuple[RunDir, RunDi
         for name, players in (("mine", ours), ("yours", theirs)):
             write_heldout(run, len(players[0]))
             run.complete("prepare", START, [run.examples("heldout")])
-            run.complete("warmup", START, [])
+            run.complete("sft", START, [])
             play(*players, **select)
-            run.seal(run.recipe)
+            run.record_digest(run.recipe)
             found.append(RunDir(tmp_path / name))
             run.root.rename(found[-1].root)
         return found[0], found[1]
@@ -486,7 +480,7 @@ def test_runs_are_compared_after_the_last_iteration_of_both(runs):
 
 def test_players_that_collapsed_are_not_compared(runs):
     mine, yours = runs([[0, 0], [1, 0], [1, 1]], [[0, 0], [1, 1], [1, 1]])
-    facts = yours.facts("promote", 1)
+    facts = yours.metadata("promote", 1)
     told = {name: facts[name] for name in ("best", "go_on", "metric", "against", "lead", "standard_error", "better")}
     yours.complete("promote", 1, [], **told, collapse="it repeats itself")
     assert against(mine, yours).iteration == 0
@@ -502,20 +496,20 @@ def test_runs_that_cannot_be_compared(runs, tmp_path):
     (tmp_path / "kept").rename(yours.marker("evaluate", 0))
     recipe = json.loads(yours.recipe.read_text())
     write_json(yours.recipe, recipe | {"evaluate": recipe["evaluate"] | {"scorer": "json_fields"}})
-    yours.seal(yours.recipe)
+    yours.record_digest(yours.recipe)
     with pytest.raises(
         RunError, match=r"measured differently:\n  evaluate.scorer: was .json_fields., is .exact_match."
     ):
         against(mine, yours)
     write_json(yours.recipe, recipe)
-    yours.seal(yours.recipe)
+    yours.record_digest(yours.recipe)
     user = [{"role": "user", "content": "other data, whose rows have the same ids"}]
     others = [Example(str(one), user, "r", [8], [one], "f:1") for one in range(2)]
     yours.examples("heldout").write_text("".join(map(to_line, others)))
     yours.complete("prepare", START, [yours.examples("heldout")])
     with pytest.raises(RunError, match="they have 0 held-out examples in common, of 2 and 2"):
         against(mine, yours)
-    yours.answers(0).write_text("")
+    yours.heldout_greedy(0).write_text("")
     with pytest.raises(RunError, match=r"answers\.jsonl"):
         against(mine, yours)
 
@@ -553,7 +547,7 @@ def test_side_by_side_shows_prompts_where_the_answers_differ_first(play, run):
             file.write(json.dumps({"id": key, "messages": [{"content": f"prompt {key}"}], "response": key * 2}) + "\n")
     for iteration, texts in ((START, "xyz"), (0, "xYz")):
         answers = [answer(key, text=text) for key, text in zip("abc", texts, strict=True)]
-        run.answers(iteration).write_text("".join(map(to_line, answers)))
+        run.heldout_greedy(iteration).write_text("".join(map(to_line, answers)))
     assert side_by_side(run, prompts=2) == [
         ("prompt b", "bb", [("start", "y"), ("iteration 0", "Y")]),
         ("prompt a", "aa", [("start", "x"), ("iteration 0", "x")]),
@@ -565,7 +559,7 @@ def test_an_answer_that_was_cut_off_says_so(play, run):
     run.examples("heldout").parent.mkdir(exist_ok=True)
     run.examples("heldout").write_text(to_line(Example("a", [{"role": "user", "content": "p"}], "r", [1], [2], "f:1")))
     for iteration, finished in ((START, False), (0, True)):
-        run.answers(iteration).write_text(to_line(answer("a", text="on and on", finished=finished)))
+        run.heldout_greedy(iteration).write_text(to_line(answer("a", text="on and on", finished=finished)))
     (_, _, answers), *_ = side_by_side(run, prompts=1)
     assert answers == [("start", "on and on … (cut off at 2 tokens)"), ("iteration 0", "on and on")]
 
@@ -578,5 +572,5 @@ def test_side_by_side_takes_text_with_other_ends_of_lines(play, run):
         to_line(Example("a", [{"role": "user", "content": text}], text, [1], [2], "f:1")).encode()
     )
     for iteration in (START, 0):
-        run.answers(iteration).write_bytes(to_line(answer("a", text=text)).encode())
+        run.heldout_greedy(iteration).write_bytes(to_line(answer("a", text=text)).encode())
     assert side_by_side(run, prompts=1) == [(text, text, [("start", text), ("iteration 0", text)])]

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from spinlm.config import Data
-from spinlm.data.chat import Renderer
 from spinlm.data.examples import Selection, select_examples
+from spinlm.data.renderer import Renderer
 from spinlm.errors import DataError
-from spinlm.records import Example
+from spinlm.recipe.schema import Data
+from spinlm.rundir.records import Example
 from tiny import tiny_tokenizer
 
 GOOD = [{"prompt": f"What is {n}?", "response": f"It is {n}."} for n in range(4)]

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spinlm.errors import RunError
-from spinlm.journal import Journal
+from spinlm.rundir.journal import Journal
 
 
 def test_records_are_added_and_read_again(tmp_path):

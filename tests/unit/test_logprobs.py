@@ -14,14 +14,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from models import save_tiny_model, tiny_model, tiny_recipe
 from spinlm.errors import ModelError
 from spinlm.model import logprobs as logprobs_module
-from spinlm.model import trees as trees_module
+from spinlm.model import prefix_trees as trees_module
 from spinlm.model.attention import register_tree_attention
 from spinlm.model.fused import fuse
 from spinlm.model.logprobs import HeadShape, LogProbs, parity_gap
-from spinlm.model.memory import switch_checkpointing
 from spinlm.model.players import Players
-from spinlm.model.trees import Tree, lay_out
-from spinlm.rundir import RunDir
+from spinlm.model.prefix_trees import PrefixTree, pack_batch
+from spinlm.rundir.layout import RunDir
+from spinlm.training.activation_checkpointing import switch_checkpointing
 
 PACKINGS = ("tree", "pair")
 TAKES_TREES = ("llama", "mistral", "qwen2", "gemma2", "gpt2", "gpt_neox")
@@ -36,9 +36,9 @@ def ids(count: int, seed: int) -> list[int]:
 
 # Some are longer than the sliding windows of 8; there are one-token prompts and responses, and two equal responses.
 TREES = [
-    Tree(ids(12, 1), (ids(9, 2), ids(14, 3), ids(1, 4))),
-    Tree(ids(1, 5), (ids(11, 6),)),
-    Tree(ids(5, 7), (ids(1, 8), ids(4, 9), ids(4, 9))),
+    PrefixTree(ids(12, 1), (ids(9, 2), ids(14, 3), ids(1, 4))),
+    PrefixTree(ids(1, 5), (ids(11, 6),)),
+    PrefixTree(ids(5, 7), (ids(1, 8), ids(4, 9), ids(4, 9))),
 ]
 RESPONSES = [(tree.prompt, response) for tree in TREES for response in tree.responses]
 # Weights of different size and sign, so that no response's gradient can stand in for another's.
@@ -83,7 +83,7 @@ def assert_parity(model: Any, packing: str, change: Callable[[Any], object] = la
     theirs = gradients(model, plain)
 
     change(model)
-    packed = LogProbs(model)(lay_out(TREES, packing))
+    packed = LogProbs(model)(pack_batch(TREES, packing))
     ours = gradients(model, packed)
 
     assert ((packed - plain).abs() / plain.abs()).max() <= 1e-5
@@ -153,7 +153,7 @@ def test_fused_layers_have_the_plain_gradients(
 ) -> None:
     """In a row that is padded to a whole block, too."""
     monkeypatch.setattr(trees_module, "BLOCK", 16)
-    padding = lay_out(TREES, "tree").input_ids.shape[1] - sum(map(len, TREES))
+    padding = pack_batch(TREES, "tree").input_ids.shape[1] - sum(map(len, TREES))
     assert padding > 0
     assert_parity(with_adapter(architecture), packing, fuse)
 
@@ -168,7 +168,7 @@ def test_gradient_checkpointing_changes_nothing_to_the_bit(dropout: float) -> No
     for on in (False, True, False):
         switch_checkpointing(logprobs.causal, on=on)
         torch.manual_seed(6)
-        values = logprobs(lay_out(TREES, "tree"))
+        values = logprobs(pack_batch(TREES, "tree"))
         found.append({"values": values.detach(), **gradients(model, values)})
     for other in found[1:]:
         assert all(torch.equal(other[name], found[0][name]) for name in found[0])
@@ -180,11 +180,11 @@ def test_frozen_and_trained_head_give_the_same_hidden_gradients(architecture: st
     changes = {"final_logit_softcapping": 0.7} if architecture == "gemma2" else {}
     model = tiny_model(architecture, vocabulary=V, tie_word_embeddings=False, **changes)
     logprobs = LogProbs(model)
-    values = logprobs(lay_out(TREES, packing))
+    values = logprobs(pack_batch(TREES, packing))
     trained = gradients(model, values)
     for parameter in model.get_output_embeddings().parameters():
         parameter.requires_grad_(False)
-    frozen_values = logprobs(lay_out(TREES, packing))
+    frozen_values = logprobs(pack_batch(TREES, packing))
     frozen = gradients(model, frozen_values)
 
     assert torch.equal(frozen_values, values)
@@ -200,7 +200,7 @@ def test_chunks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch, frozen
     found = []
     for rows in (1000, 16, 17):  # 44 predicted tokens
         monkeypatch.setattr(logprobs_module, "CHUNK_ELEMENTS", rows * V)
-        values = logprobs(lay_out(TREES, "tree"))
+        values = logprobs(pack_batch(TREES, "tree"))
         found.append((values.detach(), gradients(model, values)))
     for values, grads in found[1:]:
         torch.testing.assert_close(values, found[0][0], rtol=1e-6, atol=0)
@@ -230,7 +230,7 @@ def test_logits_are_never_held_but_for_one_chunk(monkeypatch: pytest.MonkeyPatch
     with LargestLogits() as plain:
         gradients(model, plain_logprobs(model))
     with LargestLogits() as ours:
-        gradients(model, LogProbs(model)(lay_out(TREES, packing)))
+        gradients(model, LogProbs(model)(pack_batch(TREES, packing)))
     assert plain.largest == max(len(prompt) + len(response) for prompt, response in RESPONSES) * V  # it can see them
     assert ours.largest == rows * V
 
@@ -245,10 +245,10 @@ def test_head_shape_by_hand() -> None:
 
 def test_tokens_add_up_to_responses() -> None:
     logprobs = LogProbs(tiny_model("llama", vocabulary=V))
-    layout = lay_out(TREES, "tree")
-    per_token = logprobs.tokens(layout)
-    assert per_token.shape == (sum(len(response) for _, response in RESPONSES),)
-    sums = [part.sum() for part in per_token.split([len(response) for _, response in RESPONSES])]
+    layout = pack_batch(TREES, "tree")
+    length_normalize = logprobs.tokens(layout)
+    assert length_normalize.shape == (sum(len(response) for _, response in RESPONSES),)
+    sums = [part.sum() for part in length_normalize.split([len(response) for _, response in RESPONSES])]
     torch.testing.assert_close(logprobs(layout), torch.stack(sums))
 
 
@@ -258,7 +258,7 @@ def test_reading_gives_log_probabilities_and_the_mean_state_of_each_response(pac
     bodies = [model.model(torch.tensor([[*prompt, *response]])).last_hidden_state[0] for prompt, response in RESPONSES]
     states = [body[len(prompt) - 1 : -1].mean(dim=0) for body, (prompt, _) in zip(bodies, RESPONSES, strict=True)]
     logprobs = LogProbs(model)
-    layout = lay_out(TREES, packing)
+    layout = pack_batch(TREES, packing)
     values, features = logprobs.read(layout)
     torch.testing.assert_close(values, logprobs(layout))
     torch.testing.assert_close(features, torch.stack(states), rtol=1e-4, atol=1e-5)
@@ -268,10 +268,10 @@ def test_reading_gives_log_probabilities_and_the_mean_state_of_each_response(pac
 def test_a_token_changes_only_what_follows_it_in_its_own_branch(architecture: str) -> None:
     """Per-token log-probabilities, to a rounding error."""
     logprobs = LogProbs(tiny_model(architecture, vocabulary=V))
-    before = logprobs.tokens(lay_out(TREES, "tree"))
+    before = logprobs.tokens(pack_batch(TREES, "tree"))
     first, second, third = TREES[0].responses
     other = [*second[:3], 3 + (second[3] - 2) % (V - 3), *second[4:]]
-    after = logprobs.tokens(lay_out([Tree(TREES[0].prompt, (first, other, third)), *TREES[1:]], "tree"))
+    after = logprobs.tokens(pack_batch([PrefixTree(TREES[0].prompt, (first, other, third)), *TREES[1:]], "tree"))
 
     apart = (before - after).abs()
     start = len(first) + 3  # the changed token itself is predicted differently, and all that follow it
@@ -284,7 +284,7 @@ def test_computing_in_bfloat16_over_float32_weights() -> None:
     model = tiny_model("llama", vocabulary=V)
     exact, rough = LogProbs(model), LogProbs(model, autocast=torch.bfloat16)
     for packing in PACKINGS:
-        layout = lay_out(TREES, packing)
+        layout = pack_batch(TREES, packing)
         gap = ((exact(layout) - rough(layout)).abs() / torch.tensor([len(r) for _, r in RESPONSES])).max()
         assert 1e-4 < gap < 0.15
         assert {gradient.dtype for gradient in gradients(model, rough(layout)).values()} == {torch.float32}
@@ -348,7 +348,7 @@ def test_trees_where_the_model_cannot_take_them_are_an_error(saved: Any, tmp_pat
 @pytest.mark.parametrize("architecture", ["gpt_neo", "gptj", "bloom"])
 def test_bfloat16_does_not_hide_that_a_model_cannot_take_trees(saved: Any, tmp_path: Path, architecture: str) -> None:
     """Short responses to a long prompt: what a branch should not see is little beside what it should."""
-    trees = [Tree(ids(60, 10), (ids(4, 11), ids(5, 12))), Tree(ids(40, 13), (ids(6, 14), ids(3, 15)))]
+    trees = [PrefixTree(ids(60, 10), (ids(4, 11), ids(5, 12))), PrefixTree(ids(40, 13), (ids(6, 14), ids(3, 15)))]
     for dtype in ("float32", "bfloat16"):
         recipe = tiny_recipe(saved(architecture), lora={"r": 4}, model={"dtype": dtype})
         assert Players(recipe, RunDir(tmp_path / dtype)).packing(trees) == "pair", dtype

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from models import save_tiny_model, tiny_recipe
-from spinlm import machine
-from spinlm.config import MEMORY_MARGIN, Lora, optimizer_bytes
-from spinlm.model import memory
-from spinlm.model.memory import free_bytes, kept_bytes, switch_checkpointing
 from spinlm.model.players import Players
-from spinlm.plan.shapes import shape_from_config
-from spinlm.rundir import RunDir
+from spinlm.plan.model_shape import shape_from_config
+from spinlm.recipe.schema import MEMORY_MARGIN, Lora, optimizer_bytes
+from spinlm.rundir.layout import RunDir
+from spinlm.training import activation_checkpointing
+from spinlm.training.activation_checkpointing import free_bytes, saved_activation_bytes, switch_checkpointing
+from spinlm.utils import hardware
 
 
 @pytest.fixture(scope="module")
@@ -29,16 +29,16 @@ def test_the_plan_counts_what_is_kept(model: Path, tmp_path: Path) -> None:
     ours = players(model, tmp_path)
     shape = shape_from_config(ours.logprobs.causal.config.to_dict())
     planned = shape.activation_bytes(4, 128, Lora(), checkpointing=False)
-    assert planned / 1.5 < kept_bytes(ours.logprobs, "tree", 128) < planned * 1.5
+    assert planned / 1.5 < saved_activation_bytes(ours.logprobs, "tree", 128) < planned * 1.5
 
 
 def test_what_grows_with_the_row_is_counted(tmp_path: Path) -> None:
     """Attention that is not fused keeps its weights: a float32 number for each pair of tokens, 4 heads and 2 layers."""
     neo = players(save_tiny_model(tmp_path / "neo", "gpt_neo", max_position_embeddings=256), tmp_path / "run")
-    short, long = (kept_bytes(neo.logprobs, "pair", row) for row in (200, 1200))
+    short, long = (saved_activation_bytes(neo.logprobs, "pair", row) for row in (200, 1200))
     assert long - short == 1000 * 4 * 2 * 4
     fused = players(save_tiny_model(tmp_path / "llama"), tmp_path / "other")
-    assert kept_bytes(fused.logprobs, "pair", 1200) == kept_bytes(fused.logprobs, "pair", 200)
+    assert saved_activation_bytes(fused.logprobs, "pair", 1200) == saved_activation_bytes(fused.logprobs, "pair", 200)
 
 
 def on(ours: Players) -> bool:
@@ -47,21 +47,21 @@ def on(ours: Players) -> bool:
 
 def test_checkpointing_keeps_less_and_leaves_nothing_behind(model: Path, tmp_path: Path) -> None:
     ours = players(model, tmp_path, gradient_checkpointing=True)
-    kept = kept_bytes(ours.logprobs, "tree", 100)
+    kept = saved_activation_bytes(ours.logprobs, "tree", 100)
     for _ in range(2):
         assert ours.make_room("tree") and on(ours)
-    assert kept_bytes(ours.logprobs, "tree", 100) < kept / 3
+    assert saved_activation_bytes(ours.logprobs, "tree", 100) < kept / 3
     switch_checkpointing(ours.logprobs.causal, on=False)
-    assert not on(ours) and kept_bytes(ours.logprobs, "tree", 100) == kept
+    assert not on(ours) and saved_activation_bytes(ours.logprobs, "tree", 100) == kept
     assert not ours.logprobs.causal.get_input_embeddings()._forward_hooks
 
 
 def bytes_needed(ours: Players, copy: int = 0) -> float:
     """What the largest micro-batch keeps, and gradients, optimiser state and a copy, which are still to come."""
-    kept = kept_bytes(ours.logprobs, "tree", ours.recipe.train.max_length)
+    kept = saved_activation_bytes(ours.logprobs, "tree", ours.recipe.train.max_length)
     trained = sum(parameter.numel() for _, parameter in ours.parameters())
     state = 4 + optimizer_bytes(ours.recipe.train.optimizer) + copy
-    return MEMORY_MARGIN * ours.recipe.most_tokens("tree") * kept + trained * state
+    return MEMORY_MARGIN * ours.recipe.max_micro_batch_tokens("tree") * kept + trained * state
 
 
 @pytest.mark.parametrize(("more", "needed"), [(-2, True), (2, False)])
@@ -73,10 +73,10 @@ def test_checkpointing_by_need(
     lora = {"r": 2} if kind == "adapter" else None
     ours = Players(tiny_recipe(model, model={"path": str(model), "dtype": dtype}, lora=lora), RunDir(tmp_path))
     need = bytes_needed(ours, copy=2 if dtype == "bfloat16" else 0)
-    monkeypatch.setattr(memory, "free_memory", lambda: int(need + more))
+    monkeypatch.setattr(activation_checkpointing, "free_memory", lambda: int(need + more))
     for _ in range(2):  # what is kept with it on says nothing about what would be without
         assert ours.make_room("tree") == on(ours) == needed
-    monkeypatch.setattr(memory, "free_memory", lambda: int(2 * need))
+    monkeypatch.setattr(activation_checkpointing, "free_memory", lambda: int(2 * need))
     assert not ours.make_room("tree") and not on(ours)  # off again when there is room
 
 
@@ -85,7 +85,7 @@ def test_a_model_that_cannot_checkpoint_is_left_alone(
 ) -> None:
     ours = players(model, tmp_path)
     monkeypatch.setattr(ours.logprobs.causal, "supports_gradient_checkpointing", False)
-    monkeypatch.setattr(memory, "free_memory", lambda: 0)
+    monkeypatch.setattr(activation_checkpointing, "free_memory", lambda: 0)
     assert not ours.make_room("tree") and not on(ours)
 
 
@@ -95,20 +95,20 @@ def test_the_largest_micro_batch_is_the_budget_or_a_longer_prompt_with_its_respo
         "selfplay": {"iterations": 4, "replay": 1},
     }
     recipe = tiny_recipe(model, **settings, train={"max_length": 100, "tokens_per_micro_batch": 50})
-    assert recipe.most_tokens("tree") == 100 + 4 * 10
-    assert recipe.most_tokens("pair") == 100 + 4 * 100
+    assert recipe.max_micro_batch_tokens("tree") == 100 + 4 * 10
+    assert recipe.max_micro_batch_tokens("pair") == 100 + 4 * 100
     recipe = tiny_recipe(model, **settings, train={"max_length": 100, "tokens_per_micro_batch": 700})
-    assert recipe.most_tokens("tree") == recipe.most_tokens("pair") == 700
+    assert recipe.max_micro_batch_tokens("tree") == recipe.max_micro_batch_tokens("pair") == 700
 
 
 def test_memory_is_what_the_system_and_the_container_allow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     limit, used = tmp_path / "memory.max", tmp_path / "memory.current"
-    monkeypatch.setattr(machine, "CGROUPS", ((str(limit), str(used)),))
-    everything = machine.total_memory()
-    assert 0 < machine.free_memory() < everything  # no such files
+    monkeypatch.setattr(hardware, "CGROUPS", ((str(limit), str(used)),))
+    everything = hardware.total_memory()
+    assert 0 < hardware.free_memory() < everything  # no such files
     used.write_text("300\n")
     limit.write_text("1000\n")
-    assert (machine.total_memory(), machine.free_memory()) == (1000, 700)
+    assert (hardware.total_memory(), hardware.free_memory()) == (1000, 700)
     limit.write_text("max\n")
-    assert machine.total_memory() == everything
+    assert hardware.total_memory() == everything
     assert free_bytes(torch.device("cpu")) > 1e6

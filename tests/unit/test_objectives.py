@@ -11,12 +11,12 @@ from torch import Tensor
 
 from models import tiny_model, tiny_recipe
 from spinlm.model.attention import register_tree_attention
-from spinlm.model.fit import Item
 from spinlm.model.logprobs import LogProbs
-from spinlm.model.objectives import LOSSES, dpo_positive, margin, mean_nll, space, spin, t_spin
-from spinlm.model.trees import Tree, lay_out
-from spinlm.records import Pair, _pair_schema, write_pairs
-from spinlm.stages.items import PairItems, pair_indices, pair_objective
+from spinlm.model.prefix_trees import PrefixTree, pack_batch
+from spinlm.rundir.records import Pair, _pair_schema, write_pairs
+from spinlm.training.batches import PairItems, pair_indices, pair_objective
+from spinlm.training.objectives import LOSSES, dpo_positive, margin, mean_nll, space, spin, t_spin
+from spinlm.training.trainer import Item
 
 SLOPE_AT_0 = {"logistic": 0.5, "hinge": 1.0, "exponential": 1.0}  # −ℓ'(0)
 AT_0 = {"logistic": math.log(2), "hinge": 1.0, "exponential": 1.0}  # ℓ(0)
@@ -169,10 +169,10 @@ def test_gradient_before_the_first_step(loss: str) -> None:
     """It is −β · (−ℓ'(0)) · ∇[log p(y) − log p(y')], averaged over pairs; with the logistic ℓ that is β/2."""
     register_tree_attention()
     model = tiny_model("llama", vocabulary=64)
-    trees = [Tree([5, 9, 7, 11], ([20, 21, 22], [30, 31])), Tree([8, 6], ([40], [41, 42, 43, 44]))]
+    trees = [PrefixTree([5, 9, 7, 11], ([20, 21, 22], [30, 31])), PrefixTree([8, 6], ([40], [41, 42, 43, 44]))]
     beta = 0.3
 
-    logprobs = LogProbs(model)(lay_out(trees, "tree"))  # y, y' of each tree
+    logprobs = LogProbs(model)(pack_batch(trees, "tree"))  # y, y' of each tree
     frozen = logprobs.detach()
     spin(logprobs[0::2], logprobs[1::2], frozen[0::2], frozen[1::2], beta=beta, loss=loss).mean().backward()
     ours = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
@@ -273,8 +273,8 @@ def test_the_game_comes_ever_closer_to_the_data(loss: str) -> None:
 def test_objective_of_a_micro_batch_by_hand(tmp_path) -> None:
     """Two trees, three pairs: the real response is shared by the pairs of its tree; sums, not means."""
     items = [
-        Item(Tree([1, 2], ([3, 4], [5], [6, 7, 8])), (-3.0, -4.0, -1.0), ((0, 1), (0, 2))),
-        Item(Tree([1], ([3, 4, 5, 6], [5])), (-2.5, -3.5), ((0, 1),)),
+        Item(PrefixTree([1, 2], ([3, 4], [5], [6, 7, 8])), (-3.0, -4.0, -1.0), ((0, 1), (0, 2))),
+        Item(PrefixTree([1], ([3, 4, 5, 6], [5])), (-2.5, -3.5), ((0, 1),)),
     ]
     logprobs = torch.tensor([-2.0, -5.0, -1.5, -3.0, -2.0], requires_grad=True)
     recipe = tiny_recipe(tmp_path, objective={"beta": [9.0, 0.5], "nll_weight": 0.1}, selfplay={"iterations": 2})
@@ -303,7 +303,10 @@ ONE = tuple(torch.tensor([value]) for value in (-4.0, -5.0, -3.0, -4.0))
         ({"name": "dpo-positive", "penalty": 3.0}, dpo_positive(*ONE, beta=0.1, penalty=3.0)),
         ({"name": "space", "mu": 2.0}, space(*ONE, mu=2.0)),
         ({"name": "spin", "loss": "hinge", "beta": 2.0}, spin(*ONE, beta=2.0, loss="hinge")),
-        ({"name": "spin", "per_token": True}, spin(*ONE, beta=0.1, tokens=(torch.tensor([2.0]), torch.tensor([1.0])))),
+        (
+            {"name": "spin", "length_normalize": True},
+            spin(*ONE, beta=0.1, tokens=(torch.tensor([2.0]), torch.tensor([1.0]))),
+        ),
         (
             {"name": "t-spin", "history_weight": 0.3, "loss": "exponential"},
             t_spin(ONE[0], ONE[1], torch.tensor([-7.0]), beta=0.1, history_weight=0.3, loss="exponential"),
@@ -312,7 +315,7 @@ ONE = tuple(torch.tensor([value]) for value in (-4.0, -5.0, -3.0, -4.0))
 )
 def test_the_recipes_settings_reach_the_objective(tmp_path, settings, expected) -> None:
     """A response of θ_0 stands beside the pair, for the objective that asks for it."""
-    item = Item(Tree([1], ([3, 4], [5], [6])), (-3.0, -4.0, math.nan), ((0, 1),), (2,))
+    item = Item(PrefixTree([1], ([3, 4], [5], [6])), (-3.0, -4.0, math.nan), ((0, 1),), (2,))
     total = pair_objective(tiny_recipe(tmp_path, objective=settings), 0)(torch.tensor([-4.0, -5.0, -7.0]), [item])
     assert total.loss.item() == pytest.approx(expected.item(), rel=1e-6)
 

@@ -13,19 +13,19 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from models import ARCHITECTURES, save_tiny_model, tiny_model, tiny_recipe
-from spinlm.config import Lora
+from spinlm.generation import LocalEngine, local_engine
+from spinlm.generation.base import Answer, Progress
+from spinlm.generation.local import sample
 from spinlm.model.attention import register_tree_attention
 from spinlm.model.decoding import RaggedRows
 from spinlm.model.fused import fuse
 from spinlm.model.loading import add_adapter
 from spinlm.model.logprobs import LogProbs
 from spinlm.model.players import Players
-from spinlm.model.trees import Tree, lay_out
-from spinlm.opponents import LocalOpponent, local_opponent
-from spinlm.opponents.base import Answer, Progress
-from spinlm.opponents.local import sample
-from spinlm.records import Sampling
-from spinlm.rundir import RunDir
+from spinlm.model.prefix_trees import PrefixTree, pack_batch
+from spinlm.recipe.schema import Lora
+from spinlm.rundir.layout import RunDir
+from spinlm.rundir.records import Sampling
 
 V = 97
 GREEDY = Sampling(temperature=0.0, top_p=1.0, max_new_tokens=20, max_length=1000, samples=1, stop_ids=(2,))
@@ -51,7 +51,7 @@ def answer(
     progress: Progress = lambda ended, tokens: None,
     packing: str = "tree",
 ) -> list[list[Answer]]:
-    engine = LocalOpponent(LogProbs(model), batch_size, packing)
+    engine = LocalEngine(LogProbs(model), batch_size, packing)
     return engine.answer(prompts, sampling, seed, progress)
 
 
@@ -163,7 +163,7 @@ def test_the_seed_decides_the_answers() -> None:
 def test_answers_are_the_current_players(tmp_path: Path, lora: Any) -> None:
     recipe = tiny_recipe(save_tiny_model(tmp_path / "model"), lora=lora)
     players = Players(recipe, RunDir(tmp_path / "run"))
-    engine = local_opponent(recipe, players, "tree")
+    engine = local_engine(recipe, players, "tree")
     asked = (PROMPTS, GREEDY, 0, lambda ended, tokens: None)
     players.save(0)
     before = engine.answer(*asked)
@@ -184,10 +184,10 @@ def test_answers_are_the_current_players(tmp_path: Path, lora: Any) -> None:
 def test_answering_leaves_a_model_that_trains_and_scores() -> None:
     model = tiny_model("llama", vocabulary=V).train()
     logprobs = LogProbs(model)
-    layout = lay_out([Tree(ids(5, 1), (ids(4, 2), ids(3, 3)))], "tree")
+    layout = pack_batch([PrefixTree(ids(5, 1), (ids(4, 2), ids(3, 3)))], "tree")
     before = logprobs(layout)
     for packing in ("tree", "pair"):
-        LocalOpponent(logprobs, 4, packing).answer(PROMPTS, FREE, 0, lambda ended, tokens: None)
+        LocalEngine(logprobs, 4, packing).answer(PROMPTS, FREE, 0, lambda ended, tokens: None)
     after = logprobs(layout)
     assert torch.equal(before, after)
     after.sum().backward()
@@ -250,8 +250,8 @@ def test_the_samplers_log_probability_is_the_scorers(architecture: str, sampling
     model = tiny_model(architecture, vocabulary=V)
     packing = "pair" if architecture == "gpt_neo" else "tree"
     answers = answer(model, PROMPTS, sampling, packing=packing)
-    trees = [Tree(p, tuple(one.token_ids for one in given)) for p, given in zip(PROMPTS, answers, strict=True)]
-    scored = LogProbs(model)(lay_out(trees, "pair")).tolist()
+    trees = [PrefixTree(p, tuple(one.token_ids for one in given)) for p, given in zip(PROMPTS, answers, strict=True)]
+    scored = LogProbs(model)(pack_batch(trees, "pair")).tolist()
     assert [one.logprob for given in answers for one in given] == pytest.approx(scored, abs=1e-4)
 
 
@@ -262,8 +262,10 @@ def test_in_bfloat16_sampler_and_scorer_differ_by_its_rounding(architecture: str
     gaps = {}
     for packing in ("tree", "pair"):
         answers = answer(model, PROMPTS, FREE, packing=packing)
-        trees = [Tree(p, tuple(one.token_ids for one in given)) for p, given in zip(PROMPTS, answers, strict=True)]
-        scored = iter(LogProbs(model)(lay_out(trees, "pair")).tolist())
+        trees = [
+            PrefixTree(p, tuple(one.token_ids for one in given)) for p, given in zip(PROMPTS, answers, strict=True)
+        ]
+        scored = iter(LogProbs(model)(pack_batch(trees, "pair")).tolist())
         found = [abs(one.logprob - next(scored)) / len(one.token_ids) for given in answers for one in given]
         gaps[packing] = sum(found) / len(found)
     assert gaps["tree"] < max(2 * gaps["pair"], 0.01)

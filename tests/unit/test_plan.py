@@ -11,20 +11,20 @@ from typing import Any
 import pytest
 
 import spinlm
-from spinlm.config import Lora, Objective, Opponent, Recipe, Server, Train
-from spinlm.files import write_json, write_text
-from spinlm.order import START
 from spinlm.plan import Plan, make_plan, render
 from spinlm.plan.devices import CPU, GPU, Device
 from spinlm.plan.disk import disk
 from spinlm.plan.estimate import LOGITS_BYTES, Hours
 from spinlm.plan.lengths import find_lengths
 from spinlm.plan.lookup import find_shape
-from spinlm.plan.shapes import Shape, shape_from_config
-from spinlm.plan.show import _duration, facts, notes, refusals
-from spinlm.recipe import load_recipe, parse_recipe
-from spinlm.records import Example, to_line
-from spinlm.rundir import RunDir
+from spinlm.plan.model_shape import Shape, shape_from_config
+from spinlm.plan.render import _duration, facts, notes, refusals
+from spinlm.recipe.load import load_recipe, parse_recipe
+from spinlm.recipe.schema import Lora, Objective, Opponent, Recipe, Server, Train
+from spinlm.rundir.layout import RunDir
+from spinlm.rundir.records import Example, to_line
+from spinlm.rundir.stage_graph import START
+from spinlm.utils.atomic import write_json, write_text
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "recipes"
@@ -156,7 +156,7 @@ def test_preferences_are_answered_by_the_data(tmp_path: Path) -> None:
     assert plan.work[1].generated == plan.work[0].generated == 2 * 5 * 2
     assert plan.work[1].generated_at_most == 2 * 5 * 256
     assert fact(plan, "synthetic response")[1].endswith("train.max_length")
-    assert plan.recipe.most_tokens("tree") == 2 * 2048
+    assert plan.recipe.max_micro_batch_tokens("tree") == 2 * 2048
 
 
 def test_t_spin_computes_the_starting_players_response_too() -> None:
@@ -166,7 +166,7 @@ def test_t_spin_computes_the_starting_players_response_too() -> None:
         2 * 50_000 * (2048 + responses * 256) for responses in (1, 2, 3, 3)
     ]
     assert [work.pairs for work in one.work[1:]] == [50_000, 100_000, 100_000, 100_000]
-    assert one.recipe.most_tokens("pair") == max(one.recipe.train.tokens_per_micro_batch, 4 * 2048)
+    assert one.recipe.max_micro_batch_tokens("pair") == max(one.recipe.train.tokens_per_micro_batch, 4 * 2048)
 
 
 def test_warm_up_is_planned_before_iteration_0() -> None:
@@ -631,12 +631,9 @@ def test_too_few_rows_are_refused(tmp_path: Path) -> None:
 
 def test_too_few_rows_beside_the_warm_up_are_refused_by_name(tmp_path: Path) -> None:
     path = data_file(tmp_path, [{"prompt": "p", "response": "r"}] * 20)
-    plan = make_plan(recipe(data={"path": path, "heldout": 5, "prompts": 2}, warmup_sft={"prompts": 16}))
+    plan = make_plan(recipe(data={"path": path, "heldout": 5, "prompts": 2}, sft={"prompts": 16}))
     (told,) = refusals(plan)
-    assert (
-        "beside 5 held out and 16 for the warm-up alone. Lower data.heldout, data.prompts or warmup_sft.prompts."
-        in told
-    )
+    assert "beside 5 held out and 16 for the warm-up alone. Lower data.heldout, data.prompts or sft.prompts." in told
 
 
 @pytest.mark.parametrize(
@@ -717,10 +714,10 @@ def test_finished_stages_and_a_changed_recipe_are_shown(tmp_path: Path) -> None:
     run = RunDir(tmp_path / "run")
     assert make_plan(recipe(), run).finished == ()
     prepared(run, [(30, 9)])
-    for stage, iteration in (("warmup", START), ("generate", 0), ("train", 1)):
+    for stage, iteration in (("sft", START), ("generate", 0), ("train", 1)):
         write_text(run.marker(stage, iteration), "{}")
     plan = make_plan(recipe(), run)
-    assert plan.finished == ("prepare", "warmup", "generate 0", "train 1")
+    assert plan.finished == ("prepare", "sft", "generate 0", "train 1")
     assert "done already, will not be repeated: prepare, warmup, generate 0, train 1" in text(plan)
     assert "The run has begun: lengths below are those of its examples" in text(plan)
     assert "The run has begun" not in text(make_plan(recipe()))
@@ -733,10 +730,10 @@ def test_finished_stages_and_a_changed_recipe_are_shown(tmp_path: Path) -> None:
 
 def prepared(run: RunDir, sizes: list[tuple[int, int]]) -> None:
     """The examples of a run, with so many tokens."""
-    for split in ("train", "heldout", "warmup"):
+    for split in ("train", "heldout", "sft"):
         examples = [Example(str(at), [], "", [0] * a, [0] * b, "") for at, (a, b) in enumerate(sizes)]
         write_text(run.examples(split), "".join(map(to_line, examples)))
-    run.complete("prepare", START, [], counts={"train": len(sizes), "heldout": 512, "warmup": 0})
+    run.complete("prepare", START, [], counts={"train": len(sizes), "heldout": 512, "sft": 0})
 
 
 def test_what_a_run_has_seen_goes_before_estimates(tmp_path: Path) -> None:
@@ -745,9 +742,9 @@ def test_what_a_run_has_seen_goes_before_estimates(tmp_path: Path) -> None:
     lengths = make_plan(recipe(), run).lengths
     assert (lengths.prompt, lengths.real, lengths.synthetic, lengths.longest_prompt) == (35, 10, 10, 40)
     assert make_plan(recipe(), run).prompts == 2
-    for stage, iteration in (("warmup", START), ("generate", 0)):
+    for stage, iteration in (("sft", START), ("generate", 0)):
         run.complete(stage, iteration, [])
-    run.complete("score", 0, [], train={"mean_tokens": 20.5}, heldout={"mean_tokens": 7.0})
+    run.complete("reference_logprobs", 0, [], train={"mean_tokens": 20.5}, heldout={"mean_tokens": 7.0})
     plan = make_plan(recipe(), run)
     assert (plan.lengths.real, plan.lengths.synthetic, plan.work[1].answered.tokens) == (10, 21, 21)
     assert fact(plan, "synthetic response") == ("21 tokens", "mean of iteration 0's")
@@ -790,7 +787,7 @@ def test_planning_imports_nothing_heavy_and_is_quick(path: Path) -> None:
 import sys, time
 from pathlib import Path
 from rich.console import Console
-from spinlm.recipe import load_recipe
+from spinlm.recipe.load import load_recipe
 from spinlm.plan import make_plan, render
 Console().print(render(make_plan(load_recipe(Path({str(path)!r})))))
 heavy = {{"torch", "transformers", "peft", "datasets", "accelerate", "numpy", "pyarrow"}} & set(sys.modules)

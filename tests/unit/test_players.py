@@ -12,20 +12,20 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from models import ARCHITECTURES, save_tiny_model, tiny_model, tiny_recipe
-from spinlm.config import Lora, Model
 from spinlm.errors import ModelError
-from spinlm.files import file_digest, write_json
-from spinlm.locate import locate
 from spinlm.model.attention import register_tree_attention
-from spinlm.model.loading import add_adapter, compute_dtype, ensure_base, load_model, silence_dropout, stop_ids
+from spinlm.model.loading import add_adapter, compute_dtype, disable_dropout, ensure_base, load_model, stop_ids
 from spinlm.model.logprobs import LogProbs
 from spinlm.model.players import Players, seat
-from spinlm.model.trees import Tree, lay_out
-from spinlm.order import START
-from spinlm.rundir import RunDir
+from spinlm.model.prefix_trees import PrefixTree, pack_batch
+from spinlm.recipe.schema import Lora, Model
+from spinlm.rundir.layout import RunDir
+from spinlm.rundir.stage_graph import START
+from spinlm.utils.atomic import file_digest, write_json
+from spinlm.utils.model_path import resolve_model
 
 LORA = {"r": 4, "alpha": 8.0}
-TREES = [Tree([5, 6, 7, 8], ([9, 10, 11], [12, 13])), Tree([20, 21], ([22], [23, 24, 25]))]
+TREES = [PrefixTree([5, 6, 7, 8], ([9, 10, 11], [12, 13])), PrefixTree([20, 21], ([22], [23, 24, 25]))]
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10]])
 
 
@@ -235,10 +235,10 @@ DROPOUT: dict[str, dict[str, float]] = {
 def test_a_player_in_training_computes_what_it_computes_in_scoring(architecture: str) -> None:
     model = tiny_model(architecture, **DROPOUT[architecture])
     logprobs = LogProbs(model)
-    layout = lay_out(TREES, "pair")
+    layout = pack_batch(TREES, "pair")
     exact = logprobs(layout)
     assert (logprobs.train()(layout) - exact).abs().max() > 1e-3  # there is dropout to silence
-    silence_dropout(model)
+    disable_dropout(model)
     assert torch.equal(logprobs.train()(layout), exact)
 
 
@@ -248,7 +248,7 @@ def test_all_architectures_have_their_dropout_tested() -> None:
 
 def test_only_the_adapters_dropout_is_left() -> None:
     model = add_adapter(tiny_model("gpt2"), Lora(r=4, dropout=0.25), seed=0)
-    silence_dropout(model)
+    disable_dropout(model)
     shares = {name: module.p for name, module in model.named_modules() if isinstance(module, nn.Dropout)}
     assert {p for name, p in shares.items() if ".lora_dropout" in name} == {0.25}
     assert {p for name, p in shares.items() if ".lora_dropout" not in name} == {0.0}
@@ -281,7 +281,7 @@ def test_where_bfloat16_is_used(saved: Any, tmp_path: Path) -> None:
     assert full.logprobs.autocast == torch.bfloat16
 
     for players in (lora, full):
-        assert players.logprobs(lay_out(TREES, "tree")).dtype == torch.float32
+        assert players.logprobs(pack_batch(TREES, "tree")).dtype == torch.float32
 
 
 # Finding the model
@@ -299,13 +299,13 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_locate(saved: Any, package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert locate(str(saved())) == saved()
-    assert locate("package://llm_pretend/tiny.gguf") == package / "tiny.gguf"
+    assert resolve_model(str(saved())) == saved()
+    assert resolve_model("package://llm_pretend/tiny.gguf") == package / "tiny.gguf"
     assert "llm_pretend" not in sys.modules
-    assert locate("org/model") is None
-    assert locate("gpt2") is None
+    assert resolve_model("org/model") is None
+    assert resolve_model("gpt2") is None
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert locate("~/site") == tmp_path / "site"
+    assert resolve_model("~/site") == tmp_path / "site"
 
 
 @pytest.mark.parametrize(
@@ -326,7 +326,7 @@ def test_locate(saved: Any, package: Path, tmp_path: Path, monkeypatch: pytest.M
 )
 def test_a_model_that_is_not_there(package: Path, name: str, message: str) -> None:
     with pytest.raises(ModelError, match=message):
-        locate(name)
+        resolve_model(name)
 
 
 def test_a_folder_that_holds_no_model(saved: Any, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from spinlm import progress
+from spinlm.distributed import progress
 
 
 def test_lines_say_how_far_how_fast_and_how_long(
@@ -41,7 +41,7 @@ def test_what_was_done_before_says_nothing_about_the_rate(
     monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", -1)
     monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
     caplog.set_level(logging.INFO)
-    with progress.track("score", 100, already=90) as advance:
+    with progress.track("reference_logprobs", 100, already=90) as advance:
         advance(5, 50)
     assert caplog.messages == ["score 95/100, 5 tokens/s, 10 s left"]
 

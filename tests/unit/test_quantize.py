@@ -13,20 +13,20 @@ from torch import Tensor, nn
 
 from models import save_tiny_model, tiny_recipe
 from spinlm.errors import MissingPackageError, ModelError
-from spinlm.export import export
+from spinlm.export.player import export
 from spinlm.model.fused import fuse, packed_adapters
-from spinlm.model.loading import add_adapter, load_model, silence_dropout
+from spinlm.model.loading import add_adapter, disable_dropout, load_model
 from spinlm.model.players import Players
-from spinlm.model.quantize import check_quantization, count, four_bits, is_quantised, unpack
-from spinlm.model.trees import Tree, lay_out
-from spinlm.order import START
-from spinlm.recipe import parse_recipe
-from spinlm.rundir import RunDir
+from spinlm.model.prefix_trees import PrefixTree, pack_batch
+from spinlm.model.quantize import bnb_config, check_quantization, count, is_quantised, unpack
+from spinlm.recipe.load import parse_recipe
+from spinlm.rundir.layout import RunDir
+from spinlm.rundir.stage_graph import START
 
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="4 bits need the extra `bitsandbytes`")
 
 LORA = {"r": 4, "alpha": 8.0, "quantize": "4bit"}
-TREES = [Tree([5, 6, 7, 8], ([9, 10, 11], [12, 13])), Tree([20, 21], ([22], [23, 24, 25]))]
+TREES = [PrefixTree([5, 6, 7, 8], ([9, 10, 11], [12, 13])), PrefixTree([20, 21], ([22], [23, 24, 25]))]
 EXACT = {"rtol": 1e-4, "atol": 1e-4}
 
 
@@ -56,7 +56,7 @@ def plain(folder: Path, **lora: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     loaded = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, quantization_config=four_bits(torch.float32)
+        folder, dtype=torch.float32, quantization_config=bnb_config(torch.float32)
     )
     for layer in loaded.modules():
         if is_quantised(layer):
@@ -64,7 +64,7 @@ def plain(folder: Path, **lora: Any) -> Any:
     settings = tiny_recipe(folder, lora=LORA | lora).lora
     assert settings is not None
     model = add_adapter(loaded, settings, 0)
-    silence_dropout(model)
+    disable_dropout(model)
     stir(model)
     return model.eval()
 
@@ -92,7 +92,7 @@ def test_logprobs_and_gradients_are_those_of_peft(saved: Any, tmp_path: Path, ar
     packing = "pair" if architecture == "gpt_neo" else "tree"
     scored = players.response_logprobs(TREES, packing)  # first, since it is there that bitsandbytes changes its mind
     torch.testing.assert_close(torch.tensor(scored), expected.detach(), **EXACT)
-    ours = players.logprobs.train()(lay_out(TREES, packing))
+    ours = players.logprobs.train()(pack_batch(TREES, packing))
     torch.testing.assert_close(ours, expected, **EXACT)
     weights = torch.tensor([1.0, -2.0, 0.5, 1.5])
     (ours * weights).sum().backward()
@@ -163,7 +163,7 @@ def test_weights_are_unpacked_and_not_kept(saved: Any, tmp_path: Path) -> None:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        players.logprobs.train()(lay_out(TREES, "tree"))
+        players.logprobs.train()(pack_batch(TREES, "tree"))
     assert kept and not sizes & set(kept)
 
 

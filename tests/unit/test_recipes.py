@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from spinlm.recipe import load_recipe
-from spinlm.template import template
+from spinlm.cli.starter import template
+from spinlm.recipe.load import load_recipe
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 
@@ -21,7 +21,7 @@ def test_the_papers_recipe() -> None:
     assert recipe.model.path == "alignment-handbook/zephyr-7b-sft-full"
     assert recipe.model.revision == "ac6e600eefcce74f5e8bae1035d4f66019e93190"
     assert recipe.model.dtype == "bfloat16"
-    assert recipe.lora is None and recipe.warmup_sft is None
+    assert recipe.lora is None and recipe.sft is None
     assert recipe.data.path == "HuggingFaceH4/ultrachat_200k"
     assert (recipe.data.split, recipe.data.turns, recipe.data.prompts) == ("train_sft", "first", 50_000)
     assert (recipe.selfplay.iterations, recipe.selfplay.replay) == (4, 1)
@@ -54,7 +54,7 @@ def test_what_the_template_comments_out_is_right_too(tmp_path: Path) -> None:
     path = tmp_path / "all.yaml"
     path.write_text("\n".join(lines))
     recipe = load_recipe(path)
-    assert recipe.warmup_sft is not None and recipe.warmup_sft.learning_rate == 1e-4
+    assert recipe.sft is not None and recipe.sft.learning_rate == 1e-4
     assert recipe.evaluate.scorer == "exact_match"
     assert recipe.data.columns.prompt == "question"
     assert recipe.tracking == ["tensorboard"]
@@ -66,7 +66,7 @@ OPTIONAL = {
     "split",
     "columns",
     "prompts",
-    "warmup_sft",
+    "sft",
     "epochs",
     "learning_rate",
     "nll_weight",

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spinlm.errors import RunError
-from spinlm.files import atomic_file
-from spinlm.records import Example, Generation, HeldOutAnswer, HeldOutSample, read_line, read_lines, to_line
-from spinlm.shards import RecordFile
+from spinlm.rundir.records import Example, Generation, HeldoutGreedy, HeldoutSampled, read_line, read_lines, to_line
+from spinlm.rundir.shards import RecordFile
+from spinlm.utils.atomic import atomic_file
 
 texts = st.text(st.characters(exclude_categories=["Cs"]))  # data with half a character is refused before
 numbers = st.floats(allow_nan=False)
@@ -22,12 +22,12 @@ RECORDS = {
     Generation: st.builds(
         Generation, texts, st.integers(0), st.integers(0), ids, texts, st.booleans(), st.none() | numbers, st.booleans()
     ),
-    HeldOutAnswer: st.builds(
-        HeldOutAnswer,
+    HeldoutGreedy: st.builds(
+        HeldoutGreedy,
         *(texts, ids, texts, st.booleans(), st.booleans(), numbers, numbers, st.none() | numbers),
         st.lists(numbers, max_size=3),
     ),
-    HeldOutSample: st.builds(HeldOutSample, texts, ids, texts, st.booleans(), numbers, numbers, st.none() | numbers),
+    HeldoutSampled: st.builds(HeldoutSampled, texts, ids, texts, st.booleans(), numbers, numbers, st.none() | numbers),
 }
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from spinlm import load_recipe
-from spinlm.rundir import RunDir
+from spinlm.rundir.layout import RunDir
 
 HERE = Path(__file__).resolve().parents[2] / "benchmarks" / "replication"
 sys.path.insert(0, str(HERE))
@@ -26,7 +26,7 @@ def write_run(folder: Path, scores: list[list[float]], *, iterations: int | None
     for name, values in zip(names, scores, strict=True):
         (folder / name).mkdir(parents=True)
         rows = [{"id": chr(97 + place), "task_score": value, "nll": 1.0} for place, value in enumerate(values)]
-        (folder / name / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (folder / name / "heldout_greedy.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         (folder / name / "evaluate.done").touch()
         if name != "start":
             (folder / name / "train.done").write_text('{"steps": 3}')

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import yaml
 
-from spinlm.binding import bind, bind_inputs, differences, identity, read_recipe
-from spinlm.config import Recipe
 from spinlm.errors import RunError
-from spinlm.files import read_json, write_json
-from spinlm.order import STAGES, START, describe
-from spinlm.rundir import RunDir
+from spinlm.recipe.schema import Recipe
+from spinlm.rundir.layout import RunDir
+from spinlm.rundir.provenance import bind, differences, identity, read_recipe, verify_inputs
+from spinlm.rundir.stage_graph import STAGES, START, stage_label
+from spinlm.utils.atomic import read_json, write_json
 
 
 @pytest.fixture
@@ -35,9 +35,13 @@ def names(folder: Path) -> list[str]:
 
 CHAIN = [
     ("prepare", START),
-    ("warmup", START),
+    ("sft", START),
     ("evaluate", START),
-    *((stage, iteration) for iteration in (0, 1) for stage in ("generate", "score", "train", "evaluate", "promote")),
+    *(
+        (stage, iteration)
+        for iteration in (0, 1)
+        for stage in ("generate", "reference_logprobs", "train", "evaluate", "promote")
+    ),
 ]
 
 
@@ -59,23 +63,25 @@ def test_stage_is_done_when_its_marker_stands(run):
 
 def test_marker_keeps_facts(run):
     run.complete("prepare", START, [], counts={"train": 3})
-    assert run.facts("prepare", START)["counts"] == {"train": 3}
+    assert run.metadata("prepare", START)["counts"] == {"train": 3}
 
 
 def test_a_marker_says_how_long_its_stage_took_and_whether_it_was_interrupted(run):
-    finish(run, ("prepare", START), ("warmup", START))
-    assert "seconds" not in run.facts("prepare", START), "nobody saw it begin"
+    finish(run, ("prepare", START), ("sft", START))
+    assert "seconds" not in run.metadata("prepare", START), "nobody saw it begin"
     work = run.iteration(0) / "generations"
     run.begin("generate", 0, work)
     time.sleep(0.02)
     run.complete("generate", 0, [])
-    took = run.facts("generate", 0)
+    took = run.metadata("generate", 0)
     assert 0.02 <= took["seconds"] < 5 and "resumed" not in took
     again = RunDir(run.root)
     again.begin("generate", 0, work)
     again.complete("generate", 0, [])
-    assert again.facts("generate", 0)["resumed"] is True
-    assert again.lasting("generate", 0) == {name: took[name] for name in ("made_from", "digest", "outputs")}
+    assert again.metadata("generate", 0)["resumed"] is True
+    assert again.reproducible_metadata("generate", 0) == {
+        name: took[name] for name in ("made_from", "digest", "outputs")
+    }
 
 
 def written(run: RunDir) -> dict[str, Path]:
@@ -85,17 +91,17 @@ def written(run: RunDir) -> dict[str, Path]:
     for number, path in enumerate(files.values()):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(bytes([number, 255, 0, 7]))
-    run.complete("warmup", START, [run.player(START), files["a"], files["b"]])
+    run.complete("sft", START, [run.player(START), files["a"], files["b"]])
     return files
 
 
 def test_marker_names_every_file_with_its_digest(run):
     files = written(run)
-    facts = run.facts("warmup", START)
+    facts = run.metadata("sft", START)
     assert facts["outputs"] == {
         f"start/{name}": hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()
     }
-    assert facts["made_from"] == run.facts("prepare", START)["digest"]
+    assert facts["made_from"] == run.metadata("prepare", START)["digest"]
 
 
 def test_digest_of_a_stage_depends_on_names_and_contents(run):
@@ -103,8 +109,8 @@ def test_digest_of_a_stage_depends_on_names_and_contents(run):
     files = written(run)
 
     def digest_of(*outputs: Path) -> str:
-        run.complete("warmup", START, outputs)
-        return run.facts("warmup", START)["digest"]
+        run.complete("sft", START, outputs)
+        return run.metadata("sft", START)["digest"]
 
     first = digest_of(run.player(START), files["a"], files["b"])
     assert digest_of(files["b"], files["a"], run.player(START)) == first
@@ -152,11 +158,11 @@ CHANGED, MISSING = "has changed since it was written", "is missing"
 )
 def test_file_that_changed_is_noticed_before_it_is_built_on(run, name, damage, what):
     files = written(run)
-    run.require("warmup", START)
+    run.require("sft", START)
     damage(files[name])
     expected = f"{files[name]}: {what}. Delete it and {run.marker('warmup', START)}, then run again to make it anew"
     for build_on in (
-        lambda: run.require("warmup", START),
+        lambda: run.require("sft", START),
         lambda: run.begin("generate", 0),
         lambda: run.begin("evaluate", START),
     ):
@@ -172,28 +178,28 @@ def test_file_that_changed_is_noticed_whatever_the_clock_says(run, ahead):
     path = written(run)["player/deep/weights"]
     then = time.time() + ahead
     os.utime(path, (then, then))
-    run.require("warmup", START)
+    run.require("sft", START)
     content = path.read_bytes()
     path.write_bytes(bytes([content[0] ^ 1]) + content[1:])
     os.utime(path, (then, then))
     with pytest.raises(RunError, match="has changed since it was written"):
-        run.require("warmup", START)
+        run.require("sft", START)
 
 
 def test_files_of_others_are_no_concern(run):
     written(run)
     (run.player(START) / "notes.txt").write_text("mine")
-    run.require("warmup", START)
+    run.require("sft", START)
 
 
 @pytest.mark.parametrize("text", ["", "{", "{}", "[]", "null", '{"made_from": null, "digest": "0"}'])
 def test_marker_that_is_damaged(run, text):
     written(run)
-    marker = run.marker("warmup", START)
+    marker = run.marker("sft", START)
     marker.write_text(text)
     for look in (
-        lambda: run.done("warmup", START),
-        lambda: run.require("warmup", START),
+        lambda: run.done("sft", START),
+        lambda: run.require("sft", START),
         lambda: run.begin("generate", 0),
         lambda: run.complete("generate", 0, []),
     ):
@@ -208,7 +214,7 @@ def test_unfinished_work_is_kept_as_long_as_it_fits(run):
     work = run.iteration(0) / "generations"
     run.begin("generate", 0, work)
     noted = read_json(run.iteration(0) / "generate.begun")
-    assert noted["made_from"] == run.facts("warmup", START)["digest"]
+    assert noted["made_from"] == run.metadata("sft", START)["digest"]
     work.mkdir()
     (work / "half.txt").write_text("half")
     run.begin("generate", 0, work)
@@ -226,11 +232,11 @@ def test_unfinished_work_is_kept_as_long_as_it_fits(run):
     assert not work.exists(), "another recipe makes something else"
     work.mkdir()
     add_a_bit(files["a"])
-    run.complete("warmup", START, [run.player(START), files["a"], files["b"]])  # redone, with another result
+    run.complete("sft", START, [run.player(START), files["a"], files["b"]])  # redone, with another result
     run.begin("generate", 0, work)
     assert not work.exists()
     now = read_json(run.iteration(0) / "generate.begun")["made_from"]
-    assert now == run.facts("warmup", START)["digest"] != noted["made_from"]
+    assert now == run.metadata("sft", START)["digest"] != noted["made_from"]
 
 
 def test_unfinished_work_that_nobody_began_is_thrown_away(run):
@@ -244,11 +250,11 @@ def test_unfinished_work_that_nobody_began_is_thrown_away(run):
 @pytest.mark.parametrize(
     ("redone", "stale"),
     [
-        (("prepare", START), ("warmup", START)),
-        (("warmup", START), ("evaluate", START)),
-        (("warmup", START), ("generate", 0)),
-        (("generate", 0), ("score", 0)),
-        (("score", 0), ("train", 0)),
+        (("prepare", START), ("sft", START)),
+        (("sft", START), ("evaluate", START)),
+        (("sft", START), ("generate", 0)),
+        (("generate", 0), ("reference_logprobs", 0)),
+        (("reference_logprobs", 0), ("train", 0)),
         (("train", 0), ("evaluate", 0)),
         (("train", 0), ("generate", 1)),
         (("evaluate", 1), ("promote", 1)),
@@ -262,7 +268,7 @@ def test_redoing_a_stage_with_another_result_is_noticed(run, redone, stale):
     with pytest.raises(RunError) as caught:
         run.done(*stale)
     message = str(caught.value)
-    assert message.startswith(f"{run.marker(*stale)}: this stage was made from another result of {describe(redone)}")
+    assert message.startswith(f"{run.marker(*stale)}: this stage was made from another result of {stage_label(redone)}")
     assert f"Remove {run.marker(*stale)} and what follows it to redo the stage, or start again with --fresh" in message
     with pytest.raises(RunError):
         run.require(*stale)
@@ -272,16 +278,16 @@ def sealed_shard(run: RunDir) -> Path:
     path = run.generations(0, "train", 0)
     path.parent.mkdir(parents=True)
     path.write_text("a line\n")
-    assert not run.sealed(path)
-    run.seal(path)
-    assert run.sealed(path)
+    assert not run.is_verified(path)
+    run.record_digest(path)
+    assert run.is_verified(path)
     return path
 
 
 def test_a_shard_that_changes_before_its_stage_is_complete(run, caplog):
     path = sealed_shard(run)
     path.write_text("another line\n")
-    assert not run.sealed(path)
+    assert not run.is_verified(path)
     assert f"{path}: has changed since it was written, and is made anew" in caplog.text
     with pytest.raises(RunError, match="has changed since it was written"):
         run.complete("prepare", START, [path])
@@ -291,7 +297,7 @@ def test_a_seal_that_is_damaged_does_not_fit(run):
     path = sealed_shard(run)
     (seal,) = (path.parent / ".seals").iterdir()
     seal.write_bytes(b"\xff" + seal.read_bytes()[1:])
-    assert not run.sealed(path)
+    assert not run.is_verified(path)
 
 
 def test_a_stage_is_not_complete_without_all_its_files(run):
@@ -311,13 +317,13 @@ def test_completing_a_stage_needs_the_one_before(run):
 
 def test_require(run):
     with pytest.raises(RunError, match=r"score of iteration 3 has not been completed; it comes first"):
-        run.require("score", 3)
+        run.require("reference_logprobs", 3)
 
 
 # Recipe and inputs
 
 
-GAME = {"selfplay": {"iterations": 2}, "seed": 0, "train": {"epochs": 2, "checkpoint_every": 50}}
+GAME = {"selfplay": {"iterations": 2}, "seed": 0, "train": {"epochs": 2, "save_steps": 50}}
 
 
 def test_bind(run):
@@ -326,7 +332,7 @@ def test_bind(run):
     finish(run, ("prepare", START))
     bind(run, GAME, ())
     with pytest.raises(RunError) as caught:
-        bind(run, GAME | {"train": {"epochs": 3, "checkpoint_every": 50}, "seed": 1}, ())
+        bind(run, GAME | {"train": {"epochs": 3, "save_steps": 50}, "seed": 1}, ())
     assert str(caught.value) == (
         f"{run.root}: was made with a different recipe:\n  seed: was 0, is 1\n  train.epochs: was 2, is 3\n"
         "Choose another --run-dir, or start again with --fresh (this deletes what is there)"
@@ -336,10 +342,10 @@ def test_bind(run):
 def test_harmless_fields_may_change_under_way(run):
     bind(run, GAME, ())
     finish(run, ("prepare", START))
-    other = GAME | {"train": {"epochs": 2, "checkpoint_every": 7}}
-    with pytest.raises(RunError, match="checkpoint_every: was 50, is 7"):
+    other = GAME | {"train": {"epochs": 2, "save_steps": 7}}
+    with pytest.raises(RunError, match="save_steps: was 50, is 7"):
         bind(run, other, ())
-    bind(run, other, ["train.checkpoint_every"])
+    bind(run, other, ["train.save_steps"])
     assert json.loads(run.recipe.read_text()) == other
 
 
@@ -422,14 +428,14 @@ def test_recipe_stays_while_anything_was_made_from_it(run):
 
 def test_bind_inputs(run):
     inputs = {"data": {"sha256": "a"}, "model": {"model.safetensors": 100}}
-    bind_inputs(run, inputs)  # nothing to compare with yet
+    verify_inputs(run, inputs)  # nothing to compare with yet
     write_json(run.provenance, {"inputs": {"data": {"sha256": "the first try"}}, "python": "3"})
-    bind_inputs(run, inputs)  # nothing has been made of it
+    verify_inputs(run, inputs)  # nothing has been made of it
     write_json(run.provenance, {"inputs": inputs, "python": "3"})
     finish(run, ("prepare", START))
-    bind_inputs(run, inputs)
+    verify_inputs(run, inputs)
     with pytest.raises(RunError) as caught:
-        bind_inputs(run, {"data": {"sha256": "b"}, "model": {"model.safetensors": 100, "config.json": "x"}})
+        verify_inputs(run, {"data": {"sha256": "b"}, "model": {"model.safetensors": 100, "config.json": "x"}})
     assert str(caught.value) == (
         f"{run.root}: the model or data has changed since this run began:\n"
         '  data.sha256: was "a", is "b"\n  model.config.json: was null, is "x"\n'
@@ -532,7 +538,7 @@ def test_a_folder_that_is_replaced_under_a_process(run):
         run.root.rename(run.root.with_name("elsewhere"))
         with pytest.raises(RunError, match="was removed or replaced while it was in use"):
             run.begin("prepare", START)
-        run.note_failure(RunError("x"))
+        run.write_error(RunError("x"))
         assert not run.root.exists(), "nothing is made in the place of what was removed"
         with RunDir(run.root).locked(), pytest.raises(RunError, match="was removed or replaced"):
             run.complete("prepare", START, [])
@@ -647,9 +653,9 @@ def test_a_model_of_the_hub_is_pinned_to_what_it_was(run):
     bind(run, recipe, ())
     inputs = {"data": {"sha256": "a"}, "model": {"id": "m", "commit": "abc"}}
     write_json(run.provenance, {"inputs": inputs})
-    bind_inputs(run, inputs | {"model": {"id": "m", "commit": None}})  # where the hub cannot be asked
+    verify_inputs(run, inputs | {"model": {"id": "m", "commit": None}})  # where the hub cannot be asked
     with pytest.raises(RunError, match=r"(?s)model.commit: was \"abc\", is \"new\"\nSet model.revision=abc, choose"):
-        bind_inputs(run, inputs | {"model": {"id": "m", "commit": "new"}})
+        verify_inputs(run, inputs | {"model": {"id": "m", "commit": "new"}})
     for other in ("new", "abcd"):
         with pytest.raises(RunError, match="was made with a different recipe"):
             bind(run, recipe | {"model": {**recipe["model"], "revision": other}}, ())

@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-from spinlm.seeds import derive_seed
+from spinlm.utils.seeds import derive_seed
 
 
 def test_literal_values():

@@ -13,13 +13,13 @@ from torch import Tensor
 from spinlm.model import attention
 from spinlm.model.attention import BlockMasks, HeadSizes, flex_works, tree_attention
 from spinlm.model.kernels import BLOCK
-from spinlm.model.trees import Layout, Span, Tree, lay_out, micro_batches
+from spinlm.model.prefix_trees import PackedBatch, PrefixTree, TreeSpan, micro_batches, pack_batch
 
-TREES = [Tree([10, 11, 12], ([20, 21, 22], [30], [40, 41])), Tree([50], ([60],))]
+TREES = [PrefixTree([10, 11, 12], ([20, 21, 22], [30], [40, 41])), PrefixTree([50], ([60],))]
 
 
 def test_tree_layout_literally() -> None:
-    layout = lay_out(TREES, "tree")
+    layout = pack_batch(TREES, "tree")
     #                                  prompt       | 1     | 3 | prompt
     assert layout.input_ids.tolist() == [[10, 11, 12, 20, 21, 40, 50]]
     assert layout.position_ids.tolist() == [[0, 1, 2, 3, 4, 3, 0]]
@@ -27,12 +27,12 @@ def test_tree_layout_literally() -> None:
     assert layout.targets.tolist() == [20, 21, 22, 30, 40, 41, 60]
     assert layout.response.tolist() == [0, 0, 0, 1, 2, 2, 3]
     assert layout.responses == 4
-    assert layout.spans == (Span(0, 3, ((3, 2), (5, 0), (5, 1))), Span(6, 1, ((7, 0),)))
+    assert layout.spans == (TreeSpan(0, 3, ((3, 2), (5, 0), (5, 1))), TreeSpan(6, 1, ((7, 0),)))
     assert [len(tree) for tree in TREES] == [6, 1]
 
 
 def test_pair_layout_literally() -> None:
-    layout = lay_out(TREES, "pair")
+    layout = pack_batch(TREES, "pair")
     assert layout.input_ids.tolist() == [
         [10, 11, 12, 20, 21],
         [10, 11, 12, 0, 0],
@@ -48,11 +48,11 @@ def test_pair_layout_literally() -> None:
 
 
 tokens = st.lists(st.integers(0, 99), min_size=1, max_size=6)
-trees_of = st.builds(Tree, tokens, st.lists(tokens, min_size=1, max_size=4).map(tuple))
+trees_of = st.builds(PrefixTree, tokens, st.lists(tokens, min_size=1, max_size=4).map(tuple))
 batches_of = st.lists(trees_of, min_size=1, max_size=5)
 
 
-def visible_in(spans: tuple[Span, ...], length: int) -> list[list[int]]:
+def visible_in(spans: tuple[TreeSpan, ...], length: int) -> list[list[int]]:
     """For each place in a row of trees, the places it may see: its tree's prompt and its own branch, up to itself.
 
     Padding at the row's end is a tree of its own.
@@ -71,7 +71,7 @@ def visible_in(spans: tuple[Span, ...], length: int) -> list[list[int]]:
     ]
 
 
-def contexts(layout: Layout) -> list[list[tuple[int, int]]]:
+def contexts(layout: PackedBatch) -> list[list[tuple[int, int]]]:
     """What each predicted token is predicted from: (position, token) of every place its predictor sees."""
     rows, width = layout.input_ids.shape
     ids, positions = layout.input_ids.flatten().tolist(), layout.position_ids.flatten().tolist()
@@ -85,8 +85,8 @@ def contexts(layout: Layout) -> list[list[tuple[int, int]]]:
 @pytest.mark.parametrize("packing", ["tree", "pair"])
 @given(trees=batches_of)
 @settings(max_examples=100, deadline=None)
-def test_every_response_token_is_predicted_once_from_what_precedes_it(packing: str, trees: list[Tree]) -> None:
-    layout = lay_out(trees, packing)
+def test_every_response_token_is_predicted_once_from_what_precedes_it(packing: str, trees: list[PrefixTree]) -> None:
+    layout = pack_batch(trees, packing)
     responses = [(tree.prompt, response) for tree in trees for response in tree.responses]
     expected = [
         (number, token, list(enumerate([*prompt, *response[:place]])))
@@ -103,7 +103,7 @@ def test_every_response_token_is_predicted_once_from_what_precedes_it(packing: s
 
 def test_micro_batches_by_hand() -> None:
     sizes = [4, 9, 2, 4, 3]
-    trees = [Tree([0] * size, ([1],)) for size in sizes]
+    trees = [PrefixTree([0] * size, ([1],)) for size in sizes]
     assert micro_batches(trees, 8) == [[1], [0, 3], [4, 2]]  # longest first; the one that does not fit is alone
     assert micro_batches(trees, 100) == [[1, 0, 3, 4, 2]]
     assert micro_batches(trees, 1) == [[1], [0], [3], [4], [2]]
@@ -113,12 +113,12 @@ def test_micro_batches_by_hand() -> None:
 @pytest.mark.parametrize("packing", ["tree", "pair"])
 @given(trees=st.lists(trees_of, max_size=12), budget=st.integers(1, 60))
 @settings(max_examples=100, deadline=None)
-def test_micro_batches_cover_all_and_keep_the_budget(packing: str, trees: list[Tree], budget: int) -> None:
+def test_micro_batches_cover_all_and_keep_the_budget(packing: str, trees: list[PrefixTree], budget: int) -> None:
     """Every response is in one micro-batch, and what that takes as a tensor is in the budget, padding included."""
     batches = micro_batches(trees, budget, packing)
     assert Counter(index for batch in batches for index in batch) == Counter(range(len(trees)))
     for batch in batches:
-        layout = lay_out([trees[index] for index in batch], packing)
+        layout = pack_batch([trees[index] for index in batch], packing)
         assert layout.responses == sum(len(trees[index].responses) for index in batch)
         rounded = BLOCK - 1 if packing == "tree" and budget > BLOCK else 0
         assert len(batch) == 1 or layout.input_ids.numel() <= budget + rounded
@@ -128,9 +128,14 @@ def test_micro_batches_cover_all_and_keep_the_budget(packing: str, trees: list[T
 
 SHAPES = [
     TREES,
-    [Tree([1] * 7, ([2] * 9, [3] * 4, [4], [5] * 12))],
-    [Tree([1] * 40, ([2] * 9, [3] * 30)), Tree([1] * 5, ([2] * 4,))],  # with padding
-    [Tree([1], ([2],)), Tree([1] * 3, ([2], [3] * 6)), Tree([1] * 11, ([2] * 5, [3] * 5)), Tree([1], ([2] * 8,) * 3)],
+    [PrefixTree([1] * 7, ([2] * 9, [3] * 4, [4], [5] * 12))],
+    [PrefixTree([1] * 40, ([2] * 9, [3] * 30)), PrefixTree([1] * 5, ([2] * 4,))],  # with padding
+    [
+        PrefixTree([1], ([2],)),
+        PrefixTree([1] * 3, ([2], [3] * 6)),
+        PrefixTree([1] * 11, ([2] * 5, [3] * 5)),
+        PrefixTree([1], ([2] * 8,) * 3),
+    ],
 ]
 
 
@@ -144,7 +149,7 @@ def random_qkv(length: int, heads: int, key_heads: int, size: int = 8) -> tuple[
 
 
 def dense_attention(
-    layout: Layout,
+    layout: PackedBatch,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -170,7 +175,9 @@ def dense_attention(
 
 
 @pytest.fixture(params=["pieces", "blocks"])
-def masks_of(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[[Layout], BlockMasks | None]:
+def masks_of(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[PackedBatch], BlockMasks | None]:
     """Nothing, or the block masks of a layout, under FlexAttention as it computes without a compiler."""
     from torch.nn.attention.flex_attention import flex_attention
 
@@ -187,14 +194,14 @@ def masks_of(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize("scaling", [None, 0.7])
 def test_tree_attention_is_attention_under_a_dense_mask(
-    masks_of: Callable[[Layout], BlockMasks | None],
-    trees: list[Tree],
+    masks_of: Callable[[PackedBatch], BlockMasks | None],
+    trees: list[PrefixTree],
     heads: tuple[int, int],
     window: int | None,
     softcap: float | None,
     scaling: float | None,
 ) -> None:
-    layout = lay_out(trees, "tree")
+    layout = pack_batch(trees, "tree")
     qkv = random_qkv(layout.input_ids.shape[1], *heads)
     ours, weights = tree_attention(
         torch.nn.Module(),
@@ -216,9 +223,11 @@ def test_tree_attention_is_attention_under_a_dense_mask(
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize("trees", SHAPES, ids=["literal", "long", "padded", "many"])
-def test_a_place_reaches_only_those_that_see_it(trees: list[Tree], window: int | None, softcap: float | None) -> None:
+def test_a_place_reaches_only_those_that_see_it(
+    trees: list[PrefixTree], window: int | None, softcap: float | None
+) -> None:
     """Whatever stands in other branches, other trees or later on, the output is the same to the bit."""
-    layout = lay_out(trees, "tree")
+    layout = pack_batch(trees, "tree")
     assert layout.spans is not None
     length = layout.input_ids.shape[1]
     positions = layout.position_ids[0].tolist()
@@ -242,7 +251,7 @@ def test_a_place_reaches_only_those_that_see_it(trees: list[Tree], window: int |
 
 
 def test_tree_attention_passes_gradients_as_the_dense_mask_does() -> None:
-    layout = lay_out(SHAPES[3], "tree")
+    layout = pack_batch(SHAPES[3], "tree")
     qkv = [tensor.requires_grad_() for tensor in random_qkv(layout.input_ids.shape[1], 4, 2)]
     upstream = torch.randn(1, layout.input_ids.shape[1], 4, 8)
     ours = torch.autograd.grad(
@@ -254,7 +263,7 @@ def test_tree_attention_passes_gradients_as_the_dense_mask_does() -> None:
 
 
 def test_block_masks_are_made_once_for_each_window() -> None:
-    layout = lay_out(SHAPES[1], "tree")
+    layout = pack_batch(SHAPES[1], "tree")
     masks = BlockMasks(layout.spans or (), layout.position_ids)
     assert masks.of(None) is masks.of(None) and masks.of(4) is masks.of(4) and masks.of(4) is not masks.of(None)
 
@@ -317,7 +326,7 @@ def test_head_sizes_as_configs_say() -> None:
 
 
 def test_values_may_have_another_size_than_queries() -> None:
-    layout = lay_out(SHAPES[2], "tree")
+    layout = pack_batch(SHAPES[2], "tree")
     query, key, _ = random_qkv(layout.input_ids.shape[1], 2, 2)
     value = torch.randn(1, 2, layout.input_ids.shape[1], 5)
     ours, _ = tree_attention(torch.nn.Module(), query, key, value, None, spans=layout.spans)

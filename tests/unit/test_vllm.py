@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 
-from spinlm.config import Recipe, Vllm
 from spinlm.errors import RecipeError
-from spinlm.opponents.base import Answer
-from spinlm.opponents.vllm import VllmError, divide_gpus, engine_arguments, explain, read_answer, request
-from spinlm.opponents.vllm_worker import read_output
-from spinlm.recipe import parse_recipe
-from spinlm.records import Sampling
+from spinlm.generation.base import Answer
+from spinlm.generation.vllm import VllmError, divide_gpus, engine_arguments, explain, read_answer, request
+from spinlm.generation.vllm_worker import read_output
+from spinlm.recipe.load import parse_recipe
+from spinlm.recipe.schema import Recipe, Vllm
+from spinlm.rundir.records import Sampling
 
 SAMPLING = Sampling(temperature=0.7, top_p=0.9, max_new_tokens=20, max_length=30, samples=1, stop_ids=(2, 5))
 

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from models import tiny_recipe
-from spinlm import team
+from spinlm.distributed import processes
 from spinlm.errors import MissingPackageError
 from spinlm.model.zero import check_deepspeed
-from spinlm.rundir import RunDir
+from spinlm.rundir.layout import RunDir
 from spinlm.stages.prepare import prepare
 
 
@@ -37,7 +37,7 @@ def test_deepspeed_that_cannot_be_used(stand_in: Path, does: str, said: str) -> 
 
 def test_a_missing_one_is_told_before_anything_is_done(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "deepspeed", None)
-    monkeypatch.setattr(team, "size", lambda: 2)
+    monkeypatch.setattr(processes, "size", lambda: 2)
     run = RunDir(tmp_path / "run")
     with pytest.raises(MissingPackageError, match=r"spinlm\[deepspeed\]"):
         prepare(tiny_recipe(tmp_path, train={"sharding": "zero-2"}), run)

@@ -17,15 +17,15 @@ from typing import Any, Literal, NoReturn
 
 import numpy as np
 
-from spinlm.config import Columns, Data
-from spinlm.data.chat import Renderer, RowError
+from spinlm.data.renderer import Renderer, RowError
 from spinlm.data.sources import Source, kind_of, open_source
+from spinlm.distributed.progress import track
 from spinlm.errors import DataError, shortened
-from spinlm.progress import track
-from spinlm.records import Example, Message
+from spinlm.recipe.schema import Columns, Data
+from spinlm.rundir.records import Example, Message
 
 Turns = Literal["first", "last", "every"]
-SPLITS = ("heldout", "warmup", "train")  # in the order they are filled
+SPLITS = ("heldout", "sft", "train")  # in the order they are with_defaults
 
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 _PROMPTS = ("prompt", "instruction", "question")
@@ -107,7 +107,7 @@ class _Draw:
         self.layout = _recognise(source, data.columns)
         # A prompt column may hold a conversation; its response is one turn.
         self.turns: Turns = data.turns if self.layout.messages and not self.layout.rejected else "last"
-        self.wanted = {"heldout": data.heldout, "warmup": warmup or 0, "train": data.prompts or math.inf}
+        self.wanted = {"heldout": data.heldout, "sft": warmup or 0, "train": data.prompts or math.inf}
         self.counts = dict.fromkeys(SPLITS, 0)
         self.drops = _Drops(source, strict=data.on_bad_row == "error")
         self.contents: set[bytes] = set()
@@ -206,7 +206,7 @@ class _Draw:
         raise DataError(
             f"{self.source.where}: not enough usable examples: {got}. Its {rows} rows gave "
             f"{sum(self.counts.values())}; dropped: {why}. Add rows, or lower data.heldout, data.prompts or "
-            "warmup_sft.prompts"
+            "sft.prompts"
         )
 
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from spinlm.config import Data
-from spinlm.data.chat import RowError
+from spinlm.data.renderer import RowError
 from spinlm.errors import DataError, shortened
-from spinlm.locate import local
+from spinlm.recipe.schema import Data
+from spinlm.utils.model_path import existing_path
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def open_source(data: Data, rows: int | None = None) -> Source:
     Raises:
         DataError: there is no such file or dataset, or it cannot be read or is empty.
     """
-    path = local(data.path)
+    path = existing_path(data.path)
     if path is not None and path.is_dir():
         raise DataError(f"{data.path}: is a folder; name a file in it ({', '.join(_FILES)})")
     if path is None and names_a_file(data.path):

@@ -8,19 +8,19 @@ from typing import Any
 
 import numpy as np
 
-from spinlm.evals.probe import discriminability
-from spinlm.interrupt import stop_if_asked
+from spinlm.evals.probe import probe_auc
 from spinlm.model.players import Players
-from spinlm.model.trees import Tree, micro_batches
-from spinlm.paired import standard_error
-from spinlm.records import Example, HeldOutAnswer, HeldOutSample
+from spinlm.model.prefix_trees import PrefixTree, micro_batches
+from spinlm.report.compare import standard_error
+from spinlm.rundir.records import Example, HeldoutGreedy, HeldoutSampled
+from spinlm.utils.signals import check_interrupt
 
 NGRAM = 4
 RESAMPLES = 2000  # of the bootstrap
 
 
 @dataclass(frozen=True)
-class RealAnswers:
+class RealScores:
     """What a player makes of the real held-out responses."""
 
     nll: list[float]  # of each example, nats per token
@@ -28,14 +28,14 @@ class RealAnswers:
     sampled: list[float] = field(default_factory=list)  # log-probability of each example's sampled response, if any
 
 
-def judge_real(
+def real_nll_and_margins(
     players: Players,
     examples: Sequence[Example],
     packing: str,
     budget: int,
     pairs: Any = None,
     sampled: Sequence[Sequence[int]] = (),
-) -> RealAnswers:
+) -> RealScores:
     """How likely the current player finds the real responses, and how well it tells them from its opponent's.
 
     Args:
@@ -51,13 +51,15 @@ def judge_real(
         by_id[row["id"]].append(row)
     more: list[list[Sequence[int]]] = [[ids] for ids in sampled] or [[] for _ in examples]
     trees = [
-        Tree(example.prompt_ids, (example.response_ids, *(row["synthetic_ids"] for row in by_id[example.id]), *also))
+        PrefixTree(
+            example.prompt_ids, (example.response_ids, *(row["synthetic_ids"] for row in by_id[example.id]), *also)
+        )
         for example, also in zip(examples, more, strict=True)
     ]
     nll, own = [math.nan] * len(trees), [math.nan] * len(sampled)
     margins: list[list[float]] = [[] for _ in trees]
     for chosen in micro_batches(trees, budget, packing):
-        stop_if_asked()
+        check_interrupt()
         values = iter(players.response_logprobs([trees[index] for index in chosen], packing))
         for index in chosen:
             example, real = examples[index], next(values)
@@ -66,11 +68,11 @@ def judge_real(
                 margins[index].append((real - row["opponent_real"]) - (next(values) - row["opponent_synthetic"]))
             if sampled:
                 own[index] = next(values)
-    return RealAnswers(nll, margins, own)
+    return RealScores(nll, margins, own)
 
 
 @dataclass(frozen=True)
-class Reading:
+class SampleFeatures:
     """What a player makes of the real responses to P prompts and of sampled ones."""
 
     logprobs: list[float]  # [P] of the sampled responses
@@ -78,9 +80,9 @@ class Reading:
     sampled: np.ndarray  # [P, D] of the sampled ones
 
 
-def read_samples(
+def sample_features(
     players: Players, examples: Sequence[Example], responses: Sequence[Sequence[int]], packing: str, budget: int
-) -> Reading:
+) -> SampleFeatures:
     """Let a player read the real response and a sampled one to each held-out prompt.
 
     Args:
@@ -91,17 +93,17 @@ def read_samples(
         budget: tokens in one forward pass.
     """
     trees = [
-        Tree(example.prompt_ids, (example.response_ids, response))
+        PrefixTree(example.prompt_ids, (example.response_ids, response))
         for example, response in zip(examples, responses, strict=True)
     ]
     logprobs, features = [math.nan] * len(trees), [np.empty((2, 0))] * len(trees)
     for chosen in micro_batches(trees, budget, packing):
-        stop_if_asked()
+        check_interrupt()
         values, vectors = players.read([trees[index] for index in chosen], packing)
         for place, index in enumerate(chosen):
             logprobs[index], features[index] = values[2 * place + 1], vectors[2 * place : 2 * place + 2]
     both = np.stack(features)  # [P, 2, D]
-    return Reading(logprobs, both[:, 0], both[:, 1])
+    return SampleFeatures(logprobs, both[:, 0], both[:, 1])
 
 
 def repetition(token_ids: Sequence[int]) -> float:
@@ -123,14 +125,14 @@ Metrics = dict[str, Any]
 """Measures by name; under `intervals` the bootstrap intervals of some, as [low, high]."""
 
 
-def summarise(answers: Sequence[HeldOutAnswer]) -> Metrics:
+def summarise(answers: Sequence[HeldoutGreedy]) -> Metrics:
     """Means over the held-out prompts; `…_se` is the standard error of a mean."""
     measures: dict[str, list[float]] = {
         "heldout_nll": [answer.nll for answer in answers],
-        "identical_share": [float(answer.identical) for answer in answers],
-        "unfinished_share": [float(not answer.finished) for answer in answers],
+        "identical_rate": [float(answer.identical) for answer in answers],
+        "truncated_rate": [float(not answer.finished) for answer in answers],
         "mean_tokens": [float(len(answer.token_ids)) for answer in answers],
-        "repetition": [answer.repetition for answer in answers],
+        "repeated_4grams": [answer.repetition for answer in answers],
     }
     scores = [answer.task_score for answer in answers if answer.task_score is not None]
     if scores:
@@ -154,15 +156,15 @@ def summarise_pairs(margins: Sequence[Sequence[float]]) -> Metrics:
     )
 
 
-def summarise_samples(samples: Sequence[HeldOutSample]) -> Metrics:
+def summarise_samples(samples: Sequence[HeldoutSampled]) -> Metrics:
     """What a player's own distribution is like, from one response to each held-out prompt.
 
     `drift` estimates the KL divergence from θ_0 per token, Σ [log p_θ(y) − log p_θ0(y)] / Σ |y| with y ~ p_θ.
     """
     tokens = [float(len(sample.token_ids)) for sample in samples]
     measures: dict[str, tuple[list[float], list[float] | None]] = {
-        "drift": ([sample.logprob - sample.start_logprob for sample in samples], tokens),
-        "sampled_unfinished_share": ([float(not sample.finished) for sample in samples], None),
+        "kl_from_start": ([sample.logprob - sample.start_logprob for sample in samples], tokens),
+        "sampled_truncated_rate": ([float(not sample.finished) for sample in samples], None),
     }
     scores = [sample.task_score for sample in samples if sample.task_score is not None]
     if scores:
@@ -170,11 +172,11 @@ def summarise_samples(samples: Sequence[HeldOutSample]) -> Metrics:
     return with_intervals(**measures) | {"distinct_2": distinct([sample.token_ids for sample in samples])}
 
 
-def summarise_probe(readings: Sequence[Reading]) -> Metrics:
+def summarise_probe(readings: Sequence[SampleFeatures]) -> Metrics:
     """How well θ_0's features tell the sampled responses from the real ones; empty for too few prompts."""
     real, sampled = (np.concatenate([getattr(one, kind) for one in readings]) for kind in ("real", "sampled"))
-    auc, low, high = discriminability(real, sampled)
-    return {} if math.isnan(auc) else {"discriminability": auc, "intervals": {"discriminability": [low, high]}}
+    auc, low, high = probe_auc(real, sampled)
+    return {} if math.isnan(auc) else {"probe_auc": auc, "intervals": {"probe_auc": [low, high]}}
 
 
 def with_intervals(**measures: tuple[Sequence[float], Sequence[float] | None]) -> Metrics:

@@ -16,7 +16,7 @@ FOLDS = 5
 RESAMPLES = 1000  # of the bootstrap
 
 
-def discriminability(real: np.ndarray, synthetic: np.ndarray, *, seed: int = 0) -> tuple[float, float, float]:
+def probe_auc(real: np.ndarray, synthetic: np.ndarray, *, seed: int = 0) -> tuple[float, float, float]:
     """Cross-validated AUC of a linear probe, and a 95% bootstrap interval of it over prompts.
 
     Ridge regression on standardised features; both responses to a prompt are in the same fold, so that no prompt is

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spinlm.errors import ModelError
-from spinlm.model.trees import Span, Tree, lay_out
+from spinlm.model.prefix_trees import PrefixTree, TreeSpan, pack_batch
 
 log = logging.getLogger("spinlm")
 
@@ -34,7 +34,7 @@ def tree_attention(
     dropout: float = 0.0,
     softcap: float | None = None,
     sliding_window: int | None = None,
-    spans: tuple[Span, ...] = (),
+    spans: tuple[TreeSpan, ...] = (),
     masks: "BlockMasks | None" = None,
     behind: Tensor | None = None,
     **_: Any,
@@ -86,7 +86,7 @@ def tree_attention(
     return torch.cat([one.transpose(1, 2) for one in out], dim=1), None
 
 
-def _pieces(spans: Sequence[Span], total: int) -> list[tuple[int, int | None, int]]:
+def _pieces(spans: Sequence[TreeSpan], total: int) -> list[tuple[int, int | None, int]]:
     """A row cut up: for each piece its length, the piece that begins with its prompt, and the prompt's length.
 
     A prompt and its first branch are adjacent and plainly causal: they are one piece, whose prompt is its own. What is
@@ -105,7 +105,7 @@ def _pieces(spans: Sequence[Span], total: int) -> list[tuple[int, int | None, in
 class BlockMasks:
     """Who sees whom in a row of trees, as FlexAttention takes it: a block mask for each sliding window in the model."""
 
-    def __init__(self, spans: Sequence[Span], position_ids: Tensor):
+    def __init__(self, spans: Sequence[TreeSpan], position_ids: Tensor):
         """
         Args:
             spans: where the trees lie.
@@ -203,13 +203,13 @@ def flex_works(device: torch.device, dtype: torch.dtype, sizes: HeadSizes) -> bo
     return close
 
 
-_PROBES = (Tree([0] * 200, ([0] * 150, [0] * 99)), Tree([0] * 50, ([0] * 60,)))
+_PROBES = (PrefixTree([0] * 200, ([0] * 150, [0] * 99)), PrefixTree([0] * 50, ([0] * 60,)))
 
 
 def _flex_agrees(
-    device: torch.device, dtype: torch.dtype, sizes: HeadSizes, window: int | None, trees: Sequence[Tree]
+    device: torch.device, dtype: torch.dtype, sizes: HeadSizes, window: int | None, trees: Sequence[PrefixTree]
 ) -> bool:
-    layout = lay_out(trees, "tree").to(device)
+    layout = pack_batch(trees, "tree").to(device)
     assert layout.spans is not None
     length, real = layout.input_ids.shape[1], sum(map(len, trees))
     generator = torch.Generator().manual_seed(0)

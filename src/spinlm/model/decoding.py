@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 
 from spinlm.model.logprobs import LogProbs
-from spinlm.model.trees import Span, Tree, lay_out
+from spinlm.model.prefix_trees import PrefixTree, TreeSpan, pack_batch
 
 PREFILL_TOKENS = 2048  # of prompts in one forward pass
 
@@ -49,7 +49,7 @@ class RaggedCache(Cache):
         self.buffers: dict[int, tuple[Tensor, Tensor]] = {}  # by layer
         self.lengths: list[int] = []  # of the running responses, their prompts included
         self._running = self._ends = torch.empty(0, dtype=torch.long)  # rows, and where their next token goes
-        self.prompts: list[tuple[Span, list[int]]] | None = None  # being admitted, and the rows each goes to
+        self.prompts: list[tuple[TreeSpan, list[int]]] | None = None  # being admitted, and the rows each goes to
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
         """Store what a layer has computed; returns what its attention is to see."""
@@ -114,7 +114,7 @@ class RaggedRows:
                     distinct.append(prompt)
                     rows.append([])
                 rows[-1].append(first + number)
-            layout = lay_out([Tree(prompt, ()) for prompt in distinct], "tree").to(self.device)
+            layout = pack_batch([PrefixTree(prompt, ()) for prompt in distinct], "tree").to(self.device)
             assert layout.spans is not None
             self.cache.prompts = list(zip(layout.spans, rows, strict=True))
             self.cache.lengths += [len(prompt) for prompt in group]

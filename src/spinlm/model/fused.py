@@ -242,13 +242,13 @@ class _GatedLinear(torch.autograd.Function):
         gate, up_states, low, down, up = ctx.saved_tensors
         grad = upstream.flatten(0, -2)
         with torch.enable_grad():
-            leaf = gate.detach().requires_grad_()
-            activated = ctx.act(leaf)
+            get_path = gate.detach().requires_grad_()
+            activated = ctx.act(get_path)
         seen = activated.detach() * up_states
         grad_low, grad_down, grad_up = _adapter_gradients(grad, seen.flatten(0, -2), low, down, up, _scale(ctx.layer))
         grad_x = linear(grad, _weight(ctx.layer).T).addmm_(grad_low, down.to(grad.dtype)).view_as(seen)
         torch.mul(activated.detach(), grad_x, out=seen)  # from here on the gradient of `up_states`
-        (grad_gate,) = torch.autograd.grad(activated, leaf, grad_x.mul_(up_states))
+        (grad_gate,) = torch.autograd.grad(activated, get_path, grad_x.mul_(up_states))
         return grad_gate, seen, None, None, grad_down, grad_up
 
 

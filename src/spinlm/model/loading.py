@@ -13,12 +13,12 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from spinlm.config import Lora, Model
 from spinlm.errors import ModelError
-from spinlm.files import atomic_path, file_digest, read_json, write_json
-from spinlm.locate import locate
-from spinlm.model.quantize import check_quantization, four_bits, settle
-from spinlm.rundir import RunDir
+from spinlm.model.quantize import bnb_config, check_quantization, patch_4bit_layers
+from spinlm.recipe.schema import Lora, Model
+from spinlm.rundir.layout import RunDir
+from spinlm.utils.atomic import atomic_path, file_digest, read_json, write_json
+from spinlm.utils.model_path import resolve_model
 
 log = logging.getLogger("spinlm")
 
@@ -45,7 +45,7 @@ def ensure_base(model: Model, run: RunDir) -> str:
         warn_of_code()
     # Or transformers asks a service of the hub to turn pickled weights into safetensors, which nobody has asked for.
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
-    path = locate(model.path)
+    path = resolve_model(model.path)
     if path is None:
         return model.path
     if path.suffix == ".gguf":
@@ -131,7 +131,7 @@ def load_tokenizer(model: Model, path: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(path, revision=model.revision, trust_remote_code=model.trust_remote_code)
     except _LOADING as error:
-        hub = "" if locate(path) else " (no such folder here, so it was looked for on the hub)"
+        hub = "" if resolve_model(path) else " (no such folder here, so it was looked for on the hub)"
         raise ModelError(f"{path}: the tokenizer cannot be loaded{hub}: {_why(error)}") from error
 
 
@@ -166,7 +166,7 @@ def load_model(model: Model, path: str, dtype: torch.dtype, *, quantize: bool = 
     options: dict[str, Any] = {} if model.attention == "auto" else {"attn_implementation": model.attention}
     if quantize:
         check_quantization()
-        options["quantization_config"] = four_bits(dtype)
+        options["quantization_config"] = bnb_config(dtype)
     try:
         if getattr(AutoConfig.from_pretrained(path, **origin), "quantization_config", None):
             raise ModelError(
@@ -179,7 +179,7 @@ def load_model(model: Model, path: str, dtype: torch.dtype, *, quantize: bool = 
     except _LOADING as error:
         raise ModelError(f"{path}: the model cannot be loaded: {_why(error)}") from error
     if quantize:
-        settle(loaded)
+        patch_4bit_layers(loaded)
     return loaded
 
 
@@ -289,7 +289,7 @@ def not_finite(weights: Iterable[tuple[str, Any]]) -> str:
     return f"{len(names)} weights are not finite ({', '.join(names[:3])} …)" if names else ""
 
 
-def silence_dropout(model: Any) -> None:
+def disable_dropout(model: Any) -> None:
     """Turn off every dropout but the adapter's own, so that an untrained main player equals its opponent.
 
     Code reads its rate from modules, from their attributes, or from the config: all are set to 0, and a whole model

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from spinlm.errors import ModelError
 from spinlm.model.attention import TREE_ATTENTION, BlockMasks, HeadSizes, flex_works
 from spinlm.model.kernels import BLOCK, linear
-from spinlm.model.trees import Layout, Tree, lay_out
+from spinlm.model.prefix_trees import PackedBatch, PrefixTree, pack_batch
 
 CHUNK_ELEMENTS = 1 << 23  # of a chunk of logits: 32 MB in float32, which glibc still reuses without new pages
 GPU_CHUNKS = 8  # as large on a GPU, for fewer and larger products
@@ -92,7 +92,7 @@ class LogProbs(nn.Module):
         if tree and self.causal.config._attn_implementation != TREE_ATTENTION:
             raise ModelError(f"{type(self.causal).__name__}: its attention cannot be exchanged, so no prompt trees")
 
-    def forward(self, layout: Layout) -> Tensor:
+    def forward(self, layout: PackedBatch) -> Tensor:
         """Log-probability of each response, summed over its tokens.
 
         Returns:
@@ -101,11 +101,11 @@ class LogProbs(nn.Module):
         tokens = self.tokens(layout)
         return torch.zeros(layout.responses, device=tokens.device).index_add(0, layout.response, tokens)
 
-    def tokens(self, layout: Layout) -> Tensor:
+    def tokens(self, layout: PackedBatch) -> Tensor:
         """Log-probability of each predicted token: [M] in float32."""
         return self._tokens(self.hidden(layout), layout)
 
-    def read(self, layout: Layout) -> tuple[Tensor, Tensor]:
+    def read(self, layout: PackedBatch) -> tuple[Tensor, Tensor]:
         """What the model makes of each response: its log-probability, as `forward`, and one vector of features.
 
         Returns:
@@ -118,7 +118,7 @@ class LogProbs(nn.Module):
         sums = zeros[:, None].expand(-1, hidden.shape[1]).index_add(0, layout.response, hidden.float())
         return logprobs, sums / counts[:, None]
 
-    def _tokens(self, hidden: Tensor, layout: Layout) -> Tensor:
+    def _tokens(self, hidden: Tensor, layout: PackedBatch) -> Tensor:
         weight, bias = self._head()
         return _target_logprobs(hidden.to(weight.dtype), weight, bias, layout.targets, self.shape)
 
@@ -133,7 +133,7 @@ class LogProbs(nn.Module):
         dtype, bias = self.autocast or head.weight.dtype, getattr(head, "bias", None)
         return head.weight.to(dtype), None if bias is None else bias.to(dtype)
 
-    def hidden(self, layout: Layout) -> Tensor:
+    def hidden(self, layout: PackedBatch) -> Tensor:
         """Final hidden states at the positions that predict a response token: [M, D]."""
         self.use_attention(layout.spans is not None)
         device = layout.input_ids.device.type
@@ -147,7 +147,7 @@ class LogProbs(nn.Module):
             ).last_hidden_state  # [N, L, D]
         return states.flatten(0, 1)[layout.predict]
 
-    def attention_inputs(self, layout: Layout) -> dict[str, Any]:
+    def attention_inputs(self, layout: PackedBatch) -> dict[str, Any]:
         """What `tree_attention` is to be told of a layout, as keywords that the model hands down."""
         if layout.spans is None:
             return {}
@@ -167,14 +167,14 @@ def _without_adapter(model: Any) -> Any:
 
 
 @torch.no_grad()
-def parity_gap(logprobs: LogProbs, trees: Sequence[Tree], packing: str) -> float:
+def parity_gap(logprobs: LogProbs, trees: Sequence[PrefixTree], packing: str) -> float:
     """Largest mean difference per token between a layout's log-probabilities and the model's own, over all responses.
 
     The model's own come from its plain forward pass over one unpadded row with all logits.
     """
     logprobs.eval()
     device = next(logprobs.parameters()).device
-    packed = logprobs(lay_out(trees, packing).to(device)).cpu()
+    packed = logprobs(pack_batch(trees, packing).to(device)).cpu()
     logprobs.use_attention(tree=False)
     gaps = []
     responses = [(tree.prompt, response) for tree in trees for response in tree.responses]

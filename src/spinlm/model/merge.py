@@ -7,11 +7,11 @@ from pathlib import Path
 from peft import PeftModel
 from transformers import GenerationConfig
 
-from spinlm.config import Recipe
-from spinlm.files import atomic_path
 from spinlm.model.loading import compute_dtype, ensure_base, load_model, save_stop_ids
 from spinlm.model.players import seat
-from spinlm.rundir import RunDir
+from spinlm.recipe.schema import Recipe
+from spinlm.rundir.layout import RunDir
+from spinlm.utils.atomic import atomic_path
 
 log = logging.getLogger("spinlm")
 

@@ -15,32 +15,32 @@ import numpy as np
 import torch
 from torch import nn
 
-from spinlm import team
-from spinlm.card import card
-from spinlm.config import Recipe
-from spinlm.data.chat import Renderer
+from spinlm.data.renderer import Renderer
+from spinlm.distributed import processes
 from spinlm.errors import MissingPackageError, ModelError, RecipeError
-from spinlm.files import atomic_path, read_json, write_json
+from spinlm.export.model_card import card
 from spinlm.model.attention import register_tree_attention
 from spinlm.model.fused import fuse
 from spinlm.model.loading import (
     add_adapter,
     compute_dtype,
+    disable_dropout,
     ensure_base,
     load_model,
     load_player,
     load_tokenizer,
     not_finite,
     save_stop_ids,
-    silence_dropout,
     stop_ids,
 )
 from spinlm.model.logprobs import LogProbs, parity_gap
-from spinlm.model.memory import checkpoint_if_needed
-from spinlm.model.parallel import Parallel, Sharded
-from spinlm.model.trees import Tree, lay_out
+from spinlm.model.prefix_trees import PrefixTree, pack_batch
 from spinlm.model.zero import Zero
-from spinlm.rundir import RunDir
+from spinlm.recipe.schema import Recipe
+from spinlm.rundir.layout import RunDir
+from spinlm.training.activation_checkpointing import checkpoint_if_needed
+from spinlm.training.parallel import Parallel, Sharded
+from spinlm.utils.atomic import atomic_path, read_json, write_json
 
 log = logging.getLogger("spinlm")
 
@@ -64,7 +64,7 @@ class Players:
         self.recipe = recipe
         self.run = run
         self.path = ensure_base(recipe.model, run)
-        self.device = torch.device("cuda", team.local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+        self.device = torch.device("cuda", processes.local_rank()) if torch.cuda.is_available() else torch.device("cpu")
         self.dtype = compute_dtype(recipe.model, self.device)
         self._sits: Path | None = None
         self._parallel: Parallel | None = None
@@ -89,7 +89,7 @@ class Players:
         if lora is not None:
             model = add_adapter(model, lora, self.recipe.seed, self.recipe.model.revision)
             fuse(model)
-        silence_dropout(model)
+        disable_dropout(model)
         model.to(self.device)
         return LogProbs(model, autocast=self.dtype if full and self.dtype != stored else None)
 
@@ -123,7 +123,7 @@ class Players:
         return self._parallel
 
     def _in_parallel(self) -> Parallel:
-        match self.recipe.train.sharding if team.size() > 1 else "none":
+        match self.recipe.train.sharding if processes.world_size() > 1 else "none":
             case "none":
                 return Parallel(self.logprobs, self.accelerator)
             case "zero-2" | "zero-3" as zero:
@@ -175,7 +175,7 @@ class Players:
         """Save the weights as the player of an iteration, with the tokenizer."""
         divided = self._parallel if self._parallel is not None and self._parallel.divided else None
         weights = {name: divided.whole(tensor) for name, tensor in self._saved()} if divided else None
-        team.first(self._write, iteration, weights)
+        processes.on_rank_zero(self._write, iteration, weights)
         if divided:
             self.let_go()
         else:
@@ -207,18 +207,18 @@ class Players:
             save_stop_ids(folder, self.renderer.stop_ids)
 
     @torch.no_grad()
-    def response_logprobs(self, trees: Sequence[Tree], packing: str) -> list[float]:
+    def response_logprobs(self, trees: Sequence[PrefixTree], packing: str) -> list[float]:
         """Log-probability of each response of each tree under the current weights, in order, in one forward pass."""
         self.logprobs.eval()
-        values: list[float] = self.logprobs(lay_out(trees, packing).to(self.device)).tolist()
+        values: list[float] = self.logprobs(pack_batch(trees, packing).to(self.device)).tolist()
         self._check(values)
         return values
 
     @torch.no_grad()
-    def read(self, trees: Sequence[Tree], packing: str) -> tuple[list[float], np.ndarray]:
+    def read(self, trees: Sequence[PrefixTree], packing: str) -> tuple[list[float], np.ndarray]:
         """As `response_logprobs`, and beside them features of each response: [S, D]."""
         self.logprobs.eval()
-        logprobs, features = self.logprobs.read(lay_out(trees, packing).to(self.device))
+        logprobs, features = self.logprobs.read(pack_batch(trees, packing).to(self.device))
         values = logprobs.tolist()
         self._check(values)
         return values, features.cpu().numpy()
@@ -229,15 +229,15 @@ class Players:
             who = self._sits or "the player in training"
             raise ModelError(f"{who}: its log-probabilities are not finite. {_DESTROYED}")
 
-    def packing(self, trees: Sequence[Tree]) -> str:
+    def packing(self, trees: Sequence[PrefixTree]) -> str:
         """The layout this run uses, `tree` or `pair`: decided once, on these trees, and kept in the run folder.
 
         Raises:
             ModelError: our log-probabilities are not the model's, or trees were asked for and the model cannot.
         """
-        return team.first(self._find_packing, trees)
+        return processes.on_rank_zero(self._find_packing, trees)
 
-    def _find_packing(self, trees: Sequence[Tree]) -> str:
+    def _find_packing(self, trees: Sequence[PrefixTree]) -> str:
         noted = self.run.packing
         if noted.exists():
             return str(read_json(noted)["packing"])

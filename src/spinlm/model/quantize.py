@@ -53,7 +53,7 @@ def check_quantization() -> None:
         )
 
 
-def four_bits(dtype: torch.dtype) -> Any:
+def bnb_config(dtype: torch.dtype) -> Any:
     """What transformers is to be told, to quantise while it loads and to compute in a precision."""
     from transformers import BitsAndBytesConfig
 
@@ -65,7 +65,7 @@ def four_bits(dtype: torch.dtype) -> Any:
     )
 
 
-def settle(model: nn.Module) -> None:
+def patch_4bit_layers(model: nn.Module) -> None:
     """Let every quantised layer compute as `product` does."""
     for layer in model.modules():
         if is_quantised(layer):

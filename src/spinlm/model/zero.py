@@ -16,7 +16,7 @@ from torch import Tensor
 from spinlm.errors import MissingPackageError
 from spinlm.model.loading import quieten_deepspeed
 from spinlm.model.logprobs import LogProbs
-from spinlm.model.parallel import OptimizerState, Parallel
+from spinlm.training.parallel import OptimizerState, Parallel
 
 
 def check_deepspeed() -> None:

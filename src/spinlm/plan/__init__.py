@@ -5,6 +5,6 @@ the plan says what each rests on.
 """
 
 from spinlm.plan.estimate import Plan, make_plan
-from spinlm.plan.show import as_data, refusals, render
+from spinlm.plan.render import as_data, refusals, render
 
 __all__ = ["Plan", "as_data", "make_plan", "refusals", "render"]

@@ -4,8 +4,8 @@ import math
 import os
 from typing import NamedTuple
 
-from spinlm.machine import total_memory
-from spinlm.plan.shapes import Shape
+from spinlm.plan.model_shape import Shape
+from spinlm.utils.hardware import total_memory
 
 GPU_FLOPS = 990e12  # dense bfloat16 of an H100 or H200
 GPU_UTILISATION = 0.40
@@ -48,7 +48,7 @@ class Device(NamedTuple):
         return GPU_NETWORK, "assumed: 70% of 400 Gbit/s for each GPU between machines"
 
     def generation_seconds(self, shape: Shape, prompt: int, tokens: int, replies: int, batch: int) -> float:
-        """Reading the prompts, then one step for each new token of a batch."""
+        """SampleFeatures the prompts, then one step for each new token of a batch."""
         forward = 2 * shape.multiplied
         reading = replies * prompt * forward / self.flops
         if self is CPU:

@@ -3,8 +3,8 @@
 import math
 from typing import NamedTuple
 
-from spinlm.config import optimizer_bytes
 from spinlm.plan.estimate import Plan
+from spinlm.recipe.schema import optimizer_bytes
 
 TEXT_BYTES = 3.5  # a token as text
 NUMBER_BYTES = 5.5  # and as a decimal number in JSON, with its comma
@@ -13,7 +13,7 @@ ANSWER_BYTES = 140  # of a generation's or answer's line
 PAIR_BYTES = 90  # of a pair in Arrow beside its tokens: id, offsets, log-probabilities
 FILE_BYTES = 2000  # of an Arrow file before its first pair
 MARKED_BYTES = 125  # an output's path and digest in a stage's marker
-STEP_BYTES = 270  # a line of metrics.jsonl
+STEP_BYTES = 270  # a line of train_log.jsonl
 FOLDER_BYTES = 4500  # recipe, provenance and such; and of an iteration, measures and markers
 TOKENIZER_BYTES = 75  # for each entry of the vocabulary
 
@@ -53,7 +53,7 @@ def disk(plan: Plan) -> dict[str, Room]:
         trained = shape.trained(recipe.lora)
         tokenizer = TOKENIZER_BYTES * shape.vocab
         player, base = 4 * trained + tokenizer, 4 * shape.parameters + tokenizer
-        optimizers = [recipe.train.optimizer, *([recipe.warmup_sft.optimizer] if recipe.warmup_sft else [])]
+        optimizers = [recipe.train.optimizer, *([recipe.sft.optimizer] if recipe.sft else [])]
         checkpoint = (4 + optimizer_bytes(optimizers[0])) * trained
         largest = (4 + max(map(optimizer_bytes, optimizers))) * trained
     return {

@@ -5,14 +5,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-from spinlm.binding import changes
-from spinlm.config import EXECUTION_ONLY, MEMORY_MARGIN, Recipe, at_iteration, optimizer_bytes
-from spinlm.order import START, stages
 from spinlm.plan.devices import CPU, DEVICES, GPU, TOKENISER_SPEED, Device
 from spinlm.plan.lengths import Lengths, Tokens, find_lengths
 from spinlm.plan.lookup import find_shape
-from spinlm.plan.shapes import Shape, UnknownShapeError
-from spinlm.rundir import RunDir
+from spinlm.plan.model_shape import Shape, UnknownShapeError
+from spinlm.recipe.schema import MEMORY_MARGIN, MUTABLE_FIELDS, Recipe, optimizer_bytes, value_at
+from spinlm.rundir.layout import RunDir
+from spinlm.rundir.provenance import incompatible_changes
+from spinlm.rundir.stage_graph import START, stages
 
 UNKNOWN_PROMPTS = 1000
 LOGITS_BYTES = {CPU: 2 * (4 << 23), GPU: 2 * (4 << 26)}  # a chunk of logits in float32, and a copy
@@ -90,7 +90,7 @@ class Plan:
     @property
     def set_apart(self) -> int:
         """Examples that self-play does not train on: held-out ones, and those for the warm-up alone."""
-        return self.recipe.data.heldout + ((self.recipe.warmup_sft and self.recipe.warmup_sft.prompts) or 0)
+        return self.recipe.data.heldout + ((self.recipe.sft and self.recipe.sft.prompts) or 0)
 
     @property
     def prompts(self) -> int:
@@ -119,7 +119,7 @@ class Plan:
 
     @property
     def optimizers(self) -> list[str]:
-        warmup = self.recipe.warmup_sft
+        warmup = self.recipe.sft
         return [self.recipe.train.optimizer, *([warmup.optimizer] if warmup else [])]
 
     @cached_property
@@ -128,7 +128,7 @@ class Plan:
         return self._start(), *(self._iteration(number) for number in range(self.recipe.selfplay.iterations))
 
     def _start(self) -> Work:
-        heldout, warmup = self.recipe.data.heldout, self.recipe.warmup_sft
+        heldout, warmup = self.recipe.data.heldout, self.recipe.sft
         prompts = (warmup.prompts or self.prompts) if warmup else 0
         return Work(
             iteration=START,
@@ -146,7 +146,7 @@ class Plan:
 
     def _iteration(self, iteration: int) -> Work:
         train, opponent, heldout = self.recipe.train, self.recipe.opponent, self.recipe.data.heldout
-        prompts, samples, used = self.prompts, opponent.samples_per_prompt, self.recipe.used(iteration)
+        prompts, samples, used = self.prompts, opponent.samples_per_prompt, self.recipe.num_synthetic(iteration)
         asked = 0 if self.recipe.objective.name == "sft" else prompts  # for responses to learn from
         drawn = 0 if self.recipe.preferences else (asked + heldout) * samples
         trees = max(1, train.batch_size // used)
@@ -162,11 +162,11 @@ class Plan:
             # The player reads the opponent's responses and one of its own; then θ_0 reads that one.
             judged=self.lengths.tokens((heldout, samples + 1), (heldout, 1)),
             watched=self.lengths.tokens(((train.epochs - 1) * heldout if self.recipe.selfplay.guard else 0, 0)),
-            trained=self.lengths.tokens((train.epochs * prompts, self.recipe.beside(iteration))),
+            trained=self.lengths.tokens((train.epochs * prompts, self.recipe.num_branches(iteration))),
             responses=asked * samples,
             pairs=asked * used,
-            learning_rate=at_iteration(train.learning_rate, iteration),
-            beta=at_iteration(self.recipe.objective.beta, iteration) if "beta" in self.recipe.objective.reads else None,
+            learning_rate=value_at(train.learning_rate, iteration),
+            beta=value_at(self.recipe.objective.beta, iteration) if "beta" in self.recipe.objective.reads else None,
         )
 
     def _answers(self) -> Replies:
@@ -239,7 +239,7 @@ class Plan:
         """Bytes that are kept of the largest micro-batch until its backward pass."""
         longest = self.recipe.train.max_length
         token = shape.activation_bytes(device.width, longest, self.recipe.lora, checkpointing=checkpointing)
-        return token * self.recipe.most_tokens("tree" if self.trees else "pair")
+        return token * self.recipe.max_micro_batch_tokens("tree" if self.trees else "pair")
 
     def hours(self, shape: Shape, device: Device, work: Work) -> Hours:
         """Of each stage, in the process that has most to do. What travels between processes is not in it.
@@ -317,8 +317,8 @@ def make_plan(recipe: Recipe, run: RunDir | None = None, processes: int = 1) -> 
     except UnknownShapeError as missing:
         source = str(missing)
     changed = (
-        changes(run, recipe.model_dump(mode="json"), EXECUTION_ONLY)
-        if run and run.recipe.exists() and run.begun()
+        incompatible_changes(run, recipe.model_dump(mode="json"), MUTABLE_FIELDS)
+        if run and run.recipe.exists() and run.has_results()
         else []
     )
     lengths = find_lengths(recipe, run if not changed else None)

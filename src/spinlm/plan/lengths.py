@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from spinlm.config import Data, Recipe
-from spinlm.data.chat import RowError
+from spinlm.data.renderer import RowError
 from spinlm.data.sources import names_a_file, open_source
 from spinlm.errors import DataError
-from spinlm.locate import local
-from spinlm.order import START
-from spinlm.rundir import RunDir
+from spinlm.recipe.schema import Data, Recipe
+from spinlm.rundir.layout import RunDir
+from spinlm.rundir.stage_graph import START
+from spinlm.utils.model_path import existing_path
 
 SAMPLE_ROWS = 200
 READ_WHOLE = 1 << 26  # bytes of a file that is no .jsonl, up to which its rows are counted
@@ -59,7 +59,7 @@ class Lengths:
 def find_lengths(recipe: Recipe, run: RunDir | None = None) -> Lengths:
     """How long they are: as a run folder has them, estimated from a local file, or else the recipe's limits."""
     if run is not None and run.marker("prepare", START).exists():
-        gone = names_a_file(recipe.data.path) and local(recipe.data.path) is None
+        gone = names_a_file(recipe.data.path) and existing_path(recipe.data.path) is None
         return replace(_prepared(recipe, run), unreadable=f"{recipe.data.path}: no such file" if gone else "")
     limit, new = recipe.train.max_length, recipe.longest_synthetic
     count, counted, sizes, unreadable = None, "", [], ""
@@ -86,7 +86,7 @@ def find_lengths(recipe: Recipe, run: RunDir | None = None) -> Lengths:
 
 def _prepared(recipe: Recipe, run: RunDir) -> Lengths:
     """Token counts of a run's examples, and once there are some of its opponent's latest responses."""
-    counts = run.facts("prepare", START)["counts"]
+    counts = run.metadata("prepare", START)["counts"]
     name = "train" if counts["train"] else "heldout"
     _, sample = _sample_lines(run.examples(name))
     rows = [json.loads(line) for line in sample]
@@ -96,8 +96,8 @@ def _prepared(recipe: Recipe, run: RunDir) -> Lengths:
     lengths = Lengths(prompt, real, min(real, recipe.longest_synthetic), max(prompts), source, False)
     lengths = replace(lengths, examples=sum(counts.values()), counted="examples of the run")
     for iteration in reversed(range(recipe.selfplay.iterations)):
-        if run.marker("score", iteration).exists():
-            facts = run.facts("score", iteration)
+        if run.marker("reference_logprobs", iteration).exists():
+            facts = run.metadata("reference_logprobs", iteration)
             mean = facts.get("train", facts["heldout"])["mean_tokens"]
             return replace(lengths, synthetic=math.ceil(mean), answered=f"mean of iteration {iteration}'s")
     return lengths
@@ -106,7 +106,7 @@ def _prepared(recipe: Recipe, run: RunDir) -> Lengths:
 def _is_read(data: Data) -> bool:
     """Whether the data are looked at for a plan: a file of lines, or one that is not large; or one that is not there,
     or none at all, to tell that."""
-    path = local(data.path)
+    path = existing_path(data.path)
     if path is None:
         return names_a_file(data.path)
     return not path.is_file() or path.suffix.lower() == ".jsonl" or path.stat().st_size <= READ_WHOLE
@@ -114,7 +114,7 @@ def _is_read(data: Data) -> bool:
 
 def _look(data: Data) -> tuple[int | None, list[Any], str]:
     """How many rows a file has, up to SAMPLE_ROWS of them, evenly spread, and why it cannot be used, if it cannot."""
-    path, source, wrong = local(data.path), None, ""
+    path, source, wrong = existing_path(data.path), None, ""
     in_lines = path is not None and path.is_file() and path.suffix.lower() == ".jsonl"
     try:
         source = None if in_lines else open_source(data)

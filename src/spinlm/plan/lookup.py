@@ -6,10 +6,10 @@ import struct
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from spinlm.config import Model
 from spinlm.errors import ModelError
-from spinlm.locate import locate
-from spinlm.plan.shapes import Shape, UnknownShapeError, shape_from_config
+from spinlm.plan.model_shape import Shape, UnknownShapeError, shape_from_config
+from spinlm.recipe.schema import Model
+from spinlm.utils.model_path import resolve_model
 
 
 def find_shape(model: Model) -> tuple[Shape, str]:
@@ -19,7 +19,7 @@ def find_shape(model: Model) -> tuple[Shape, str]:
         UnknownShapeError: it can be read nowhere; says what is missing and how to get it.
     """
     try:
-        path, cached = locate(model.path), _cached_folder(model)
+        path, cached = resolve_model(model.path), _cached_folder(model)
     except ModelError as missing:
         raise UnknownShapeError(str(missing)) from None
     if path is None and (cached / "config.json").is_file():

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from spinlm.order import BEFORE, STAGES, START, player_name
-from spinlm.report.facts import Facts
+from spinlm.report.run_data import Facts
+from spinlm.rundir.stage_graph import STAGES, START, START_STAGES, player_name
 
 POINTS = 1500
 """Most points of a curve: of longer ones every so many are shown."""
@@ -62,7 +62,7 @@ def _players(facts: Facts) -> list[Chart]:
             "Told apart",
             "How well real responses can be told from synthetic ones: 1 is always, 0.5 is guessing. By a linear probe, "
             "from the player's own samples (AUC); by the player itself, from its opponent's (share of pairs).",
-            _measured(facts, "discriminability", "real from its own (AUC)")
+            _measured(facts, "probe_auc", "real from its own (AUC)")
             + _measured(facts, "pair_accuracy", "real from the opponent's"),
             {"shapes": [_level(0.5)]},
         ),
@@ -84,11 +84,11 @@ def _players(facts: Facts) -> list[Chart]:
             {"shapes": [_level(facts.real_tokens)]} if facts.real_tokens else {},
         ),
         Chart(
-            "drift",
+            "kl_from_start",
             "players",
             "Drift from the start",
             "Estimated KL divergence from the starting player, nats per token of its own samples.",
-            _measured(facts, "drift", "drift"),
+            _measured(facts, "kl_from_start", "kl_from_start"),
         ),
         Chart(
             "signs",
@@ -96,9 +96,9 @@ def _players(facts: Facts) -> list[Chart]:
             "Signs of trouble",
             "Shares of its greedy answers that are the real one word for word, do not end, or repeat themselves.",
             [
-                *_measured(facts, "identical_share", "identical"),
-                *_measured(facts, "unfinished_share", "unfinished"),
-                *_measured(facts, "repetition", "repeated"),
+                *_measured(facts, "identical_rate", "identical"),
+                *_measured(facts, "truncated_rate", "unfinished"),
+                *_measured(facts, "repeated_4grams", "repeated"),
             ],
         ),
     ]
@@ -129,7 +129,7 @@ def _first_loss(recipe: dict[str, Any]) -> str:
 
 def _time(facts: Facts) -> Chart:
     traces = []
-    for stage in dict.fromkeys((*BEFORE, *STAGES)):
+    for stage in dict.fromkeys((*START_STAGES, *STAGES)):
         taken = {name: stages[stage] for name, stages in facts.times if stage in stages}
         own = {name: one.seconds for name, one in taken.items() if not one.elsewhere}
         spent = {name: seconds / 60 for name, seconds in own.items() if seconds is not None}

@@ -3,33 +3,33 @@
 import logging
 from dataclasses import dataclass
 
-from spinlm import team
-from spinlm.config import Recipe
+from spinlm.distributed import processes
+from spinlm.distributed.progress import Advance, track
 from spinlm.evals.heldout import (
     Metrics,
-    Reading,
-    RealAnswers,
-    judge_real,
+    RealScores,
+    SampleFeatures,
     merged,
-    read_samples,
+    real_nll_and_margins,
     repetition,
+    sample_features,
     summarise,
     summarise_pairs,
     summarise_probe,
     summarise_samples,
 )
 from spinlm.evals.scorers import get_scorer
-from spinlm.files import atomic_file, write_json
+from spinlm.generation import local_engine
+from spinlm.generation.base import Response
 from spinlm.model.players import Players, seat
-from spinlm.opponents import local_opponent
-from spinlm.opponents.base import Answer
-from spinlm.order import START, player_name
-from spinlm.progress import Advance, track
-from spinlm.records import Example, HeldOutAnswer, HeldOutSample, Sampling, read_pairs, to_line
-from spinlm.rundir import RunDir
-from spinlm.seeds import derive_seed
-from spinlm.shards import RecordFile, count_records
-from spinlm.stages.steps import tracker
+from spinlm.recipe.schema import Recipe
+from spinlm.rundir.layout import RunDir
+from spinlm.rundir.records import Example, HeldoutGreedy, HeldoutSampled, Sampling, read_pairs, to_line
+from spinlm.rundir.shards import RecordFile, count_records
+from spinlm.rundir.stage_graph import START, player_name
+from spinlm.training.step_log import tracker
+from spinlm.utils.atomic import atomic_file, write_json
+from spinlm.utils.seeds import derive_seed
 
 log = logging.getLogger("spinlm")
 
@@ -39,24 +39,24 @@ class _Part:
     """What a player does on one shard of the held-out prompts."""
 
     examples: list[Example]
-    given: list[Answer]  # as evaluation asks for them
-    drawn: list[Answer]  # from the player's own distribution
-    real: RealAnswers
+    given: list[Response]  # as evaluation asks for them
+    drawn: list[Response]  # from the player's own distribution
+    real: RealScores
 
 
 def evaluate(recipe: Recipe, run: RunDir, iteration: int) -> None:
-    """Answer the held-out prompts with the player an iteration made (`START`: θ_0), and measure it.
+    """Response the held-out prompts with the player an iteration made (`START`: θ_0), and measure it.
 
-    Writes one line per prompt to answers.jsonl and the means to metrics.json; from iteration 0 on also how well the
+    Writes one line per prompt to heldout_greedy.jsonl and the means to eval.json; from iteration 0 on also how well the
     player tells the held-out real responses from its opponent's.
     """
-    if team.first(run.done, "evaluate", iteration):
+    if processes.on_rank_zero(run.done, "evaluate", iteration):
         return
-    team.first(run.begin, "evaluate", iteration)
+    processes.on_rank_zero(run.begin, "evaluate", iteration)
     players = seat(recipe, run)
     players.become(iteration)
     size, heldout = recipe.opponent.shard_size, RecordFile(run.examples("heldout"), Example)
-    packing, budget = run.facts("warmup", START)["packing"], recipe.train.tokens_per_micro_batch
+    packing, budget = run.metadata("sft", START)["packing"], recipe.train.tokens_per_micro_batch
     ways = [
         (temperature, derive_seed(recipe.seed, purpose, iteration))
         for purpose, temperature in (("evaluate", recipe.evaluate.temperature), ("sample", 1.0))
@@ -66,7 +66,7 @@ def evaluate(recipe: Recipe, run: RunDir, iteration: int) -> None:
     with track(
         f"{player_name(iteration)}: evaluate", passes * len(heldout), shared=True, responses="answers written and read"
     ) as advance:
-        for shard in team.deal(range(heldout.shards(size))):
+        for shard in processes.claim_work(range(heldout.shards(size))):
             examples = heldout.shard(shard, size)
             given, drawn = (
                 _ask(recipe, players, packing, examples, temperature, seed + shard, advance)
@@ -74,23 +74,25 @@ def evaluate(recipe: Recipe, run: RunDir, iteration: int) -> None:
             )
             pairs = None if iteration == START else read_pairs([run.pairs(iteration, "heldout", shard)])
             sampled = [answer.token_ids for answer in drawn]
-            real = judge_real(players, examples, packing, budget, pairs, sampled)
+            real = real_nll_and_margins(players, examples, packing, budget, pairs, sampled)
             advance(len(examples))
             mine[shard] = _Part(examples, given, drawn, real)
         players.become(START)
-        read: dict[int, Reading] = {}
+        read: dict[int, SampleFeatures] = {}
         for shard, part in mine.items():
             sampled = [answer.token_ids for answer in part.drawn]
-            read[shard] = read_samples(players, part.examples, sampled, packing, budget)
+            read[shard] = sample_features(players, part.examples, sampled, packing, budget)
             advance(len(part.examples))
     found = {
-        shard: (part, theirs[1][shard]) for theirs in team.gather((mine, read)) for shard, part in theirs[0].items()
+        shard: (part, theirs[1][shard])
+        for theirs in processes.all_gather((mine, read))
+        for shard, part in theirs[0].items()
     }
-    team.first(_conclude, recipe, run, iteration, players, [found[shard] for shard in sorted(found)])
+    processes.on_rank_zero(_conclude, recipe, run, iteration, players, [found[shard] for shard in sorted(found)])
 
 
 def _conclude(
-    recipe: Recipe, run: RunDir, iteration: int, players: Players, found: list[tuple[_Part, Reading]]
+    recipe: Recipe, run: RunDir, iteration: int, players: Players, found: list[tuple[_Part, SampleFeatures]]
 ) -> None:
     """Write down what all shards say together."""
     scorer = get_scorer(recipe.evaluate.scorer) if recipe.evaluate.scorer else None
@@ -100,7 +102,7 @@ def _conclude(
             answer, drawn = part.given[number], part.drawn[number]
             text, sampled = players.renderer.decode(answer.token_ids), players.renderer.decode(drawn.token_ids)
             answers.append(
-                HeldOutAnswer(
+                HeldoutGreedy(
                     id=example.id,
                     token_ids=answer.token_ids,
                     text=text,
@@ -113,7 +115,7 @@ def _conclude(
                 )
             )
             samples.append(
-                HeldOutSample(
+                HeldoutSampled(
                     id=example.id,
                     token_ids=drawn.token_ids,
                     text=sampled,
@@ -126,24 +128,24 @@ def _conclude(
     margins = [margins for part, _ in found for margins in part.real.margins]
     told_apart = summarise_probe([start for _, start in found])
     metrics = merged(summarise(answers), summarise_pairs(margins), summarise_samples(samples), told_apart)
-    for path, records in ((run.answers(iteration), answers), (run.samples(iteration), samples)):
+    for path, records in ((run.heldout_greedy(iteration), answers), (run.heldout_sampled(iteration), samples)):
         with atomic_file(path, "w") as file:
             file.writelines(to_line(record) for record in records)
-    write_json(run.iteration_metrics(iteration), metrics)
-    outputs = run.answers(iteration), run.samples(iteration), run.iteration_metrics(iteration)
+    write_json(run.eval_metrics(iteration), metrics)
+    outputs = run.heldout_greedy(iteration), run.heldout_sampled(iteration), run.eval_metrics(iteration)
     run.complete("evaluate", iteration, outputs)
-    steps = count_records(run.step_metrics) if run.step_metrics.exists() else 0
+    steps = count_records(run.train_log) if run.train_log.exists() else 0
     tracker(players, run, recipe, "evaluate", iteration)(metrics, steps)
     log.info("%s: %s", player_name(iteration), _about(metrics, itself=iteration == START))
 
 
 def _about(metrics: Metrics, itself: bool) -> str:
-    drift = "" if itself else f"; drift from the start {metrics['drift']:+z.4f} nats per token"
-    if "discriminability" not in metrics:
+    drift = "" if itself else f"; drift from the start {metrics['kl_from_start']:+z.4f} nats per token"
+    if "probe_auc" not in metrics:
         return f"too few prompts to say how well its responses are told from the real ones{drift}"
-    low, high = metrics["intervals"]["discriminability"]
+    low, high = metrics["intervals"]["probe_auc"]
     return (
-        f"its responses are told from the real ones with AUC {metrics['discriminability']:.2f} "
+        f"its responses are told from the real ones with AUC {metrics['probe_auc']:.2f} "
         f"[{low:.2f}, {high:.2f}] (0.5: not at all){drift}"
     )
 
@@ -156,7 +158,7 @@ def _ask(
     temperature: float,
     seed: int,
     advance: Advance,
-) -> list[Answer]:
+) -> list[Response]:
     sampling = Sampling(
         temperature=temperature,
         top_p=1.0,
@@ -165,6 +167,6 @@ def _ask(
         samples=1,
         stop_ids=players.renderer.stop_ids,
     )
-    engine = local_opponent(recipe, players, packing)
-    given = engine.answer([example.prompt_ids for example in examples], sampling, seed, advance)
+    engine = local_engine(recipe, players, packing)
+    given = engine.generate([example.prompt_ids for example in examples], sampling, seed, advance)
     return [answer for (answer,) in given]

@@ -5,18 +5,18 @@ import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
 
-from spinlm import team
-from spinlm.config import Recipe
-from spinlm.files import atomic_file
+from spinlm.distributed import processes
+from spinlm.distributed.progress import Advance, track
+from spinlm.generation import open_engine
+from spinlm.generation.base import Engine
 from spinlm.model.players import Players, seat
-from spinlm.opponents import open_opponent
-from spinlm.opponents.base import Opponent
-from spinlm.order import START
-from spinlm.progress import Advance, track
-from spinlm.records import Example, Generation, Sampling, to_line
-from spinlm.rundir import RunDir
-from spinlm.seeds import derive_seed
-from spinlm.shards import RecordFile
+from spinlm.recipe.schema import Recipe
+from spinlm.rundir.layout import RunDir
+from spinlm.rundir.records import Example, Generation, Sampling, to_line
+from spinlm.rundir.shards import RecordFile
+from spinlm.rundir.stage_graph import START
+from spinlm.utils.atomic import atomic_file
+from spinlm.utils.seeds import derive_seed
 
 log = logging.getLogger("spinlm")
 
@@ -34,27 +34,27 @@ def generate(recipe: Recipe, run: RunDir, iteration: int) -> None:
 
     Shards that are there and as they were written are kept.
     """
-    if team.first(run.done, "generate", iteration):
+    if processes.on_rank_zero(run.done, "generate", iteration):
         return
-    team.first(run.begin, "generate", iteration, run.generations(iteration, "train", 0).parent)
+    processes.on_rank_zero(run.begin, "generate", iteration, run.generations(iteration, "train", 0).parent)
     players = seat(recipe, run)
-    packing = run.facts("warmup", START)["packing"]
+    packing = run.metadata("sft", START)["packing"]
     sampling = opponent_sampling(recipe, players)
     size = recipe.opponent.shard_size
     examples = {split: RecordFile(run.examples(split), Example) for split in splits(recipe)}
     shards = [(split, shard) for split, records in examples.items() for shard in range(records.shards(size))]
-    missing = team.first(_missing, run, iteration, shards)
-    at_work = team.is_first() or recipe.opponent.engine == "transformers" or recipe.preferences
+    missing = processes.on_rank_zero(_missing, run, iteration, shards)
+    at_work = processes.is_main_process() or recipe.opponent.engine == "local" or recipe.preferences
     if not at_work:
         players.let_go()  # the first asks another engine for all of them, and that may need the memory
     total = sum(map(len, examples.values())) * sampling.samples
     left = sum(min(size, len(examples[split]) - shard * size) for split, shard in missing) * sampling.samples
     needed = at_work and missing and not recipe.preferences
     with (
-        open_opponent(recipe, players, iteration, packing) if needed else nullcontext() as opponent,
+        open_engine(recipe, players, iteration, packing) if needed else nullcontext() as opponent,
         track(f"iteration {iteration}: generate", total, total - left, shared=True, responses="responses") as advance,
     ):
-        for split, shard in team.deal(missing, at_work):
+        for split, shard in processes.claim_work(missing, at_work):
             chosen = examples[split].shard(shard, size)
             if opponent is None:
                 rows = _rejected(players, chosen, iteration)
@@ -65,13 +65,13 @@ def generate(recipe: Recipe, run: RunDir, iteration: int) -> None:
             path = run.generations(iteration, split, shard)
             with atomic_file(path, "w") as file:
                 file.writelines(to_line(row) for row in rows)
-            run.seal(path)
+            run.record_digest(path)
     outputs = [run.generations(iteration, split, shard) for split, shard in shards]
-    team.first(run.complete, "generate", iteration, outputs)
+    processes.on_rank_zero(run.complete, "generate", iteration, outputs)
 
 
 def _missing(run: RunDir, iteration: int, shards: Sequence[tuple[str, int]]) -> list[tuple[str, int]]:
-    return [one for one in shards if not run.sealed(run.generations(iteration, *one))]
+    return [one for one in shards if not run.is_verified(run.generations(iteration, *one))]
 
 
 def opponent_sampling(recipe: Recipe, players: Players) -> Sampling:
@@ -88,7 +88,7 @@ def opponent_sampling(recipe: Recipe, players: Players) -> Sampling:
 
 def _answer(
     players: Players,
-    opponent: Opponent,
+    opponent: Engine,
     examples: list[Example],
     sampling: Sampling,
     seed: int,
@@ -96,7 +96,7 @@ def _answer(
     advance: Advance,
 ) -> list[Generation]:
     prompts = [example.prompt_ids for example in examples]
-    answers = opponent.answer(prompts, sampling, seed, advance)
+    answers = opponent.generate(prompts, sampling, seed, advance)
     return [
         Generation(
             id=example.id,

@@ -11,24 +11,24 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from spinlm import __version__, team
-from spinlm.binding import bind_inputs
-from spinlm.config import Recipe
 from spinlm.data.examples import SPLITS, check_layout, select_examples
 from spinlm.data.sources import names_a_file
+from spinlm.distributed import processes
 from spinlm.errors import DataError, RecipeError
 from spinlm.evals.scorers import get_scorer
-from spinlm.files import atomic_file, file_digest, write_json
-from spinlm.locate import local, locate
+from spinlm.generation.vllm import check_vllm
 from spinlm.model.loading import ensure_base, hub_commit
-from spinlm.model.optimizers import check_optimizer
 from spinlm.model.players import check_trackers, seat
 from spinlm.model.quantize import check_quantization
 from spinlm.model.zero import check_deepspeed
-from spinlm.opponents.vllm import check_vllm
-from spinlm.order import START
-from spinlm.records import Example, to_line
-from spinlm.rundir import RunDir
+from spinlm.recipe.schema import Recipe
+from spinlm.rundir.layout import RunDir
+from spinlm.rundir.provenance import verify_inputs
+from spinlm.rundir.records import Example, to_line
+from spinlm.rundir.stage_graph import START
+from spinlm.training.optimizers import check_optimizer
+from spinlm.utils.atomic import atomic_file, file_digest, write_json
+from spinlm.utils.model_path import existing_path, resolve_model
 
 log = logging.getLogger("spinlm")
 
@@ -46,7 +46,7 @@ def prepare(recipe: Recipe, run: RunDir) -> None:
     _check_launcher()
     _check_names(recipe)
     inputs = {"data": _data_fingerprint(recipe), "model": _model_fingerprint(recipe)}
-    bind_inputs(run, inputs)
+    verify_inputs(run, inputs)
     if not run.done("prepare", START):
         run.begin("prepare", START)
         write_json(run.provenance, {"inputs": inputs, **provenance()})
@@ -56,11 +56,11 @@ def prepare(recipe: Recipe, run: RunDir) -> None:
 
 
 def _examples(recipe: Recipe, run: RunDir, data: dict[str, Any]) -> None:
-    if (path := local(recipe.data.path)) and path.suffix.lower() == ".jsonl":  # told before a model is unpacked
+    if (path := existing_path(recipe.data.path)) and path.suffix.lower() == ".jsonl":  # told before a model is unpacked
         check_layout(recipe.data)
     ensure_base(recipe.model, run)
     players = seat(recipe, run)
-    own = recipe.warmup_sft.prompts if recipe.warmup_sft else None
+    own = recipe.sft.prompts if recipe.sft else None
     with contextlib.ExitStack() as stack:
         files = {split: stack.enter_context(atomic_file(run.examples(split), "w")) for split in SPLITS}
 
@@ -71,7 +71,7 @@ def _examples(recipe: Recipe, run: RunDir, data: dict[str, Any]) -> None:
     if _data_fingerprint(recipe) != data:
         raise DataError(f"{recipe.data.path}: has changed while it was read. Run the same command again")
     write_json(
-        run.dropped,
+        run.skipped_rows,
         {
             "rows": selection.rows,
             "not_sampled": selection.not_sampled,
@@ -83,7 +83,7 @@ def _examples(recipe: Recipe, run: RunDir, data: dict[str, Any]) -> None:
     counts = selection.counts
     log.info("examples: %d for self-play, %d held out, %d for the warm-up alone", *(counts[s] for s in _ORDER))
     for reason, count in selection.dropped.items():
-        log.info("  left out: %d × %s (see %s)", count, reason.replace("_", " "), run.dropped)
+        log.info("  left out: %d × %s (see %s)", count, reason.replace("_", " "), run.skipped_rows)
     run.complete("prepare", START, [run.examples(split) for split in SPLITS], counts=counts)
 
 
@@ -110,8 +110,8 @@ def _check_names(recipe: Recipe) -> None:
         ModelError: this machine cannot quantise.
     """
     check_optimizer(recipe.train.optimizer, recipe.train.weight_decay, "train.optimizer")
-    if recipe.warmup_sft is not None:
-        check_optimizer(recipe.warmup_sft.optimizer, recipe.train.weight_decay, "warmup_sft.optimizer")
+    if recipe.sft is not None:
+        check_optimizer(recipe.sft.optimizer, recipe.train.weight_decay, "sft.optimizer")
     if recipe.evaluate.scorer is not None:
         get_scorer(recipe.evaluate.scorer)
     check_trackers(recipe.tracking)
@@ -119,15 +119,15 @@ def _check_names(recipe: Recipe) -> None:
         check_vllm(recipe)
     if recipe.lora is not None and recipe.lora.quantize:
         check_quantization()
-    if recipe.train.sharding.startswith("zero") and team.size() > 1:
+    if recipe.train.sharding.startswith("zero") and processes.world_size() > 1:
         check_deepspeed()
 
 
-_ORDER = ("train", "heldout", "warmup")
+_ORDER = ("train", "heldout", "sft")
 
 
 def _data_fingerprint(recipe: Recipe) -> dict[str, Any]:
-    path = local(recipe.data.path)
+    path = existing_path(recipe.data.path)
     if path is None and names_a_file(recipe.data.path):  # told before a model is unpacked
         raise DataError(f"{recipe.data.path}: no such file")
     if path is not None and path.is_file():
@@ -140,7 +140,7 @@ def _data_fingerprint(recipe: Recipe) -> dict[str, Any]:
 
 def _model_fingerprint(recipe: Recipe) -> dict[str, Any]:
     """Digests of a model's files, or the commit of one of the hub: another of the same shape is another model."""
-    path = locate(recipe.model.path)
+    path = resolve_model(recipe.model.path)
     if path is None:
         return {"id": recipe.model.path, "commit": hub_commit(recipe.model)}
     files = [path] if path.is_file() else [file for file in sorted(path.iterdir()) if file.suffix in MODEL_FILES]
@@ -152,7 +152,7 @@ def provenance() -> dict[str, Any]:
     import torch
 
     return {
-        "spinlm": __version__,
+        "spinlm": importlib.metadata.version("spinlm"),
         "commit": _commit(),
         "command": sys.argv,
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -161,7 +161,7 @@ def provenance() -> dict[str, Any]:
         "device": torch.cuda.get_device_name()
         if torch.cuda.is_available()
         else f"CPU, {torch.get_num_threads()} threads",
-        "processes": team.size(),
+        "processes": processes.world_size(),
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
     }
 

@@ -4,12 +4,12 @@ import logging
 import statistics
 from dataclasses import dataclass
 
-from spinlm.config import Recipe
-from spinlm.evals.guard import signs_of_collapse
-from spinlm.files import read_json, write_json
-from spinlm.order import START
-from spinlm.paired import is_ahead, metric_of, standard_error, values_of
-from spinlm.rundir import RunDir
+from spinlm.evals.collapse import detect_collapse
+from spinlm.recipe.schema import Recipe
+from spinlm.report.compare import metric_of, significantly_better, standard_error, values_of
+from spinlm.rundir.layout import RunDir
+from spinlm.rundir.stage_graph import START
+from spinlm.utils.atomic import read_json, write_json
 
 log = logging.getLogger("spinlm")
 
@@ -32,17 +32,17 @@ def promote(recipe: Recipe, run: RunDir, iteration: int) -> bool:
     difference, so the starting player stays best until one is better beyond the noise.
     """
     if run.done("promote", iteration):
-        judged = run.facts("promote", iteration)
+        judged = run.metadata("promote", iteration)
         run.set_best(judged["best"])
         return bool(judged["go_on"])
     run.require("evaluate", START)
     run.begin("promote", iteration)
     # The best before this iteration comes from the markers, not the link, so that a rerun decides the same.
-    best = run.facts("promote", iteration - 1)["best"] if iteration > 0 else START
+    best = run.metadata("promote", iteration - 1)["best"] if iteration > 0 else START
     run.require("evaluate", best)
     comparison = compare(recipe, run, iteration, best)
-    measured = (read_json(run.iteration_metrics(one)) for one in (START, iteration))
-    collapse = signs_of_collapse(recipe.selfplay.guard, *measured)
+    measured = (read_json(run.eval_metrics(one)) for one in (START, iteration))
+    collapse = detect_collapse(recipe.selfplay.guard, *measured)
     if comparison.better and not collapse:
         best = iteration
     go_on = iteration - best < recipe.selfplay.select.patience and not collapse
@@ -75,8 +75,8 @@ def promote(recipe: Recipe, run: RunDir, iteration: int) -> bool:
         "better": comparison.better,
         "collapse": collapse,
     }
-    write_json(run.promotion(iteration), facts)
-    run.complete("promote", iteration, [run.promotion(iteration)], **facts)
+    write_json(run.selection(iteration), facts)
+    run.complete("promote", iteration, [run.selection(iteration)], **facts)
     return go_on
 
 
@@ -87,5 +87,5 @@ def compare(recipe: Recipe, run: RunDir, iteration: int, against: int) -> Compar
     new, old = values_of(run, iteration, metric), values_of(run, against, metric)
     sign = 1 if metric == "task_score" else -1
     ahead = [sign * (new[key] - old[key]) for key in old]
-    better = is_ahead(ahead, select.standard_errors)
+    better = significantly_better(ahead, select.standard_errors)
     return Comparison(metric, against, statistics.fmean(ahead), standard_error(ahead), better)

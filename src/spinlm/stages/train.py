@@ -3,19 +3,19 @@
 import logging
 from collections.abc import Callable
 
-from spinlm import team
-from spinlm.config import Recipe, at_iteration
-from spinlm.evals.guard import signs_of_collapse
-from spinlm.files import read_json
-from spinlm.model.fit import Fit, Items, Objective, fit
+from spinlm.distributed import processes
+from spinlm.evals.collapse import detect_collapse
+from spinlm.evals.heldout_nll import Curve
 from spinlm.model.players import seat
-from spinlm.order import START
-from spinlm.rundir import RunDir
-from spinlm.seeds import derive_seed
-from spinlm.shards import count_shards
-from spinlm.stages.curve import Curve
-from spinlm.stages.items import PairItems, SftItems, pair_objective, sft_objective
-from spinlm.stages.steps import recorder
+from spinlm.recipe.schema import Recipe, value_at
+from spinlm.rundir.layout import RunDir
+from spinlm.rundir.shards import count_shards
+from spinlm.rundir.stage_graph import START
+from spinlm.training.batches import PairItems, SftItems, pair_objective, sft_objective
+from spinlm.training.step_log import step_recorder
+from spinlm.training.trainer import Fit, Items, Objective, fit
+from spinlm.utils.atomic import read_json
+from spinlm.utils.seeds import derive_seed
 
 log = logging.getLogger("spinlm")
 
@@ -26,20 +26,20 @@ def train(recipe: Recipe, run: RunDir, iteration: int) -> None:
     Raises:
         TrainingError: a loss or gradient was not finite.
     """
-    if team.first(run.done, "train", iteration):
-        team.first(run.tidy, "train", iteration)
+    if processes.on_rank_zero(run.done, "train", iteration):
+        processes.on_rank_zero(run.remove_checkpoints, "train", iteration)
         return
-    team.first(run.begin, "train", iteration, run.checkpoints(iteration))
+    processes.on_rank_zero(run.begin, "train", iteration, run.checkpoints(iteration))
     players = seat(recipe, run)
     players.become(iteration - 1)
     settings = recipe.train
     items, objective = _lesson(recipe, run, iteration)
     if len(items.sizes) == 0:
         log.warning("iteration %d: every synthetic response equals the real one; nothing is left to learn", iteration)
-    packing = run.facts("warmup", START)["packing"]
+    packing = run.metadata("sft", START)["packing"]
     how = Fit.of(
         settings,
-        learning_rate=at_iteration(settings.learning_rate, iteration),
+        learning_rate=value_at(settings.learning_rate, iteration),
         seed=derive_seed(recipe.seed, "train", iteration),
     )
     curve = Curve(recipe, run, players, iteration, packing)
@@ -52,19 +52,19 @@ def train(recipe: Recipe, run: RunDir, iteration: int) -> None:
         packing=packing,
         checkpoints=run.checkpoints(iteration),
         what=f"iteration {iteration}: train",
-        on_step=recorder(players, run, recipe, "train", iteration),
+        on_step=step_recorder(players, run, recipe, "train", iteration),
         on_epoch=watch,
     )
     players.save(iteration)
     facts = {"steps": steps, "pairs": int(items.sizes.sum()), "heldout_nll_by_epoch": curve.values}
-    team.first(run.complete, "train", iteration, [run.player(iteration)], **facts)
-    team.first(run.tidy, "train", iteration)
+    processes.on_rank_zero(run.complete, "train", iteration, [run.player(iteration)], **facts)
+    processes.on_rank_zero(run.remove_checkpoints, "train", iteration)
 
 
 def _lesson(recipe: Recipe, run: RunDir, iteration: int) -> tuple[Items, Objective]:
     """What is trained on, and what is minimised."""
     if recipe.objective.name == "sft":  # with as many examples in a step as self-play has prompts
-        return SftItems(run.examples("train"), recipe.used(iteration)), sft_objective
+        return SftItems(run.examples("train"), recipe.num_synthetic(iteration)), sft_objective
     files = count_shards(run.examples("train"), recipe.opponent.shard_size)
     paths = [run.pairs(iteration, "train", shard) for shard in range(files)]
     return PairItems(paths, recipe.train.batch_size), pair_objective(recipe, iteration)
@@ -79,13 +79,13 @@ def _watch(recipe: Recipe, run: RunDir, curve: Curve, iteration: int) -> Callabl
     guard, epochs = recipe.selfplay.guard, recipe.train.epochs
     if guard is None or epochs == 1:
         return lambda epoch: True
-    team.first(run.require, "evaluate", START)
-    start = read_json(run.iteration_metrics(START))
+    processes.on_rank_zero(run.require, "evaluate", START)
+    start = read_json(run.eval_metrics(START))
 
     def sound(epoch: int) -> bool:
         if epoch == epochs:
             return True
-        signs = signs_of_collapse(guard, start, {"heldout_nll": curve.measure(epoch)})
+        signs = detect_collapse(guard, start, {"heldout_nll": curve.measure(epoch)})
         if signs:
             log.warning("iteration %d: collapsing, training ends after epoch %d: %s", iteration, epoch, signs)
         return not signs

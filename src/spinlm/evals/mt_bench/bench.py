@@ -7,7 +7,6 @@ ends in a digest of all that its lines depend on: whatever changes begins a new 
 from collections.abc import Sequence
 from pathlib import Path
 
-from spinlm.config import Recipe
 from spinlm.errors import DataError, RunError
 from spinlm.evals.mt_bench.exam import Exam
 from spinlm.evals.mt_bench.games import compare
@@ -16,9 +15,10 @@ from spinlm.evals.mt_bench.marks import mark
 from spinlm.evals.mt_bench.prompts import prompt_name
 from spinlm.evals.mt_bench.questions import read_questions, read_references
 from spinlm.evals.mt_bench.sitting import Sitting
-from spinlm.files import short_digest
-from spinlm.order import player_name
-from spinlm.rundir import RunDir
+from spinlm.recipe.schema import Recipe
+from spinlm.rundir.layout import RunDir
+from spinlm.rundir.stage_graph import player_name
+from spinlm.utils.atomic import short_digest
 
 MAX_NEW_TOKENS = 1024
 

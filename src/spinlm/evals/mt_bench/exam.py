@@ -6,19 +6,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spinlm.config import Recipe
+from spinlm.distributed.progress import track
 from spinlm.errors import DataError, RunError
 from spinlm.evals.mt_bench.questions import OTHER_TEMPERATURE, TEMPERATURES, Question, References
-from spinlm.files import short_digest
-from spinlm.journal import Journal
-from spinlm.order import START, player_name
-from spinlm.progress import track
-from spinlm.records import Message, Sampling
-from spinlm.rundir import RunDir
-from spinlm.seeds import derive_seed
+from spinlm.recipe.schema import Recipe
+from spinlm.rundir.journal import Journal
+from spinlm.rundir.layout import RunDir
+from spinlm.rundir.records import Message, Sampling
+from spinlm.rundir.stage_graph import START, player_name
+from spinlm.utils.atomic import short_digest
+from spinlm.utils.seeds import derive_seed
 
 if TYPE_CHECKING:
-    from spinlm.data.chat import Renderer
+    from spinlm.data.renderer import Renderer
 
 BATCH = 32  # questions answered at once; they are on disk together
 
@@ -121,13 +121,13 @@ class Exam:
         self, player: int, batch: int, questions: Sequence[Question], advance: Callable[..., None]
     ) -> list[Answered]:
         """Answers to all turns of some questions of one temperature."""
-        from spinlm.data.chat import RowError
+        from spinlm.data.renderer import RowError
+        from spinlm.generation import local_engine
         from spinlm.model.players import seat
-        from spinlm.opponents import local_opponent
 
         players = seat(self.recipe, self.run)
         players.become(player)
-        opponent = local_opponent(self.recipe, players, self.run.facts("warmup", START)["packing"])
+        opponent = local_engine(self.recipe, players, self.run.metadata("sft", START)["packing"])
         positions = getattr(players.model.config, "max_position_embeddings", None) or self.recipe.train.max_length
         sampling = Sampling(
             temperature=questions[0].temperature,
@@ -148,7 +148,7 @@ class Exam:
                         given[place] = replace(given[place], problem=f"turn {turn + 1}: {error}")
             # The same draws for every player: what differs between their answers is the players.
             seed = derive_seed(self.recipe.seed, "exam", turn, str(sampling.temperature), batch)
-            replies = opponent.answer(list(prompts.values()), sampling, seed, advance)
+            replies = opponent.generate(list(prompts.values()), sampling, seed, advance)
             for place, (reply,) in zip(prompts, replies, strict=True):
                 text = players.renderer.decode(reply.token_ids)
                 before = given[place]
@@ -186,7 +186,7 @@ def _prompt(renderer: "Renderer", question: Question, answers: Sequence[str], po
     Raises:
         RowError: it cannot be rendered, or leaves no room in so many positions.
     """
-    from spinlm.data.chat import RowError
+    from spinlm.data.renderer import RowError
 
     messages: list[Message] = []
     for said, answer in zip(question.turns, answers, strict=False):

@@ -3,12 +3,12 @@
 from collections import Counter, defaultdict
 
 from spinlm.errors import DataError
-from spinlm.evals.benchmarks import Score, add_scores
 from spinlm.evals.mt_bench.judge import read_choice
 from spinlm.evals.mt_bench.sitting import Sitting, counts_of, mean_and_error, nothing_readable, remark_unreadable
 from spinlm.evals.mt_bench.verdicts import Asked, Place, ask_about, collect, verdicts_file
-from spinlm.journal import Journal
-from spinlm.order import player_name
+from spinlm.evals.scores import Score, add_scores
+from spinlm.rundir.journal import Journal
+from spinlm.rundir.stage_graph import player_name
 
 SUITE = "mt-bench pairwise"
 

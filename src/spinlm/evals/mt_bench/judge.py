@@ -7,11 +7,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from spinlm.endpoint import Endpoint, RefusedError, Wording, ask_all, fault_of, open_client, run_async
 from spinlm.errors import SpinError
 from spinlm.evals.mt_bench.prompts import OWN_PROMPTS, JudgePrompt, read_prompts
-from spinlm.files import short_digest
-from spinlm.records import Message
+from spinlm.rundir.records import Message
+from spinlm.utils.atomic import short_digest
+from spinlm.utils.http import Endpoint, RefusedError, Wording, ask_all, fault_of, open_client, run_async
 
 PATH = "/chat/completions"
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from spinlm.errors import DataError
-from spinlm.records import Message
+from spinlm.rundir.records import Message
 
 _FIELDS = {
     "single-v1": {"question", "answer"},

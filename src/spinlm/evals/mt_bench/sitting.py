@@ -6,7 +6,7 @@ from typing import Any
 
 from spinlm.evals.mt_bench.exam import Answers, Exam
 from spinlm.evals.mt_bench.judge import Judge, JudgeError, Verdict
-from spinlm.journal import Journal
+from spinlm.rundir.journal import Journal
 
 
 @dataclass(frozen=True)

@@ -5,15 +5,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from spinlm.distributed.progress import track
 from spinlm.errors import RunError
 from spinlm.evals.mt_bench.exam import Exam
 from spinlm.evals.mt_bench.judge import Judge, Verdict
 from spinlm.evals.mt_bench.prompts import prompt_name
 from spinlm.evals.mt_bench.questions import Question, References
-from spinlm.files import short_digest
-from spinlm.journal import Journal
-from spinlm.progress import track
-from spinlm.records import Message
+from spinlm.rundir.journal import Journal
+from spinlm.rundir.records import Message
+from spinlm.utils.atomic import short_digest
 
 Value = TypeVar("Value", float, str)
 

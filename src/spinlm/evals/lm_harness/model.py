@@ -1,0 +1,86 @@
+"""The players of a run as lm-evaluation-harness wants to see a model."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+
+from spinlm.distributed.progress import Advance, track
+from spinlm.model.players import Players
+from spinlm.utils.signals import check_interrupt
+
+
+class SeatedModel(HFLM):
+    """The harness's own Hugging Face model, around the one that is in memory: whichever player that is at the time.
+
+    An adapter stays beside its base, nothing is merged. Log-probabilities are taken in float32 whatever the model
+    computes in.
+    """
+
+    def __init__(self, players: Players, batch_size: int):
+        """
+        Args:
+            players: seated.
+            batch_size: requests that run at once.
+        """
+        players.logprobs.use_attention(tree=False)
+        tokenizer = copy.deepcopy(players.tokenizer)  # the harness may give it a padding token
+        tokenizer.chat_template = players.renderer.template
+        super().__init__(
+            pretrained=players.model,
+            tokenizer=tokenizer,
+            backend="causal",
+            batch_size=batch_size,
+            mixed_precision_dtype=players.logprobs.autocast,
+            softmax_dtype=torch.float32,
+        )
+        self.what = ""  # is being measured
+        self.cut = False  # whether a prompt was too long and lost its beginning
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> Any:
+        with self._progress(requests):
+            return super().loglikelihood(requests, disable_tqdm=True)
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> Any:
+        with self._progress(requests):
+            return super().loglikelihood_rolling(requests, disable_tqdm=True)
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> Any:
+        with self._progress(requests):
+            return super().generate_until(requests, disable_tqdm=True)
+
+    def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None) -> Any:
+        self.cut |= any(len(context) + len(target) > self.max_length + 1 for _, context, target in requests)
+        return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
+
+    def tok_batch_encode(
+        self, strings: Any, padding_side: str = "left", left_truncate_len: int | None = None, truncation: bool = False
+    ) -> Any:
+        ids, mask = super().tok_batch_encode(strings, padding_side, None, truncation)
+        if left_truncate_len is not None and ids.shape[1] > left_truncate_len:
+            self.cut = True
+            ids, mask = ids[:, -left_truncate_len:], mask[:, -left_truncate_len:]
+        return ids, mask
+
+    @contextmanager
+    def _progress(self, requests: list[Instance]) -> Iterator[None]:
+        """Show how far the harness has come, and stop between batches if the user asks for that."""
+        check_interrupt()
+        with track(self.what, len(requests), unit="characters") as advance:
+            self.set_cache_hook(_Hook(advance))
+            yield
+
+
+class _Hook:
+    """The harness hands each answer to its cache, with what was asked; here they are only counted."""
+
+    def __init__(self, advance: Advance):
+        self._advance = advance
+
+    def add_partial(self, attr: str, req: Any, res: Any) -> None:
+        self._advance(amount=sum(len(part) for part in req if isinstance(part, str)))
+        check_interrupt()

@@ -1,0 +1,141 @@
+"""Files that are whole or not there: written under a temporary name, brought to disk, then renamed."""
+
+import contextlib
+import errno
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from spinlm.errors import RunError, SpinError
+
+STORAGE_ERRNOS = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+    *(errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE),
+)
+"""What is wrong with a disk, or with who may write to it, not with what is written."""
+
+_UMASK = os.umask(0)
+os.umask(_UMASK)
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
+    """Open a temporary file that takes `path`'s name, complete and on disk, when the block ends without an error."""
+    with atomic_path(path) as temporary:
+        with temporary.open(mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A temporary path for a file or a folder that takes the name `path` when the block ends without an error.
+
+    Raises:
+        OSError: it cannot be written; a full disk is ENOSPC and one of `STORAGE_ERRNOS`, whatever library noticed it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f".{path.name}.tmp"
+    if temporary.is_dir():
+        shutil.rmtree(temporary)
+    try:
+        yield temporary
+        _sync(temporary)
+        if path.is_dir() and temporary.is_dir():  # a file never takes the place of a folder
+            shutil.rmtree(path)
+        temporary.replace(path)
+        _sync_one(path.parent)
+    except OSError as error:
+        if error.filename is None or Path(error.filename) == temporary:  # a name that means nothing to the user
+            error.filename = str(path)
+        raise
+    except SpinError:
+        raise
+    except Exception as error:  # each library tells of a full disk in its own class; anything else goes on as it came
+        for number in STORAGE_ERRNOS:
+            if os.strerror(number) in str(error):
+                raise OSError(number, os.strerror(number), str(path)) from error
+        raise
+
+
+def _sync(path: Path) -> None:
+    for child in [*path.rglob("*"), path]:
+        if child.is_file():
+            with contextlib.suppress(PermissionError):  # a file system without modes
+                child.chmod(0o666 & ~_UMASK)  # safetensors lets nobody else read what it writes
+        _sync_one(child)
+
+
+def _sync_one(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as indented JSON, atomically."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write text, atomically."""
+    with atomic_file(path, "w") as file:
+        file.write(text)
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON this program wrote.
+
+    Raises:
+        RunError: the file is missing or damaged.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise RunError(f"{path}: is missing. Run again to make it anew") from error
+    except ValueError as error:
+        raise RunError(f"{path}: damaged ({error}). Delete it and run again to make it anew") from error
+
+
+def read_json_lines(path: Path) -> Iterator[Any]:
+    """The values in a JSON-lines file. Lines end with a line feed alone: text may hold other ends of lines.
+
+    Raises:
+        RunError: the file is missing, or a line is damaged.
+    """
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                try:
+                    yield json.loads(line)
+                except ValueError as error:
+                    raise RunError(f"{path}, line {number}: damaged ({error})") from error
+    except FileNotFoundError as error:
+        raise RunError(f"{path}: is missing") from error
+
+
+def finite(value: Any) -> Any:
+    """A JSON value with null for numbers that JSON has not: NaN and infinities."""
+    if isinstance(value, dict):
+        return {key: finite(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's contents."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def short_digest(value: Any) -> str:
+    """Twelve hexadecimal digits that stand for a JSON value."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
