@@ -16,10 +16,10 @@ from itertools import count, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spinlm.report.compare import significantly_better
 from spinlm.rundir.layout import RunDir
 from spinlm.rundir.stage_graph import START, player_name
 from spinlm.utils.atomic import read_json, read_json_lines
+from spinlm.utils.statistics import significantly_better
 
 if TYPE_CHECKING:
     from play import Plan

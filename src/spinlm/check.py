@@ -57,7 +57,7 @@ def check(recipe: Recipe) -> Iterator[str]:
         update={
             "data": recipe.data.model_copy(update=few),
             "sft": None,
-            "objective": Objective() if recipe.objective.name == "sft" else recipe.objective,
+            "objective": Objective() if recipe.is_control else recipe.objective,
             "tracking": [],
         }
     )
@@ -117,7 +117,7 @@ def check(recipe: Recipe) -> Iterator[str]:
         if small.lora and small.lora.quantize:
             yield _about_quantization(small, players, items, noted["packing"])
         yield _about_memory(small, players, items, noted["packing"])
-        if recipe.objective.name == "sft":
+        if recipe.is_control:
             yield "the sft control was tried as self-play, which takes more memory and time"
         if advice:
             yield "`spinlm run` would run; but first see what is said of the regime, above"

@@ -274,5 +274,5 @@ def test_beside_its_control(run, reference, cli, tmp_path):
     told = cli("status", run, "--against", reference, folder=tmp_path).out
     assert said in " ".join(told.split())
     told = json.loads(cli("status", run, "--against", reference, "--json", folder=tmp_path).out)["against"]
-    assert told["said"].startswith(said) and (told["lead"], told["prompts"]) == (0.0, HELDOUT)
+    assert told["said"].startswith(said) and (told["mean_difference"], told["prompts"]) == (0.0, HELDOUT)
     assert "no run here" in cli("report", run, "--against", tmp_path, folder=tmp_path, code=2).message

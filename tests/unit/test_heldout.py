@@ -13,13 +13,14 @@ from rich.console import Console
 from spinlm.errors import RunError
 from spinlm.evals.heldout import bootstrap, distinct, merged, repetition, summarise, summarise_pairs, summarise_samples
 from spinlm.recipe.schema import Recipe
-from spinlm.report.compare import against, standard_error
+from spinlm.report.compare import compare_runs
 from spinlm.report.summary import outcome, rows, side_by_side, table, verdict
 from spinlm.rundir.layout import RunDir
 from spinlm.rundir.records import Example, HeldoutGreedy, HeldoutSampled, to_line
 from spinlm.rundir.stage_graph import START
 from spinlm.stages.promote import compare, promote
 from spinlm.utils.atomic import write_json
+from spinlm.utils.statistics import standard_error
 
 
 def answer(key: str = "a", **changes: Any) -> HeldoutGreedy:
@@ -29,7 +30,7 @@ def answer(key: str = "a", **changes: Any) -> HeldoutGreedy:
         "text": "",
         "finished": True,
         "identical": False,
-        "repeated_4grams": 0.0,
+        "repetition": 0.0,
         "nll": 1.0,
         "task_score": None,
     }
@@ -238,7 +239,7 @@ def test_better_beyond_the_noise(play, run):
     """Differences 1, 1, 0, 0: lead ½, standard error √(1/3/4) = 0.289."""
     assert play([0, 0, 0, 1], [1, 1, 0, 1]) == [(0, True)]
     facts = run.metadata("promote", 0)
-    assert (facts["metric"], facts["against"], facts["lead"]) == ("task_score", START, 0.5)
+    assert (facts["metric"], facts["against"], facts["mean_difference"]) == ("task_score", START, 0.5)
     assert facts["standard_error"] == pytest.approx((1 / 12) ** 0.5)
     assert run.best_link.readlink() == Path("iteration-0")
 
@@ -259,7 +260,7 @@ def test_noise_of_the_paired_difference_counts(play):
 
 def test_worse(play, run):
     assert play([1, 1, 1, 1], [0, 0, 0, 1]) == [(START, True)]
-    assert run.metadata("promote", 0)["lead"] == -0.75
+    assert run.metadata("promote", 0)["mean_difference"] == -0.75
 
 
 @pytest.mark.parametrize("new", [[1, 0, 1, 0], [0, 1, 0, 1]])
@@ -269,7 +270,7 @@ def test_tie_leaves_the_older_player_the_best(play, new):
 
 def test_lower_nll_is_better(play, run):
     assert play([2.0, 2.0, 3.0], [1.0, 1.5, 2.0], metric="heldout_nll") == [(0, True)]
-    assert run.metadata("promote", 0)["lead"] == pytest.approx(2.5 / 3)
+    assert run.metadata("promote", 0)["mean_difference"] == pytest.approx(2.5 / 3)
 
 
 def test_higher_nll_is_worse(play):
@@ -340,7 +341,7 @@ def test_prompts_are_matched_by_id(run, play):
     lines = run.heldout_greedy(0).read_text().splitlines(keepends=True)
     run.heldout_greedy(0).write_text("".join(reversed(lines)))
     comparison = compare(recipe(), run, 0, START)
-    assert (comparison.lead, comparison.standard_error) == (0.0, 0.0)
+    assert (comparison.mean_difference, comparison.standard_error) == (0.0, 0.0)
 
 
 @pytest.mark.parametrize(("scorer", "metric"), [("exact_match", "task_score"), (None, "heldout_nll")])
@@ -463,7 +464,7 @@ def write_heldout(run: RunDir, number: int) -> None:
     ],
 )
 def test_a_run_against_its_control(runs, metric, ours, theirs, said):
-    told = str(against(*runs([ours, ours], [theirs, theirs], metric=metric)))
+    told = str(compare_runs(*runs([ours, ours], [theirs, theirs], metric=metric)))
     assert told.startswith(f"mine against yours, both after iteration 0: {said}")
     assert f"on {len(ours)} held-out prompts" in told
     assert ("likelihood of the real answers" in told) == (metric == "heldout_nll")
@@ -472,27 +473,30 @@ def test_a_run_against_its_control(runs, metric, ours, theirs, said):
 def test_runs_are_compared_after_the_last_iteration_of_both(runs):
     """Not by their best players, nor by the last ones of each."""
     mine, yours = runs([[0, 0], [1, 1], [0, 1], [1, 1]], [[0, 0], [1, 1], [1, 1]])
-    told = against(mine, yours)
-    assert (told.iteration, told.lead, told.later) == (1, -0.5, {"mine": 2})
+    told = compare_runs(mine, yours)
+    assert (told.iteration, told.mean_difference, told.later) == (1, -0.5, {"mine": 2})
     assert "mine has gone on to iteration 2." in str(told)
-    assert against(yours, mine).lead == 0.5
+    assert compare_runs(yours, mine).mean_difference == 0.5
 
 
 def test_players_that_collapsed_are_not_compared(runs):
     mine, yours = runs([[0, 0], [1, 0], [1, 1]], [[0, 0], [1, 1], [1, 1]])
     facts = yours.metadata("promote", 1)
-    told = {name: facts[name] for name in ("best", "go_on", "metric", "against", "lead", "standard_error", "better")}
+    told = {
+        name: facts[name]
+        for name in ("best", "go_on", "metric", "against", "mean_difference", "standard_error", "better")
+    }
     yours.complete("promote", 1, [], **told, collapse="it repeats itself")
-    assert against(mine, yours).iteration == 0
+    assert compare_runs(mine, yours).iteration == 0
 
 
 def test_runs_that_cannot_be_compared(runs, tmp_path):
     mine, yours = runs([[0, 1], [1, 1]], [[0, 1], [1, 1]])
     with pytest.raises(RunError, match="no run here"):
-        against(mine, RunDir(tmp_path / "none"))
+        compare_runs(mine, RunDir(tmp_path / "none"))
     yours.marker("evaluate", 0).rename(tmp_path / "kept")
     with pytest.raises(RunError, match="no iteration that both have evaluated"):
-        against(mine, yours)
+        compare_runs(mine, yours)
     (tmp_path / "kept").rename(yours.marker("evaluate", 0))
     recipe = json.loads(yours.recipe.read_text())
     write_json(yours.recipe, recipe | {"evaluate": recipe["evaluate"] | {"scorer": "json_fields"}})
@@ -500,7 +504,7 @@ def test_runs_that_cannot_be_compared(runs, tmp_path):
     with pytest.raises(
         RunError, match=r"measured differently:\n  evaluate.scorer: was .json_fields., is .exact_match."
     ):
-        against(mine, yours)
+        compare_runs(mine, yours)
     write_json(yours.recipe, recipe)
     yours.record_digest(yours.recipe)
     user = [{"role": "user", "content": "other data, whose rows have the same ids"}]
@@ -508,10 +512,10 @@ def test_runs_that_cannot_be_compared(runs, tmp_path):
     yours.examples("heldout").write_text("".join(map(to_line, others)))
     yours.complete("prepare", START, [yours.examples("heldout")])
     with pytest.raises(RunError, match="they have 0 held-out examples in common, of 2 and 2"):
-        against(mine, yours)
+        compare_runs(mine, yours)
     yours.heldout_greedy(0).write_text("")
-    with pytest.raises(RunError, match=r"answers\.jsonl"):
-        against(mine, yours)
+    with pytest.raises(RunError, match=r"heldout_greedy\.jsonl"):
+        compare_runs(mine, yours)
 
 
 def test_verdict_before_anything_is_judged(run):

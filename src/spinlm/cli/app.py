@@ -307,14 +307,14 @@ def export(
 def status(run: RunPath, against: RunComparison = None, as_json: AsJson = False) -> None:
     """Show how far a run has come, and its players."""
     from spinlm.report import compare, summary
-    from spinlm.report.status import failure, stage_progress, standing
+    from spinlm.report.status import failure, run_status, stage_progress
 
     folder, _ = _open_run(run)
     if as_json:
         _print_status(folder, against)
         return
     out = console(100)
-    where = standing(folder)
+    where = run_status(folder)
     out.print(str(where))
     if told := stage_progress(folder, where):
         out.print(told)
@@ -324,7 +324,7 @@ def status(run: RunPath, against: RunComparison = None, as_json: AsJson = False)
         out.print(summary.table(folder, out.width))
     out.print(summary.verdict(folder))
     if against is not None:
-        out.print(printable(str(compare.against(folder, RunDir(against)))))
+        out.print(printable(str(compare.compare_runs(folder, RunDir(against)))))
 
 
 @app.command()
@@ -521,7 +521,7 @@ def _print_status(run: RunDir, other: Path | None = None) -> None:
 
     compared = {}
     if other is not None:
-        found = compare.against(run, RunDir(other))
+        found = compare.compare_runs(run, RunDir(other))
         compared = {"against": asdict(found) | {"result": found.result, "said": str(found)}}
     print(json.dumps(status(run) | compared))
 

@@ -11,9 +11,9 @@ import numpy as np
 from spinlm.evals.probe import probe_auc
 from spinlm.model.players import Players
 from spinlm.model.prefix_trees import PrefixTree, micro_batches
-from spinlm.report.compare import standard_error
 from spinlm.rundir.records import Example, HeldoutGreedy, HeldoutSampled
 from spinlm.utils.signals import check_interrupt
+from spinlm.utils.statistics import standard_error
 
 NGRAM = 4
 RESAMPLES = 2000  # of the bootstrap

@@ -233,13 +233,13 @@ def _origin(recipe: Recipe, iteration: int) -> str:
 
 
 def _game(recipe: Recipe) -> str:
-    if recipe.objective.name == "sft":
+    if recipe.is_control:
         return "more supervised fine-tuning"
     return "training on preferences" if recipe.preferences else "self-play fine-tuning (SPIN, arXiv 2401.01335)"
 
 
 def _tags(recipe: Recipe) -> list[str]:
-    if recipe.objective.name == "sft":
+    if recipe.is_control:
         return []
     return ["dpo"] if recipe.preferences else ["spin", "self-play"]
 

@@ -54,7 +54,7 @@ def export_pairs(recipe: Recipe, run: RunDir, iteration: int | None, to: Path, f
     """
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise RunError(f"{to}: already there and not an empty folder. Choose another --to")
-    if recipe.objective.name == "sft":
+    if recipe.is_control:
         raise RunError(f"{run.root}: is supervised fine-tuning, which trains on no pairs")
     newest = _newest(run)
     if iteration is None:

@@ -38,7 +38,7 @@ def disk(plan: Plan) -> dict[str, Room]:
     examples = plan.prompts + plan.set_apart
     rows = examples * (RECORD_BYTES + (lengths.prompt + lengths.real) * token + rejected * NUMBER_BYTES)
 
-    split = [heldout] if recipe.objective.name == "sft" else [plan.prompts, heldout]
+    split = [heldout] if recipe.is_control else [plan.prompts, heldout]
     shards = sum(math.ceil(prompts / recipe.opponent.shard_size) for prompts in split)
     responses = sum(split) * recipe.opponent.samples_per_prompt
     generations = int(responses * (ANSWER_BYTES + lengths.synthetic * token))

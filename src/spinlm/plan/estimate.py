@@ -147,7 +147,7 @@ class Plan:
     def _iteration(self, iteration: int) -> Work:
         train, opponent, heldout = self.recipe.train, self.recipe.opponent, self.recipe.data.heldout
         prompts, samples, used = self.prompts, opponent.samples_per_prompt, self.recipe.num_synthetic(iteration)
-        asked = 0 if self.recipe.objective.name == "sft" else prompts  # for responses to learn from
+        asked = 0 if self.recipe.is_control else prompts  # for responses to learn from
         drawn = 0 if self.recipe.preferences else (asked + heldout) * samples
         trees = max(1, train.batch_size // used)
         return Work(

@@ -281,6 +281,9 @@ class SelfPlay(Section):
     """What counts as collapse, and stops the run; null plays on regardless."""
 
 
+CONTROL = "sft"
+"""Name of the objective that is the control."""
+
 READ_BY = {
     "spin": ("loss", "beta", "length_normalize", "nll_weight"),
     "dpo-positive": ("beta", "penalty", "nll_weight"),
@@ -476,6 +479,11 @@ class Recipe(Section):
                 "selfplay.iterations and opponent.samples_per_prompt to 1"
             )
         return self
+
+    @property
+    def is_control(self) -> bool:
+        """Whether the run is the control: supervised fine-tuning on the real responses, without self-play."""
+        return self.objective.name == CONTROL
 
     @property
     def preferences(self) -> bool:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from spinlm.report.run_data import Facts
+from spinlm.report.run_data import RunData
 from spinlm.rundir.stage_graph import STAGES, START, START_STAGES, player_name
 
 POINTS = 1500
@@ -31,12 +31,12 @@ class Chart:
         return {"traces": self.traces, "layout": self.layout}
 
 
-def charts(facts: Facts) -> list[Chart]:
+def charts(facts: RunData) -> list[Chart]:
     """Those that a run has something for."""
     return [chart for chart in (*_players(facts), *_training(facts), _time(facts)) if chart.traces]
 
 
-def _players(facts: Facts) -> list[Chart]:
+def _players(facts: RunData) -> list[Chart]:
     lengths = _measured(facts, "mean_tokens", "its answers, greedy")
     opponents = [(player_name(iteration), noted["mean_tokens"]) for iteration, noted in facts.opponents]
     if opponents:
@@ -104,7 +104,7 @@ def _players(facts: Facts) -> list[Chart]:
     ]
 
 
-def _training(facts: Facts) -> list[Chart]:
+def _training(facts: RunData) -> list[Chart]:
     what = (
         ("loss", "Loss", f"What is minimised.{_first_loss(facts.recipe)}"),
         ("margin", "Margin", "Mean over a step's pairs, in nats."),
@@ -127,7 +127,7 @@ def _first_loss(recipe: dict[str, Any]) -> str:
     return f" At the first step of an iteration it is ln 2 = 0.693{term}."
 
 
-def _time(facts: Facts) -> Chart:
+def _time(facts: RunData) -> Chart:
     traces = []
     for stage in dict.fromkeys((*START_STAGES, *STAGES)):
         taken = {name: stages[stage] for name, stages in facts.times if stage in stages}
@@ -139,7 +139,7 @@ def _time(facts: Facts) -> Chart:
     return Chart("time", "time", "Time of each stage", "Wall-clock time.", traces, layout)
 
 
-def _measured(facts: Facts, key: str, name: str) -> list[Trace]:
+def _measured(facts: RunData, key: str, name: str) -> list[Trace]:
     """A measure of every player that has it, with its interval."""
     rows = [row for row in facts.players if key in row.metrics]
     if not rows:
@@ -154,7 +154,7 @@ def _measured(facts: Facts, key: str, name: str) -> list[Trace]:
     return [trace]
 
 
-def _distributions(facts: Facts) -> list[Trace]:
+def _distributions(facts: RunData) -> list[Trace]:
     traces = []
     for row in facts.players:
         answers = facts.answers[row.iteration].values()
@@ -165,7 +165,7 @@ def _distributions(facts: Facts) -> list[Trace]:
     return traces
 
 
-def _curves(facts: Facts, key: str) -> list[Trace]:
+def _curves(facts: RunData, key: str) -> list[Trace]:
     """A measure of the steps, a curve for each stage that trains."""
     curves: dict[int, list[tuple[int, float]]] = {}
     for line in facts.steps:

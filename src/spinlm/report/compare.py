@@ -4,9 +4,7 @@ Reads run folders only; imports no torch.
 """
 
 import json
-import math
 import statistics
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +14,7 @@ from spinlm.rundir.layout import RunDir
 from spinlm.rundir.provenance import differences, read_recipe
 from spinlm.rundir.stage_graph import START
 from spinlm.utils.atomic import read_json_lines
+from spinlm.utils.statistics import standard_error
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,7 @@ class RunComparison:
     other: str
     iteration: int
     metric: str
-    lead: float  # mean of the paired differences; positive where `run` is better
+    mean_difference: float  # mean of the paired differences; positive where `run` is better
     standard_error: float
     prompts: int
     standard_errors: float  # how many of them a lead has to exceed
@@ -35,22 +34,22 @@ class RunComparison:
     @property
     def result(self) -> str:
         """`ahead`, `behind`, or `no difference beyond` so many standard errors."""
-        if abs(self.lead) > self.standard_errors * self.standard_error:
-            return "ahead" if self.lead > 0 else "behind"
+        if abs(self.mean_difference) > self.standard_errors * self.standard_error:
+            return "ahead" if self.mean_difference > 0 else "behind"
         return f"no difference beyond {self.standard_errors:g} standard error{'' if self.standard_errors == 1 else 's'}"
 
     def __str__(self) -> str:
         later = "".join(f" {name} has gone on to iteration {last}." for name, last in self.later.items())
         return (
             f"{self.run} against {self.other}, both after iteration {self.iteration}: {self.result}; "
-            f"{METRIC_NAMES[self.metric]} {format_lead(self.metric, self.lead)} ± {self.standard_error:.3f} (standard "
+            f"{METRIC_NAMES[self.metric]} {format_lead(self.metric, self.mean_difference)} ± {self.standard_error:.3f} (standard "
             f"error of the paired difference on {self.prompts} held-out prompts; another seed may differ)."
             + later
             + ("" if self.metric == "task_score" else LIKELIHOOD_ONLY)
         )
 
 
-def against(run: RunDir, other: RunDir) -> RunComparison:
+def compare_runs(run: RunDir, other: RunDir) -> RunComparison:
     """Compare a run with another one, say its control, after the last iteration that both have played.
 
     Not by their best players: these were chosen on the same prompts, and by the run that has more of them more
@@ -86,7 +85,7 @@ def against(run: RunDir, other: RunDir) -> RunComparison:
         other=names[1],
         iteration=iteration,
         metric=metric,
-        lead=statistics.fmean(leads),
+        mean_difference=statistics.fmean(leads),
         standard_error=standard_error(leads),
         prompts=len(leads),
         standard_errors=select["standard_errors"],
@@ -103,17 +102,6 @@ def values_of(run: RunDir, iteration: int, metric: str) -> dict[str, float]:
     """By held-out example, what a player was measured at."""
     key = "task_score" if metric == "task_score" else "nll"
     return {answer["id"]: float(answer[key] or 0.0) for answer in read_json_lines(run.heldout_greedy(iteration))}
-
-
-def standard_error(values: Sequence[float]) -> float:
-    """Standard error of the mean; 0 for fewer than two values."""
-    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
-
-
-def significantly_better(differences: Sequence[float], standard_errors: float) -> bool:
-    """Whether paired differences are positive on average, by more than so many standard errors of their mean."""
-    lead = statistics.fmean(differences)
-    return lead > 0 and lead > standard_errors * standard_error(differences)
 
 
 def _measured_by(recipe: dict[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from spinlm.errors import RunError
 from spinlm.report.charts import charts
-from spinlm.report.compare import against
+from spinlm.report.compare import compare_runs
 from spinlm.report.run_data import Spent, facts
 from spinlm.rundir.layout import RunDir
 from spinlm.utils.atomic import finite, short_digest, write_text
@@ -59,7 +59,7 @@ def page(run: RunDir, other: RunDir | None = None) -> str:
     environment.filters |= {"number": _number, "share": _share, "spent": _spent, "cut": _cut, "json": _json}
     return environment.get_template("page.html").render(
         facts=known,
-        against=None if other is None else str(against(run, other)),
+        against=None if other is None else str(compare_runs(run, other)),
         sections=_by_section(drawn),
         data=Markup(data),
         scripts=[Markup(script) for script in scripts],

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from spinlm.evals.scores import Scores, read_scores, scores_of
-from spinlm.report.status import is_step, stages_of, standing
+from spinlm.report.status import is_step, run_status, stages_of
 from spinlm.report.summary import COLUMNS, Row, rows, start_from, text_of, verdict
 from spinlm.rundir.layout import RunDir
 from spinlm.rundir.provenance import with_defaults
@@ -26,7 +26,7 @@ EXTREMES = 5
 
 
 @dataclass(frozen=True)
-class Change:
+class ResponseDiff:
     """A held-out prompt on which a later player did much better or worse than the start."""
 
     by: float
@@ -55,7 +55,7 @@ class Spent:
 
 
 @dataclass(frozen=True)
-class Facts:
+class RunData:
     """A run, read once."""
 
     run: RunDir
@@ -107,7 +107,7 @@ class Facts:
     @cached_property
     def state(self) -> str:
         """How far the run has come, in a sentence."""
-        return str(standing(self.run))
+        return str(run_status(self.run))
 
     @cached_property
     def opponents(self) -> list[tuple[int, dict[str, Any]]]:
@@ -189,7 +189,7 @@ class Facts:
         return bool(self.recipe["evaluate"]["scorer"])
 
     @cached_property
-    def changes(self) -> tuple[list[Change], list[Change]]:
+    def changes(self) -> tuple[list[ResponseDiff], list[ResponseDiff]]:
         """The largest wins and losses against the start: of task score, or else of the real response's NLL."""
         if self.compared is None:
             return [], []
@@ -198,16 +198,18 @@ class Facts:
         for one in self.examples:
             before, after = start[one["id"]], other[one["id"]]
             by = after["task_score"] - before["task_score"] if self.scored else before["nll"] - after["nll"]
-            found.append(Change(by, one["messages"][-1]["content"], one["response"], text_of(before), text_of(after)))
+            found.append(
+                ResponseDiff(by, one["messages"][-1]["content"], one["response"], text_of(before), text_of(after))
+            )
         found.sort(key=lambda change: change.by)
         losses = [change for change in found[:EXTREMES] if change.by < 0]
         wins = [change for change in found[::-1][:EXTREMES] if change.by > 0]
         return wins, losses
 
 
-def facts(run: RunDir) -> Facts:
+def facts(run: RunDir) -> RunData:
     """Read a run folder."""
-    return Facts(run, with_defaults(read_json(run.recipe)), rows(run))
+    return RunData(run, with_defaults(read_json(run.recipe)), rows(run))
 
 
 def _read(path: Path, otherwise: Any) -> Any:

@@ -37,7 +37,7 @@ class RunStatus:
         return f"The run is not finished: {where} is not complete. The same command goes on there."
 
 
-def standing(run: RunDir) -> RunStatus:
+def run_status(run: RunDir) -> RunStatus:
     """Where a run is."""
     missing = next((one for one in stages_of(run) if not run.marker(*one).exists()), None)
     judged = promotions(run)
@@ -48,7 +48,7 @@ def standing(run: RunDir) -> RunStatus:
 
 def status(run: RunDir) -> dict[str, Any]:
     """All that is known about a run, for programs."""
-    where = standing(run)
+    where = run_status(run)
     players = rows(run)
     told = {
         "run": str(run.root),

@@ -7,6 +7,7 @@ from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from spinlm.errors import RunError
+from spinlm.recipe.schema import CONTROL
 from spinlm.rundir.layout import RunDir
 from spinlm.rundir.stage_graph import START, player_name
 from spinlm.utils.atomic import read_json, read_json_lines
@@ -133,10 +134,12 @@ def verdict(run: RunDir) -> str:
     if best == START:
         if any(item.get("better") for item in last):
             return f"{what} did not help: what was ahead of the starting player's {metric} had collapsed." + ending
-        if last[0]["metric"] == "task_score" and not any(item["lead"] or item["standard_error"] for item in last):
+        if last[0]["metric"] == "task_score" and not any(
+            item["mean_difference"] or item["standard_error"] for item in last
+        ):
             return _alike(run, what, last) + ending
-        closest = max(last, key=lambda item: float(item["lead"]))
-        by = f"{format_lead(last[0]['metric'], closest['lead'])} ± {closest['standard_error']:.3f}"
+        closest = max(last, key=lambda item: float(item["mean_difference"]))
+        by = f"{format_lead(last[0]['metric'], closest['mean_difference'])} ± {closest['standard_error']:.3f}"
         one = len(last) == 1
         who = "iteration 0 did not beat" if one else f"none of {len(last)} iterations beat"
         gap = f"the difference: {by}" if one else f"the closest: iteration {closest['iteration']}, {by}"
@@ -152,7 +155,7 @@ def verdict(run: RunDir) -> str:
     did = "helped" if scored else "made the real held-out answers likelier"
     return (
         f"{what} {did}: {metric} {start:.3f} at the start, {new:.3f} after iteration {best}, the best player. It "
-        f"is ahead of {against} by {won['lead']:.3f} ± {won['standard_error']:.3f} (standard error of the paired "
+        f"is ahead of {against} by {won['mean_difference']:.3f} ± {won['standard_error']:.3f} (standard error of the paired "
         "difference on the held-out prompts of this one run; another seed may differ)." + caveat + ending
     )
 
@@ -197,7 +200,7 @@ def start_from(run: RunDir) -> str | None:
 
 def is_control(run: RunDir) -> bool:
     """Whether a run fine-tunes on the real responses alone, and plays no game."""
-    return bool(read_json(run.recipe)["objective"]["name"] == "sft")
+    return bool(read_json(run.recipe)["objective"]["name"] == CONTROL)
 
 
 def promotions(run: RunDir) -> list[dict[str, Any]]:

@@ -26,7 +26,7 @@ SPLITS = ("train", "heldout")
 
 def splits(recipe: Recipe) -> tuple[str, ...]:
     """Whose prompts the opponent answers: where nothing is learned from its answers, the held-out ones alone."""
-    return ("heldout",) if recipe.objective.name == "sft" else SPLITS
+    return ("heldout",) if recipe.is_control else SPLITS
 
 
 def generate(recipe: Recipe, run: RunDir, iteration: int) -> None:

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 from spinlm.evals.collapse import detect_collapse
 from spinlm.recipe.schema import Recipe
-from spinlm.report.compare import metric_of, significantly_better, standard_error, values_of
+from spinlm.report.compare import metric_of, values_of
 from spinlm.rundir.layout import RunDir
 from spinlm.rundir.stage_graph import START
 from spinlm.utils.atomic import read_json, write_json
+from spinlm.utils.statistics import significantly_better, standard_error
 
 log = logging.getLogger("spinlm")
 
@@ -20,7 +21,7 @@ class Comparison:
 
     metric: str
     against: int
-    lead: float  # mean of the paired differences; positive is better
+    mean_difference: float  # of the paired differences; positive is better
     standard_error: float
     better: bool
 
@@ -51,7 +52,7 @@ def promote(recipe: Recipe, run: RunDir, iteration: int) -> bool:
         "iteration %d: %s %s ± %.4f against %s: %s",
         iteration,
         comparison.metric.replace("_", " "),
-        f"{comparison.lead:+z.4f}",
+        f"{comparison.mean_difference:+z.4f}",
         comparison.standard_error,
         "the start" if comparison.against == START else f"iteration {comparison.against}",
         "better" if comparison.better else "not better beyond the noise",
@@ -70,7 +71,7 @@ def promote(recipe: Recipe, run: RunDir, iteration: int) -> bool:
         "go_on": go_on,
         "metric": comparison.metric,
         "against": comparison.against,
-        "lead": comparison.lead,
+        "mean_difference": comparison.mean_difference,
         "standard_error": comparison.standard_error,
         "better": comparison.better,
         "collapse": collapse,

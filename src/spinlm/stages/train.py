@@ -63,7 +63,7 @@ def train(recipe: Recipe, run: RunDir, iteration: int) -> None:
 
 def _lesson(recipe: Recipe, run: RunDir, iteration: int) -> tuple[Items, Objective]:
     """What is trained on, and what is minimised."""
-    if recipe.objective.name == "sft":  # with as many examples in a step as self-play has prompts
+    if recipe.is_control:  # with as many examples in a step as self-play has prompts
         return SftItems(run.examples("train"), recipe.num_synthetic(iteration)), sft_objective
     files = count_shards(run.examples("train"), recipe.opponent.shard_size)
     paths = [run.pairs(iteration, "train", shard) for shard in range(files)]
