@@ -9,7 +9,7 @@ from spinlm.evals.scorers import exact_match, get_scorer, gsm8k, json_fields
 
 
 @pytest.mark.parametrize(
-    ("answer", "reference", "reference_logprobs"),
+    ("answer", "reference", "score"),
     [
         ("Paris", "Paris", 1.0),
         ("  two\n words ", "two words", 1.0),
@@ -23,7 +23,7 @@ def test_exact_match(answer, reference, score):
 
 
 @pytest.mark.parametrize(
-    ("answer", "reference_logprobs"),
+    ("answer", "score"),
     [
         ('{"item":"blue mug","quantity":3,"price":4.5}', 1.0),
         ('{"price": 4.50, "quantity": 3.0, "item": " blue mug "}', 1.0),
@@ -51,7 +51,7 @@ def test_json_fields(answer, score):
 
 
 @pytest.mark.parametrize(
-    ("answer", "reference", "reference_logprobs"),
+    ("answer", "reference", "score"),
     [
         ('{"to":{"name":"Ada","age":3.0}}', '{"to":{"name":"Ada","age":3}}', 1.0),
         ('{"to":{"name":"Ada","age":4}}', '{"to":{"name":"Ada","age":3}}', 0.0),  # not a half: compared as a whole
@@ -73,7 +73,7 @@ def test_json_fields_refuses_a_reference_that_is_no_object():
 
 
 @pytest.mark.parametrize(
-    ("answer", "reference_logprobs"),
+    ("answer", "score"),
     [
         ("so 7 * 2 is 14 and some.\n#### 1234", 1.0),
         ("#### $1,234.", 1.0),
@@ -137,7 +137,7 @@ def test_own_scorer_from_the_current_folder(folder):
     (folder / "my_words.py").write_text("def share(answer): return len(answer.split()) / 4")
     scorer = get_scorer("my_scorers:score")
     assert scorer("three words here", "") == 0.75
-    assert scorer.__name__ == "reference_logprobs"
+    assert scorer.__name__ == "score"
 
 
 def test_own_scorer_may_answer_yes_or_no(folder):
@@ -192,9 +192,9 @@ def test_incomplete_name(name):
         get_scorer(name)
 
 
-def test_neither_scorers_nor_demo_load_a_heavy_package():
+def test_importing_scorers_loads_no_heavy_package():
     code = (
-        "import sys, spinlm.evals.scorers, spinlm.data.demo\n"
+        "import sys, spinlm.evals.scorers\n"
         "print(sorted({'torch', 'transformers', 'datasets', 'numpy', 'pyarrow'} & set(sys.modules)))"
     )
     printed = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout

@@ -1,18 +1,24 @@
-"""The demo rows, checked by a reader that was written from the notes and shares no logic with the generator."""
+"""The quickstart's rows, checked by a reader that was written from the notes and shares no logic with the generator."""
 
 import json
 import re
 import subprocess
 import sys
 from collections import Counter
+from importlib.util import module_from_spec, spec_from_file_location
 from itertools import islice
 from pathlib import Path
 
 import pytest
 
-from spinlm.data import demo
+from spinlm.cli.starter import EXAMPLE_DATA, write_template
 
-QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart.jsonl"
+RECIPES = Path(__file__).parents[2] / "recipes"
+SCRIPT = RECIPES / "quickstart_data.py"
+_spec = spec_from_file_location("quickstart_data", SCRIPT)
+quickstart = module_from_spec(_spec)
+_spec.loader.exec_module(quickstart)
+
 NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
 NUMBER = "|".join(NUMBERS)
 SINGULAR = {"knives": "knife", "scarves": "scarf", "shelves": "shelf", "batteries": "battery", "diaries": "diary"}
@@ -22,21 +28,23 @@ MONTH = f"({'|'.join(MONTHS)})[a-z]*"
 
 @pytest.fixture(scope="module")
 def rows() -> list[dict[str, str]]:
-    return list(islice(demo.records(seed=0), 4096))
+    return list(islice(quickstart.rows(seed=0), 4096))
 
 
 def read_contact(note: str) -> dict:
     note = note.replace(" dot ", ".").replace(" [at] ", "@").replace(" at ", "@")
     email = re.search(r"[a-z0-9._]+@(mail\.)?example\.(com|org)", note)
     if email:
-        way = {"email": email[0]}
+        fields = {"email": email[0]}
         note = note.replace(email[0], "")
     else:
-        way = {"phone": re.sub(r"\D", "", note)[-10:]}
-    trades = "|".join(demo.TRADES).lower()
-    last = re.search(rf"\b({'|'.join(demo.PLACES).lower()})({'|'.join(demo.PLACE_ENDINGS)})\b(?! ({trades})\b)", note)
-    first = re.search(rf"\b({'|'.join(demo.FIRST_NAMES).lower()})\b", note)
-    return {"name": f"{first[0]} {last[0]}".title(), **way}
+        fields = {"phone": re.sub(r"\D", "", note)[-10:]}
+    trades = "|".join(quickstart.TRADES).lower()
+    last = re.search(
+        rf"\b({'|'.join(quickstart.PLACES).lower()})({'|'.join(quickstart.PLACE_ENDINGS)})\b(?! ({trades})\b)", note
+    )
+    first = re.search(rf"\b({'|'.join(quickstart.FIRST_NAMES).lower()})\b", note)
+    return {"name": f"{first[0]} {last[0]}".title(), **fields}
 
 
 def read_order(note: str) -> dict:
@@ -52,7 +60,7 @@ def read_order(note: str) -> dict:
     dozens = {"half a dozen": 6, "a dozen": 12, "two dozen": 24, "three dozen": 36, "a pair of": 2}
     count = re.search("|".join([*dozens, r"\d+", rf"\b({NUMBER})\b"]), note)[0]
     quantity = dozens.get(count) or (int(count) if count.isdigit() else NUMBERS.index(count))
-    look, thing = re.search(rf"\b({'|'.join(demo.LOOKS)}) ([a-z]+)", note).groups()
+    look, thing = re.search(rf"\b({'|'.join(quickstart.LOOKS)}) ([a-z]+)", note).groups()
     if thing in SINGULAR:
         thing = SINGULAR[thing]
     elif thing.endswith(("xes", "shes", "ches")):
@@ -67,7 +75,7 @@ def read_expense(note: str) -> dict:
     refund = re.search(r"refund|back|returned|credited", note)
     signs = {"USD": r"\$|usd|dollars|bucks", "EUR": "€|eur|euros?", "GBP": "£|gbp|pounds|quid"}
     currency = next(code for code, sign in signs.items() if re.search(sign, note))
-    payee = re.search(rf"[a-z]+ ({'|'.join(demo.TRADES).lower()})\b", note)[0]
+    payee = re.search(rf"[a-z]+ ({'|'.join(quickstart.TRADES).lower()})\b", note)[0]
     thousands = re.search(r"(\d)\.(\d)k", note)
     split = re.search(r"(\d+),(\d\d)(?!\d)|(\d+) (?:dollars|euros|pounds) (\d\d)\b", note)
     if thousands:
@@ -178,7 +186,7 @@ def test_responses_are_one_line_of_compact_json_in_a_fixed_layout(rows):
 
 
 def test_skills_take_turns(rows):
-    assert Counter(row["skill"] for row in rows) == dict.fromkeys(demo.SKILLS, 1024)
+    assert Counter(row["skill"] for row in rows) == dict.fromkeys(quickstart.SKILLS, 1024)
     assert [row["skill"] for row in rows[:5]] == ["contact", "order", "expense", "appointment", "contact"]
 
 
@@ -198,18 +206,25 @@ def test_both_kinds_and_all_instructions_are_used_evenly(rows):
 
 
 def test_another_seed_gives_other_records(rows):
-    other = {row["response"] for row in islice(demo.records(seed=1), 1024)}
+    other = {row["response"] for row in islice(quickstart.rows(seed=1), 1024)}
     assert len(other & {row["response"] for row in rows}) < 5
 
 
-def test_the_shipped_file_is_what_the_command_writes(tmp_path):
+def test_the_script_writes_the_committed_file(tmp_path):
     out = tmp_path / "quickstart.jsonl"
-    subprocess.run([sys.executable, "-m", "spinlm.data.demo", out, "--rows", "1024", "--seed", "0"], check=True)
-    assert out.read_bytes() == QUICKSTART.read_bytes()
+    subprocess.run([sys.executable, SCRIPT, out, "--rows", "1024", "--seed", "0"], check=True)
+    assert out.read_bytes() == (RECIPES / "quickstart.jsonl").read_bytes()
     assert out.stat().st_size < 400_000
 
 
+def test_init_writes_the_first_rows(tmp_path):
+    quickstart.write_rows(tmp_path / "expected.jsonl", count=256)
+    data = write_template(tmp_path / "recipe.yaml")
+    assert data == tmp_path / EXAMPLE_DATA
+    assert data.read_bytes() == (tmp_path / "expected.jsonl").read_bytes()
+
+
 def test_rows_and_seed_choose_the_start_of_a_stream(tmp_path):
-    demo.write_demo(tmp_path / "some.jsonl", rows=7, seed=3)
+    quickstart.write_rows(tmp_path / "some.jsonl", count=7, seed=3)
     written = [json.loads(line) for line in (tmp_path / "some.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert written == list(islice(demo.records(seed=3), 7))
+    assert written == list(islice(quickstart.rows(seed=3), 7))

@@ -1,17 +1,19 @@
-"""The quickstart's own data: messy one-line notes, and the clean record each of them holds as one line of JSON.
+"""Make the quickstart's data set: messy one-line notes, and the record in each note as one line of JSON.
 
-Four skills, from mostly copying to mostly converting: a contact, an order, an expense and an appointment. The record is
-drawn first and the note is rendered from it, so every response is right by construction. No record is drawn twice.
-People, companies and events are invented; phone numbers are from the range reserved for fiction (555-01xx), addresses
-from the domains reserved for examples.
+    python recipes/quickstart_data.py OUT --rows 1024 --seed 0
 
-    python -m spinlm.data.demo notes.jsonl --rows 1024 --seed 0
+The four skills are a contact, an order, an expense and an appointment: from mostly copying to mostly converting. The
+script draws a record and writes a note from it, so every response is correct. No record occurs twice. All people,
+companies and events are invented. Phone numbers are from the range for fiction (555-01xx), and addresses are in the
+domains for examples.
 """
 
+import argparse
 import json
 import random
 from collections.abc import Callable, Iterator, Sequence
 from datetime import date
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -94,13 +96,13 @@ CURRENCIES = {"USD": ("$", "dollars", "bucks"), "EUR": ("€", "euros", "euro"),
 
 
 class Draw:
-    """Random choices made from `Random.random` alone: the one stream Python promises not to change."""
+    """Draw random values from `Random.random` only: Python keeps that stream the same in all versions."""
 
     def __init__(self, seed: int) -> None:
         self._random = random.Random(seed)
 
     def between(self, low: int, high: int) -> int:
-        """An integer from low to high, both included."""
+        """Draw an integer from low to high, both included."""
         return low + int(self._random.random() * (high - low + 1))
 
     def pick(self, options: Sequence[T]) -> T:
@@ -110,8 +112,8 @@ class Draw:
         return self._random.random() < share
 
 
-def records(seed: int) -> Iterator[dict[str, str]]:
-    """Rows without end: `{"skill", "system", "prompt", "response"}`, the skills in turn, no record twice."""
+def rows(seed: int) -> Iterator[dict[str, str]]:
+    """Yield rows with skill, system, prompt and response: the skills in turn, without end, no record twice."""
     draw = Draw(seed)
     seen: set[str] = set()
     while True:
@@ -126,12 +128,11 @@ def records(seed: int) -> Iterator[dict[str, str]]:
             yield {"skill": skill, "system": draw.pick(INSTRUCTIONS[skill]), "prompt": note, "response": response}
 
 
-def write_demo(path: Path, rows: int = 1024, seed: int = 0) -> None:
-    """Write the first rows of the stream as JSON lines."""
-    stream = records(seed)
+def write_rows(path: Path, count: int = 1024, seed: int = 0) -> None:
+    """Write the first `count` rows as JSON lines."""
     with path.open("w", encoding="utf-8", newline="\n") as file:
-        for _ in range(rows):
-            file.write(json.dumps(next(stream), ensure_ascii=False, separators=(",", ":")) + "\n")
+        for row in islice(rows(seed), count):
+            file.write(json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n")
 
 
 def _contact(draw: Draw) -> tuple[Record, str]:
@@ -147,9 +148,9 @@ def _contact(draw: Draw) -> tuple[Record, str]:
         )
     )
     if draw.chance(0.5):
-        way, written = _email(draw, first.lower(), last.lower())
+        fields, written = _email(draw, first.lower(), last.lower())
     else:
-        way, written = _phone(draw)
+        fields, written = _phone(draw)
     company = f"{_place(draw)} {draw.pick(TRADES)}"
     note = draw.pick(
         (
@@ -163,7 +164,7 @@ def _contact(draw: Draw) -> tuple[Record, str]:
             f"you can reach {name} via {written}, best in the morning",
         )
     )
-    return {"name": f"{first} {last}", **way}, note
+    return {"name": f"{first} {last}", **fields}, note
 
 
 def _email(draw: Draw, first: str, last: str) -> tuple[Record, str]:
@@ -307,7 +308,7 @@ def _money(draw: Draw, cents: int, currency: str) -> str:
 
 
 def _cents(draw: Draw, most: int) -> int:
-    """An amount of up to about `most` units, round as often as real ones are."""
+    """Draw an amount in cents, up to about `most` units and often round, as real amounts are."""
     whole = draw.between(1, most)
     if whole >= 1000 and draw.chance(0.4):
         return whole // 100 * 10000
@@ -322,7 +323,7 @@ def _amount(cents: int) -> str:
 
 
 def _number(cents: int) -> int | float:
-    """The shortest JSON number: 4, 4.5, 4.25."""
+    """Convert cents to the shortest JSON number: 4, 4.5, 4.25."""
     return cents // 100 if cents % 100 == 0 else cents / 100
 
 
@@ -357,7 +358,7 @@ def _day(draw: Draw, day: date) -> str:
         (
             day.isoformat(),
             f"{year}/{day.month:02}/{number:02}",
-            f"{number}.{day.month}.{year}",  # with dots the day comes first, as everywhere that writes dates with dots
+            f"{number}.{day.month}.{year}",  # in dates with dots the day comes first
             f"{month} {number}, {year}",
             f"{month[:3]} {number} {year}",
             f"{number} {month[:3]} {year}",
@@ -403,11 +404,9 @@ SKILLS: dict[str, Callable[[Draw], tuple[Record, str]]] = {
 
 
 if __name__ == "__main__":
-    import argparse
-
     parser = argparse.ArgumentParser(description="Write the quickstart's data set as JSON lines.")
     parser.add_argument("out", type=Path, help="file to write")
-    parser.add_argument("--rows", type=int, default=1024, help="how many rows (default: 1024)")
-    parser.add_argument("--seed", type=int, default=0, help="which stream of rows (default: 0)")
+    parser.add_argument("--rows", type=int, default=1024, help="number of rows (default: 1024)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random draws (default: 0)")
     arguments = parser.parse_args()
-    write_demo(arguments.out, arguments.rows, arguments.seed)
+    write_rows(arguments.out, arguments.rows, arguments.seed)
