@@ -37,7 +37,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("SPINLM_SERVER_KEY", "OPENAI_API_KEY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(spinlm.utils.http, "BACKOFF", 0.01)
+    monkeypatch.setattr(spinlm.utils.http, "BACKOFF_SECONDS", 0.01)
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,16 @@ from spinlm.model.merge import save_for_serving
 from spinlm.recipe.schema import Recipe, Server
 from spinlm.rundir.layout import RunDir
 from spinlm.rundir.records import Sampling
-from spinlm.utils.http import Endpoint, RefusedError, Wording, ask_all, look, open_client, redact, run_async
+from spinlm.utils.http import (
+    Endpoint,
+    ErrorContext,
+    RefusedError,
+    gather_bounded,
+    open_client,
+    probe,
+    redact,
+    run_async,
+)
 from spinlm.utils.signals import check_interrupt
 
 log = logging.getLogger("spinlm")
@@ -39,13 +48,13 @@ class ServerError(SpinError, RuntimeError):
     """A server cannot be reached or started, refuses, or answers in another way than its kind does."""
 
 
-WORDING = Wording(
+ERRORS = ErrorContext(
     error=ServerError,
-    url="opponent.server.urls",
-    model="opponent.server.model",
-    timeout="opponent.server.timeout",
-    keys=("SPINLM_SERVER_KEY",),
-    goes_on="Complete shards are kept: run the same command again to go on",
+    url_setting="opponent.server.urls",
+    model_setting="opponent.server.model",
+    timeout_setting="opponent.server.timeout",
+    key_variables=("SPINLM_SERVER_KEY",),
+    resume_hint="Complete shards are kept: run the same command again to continue",
 )
 
 
@@ -100,20 +109,13 @@ class ServerOpponent:
 
     async def _ask_all(self, wishes: list[Wish], record: Callable[[int, Response], None]) -> None:
         async with open_client(self.urls, self.server.timeout, self.server.parallel) as client:
-            endpoint = Endpoint(self.urls, self.model or "", client, self.server.timeout, WORDING)
-            await ask_all(wishes, lambda wish: self._ask(endpoint, wish), record, self.server.parallel)
+            endpoint = Endpoint(self.urls, self.model or "", client, self.server.timeout, ERRORS)
+            await gather_bounded(wishes, lambda wish: self._ask(endpoint, wish), record, self.server.parallel)
 
     async def _ask(self, endpoint: Endpoint, wish: Wish) -> Response:
         dialect = DIALECTS[self.server.kind]
         body = with_options(dialect.body(self.model, wish), self.server.options)
-        try:
-            given = await endpoint.post(dialect.path, body)
-        except RefusedError as refused:
-            raise endpoint.explain(dialect.path, refused) from None
-        try:
-            reply = dialect.read(given)
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError):
-            raise endpoint.unexpected(dialect.path, f"{dialect.what} of a whole response", given) from None
+        reply = await endpoint.request(dialect.path, body, dialect.read, f"{dialect.what} of a whole response")
         if not dialect.raw_logprobs and wish.temperature > 0 and (wish.temperature, wish.top_p) != (1, 1):
             reply = replace(reply, logprobs=None)
         return read_reply(reply, wish, self.renderer)
@@ -292,31 +294,31 @@ def _wait(urls: list[str], patience: float, setting: str, ended: Callable[[], st
 
 def _answers(url: str) -> bool:
     """Whether a server is ready there. llama.cpp lists its model while it still loads, but is not well then."""
-    found = look(url + HEALTH, WORDING)
-    if found is not None and found[0] == 404:
-        found = look(url + MODELS, WORDING)
-    return found is not None and found[0] < 500
+    response = probe(url + HEALTH, ERRORS)
+    if response is not None and response.status_code == 404:
+        response = probe(url + MODELS, ERRORS)
+    return response is not None and response.status_code < 500
 
 
 def _make_sure_of(urls: list[str]) -> None:
     for url in urls:
-        if look(url + MODELS, WORDING) is None:
+        if probe(url + MODELS, ERRORS) is None:
             raise ServerError(f"{url}: cannot be reached. Is the server running, and opponent.server.urls right?")
 
 
 def _first_model(urls: list[str]) -> str | None:
     """What a server lists first; None where it lists nothing, and may need no name."""
-    listed = look(f"{urls[0]}{MODELS}", WORDING)
+    response = probe(f"{urls[0]}{MODELS}", ERRORS)
     try:
-        return None if listed is None else str(listed[1]["data"][0]["id"])
-    except (KeyError, IndexError, TypeError):
+        return None if response is None else str(response.json()["data"][0]["id"])
+    except (KeyError, IndexError, TypeError, ValueError):
         return None
 
 
 def _last_words(command: str, journal: Path) -> str:
     lines = journal.read_text(encoding="utf-8", errors="replace").splitlines()[-8:]
     words = "".join(f"\n  {line}" for line in lines)
-    return redact(f"It was: {command}\nIts last words, from {journal}:{words}", WORDING)
+    return redact(f"It was: {command}\nIts last words, from {journal}:{words}", ERRORS)
 
 
 def _promote(command: str, patience: float, journal: Path) -> None:
@@ -350,8 +352,8 @@ def _drop_adapter(server: Server, urls: list[str], name: str) -> None:
         async with open_client(urls, server.timeout, 1) as client:
             for url in urls:
                 with suppress(RefusedError, ServerError):
-                    endpoint = Endpoint([url], name, client, server.timeout, WORDING)
-                    await endpoint.post(path, {"lora_name": name}, text=True)
+                    endpoint = Endpoint([url], name, client, server.timeout, ERRORS)
+                    await endpoint.post(path, {"lora_name": name})
 
     run_async(drop())
 
@@ -364,11 +366,11 @@ def _load_adapter(server: Server, urls: list[str], name: str, player: Path) -> N
     async def load() -> None:
         async with open_client(urls, server.timeout, 1) as client:
             for url in urls:
-                endpoint = Endpoint([url], name, client, server.timeout, WORDING)
+                endpoint = Endpoint([url], name, client, server.timeout, ERRORS)
                 try:
-                    await endpoint.post(path, {"lora_name": name, "lora_path": str(player)}, text=True)
+                    await endpoint.post(path, {"lora_name": name, "lora_path": str(player)})
                 except RefusedError as refused:
-                    if "already" in refused.said:  # by an earlier call of this command
+                    if "already" in refused.message:  # by an earlier call of this command
                         continue
                     raise ServerError(
                         f"{url}{path}: cannot be given the adapter {player} ({refused}). {_SERVED_SO[server.kind]}"

@@ -144,7 +144,7 @@ class Server(Section):
 
     @model_validator(mode="after")
     def _has_an_address(self) -> "Server":
-        from spinlm.utils.http import fault_of
+        from spinlm.utils.http import url_fault
 
         for name in self.options:
             if name.lower() in ("key", "api_key", "apikey", "token", "authorization", "password", "secret"):
@@ -153,7 +153,7 @@ class Server(Section):
                     "environment, as SPINLM_SERVER_KEY"
                 )
         for url in self.urls:
-            if fault := fault_of(url):
+            if fault := url_fault(url):
                 raise ValueError(f"opponent.server.urls: {fault}")
         if not self.urls and self.command is None:
             raise ValueError(

@@ -1,13 +1,13 @@
-"""OpenAI-compatible endpoints over HTTP: requests that are sent again where that may help, and errors in plain words.
+"""Client for OpenAI-compatible HTTP endpoints: retries, bounded concurrency, and error messages that name the remedy.
 
-A key is read from the environment when requests are sent. It is in no object that is kept or printed, and is taken out
-of whatever an endpoint sends back.
+An API key is read from the environment when a request is sent. No object that is stored or printed holds a key, and
+keys are removed from everything that an endpoint sends back.
 """
 
 import asyncio
+import itertools
 import json
 import os
-import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,63 +20,77 @@ from spinlm.utils.signals import check_interrupt
 
 if TYPE_CHECKING:
     import httpx
+    from tenacity import RetryCallState
 
-ATTEMPTS = 5
-BACKOFF = 1.0  # seconds before the second attempt, doubled for each that follows
-LOOK = 5.0  # seconds a server has to say what it offers
-LONGEST_CONNECT = 20.0  # seconds until a connection has to stand
-LONGEST_WAIT = 300.0  # seconds an endpoint may ask us to wait
-
+MAX_ATTEMPTS = 5  # per URL
+BACKOFF_SECONDS = 1.0  # before the second attempt; doubles with each further attempt
+MAX_WAIT_SECONDS = 300.0  # a longer Retry-After is an error
+CONNECT_TIMEOUT = 20.0
+PROBE_TIMEOUT = 5.0
+MIN_KEY_LENGTH = 4  # a shorter key is not redacted: any text may contain it
+MAX_EXCERPT = 200  # characters of a response body in an error message
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-SHORTEST_KEY = 4  # characters; what is shorter stands in any text
-
-
 @dataclass(frozen=True)
-class Wording:
-    """How messages call the settings of an endpoint, so that they say what to change."""
+class ErrorContext:
+    """The error class and the names of the settings that error messages about an endpoint mention."""
 
     error: type[SpinError]
-    url: str  # the setting that holds its address
-    model: str  # and the model's name
-    timeout: str  # and the seconds a reply may take
-    keys: tuple[str, ...]  # environment variables, the first that is set holds the key
-    goes_on: str  # what becomes of a run that ends here
+    url_setting: str
+    model_setting: str
+    timeout_setting: str
+    key_variables: tuple[str, ...]  # environment variables; the first that is set holds the key
+    resume_hint: str  # how to continue after the error
 
 
-def fault_of(address: str) -> str | None:
-    """What is wrong with the address of an endpoint; None if nothing."""
+class RefusedError(Exception):
+    """An endpoint rejected a request, and would reject it again."""
+
+    def __init__(self, status: int, message: str):
+        super().__init__(f"{status}: {message}")
+        self.status, self.message = status, message
+
+
+class _TransientError(Exception):
+    """A failure that the next attempt may not have."""
+
+    def __init__(self, problem: str, url: str, *, unreachable: bool = False, retry_after: float = 0.0):
+        super().__init__(problem)
+        self.url, self.unreachable, self.retry_after = url, unreachable, retry_after
+
+
+def url_fault(url: str) -> str | None:
+    """Return what is wrong with the URL of an endpoint, or None."""
     import httpx
 
-    if any(mark in address for mark in "@?#"):  # it is not shown: a password or a key may be in it
-        return "write the address without a password, ? or #. A key goes into the environment"
+    if any(mark in url for mark in "@?#"):  # the message omits the URL: it may contain a password or a key
+        return "write the address without a password, ? or #. A key belongs in the environment"
     try:
-        parsed, host = urlsplit(address.strip()), httpx.URL(address.strip()).host
-        bare = parsed.port is None or parsed.port > 0
+        parts, host = urlsplit(url.strip()), httpx.URL(url.strip()).host
+        valid_port = parts.port is None or parts.port > 0
     except (ValueError, httpx.InvalidURL) as error:
-        return f"{address} is not an address ({error})"
-    if parsed.scheme not in ("http", "https") or not host or not bare:
-        return f"{address} is not an address that begins with http:// or https:// and a host"
+        return f"{url} is not an address ({error})"
+    if parts.scheme not in ("http", "https") or not host or not valid_port:
+        return f"{url} is not an address that begins with http:// or https:// and a host"
     return None
 
 
-def open_client(urls: Sequence[str], timeout: float, parallel: int) -> "httpx.AsyncClient":
-    """A client for some addresses, whose connections suffice for so many requests at once."""
+def open_client(urls: Sequence[str], timeout: float, max_concurrency: int) -> "httpx.AsyncClient":
+    """Open a client. It ignores proxy settings if all URLs are on this machine."""
     import httpx
 
-    limits = httpx.Limits(max_connections=parallel, max_keepalive_connections=parallel)
     return httpx.AsyncClient(
-        timeout=httpx.Timeout(timeout, connect=min(timeout, LONGEST_CONNECT)),
-        limits=limits,
-        trust_env=not all(map(_is_here, urls)),
+        timeout=httpx.Timeout(timeout, connect=min(timeout, CONNECT_TIMEOUT)),
+        limits=httpx.Limits(max_connections=max_concurrency, max_keepalive_connections=max_concurrency),
+        trust_env=not all(map(_is_loopback, urls)),
     )
 
 
 def run_async(coroutine: Coroutine[Any, Any, Result]) -> Result:
-    """What comes of a coroutine, also where an event loop runs already, as it does in a notebook."""
+    """Run a coroutine to its end, also inside a running event loop (a notebook)."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:
@@ -85,19 +99,15 @@ def run_async(coroutine: Coroutine[Any, Any, Result]) -> Result:
         return thread.submit(asyncio.run, coroutine).result()
 
 
-async def ask_all(
+async def gather_bounded(
     items: Iterable[Item],
-    ask: Callable[[Item], Awaitable[Result]],
+    request: Callable[[Item], Awaitable[Result]],
     record: Callable[[int, Result], None],
-    parallel: int,
+    max_concurrency: int,
 ) -> None:
-    """Ask about every item, `parallel` at once.
+    """Send a request for every item, at most `max_concurrency` at once.
 
-    Args:
-        items: what to ask about.
-        ask: asks about one.
-        record: called with the number of an item and what came back, as soon as that is there.
-        parallel: requests at once.
+    `record` receives the index of an item and its result as soon as the result arrives.
 
     Raises:
         StoppedError: the user asked to stop.
@@ -107,11 +117,11 @@ async def ask_all(
     try:
         while waiting or running:
             check_interrupt()
-            while waiting and len(running) < parallel:
-                number, item = waiting.popleft()
-                running[asyncio.ensure_future(ask(item))] = number
+            while waiting and len(running) < max_concurrency:
+                index, item = waiting.popleft()
+                running[asyncio.ensure_future(request(item))] = index
             done, _ = await asyncio.wait(running, timeout=0.2, return_when=asyncio.FIRST_COMPLETED)
-            # What was answered is recorded before what failed ends all this.
+            # Record the results before a failure ends the loop.
             for task in sorted(done, key=lambda task: task.exception() is not None):
                 record(running.pop(task), task.result())
     finally:
@@ -120,213 +130,171 @@ async def ask_all(
         await asyncio.gather(*running, return_exceptions=True)
 
 
-def look(address: str, wording: Wording) -> tuple[int, Any] | None:
-    """The status and the JSON (or None) at an address; None where nothing answers."""
+def probe(url: str, context: ErrorContext) -> "httpx.Response | None":
+    """Return the response to a GET request; None if nothing answers."""
     import httpx
 
+    headers = _headers(_read_key(context))
     try:
-        response = httpx.get(address, timeout=LOOK, headers=_headers(_key(wording)), trust_env=not _is_here(address))
+        return httpx.get(url, timeout=PROBE_TIMEOUT, headers=headers, trust_env=not _is_loopback(url))
     except httpx.HTTPError:
         return None
-    try:
-        return response.status_code, response.json()
-    except ValueError:
-        return response.status_code, None
 
 
-def _is_here(address: str) -> bool:
-    """Whether an address is of this machine, which no proxy leads to."""
-    return urlsplit(address).hostname in ("localhost", "127.0.0.1", "::1")
-
-
-def redact(text: str, wording: Wording) -> str:
-    """A text without the keys that are set."""
-    for name in (*wording.keys, "HF_TOKEN"):
-        if len(key := os.environ.get(name, "").strip()) >= SHORTEST_KEY:
+def redact(text: str, context: ErrorContext) -> str:
+    """Replace the API keys in a text."""
+    for name in (*context.key_variables, "HF_TOKEN"):
+        if len(key := os.environ.get(name, "").strip()) >= MIN_KEY_LENGTH:
             text = text.replace(key, "[key]")
     return text
 
 
-class RefusedError(Exception):
-    """An endpoint does not take a request as it is; `status` and what it `said` tell why."""
-
-    def __init__(self, status: int, said: str):
-        super().__init__(f"{status}: {said}")
-        self.status, self.said = status, said
-
-
-@dataclass(eq=False)
-class _Host:
-    """One address, and how it does."""
-
-    url: str
-    busy: int = 0  # requests under way
-    missing: bool = False  # nobody was there when it was last asked
-    failed: int = 0  # times in a row
-    rests_until: float = 0.0  # by the monotonic clock; as long as others do not, they are asked
-
-    def fail(self, asked_to_wait: float) -> None:
-        now = time.monotonic()
-        if now >= self.rests_until:  # else requests that ran at once have failed at once
-            self.rests_until = now + BACKOFF * 2 ** min(self.failed, 8)
-            self.failed += 1
-        self.rests_until = max(self.rests_until, now + asked_to_wait)
-
-    def succeed(self) -> None:
-        self.failed, self.rests_until = 0, 0.0
-
-
 @dataclass
 class Endpoint:
-    """One model behind one or several addresses. A request goes to the one that does best and has the least to do, and
-    from one that fails to the next."""
+    """One model behind one or several URLs, which take turns."""
 
     urls: Sequence[str]
     model: str
     client: "httpx.AsyncClient"
-    timeout: float  # seconds until a reply has to be there
-    wording: Wording
-    _hosts: list[_Host] = field(init=False)
+    timeout: float  # seconds for a whole response
+    context: ErrorContext
+    _turns: "itertools.count[int]" = field(init=False, repr=False, default_factory=itertools.count)
     _key: str = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        self._hosts = [_Host(url) for url in self.urls]
-        self._key = _key(self.wording)
+        self._key = _read_key(self.context)
 
-    async def post(self, path: str, body: Mapping[str, Any], *, text: bool = False) -> Any:
-        """The JSON, or the text, that comes back for a request.
+    async def request(
+        self, path: str, body: Mapping[str, Any], parse: Callable[[Any], Result], expected: str
+    ) -> Result:
+        """Post a request and parse the JSON of the response.
+
+        Args:
+            path: follows the URL.
+            body: sent as JSON.
+            parse: reads the JSON; raises KeyError, IndexError, TypeError, ValueError or AttributeError if it cannot.
+            expected: the field that the response must have, for the error message.
 
         Raises:
-            RefusedError: the endpoint does not take such a request (a status of 400 to 499 that is about the request).
-            SpinError: of the kind that `wording` names: it cannot be reached, or fails again and again.
+            SpinError: of the class in `context`: the endpoint is unreachable, fails repeatedly, rejects the request, or
+                its response cannot be parsed.
         """
-        import httpx
-
-        problem = address = ""
-        for attempt in range(ATTEMPTS):
-            untried = list(self._hosts)
-            while untried:
-                now = time.monotonic()
-                host = min(untried, key=lambda host: (host.rests_until > now, host.busy))
-                untried.remove(host)
-                address, asked_to_wait = host.url + path, 0.0
-                host.busy += 1
-                try:
-                    async with asyncio.timeout(self.timeout):  # httpx's own begins anew with each piece that arrives
-                        response = await self.client.post(address, json=dict(body), headers=_headers(self._key))
-                except TimeoutError:
-                    problem = self._too_slow()
-                except httpx.RequestError as error:
-                    problem = self._describe(error)
-                    host.missing = isinstance(error, httpx.ConnectError | httpx.ConnectTimeout)
-                else:
-                    host.missing = False
-                    if response.status_code != 429 and response.status_code < 500:
-                        host.succeed()
-                        return self._read(address, response, text)
-                    problem = f"{response.status_code}: {self._excerpt(response)}"
-                    asked_to_wait = _retry_after(response)
-                finally:
-                    host.busy -= 1
-                host.fail(asked_to_wait)
-            earliest = min(host.rests_until for host in self._hosts) - time.monotonic()
-            wait = max(BACKOFF * 2**attempt, earliest)
-            if wait > LONGEST_WAIT:
-                raise self.wording.error(
-                    f"{address}: asks to wait {wait:.0f} seconds ({problem}). {self.wording.goes_on}"
-                )
-            if attempt + 1 < ATTEMPTS:
-                await asyncio.sleep(wait)
-        if all(host.missing for host in self._hosts):
-            raise self.wording.error(
-                f"{address}: cannot be reached ({problem}). Is the server running, and {self.wording.url} right? "
-                f"{self.wording.goes_on}"
-            )
-        raise self.wording.error(
-            f"{address}: failed {ATTEMPTS} times in a row, at last with: {problem}. {self.wording.goes_on}"
-        )
-
-    def explain(self, path: str, refused: RefusedError) -> SpinError:
-        """A refusal in plain words, as the error to raise."""
-        wording, where = self.wording, f"{self.urls[0]}{path}"
-        if refused.status in (401, 403):
-            remedy = "Set it to one that is valid there" if self._key else "It was not sent any"
-            keys = " or ".join(wording.keys)
-            return wording.error(f"{where}: refuses the key in {keys} ({refused}). {remedy}")
-        if refused.status == 404:
-            model = f"Either it has no model {self.model}, which {wording.model} names, or " if self.model else ""
-            return wording.error(
-                f"{where}: not found ({refused}). {model}{wording.url} has another path; it often ends in /v1"
-            )
-        if 300 <= refused.status < 400:
-            return wording.error(
-                f"{where}: redirects ({refused.status}), which is not followed. Set {wording.url} to where it leads"
-            )
-        return wording.error(f"{where}: refuses the request ({refused})")
-
-    def unexpected(self, path: str, what: str, answer: Any) -> SpinError:
-        """The error to raise for JSON that has not what it should have."""
-        said = self._shorten(json.dumps(answer, ensure_ascii=False))
-        return self.wording.error(
-            f"{self.urls[0]}{path}: answers with JSON that has no {what} ({said}), so it is no OpenAI-compatible "
-            "endpoint, or reports an error in its own way"
-        )
-
-    def redact(self, text: str) -> str:
-        """A text without the key."""
-        return redact(text, self.wording)
-
-    def _read(self, address: str, response: "httpx.Response", text: bool) -> Any:
-        """What is in a response that is not worth another attempt."""
-        if response.status_code != 200:
-            raise RefusedError(response.status_code, self._excerpt(response))
-        if text:
-            return self._excerpt(response)
         try:
-            return json.loads(response.content)
-        except ValueError:
-            raise self.wording.error(
-                f"{address}: answers with something other than JSON ({self._excerpt(response)}), so it is no "
-                f"OpenAI-compatible endpoint. {self.wording.url} often ends in /v1"
+            response = await self.post(path, body)
+        except RefusedError as refused:
+            raise self._explain(path, refused) from None
+        try:
+            return parse(response.json())
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError):
+            raise self.context.error(
+                f"{self.urls[0]}{path}: the response has no {expected} ({self._excerpt(response)}), so this is not an "
+                f"OpenAI-compatible endpoint, or {self.context.url_setting} has another path; it often ends in /v1"
             ) from None
 
-    def _too_slow(self) -> str:
-        return f"no reply within {self.timeout:g} seconds; {self.wording.timeout} allows more"
+    async def post(self, path: str, body: Mapping[str, Any]) -> "httpx.Response":
+        """Post a request and return the response.
 
-    def _describe(self, error: "httpx.RequestError") -> str:
+        Overload (429), server errors (500 and above), lost connections and slow responses are retried: first at the
+        other URLs, then after a pause that doubles each time, or after the Retry-After of the endpoint.
+
+        Raises:
+            RefusedError: the endpoint rejects the request (a status other than 200 that is not retried).
+            SpinError: of the class in `context`: the endpoint is unreachable, or fails repeatedly.
+        """
+        from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt
+
+        count, first = len(self.urls), next(self._turns)
+        urls = (self.urls[(first + attempt) % count] for attempt in itertools.count())
+        last_attempt = stop_after_attempt(MAX_ATTEMPTS * count)
+
+        async def send() -> "httpx.Response":
+            return await self._send(next(urls) + path, body)
+
+        def pause(state: "RetryCallState") -> float:
+            assert state.outcome is not None
+            retry_after = getattr(state.outcome.exception(), "retry_after", 0.0)
+            rounds, rest = divmod(state.attempt_number, count)
+            return 0.0 if rest else max(BACKOFF_SECONDS * 2 ** (rounds - 1), retry_after)
+
+        retrying = AsyncRetrying(
+            retry=retry_if_exception_type(_TransientError),
+            wait=pause,
+            stop=lambda state: state.upcoming_sleep > MAX_WAIT_SECONDS or last_attempt(state),
+            reraise=True,
+        )
+        try:
+            return await retrying(send)
+        except _TransientError as error:
+            raise self.context.error(f"{self._describe(error)} {self.context.resume_hint}") from None
+
+    async def _send(self, url: str, body: Mapping[str, Any]) -> "httpx.Response":
         import httpx
 
-        if isinstance(error, httpx.ConnectTimeout):
-            return "no connection in time"
-        if isinstance(error, httpx.TimeoutException):
-            return self._too_slow()
-        return self.redact(str(error)) or type(error).__name__
+        try:
+            async with asyncio.timeout(self.timeout):  # httpx's own timeout restarts with every piece that arrives
+                response = await self.client.post(url, json=dict(body), headers=_headers(self._key))
+        except httpx.ConnectTimeout:
+            raise _TransientError("no connection in time", url, unreachable=True) from None
+        except (TimeoutError, httpx.TimeoutException):
+            problem = f"no reply within {self.timeout:g} seconds; {self.context.timeout_setting} allows more"
+            raise _TransientError(problem, url) from None
+        except httpx.RequestError as error:
+            problem = redact(str(error), self.context) or type(error).__name__
+            raise _TransientError(problem, url, unreachable=isinstance(error, httpx.ConnectError)) from None
+        if response.status_code == 429 or response.status_code >= 500:
+            problem = f"{response.status_code}: {self._excerpt(response)}"
+            raise _TransientError(problem, url, retry_after=_retry_after(response))
+        if response.status_code != 200:
+            raise RefusedError(response.status_code, self._excerpt(response))
+        return response
+
+    def _describe(self, error: _TransientError) -> str:
+        if error.retry_after > MAX_WAIT_SECONDS:
+            return f"{error.url}: asks to wait {error.retry_after:.0f} seconds ({error})."
+        if error.unreachable:
+            question = f"Is the server running, and is {self.context.url_setting} right?"
+            return f"{error.url}: cannot be reached ({error}). {question}"
+        return f"{error.url}: failed {MAX_ATTEMPTS} times in a row. The last error: {error}."
+
+    def _explain(self, path: str, refused: RefusedError) -> SpinError:
+        """Return the error to raise for a rejected request, with its remedy."""
+        context = self.context
+        if refused.status in (401, 403):
+            remedy = "Set a key that is valid there" if self._key else "No key was sent"
+            problem = f"refuses the key in {' or '.join(context.key_variables)} ({refused}). {remedy}"
+        elif refused.status == 404:
+            model = f"Either the server has no model {self.model} ({context.model_setting}), or " if self.model else ""
+            problem = f"not found ({refused}). {model}{context.url_setting} has another path; it often ends in /v1"
+        elif 300 <= refused.status < 400:
+            problem = f"redirects ({refused}). Redirects are not followed: set {context.url_setting} to the target"
+        else:
+            problem = f"refuses the request ({refused})"
+        return context.error(f"{self.urls[0]}{path}: {problem}")
 
     def _excerpt(self, response: "httpx.Response") -> str:
-        """The beginning of what was sent back, or of the error message in it, on one line."""
+        """Return the beginning of a response body, or of the error message in it, on one line."""
         text = response.text
         try:
-            error = json.loads(text)
-            error = error.get("error", error.get("detail"))
+            body = json.loads(text)
+            error = body.get("error", body.get("detail"))
             text = text if error is None else str(error["message"] if isinstance(error, dict) else error)
         except (ValueError, KeyError, TypeError, AttributeError):
             pass
-        return self._shorten(text)
-
-    def _shorten(self, text: str) -> str:
-        text = self.redact(" ".join("".join(c if c.isprintable() else " " for c in text).split()))
-        return text if len(text) <= 200 else f"{text[:200]}…"
+        printable = "".join(c if c.isprintable() else " " for c in text)
+        text = redact(" ".join(printable.split()), self.context)
+        return text if len(text) <= MAX_EXCERPT else f"{text[:MAX_EXCERPT]}…"
 
 
-def _key(wording: Wording) -> str:
-    """The endpoint's key; empty where there is none."""
-    for name in wording.keys:
-        key = os.environ.get(name, "").strip()
-        if key:
-            if not (key.isascii() and key.isprintable()):
-                raise wording.error(f"{name}: holds characters that no key has. Set it again")
-            return key
-    return ""
+def _is_loopback(url: str) -> bool:
+    return urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1")
+
+
+def _read_key(context: ErrorContext) -> str:
+    """Return the API key; an empty string if none is set."""
+    key = next(filter(None, (os.environ.get(name, "").strip() for name in context.key_variables)), "")
+    if not (key.isascii() and key.isprintable()):
+        raise context.error(f"{' or '.join(context.key_variables)}: contains characters that no key has. Set it again")
+    return key
 
 
 def _headers(key: str) -> dict[str, str]:
@@ -334,16 +302,8 @@ def _headers(key: str) -> dict[str, str]:
 
 
 def _retry_after(response: "httpx.Response") -> float:
-    """Seconds that the endpoint asks us to wait; 0 where it says nothing that can be read."""
-    from datetime import UTC, datetime
-    from email.utils import parsedate_to_datetime
-
-    header = response.headers.get("Retry-After", "")
+    """Return the seconds in Retry-After; 0 if the header is absent or is a date."""
     try:
-        return float(header)
+        return float(response.headers.get("Retry-After", ""))
     except ValueError:
-        pass
-    try:
-        return (parsedate_to_datetime(header) - datetime.now(UTC)).total_seconds()
-    except (ValueError, TypeError):
         return 0.0

@@ -11,7 +11,7 @@ from spinlm.errors import SpinError
 from spinlm.evals.mt_bench.prompts import OWN_PROMPTS, JudgePrompt, read_prompts
 from spinlm.rundir.records import Message
 from spinlm.utils.atomic import short_digest
-from spinlm.utils.http import Endpoint, RefusedError, Wording, ask_all, fault_of, open_client, run_async
+from spinlm.utils.http import Endpoint, ErrorContext, gather_bounded, open_client, redact, run_async, url_fault
 
 PATH = "/chat/completions"
 
@@ -27,13 +27,13 @@ class JudgeError(SpinError, RuntimeError):
     """A judge cannot be reached, refuses, or is of no use."""
 
 
-WORDING = Wording(
+ERRORS = ErrorContext(
     error=JudgeError,
-    url="--judge-url",
-    model="--judge-model",
-    timeout="--judge-timeout",
-    keys=("SPINLM_JUDGE_KEY", "OPENAI_API_KEY"),
-    goes_on="The verdicts so far are kept: run the same command again to go on",
+    url_setting="--judge-url",
+    model_setting="--judge-model",
+    timeout_setting="--judge-timeout",
+    key_variables=("SPINLM_JUDGE_KEY", "OPENAI_API_KEY"),
+    resume_hint="The verdicts so far are kept: run the same command again to continue",
 )
 
 
@@ -93,7 +93,7 @@ class Judge:
             )
         if not model:
             raise JudgeError("no judge: name the model that the endpoint is to use with --judge-model")
-        if fault := fault_of(url):
+        if fault := url_fault(url):
             raise JudgeError(f"--judge-url: {fault}")
         address = url.strip().rstrip("/").removesuffix("/chat/completions")
         return cls(address, model, read_prompts(prompts) if prompts else OWN_PROMPTS, **how)
@@ -143,8 +143,10 @@ class Judge:
         record: Callable[[int, Verdict[Value]], None],
     ) -> None:
         async with open_client([self.url], self.timeout, self.parallel) as client:
-            endpoint = Endpoint([self.url], self.model, client, self.timeout, WORDING)
-            await ask_all(conversations, lambda messages: self._judge(endpoint, messages, read), record, self.parallel)
+            endpoint = Endpoint([self.url], self.model, client, self.timeout, ERRORS)
+            await gather_bounded(
+                conversations, lambda messages: self._judge(endpoint, messages, read), record, self.parallel
+            )
 
     async def _judge(
         self, endpoint: Endpoint, messages: list[Message], read: Callable[[str], Value | None]
@@ -160,15 +162,10 @@ class Judge:
         """What the model says to a conversation."""
         asked = {"model": self.model, "messages": messages, "temperature": 0, "max_tokens": self.max_tokens}
         body = {name: value for name, value in (asked | dict(self.options)).items() if value is not None}
-        try:
-            answer = await endpoint.post(PATH, body)
-        except RefusedError as refused:
-            raise endpoint.explain(PATH, refused) from None
-        try:
-            content = answer["choices"][0]["message"]["content"]
-        except (KeyError, IndexError, TypeError):
-            raise endpoint.unexpected(PATH, "choices[0].message.content", answer) from None
-        return endpoint.redact(content) if isinstance(content, str) else ""
+        content = await endpoint.request(
+            PATH, body, lambda reply: reply["choices"][0]["message"]["content"], "choices[0].message.content"
+        )
+        return redact(content, ERRORS) if isinstance(content, str) else ""
 
 
 def read_options(text: str | None) -> dict[str, Any]:

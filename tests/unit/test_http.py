@@ -1,0 +1,50 @@
+"""URLs, redaction, and coroutines; tests/integration/test_server.py sends real requests."""
+
+import asyncio
+from collections.abc import Awaitable
+
+import pytest
+
+from spinlm.errors import SpinError
+from spinlm.utils.http import ErrorContext, redact, run_async, url_fault
+
+CONTEXT = ErrorContext(SpinError, "url", "model", "timeout", ("SPINLM_SERVER_KEY",), "Run again")
+
+
+@pytest.mark.parametrize(
+    ("url", "fault"),
+    [
+        ("http://127.0.0.1:8000/v1", None),
+        (" https://api.example.com/v1 ", None),
+        ("http://[::1]:8000", None),
+        ("localhost:8000", "begins with http"),
+        ("http://me:secret@a", "without a password"),
+        ("http://me:secret@a:port", "without a password"),
+        ("http://a/?key=secret", "without a password"),
+        ("http://a:port", "is not an address"),
+        ("http://[::1", "is not an address"),
+        ("http://a\tb", "is not an address"),
+        ("http://xn--", "is not an address"),
+    ],
+)
+def test_urls(url: str, fault: str | None) -> None:
+    reported = url_fault(url)
+    assert (reported is None) if fault is None else (fault in (reported or ""))
+    assert "secret" not in (reported or "")
+
+
+def test_keys_are_redacted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPINLM_SERVER_KEY", " sk-1234 ")
+    monkeypatch.setenv("HF_TOKEN", "abc")  # too short to be a key: "abc" may stand in any text
+    assert redact("sk-1234 and abc", CONTEXT) == "[key] and abc"
+
+
+def test_run_async_inside_an_event_loop() -> None:
+    async def three(delay: Awaitable[None]) -> int:
+        await delay
+        return 3
+
+    async def notebook() -> int:
+        return run_async(three(asyncio.sleep(0)))
+
+    assert asyncio.run(notebook()) == run_async(three(asyncio.sleep(0))) == 3
