@@ -43,7 +43,7 @@ class Bench:
         self.prompts = [self.players.renderer.prompt_ids(_prompt(row)) for row in rows]
         self.new = new
         self.stop_ids = self.players.renderer.stop_ids
-        self.engine = LocalEngine(self.players.logprobs, recipe.opponent.batch_size, "tree")
+        self.engine = LocalEngine(self.players.logprobs, recipe.opponent.batch_size, True)
 
     def spinlm(self, seed: int, temperature: float = 1.0, new: int | None = None) -> list[list[int]]:
         from spinlm.rundir.records import Sampling

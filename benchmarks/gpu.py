@@ -97,7 +97,7 @@ def measure(
         return torch.randint(3, CONFIGS[model]["vocab_size"], (count,), generator=generator).tolist()
 
     batch = [PrefixTree(ids(prompt), tuple(ids(response) for _ in range(1 + opponents))) for _ in range(trees)]
-    layout = pack_batch(batch, "tree").to(device)
+    layout = pack_batch(batch, True).to(device)
 
     def step() -> None:
         player.train()
@@ -109,7 +109,7 @@ def measure(
         with torch.no_grad():
             player(layout)
 
-    engine = LocalEngine(player, rows, "tree")
+    engine = LocalEngine(player, rows, True)
     prompts = [ids(prompt) for _ in range(rows)]
 
     def generate() -> None:
@@ -128,9 +128,7 @@ def measure(
     per_token = {name: seconds[name] / (trees * length) for name in ("step", "reference_logprobs")}
     hours = sum(
         PROMPTS * seconds["generate"] / rows
-        + PROMPTS
-        * token[0 if used == 2 else 1]
-        * (EPOCHS * per_token["step"] + per_token["reference_logprobs"])
+        + PROMPTS * token[0 if used == 2 else 1] * (EPOCHS * per_token["step"] + per_token["reference_logprobs"])
         for used in PLAYED
     )
     return {
@@ -145,7 +143,7 @@ def measure(
         "utilisation_step": step_flops / seconds["step"] / rate,
         "utilisation_score": score_flops / seconds["reference_logprobs"] / rate,
         "peak_gigabytes": memory,
-        "kept_kilobytes_per_token": saved_activation_bytes(player, "tree", length) / 1e3,
+        "kept_kilobytes_per_token": saved_activation_bytes(player, True, length) / 1e3,
         "planned_kilobytes_per_token": shape.activation_bytes(
             dtype.itemsize, length, Lora(r=rank), checkpointing=checkpointed
         )

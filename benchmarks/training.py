@@ -207,7 +207,7 @@ class _Ours:
             }
         )
         self.players = Players(recipe, RunDir(Path(self.folder.name)))
-        self.players.make_room("tree")
+        self.players.make_room(True)
         self.module = self.players.parallel().module
         self.trees = [PrefixTree(prompt, (real, *others)) for prompt, real, others in shape.groups()]
         self.budget, self.pairs, self.recipe = recipe.train.tokens_per_micro_batch, shape.pairs, recipe
@@ -221,7 +221,7 @@ class _Ours:
 
         values: dict[int, list[float]] = {}
         for chosen in micro_batches(self.trees, self.budget):
-            flat = iter(self.players.response_logprobs([self.trees[index] for index in chosen], "tree"))
+            flat = iter(self.players.response_logprobs([self.trees[index] for index in chosen], True))
             for index in chosen:
                 values[index] = [next(flat) for _ in self.trees[index].responses]
         self.items = [
@@ -252,7 +252,7 @@ class _Ours:
         objective, total = pair_objective(self.recipe, 0), 0.0
         for chosen in micro_batches(self.trees, self.budget):
             part = [self.items[index] for index in chosen]
-            loss = objective(self.module(pack_batch([item.tree for item in part], "tree")), part).loss / self.pairs
+            loss = objective(self.module(pack_batch([item.tree for item in part], True)), part).loss / self.pairs
             loss.backward()
             total += loss.item()
         return total

@@ -93,7 +93,7 @@ def ask(
 
     for iteration in iterations:
         players.become(iteration)
-        opponent = local_engine(recipe, players, run.metadata("sft", START)["packing"])
+        opponent = local_engine(recipe, players, run.metadata("sft", START)["prefix_sharing"])
         ((answer,),) = opponent.generate([prompt], sampling, seed, lambda ended, tokens: None, grown)
         text = display_text(decode(answer.token_ids), answer.finished, len(answer.token_ids))
         show(len(texts), text)

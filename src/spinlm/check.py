@@ -76,9 +76,9 @@ def check(recipe: Recipe) -> Iterator[str]:
             f"loaded in {time.monotonic() - began:.0f} s"
         )
         warmup(small, run)
-        noted = read_json(run.packing)
+        noted = read_json(run.prefix_sharing)
         yield (
-            f"packing: {noted['packing']}; differences from the model's own log-probabilities: "
+            f"prefix sharing: {'on' if noted['prefix_sharing'] else 'off'}; differences from the model's own log-probabilities: "
             + ", ".join(f"{name} {gap:.1e}" for name, gap in noted["nats_per_token"].items())
             + " nats per token"
         )
@@ -92,7 +92,7 @@ def check(recipe: Recipe) -> Iterator[str]:
         else:
             yield f"opponent: {tokens} tokens for {len(generations)} prompts in {seconds:.1f} s, for example:"
         yield from _about_answers(run, generations)
-        yield from _about_engine(small, players, run, generations, noted["packing"])
+        yield from _about_engine(small, players, run, generations, noted["prefix_sharing"])
         score(small, run, 0)
         facts = run.metadata("reference_logprobs", 0)["train"]
         if "logprob_mismatch_mean" in facts:
@@ -112,11 +112,11 @@ def check(recipe: Recipe) -> Iterator[str]:
         if not items:
             yield "every response equals the real one: there is nothing to learn from these prompts"
             return
-        yield _about_first_step(small, players, items, noted["packing"])
-        yield _about_precision(small, players, items, noted["packing"])
+        yield _about_first_step(small, players, items, noted["prefix_sharing"])
+        yield _about_precision(small, players, items, noted["prefix_sharing"])
         if small.lora and small.lora.quantize:
-            yield _about_quantization(small, players, items, noted["packing"])
-        yield _about_memory(small, players, items, noted["packing"])
+            yield _about_quantization(small, players, items, noted["prefix_sharing"])
+        yield _about_memory(small, players, items, noted["prefix_sharing"])
         if recipe.is_control:
             yield "the sft control was tried as self-play, which takes more memory and time"
         if advice:
@@ -135,7 +135,7 @@ def _about_text(players: Players, run: RunDir) -> Iterator[str]:
 
 
 def _about_engine(
-    recipe: Recipe, players: Players, run: RunDir, sampled: list[Generation], packing: str
+    recipe: Recipe, players: Players, run: RunDir, sampled: list[Generation], prefix_sharing: bool
 ) -> Iterator[str]:
     """Whether the recipe's engine answers as the transformers engine does, greedily, and where they first differ."""
     if recipe.opponent.engine == "local" or recipe.preferences:
@@ -143,11 +143,11 @@ def _about_engine(
     examples = list(read_lines(run.examples("train"), Example))
     prompts = [example.prompt_ids for example in examples]
     sampling = replace(opponent_sampling(recipe, players), temperature=0.0, top_p=1.0, samples=1)
-    with open_engine(recipe, players, 0, packing) as engine:
+    with open_engine(recipe, players, 0, prefix_sharing) as engine:
         answers = [given[0] for given in engine.generate(prompts, sampling, 0, lambda ended, tokens: None)]
     theirs, as_text = [answer.token_ids for answer in answers], any(answer.retokenised for answer in answers)
     players.become(START)
-    own = local_engine(recipe, players, packing)
+    own = local_engine(recipe, players, prefix_sharing)
     ours = [given[0].token_ids for given in own.generate(prompts, sampling, 0, lambda ended, tokens: None)]
     told: Callable[[list[int]], Any] = players.renderer.decode if as_text else list  # text may have had other tokens
     differ = [number for number, (mine, its) in enumerate(zip(ours, theirs, strict=True)) if told(mine) != told(its)]
@@ -157,7 +157,7 @@ def _about_engine(
     else:
         yield (
             f"engine: {len(ours) - len(differ)} of {len(ours)} greedy answers of the {name} engine are those of the "
-            f"transformers engine; {_first_difference(players, prompts, ours, theirs, differ[0], packing)}"
+            f"transformers engine; {_first_difference(players, prompts, ours, theirs, differ[0], prefix_sharing)}"
             + (" (or the text had other tokens there than are made of it here)" if as_text else "")
         )
     drawn = {generation.id: generation.token_ids for generation in sampled if generation.sample == 0}
@@ -175,7 +175,7 @@ def _first_difference(
     ours: list[list[int]],
     theirs: list[list[int]],
     number: int,
-    packing: str,
+    prefix_sharing: bool,
 ) -> str:
     """Where two answers part, and how far apart the model finds the two tokens there."""
     mine, its = ours[number], theirs[number]
@@ -183,7 +183,7 @@ def _first_difference(
     if same is None:
         return f"answer {number + 1} is {len(its)} tokens long there and {len(mine)} here, as far as that the same"
     tree = PrefixTree(prompts[number] + mine[:same], ([mine[same]], [its[same]]))
-    likely, less = players.response_logprobs([tree], packing)
+    likely, less = players.response_logprobs([tree], prefix_sharing)
     words = [repr(players.tokenizer.decode([ids[same]])) for ids in (its, mine)]
     verdict = (
         "as good as equally likely, so rounding decides"
@@ -212,12 +212,12 @@ def _about_regime(recipe: Recipe, players: Players, run: RunDir, *, warm: bool) 
         return "regime: not looked at, since the data's own pairs are trained on", []
     if not warm:
         return "regime: not looked at, since the warm-up, which this check leaves out, decides it", []
-    packing, budget = run.metadata("sft", START)["packing"], recipe.train.tokens_per_micro_batch
+    prefix_sharing, budget = run.metadata("sft", START)["prefix_sharing"], recipe.train.tokens_per_micro_batch
     nll, own, longest = {}, [], 0
     for split in ("train", "heldout"):
         examples = list(read_lines(run.examples(split), Example))
         longest = max(longest, *(len(one.response_ids) for one in examples))
-        nll[split] = statistics.fmean(real_nll_and_margins(players, examples, packing, budget).nll)
+        nll[split] = statistics.fmean(real_nll_and_margins(players, examples, prefix_sharing, budget).nll)
         drawn = list(read_lines(run.generations(0, split, 0), Generation))
         own += [(-one.logprob, len(one.token_ids)) for one in drawn if one.logprob is not None]
     samples = sum(value for value, _ in own) / sum(tokens for _, tokens in own) if own else None
@@ -250,14 +250,14 @@ def _about_regime(recipe: Recipe, players: Players, run: RunDir, *, warm: bool) 
     return regime, advice
 
 
-def _about_first_step(recipe: Recipe, players: Players, items: list[Item], packing: str) -> str:
+def _about_first_step(recipe: Recipe, players: Players, items: list[Item], prefix_sharing: bool) -> str:
     players.logprobs.eval()
     objective = pair_objective(recipe.model_copy(update={"objective": Objective()}), 0)
     total = 0.0
     for item in items:
         with torch.no_grad():
             total += objective(
-                players.logprobs(pack_batch([item.tree], packing).to(players.device)), [item]
+                players.logprobs(pack_batch([item.tree], prefix_sharing).to(players.device)), [item]
             ).loss.item()
     loss = total / sum(len(item.pairs) for item in items)
     gap = abs(loss - math.log(2))
@@ -269,7 +269,7 @@ def _about_first_step(recipe: Recipe, players: Players, items: list[Item], packi
     return f"first step: the loss is {loss:.6f} (ln 2 = 0.693147), so main player and opponent agree"
 
 
-def _about_precision(recipe: Recipe, players: Players, items: list[Item], packing: str) -> str:
+def _about_precision(recipe: Recipe, players: Players, items: list[Item], prefix_sharing: bool) -> str:
     """Margins of a slightly changed player in this precision and in float32."""
     if players.dtype == torch.float32:
         return "precision: float32, nothing to lose"
@@ -280,14 +280,14 @@ def _about_precision(recipe: Recipe, players: Players, items: list[Item], packin
     disable_dropout(exact)
     reference = LogProbs(exact).eval()
     weights = dict(exact.named_parameters())
-    before = _margins(players.logprobs, items, packing), _margins(reference, items, packing)
+    before = _margins(players.logprobs, items, prefix_sharing), _margins(reference, items, prefix_sharing)
     torch.manual_seed(recipe.seed)
     with torch.no_grad():
         for name, parameter in players.parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.01)
                 weights[name].copy_(parameter)
-    after = _margins(players.logprobs, items, packing), _margins(reference, items, packing)
+    after = _margins(players.logprobs, items, prefix_sharing), _margins(reference, items, prefix_sharing)
     players.changed()
     players.become(START)
     ours, theirs = after[0] - before[0], after[1] - before[1]
@@ -296,7 +296,7 @@ def _about_precision(recipe: Recipe, players: Players, items: list[Item], packin
     return f"precision: {players.dtype} misjudges margins by {error:.3f} rms, where they are {size:.3f} rms{advice}"
 
 
-def _about_quantization(recipe: Recipe, players: Players, items: list[Item], packing: str) -> str:
+def _about_quantization(recipe: Recipe, players: Players, items: list[Item], prefix_sharing: bool) -> str:
     """How far the model in 4 bits is from itself as it came, which is loaded beside it where there is room."""
     need = count(players.model.parameters()) * players.dtype.itemsize
     free = free_bytes(players.device)
@@ -307,7 +307,7 @@ def _about_quantization(recipe: Recipe, players: Players, items: list[Item], pac
         )
     plain = load_model(recipe.model, players.path, players.dtype).to(players.device)
     disable_dropout(plain)
-    ours, theirs = (_per_token(model, items, packing) for model in (players.logprobs, LogProbs(plain)))
+    ours, theirs = (_per_token(model, items, prefix_sharing) for model in (players.logprobs, LogProbs(plain)))
     real = torch.cat([torch.arange(len(item.tree.responses)) == 0 for item in items])
     apart = (ours - theirs).abs()
     return (
@@ -318,35 +318,35 @@ def _about_quantization(recipe: Recipe, players: Players, items: list[Item], pac
 
 
 @torch.no_grad()
-def _per_token(logprobs: LogProbs, items: list[Item], packing: str) -> torch.Tensor:
+def _per_token(logprobs: LogProbs, items: list[Item], prefix_sharing: bool) -> torch.Tensor:
     """Log-probability of each response divided by its tokens."""
     logprobs.eval()
     device = next(logprobs.parameters()).device
-    values = torch.cat([logprobs(pack_batch([item.tree], packing).to(device)).cpu() for item in items])
+    values = torch.cat([logprobs(pack_batch([item.tree], prefix_sharing).to(device)).cpu() for item in items])
     return values / torch.tensor([len(response) for item in items for response in item.tree.responses])
 
 
 @torch.no_grad()
-def _margins(logprobs: LogProbs, items: list[Item], packing: str) -> torch.Tensor:
+def _margins(logprobs: LogProbs, items: list[Item], prefix_sharing: bool) -> torch.Tensor:
     """log p(y) − log p(y') of each pair: [B]."""
     logprobs.eval()
     device = next(logprobs.parameters()).device
     found = []
     for item in items:
-        values = logprobs(pack_batch([item.tree], packing).to(device)).double().cpu()
+        values = logprobs(pack_batch([item.tree], prefix_sharing).to(device)).double().cpu()
         found += [values[real] - values[synthetic] for real, synthetic in item.pairs]
     return torch.stack(found)
 
 
-def _about_memory(recipe: Recipe, players: Players, items: list[Item], packing: str) -> str:
+def _about_memory(recipe: Recipe, players: Players, items: list[Item], prefix_sharing: bool) -> str:
     """One forward and backward pass over as many of these items as a micro-batch holds."""
-    chosen = micro_batches([item.tree for item in items], recipe.train.tokens_per_micro_batch, packing)[0]
+    chosen = micro_batches([item.tree for item in items], recipe.train.tokens_per_micro_batch, prefix_sharing)[0]
     part = [items[index] for index in chosen]
     objective = pair_objective(recipe, 0)
-    checkpointing = "on" if players.make_room(packing) else "off"
+    checkpointing = "on" if players.make_room(prefix_sharing) else "off"
     players.logprobs.train()
     began = time.monotonic()
-    layout = pack_batch([item.tree for item in part], packing).to(players.device)
+    layout = pack_batch([item.tree for item in part], prefix_sharing).to(players.device)
     objective(players.logprobs(layout), part).loss.backward()
     seconds = time.monotonic() - began
     players.model.zero_grad()

@@ -121,7 +121,7 @@ def test_a_run_without_a_start_is_refused(branch, tmp_path):
 def test_a_folder_that_has_another_start_is_refused(branch, world, cli, reference, tmp_path):
     source = shutil.copytree(reference, tmp_path / "source", symlinks=True)
     branch("selfplay.iterations=1")
-    change_marker(tmp_path / "branch" / "start" / "sft.done", packing="pair")
+    change_marker(tmp_path / "branch" / "start" / "sft.done", prefix_sharing=False)
     assert "has begun with another start than that of" in branch(source=source, code=2).message
 
 

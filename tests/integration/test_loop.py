@@ -524,8 +524,8 @@ def test_model_whose_attention_takes_no_trees_plays_one_response_per_row(world, 
     changes = (f"model.path={tmp_path / 'gpt-neo'}", "lora.dropout=0.0", "selfplay.iterations=1")
     said = cli("run", world.recipe, *changes, "--run-dir", "run", folder=tmp_path)
     run = tmp_path / "run"
-    assert "packing: one response per row" in said.err
-    assert json.loads((run / "start" / "sft.done").read_text())["packing"] == "pair"
+    assert "prefix sharing: off" in said.err
+    assert json.loads((run / "start" / "sft.done").read_text())["prefix_sharing"] is False
     theta = load_player(tmp_path / "gpt-neo", run / "start" / "player")
     for pair in read_pairs(run, 0, "train"):
         synthetic = naive_logprob(theta, pair["prompt_ids"], pair["synthetic_ids"])
@@ -569,7 +569,7 @@ def test_run_does_not_depend_on_the_folder_it_was_started_from(world, cli, refer
 def test_check(world, cli, tmp_path, setting, checkpointing):
     said = cli("check", world.recipe, f"train.gradient_checkpointing={setting}", folder=tmp_path)
     assert "the loss is 0.693147 (ln 2 = 0.693147)" in said.out
-    assert "packing: tree" in said.out
+    assert "prefix sharing: on" in said.out
     assert f"with gradient checkpointing {checkpointing}; peak memory" in said.out
     assert list(tmp_path.iterdir()) == []
 

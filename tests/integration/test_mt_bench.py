@@ -237,7 +237,7 @@ def test_the_second_turn_sees_the_first_answer(bench, judge, endpoint):
     for said, given in zip(QUESTIONS[1]["turns"], row["choices"][0]["turns"], strict=True):
         messages.append({"role": "user", "content": said})
         prompt = players.renderer.prompt_ids(messages)
-        ((answer,),) = local_engine(recipe, players, "tree").answer([prompt], sampling, 0, lambda ended, tokens: None)
+        ((answer,),) = local_engine(recipe, players, True).generate([prompt], sampling, 0, lambda ended, tokens: None)
         assert players.renderer.decode(answer.token_ids) == given
         messages.append({"role": "assistant", "content": given})
 

@@ -226,7 +226,7 @@ def ask(opponent: ServerOpponent, **how: Any) -> list[list[Any]]:
     stops = opponent.renderer.stop_ids
     settings: dict[str, Any] = {"temperature": 1.0, "top_p": 1.0, "max_new_tokens": 4, "max_length": 64, "samples": 2}
     counted: list[tuple[int, int]] = []
-    given = opponent.answer(PROMPTS, Sampling(stop_ids=stops, **(settings | how)), 3, lambda *new: counted.append(new))
+    given = opponent.generate(PROMPTS, Sampling(stop_ids=stops, **(settings | how)), 3, lambda *new: counted.append(new))
     assert sum(ended for ended, _ in counted) == len(PROMPTS) * 2
     return given
 

@@ -79,15 +79,15 @@ class Cost(TorchDispatchMode):
         return out
 
 
-def training(players: Players, part: list[Item], packing: str = "tree") -> None:
+def training(players: Players, part: list[Item], prefix_sharing: bool = True) -> None:
     players.logprobs.train()
-    layout = pack_batch([item.tree for item in part], packing)
+    layout = pack_batch([item.tree for item in part], prefix_sharing)
     pair_objective(players.recipe, 0)(players.logprobs(layout), part).loss.backward()
     players.model.zero_grad()
 
 
-def scoring(players: Players, part: list[Item], packing: str = "tree") -> None:
-    players.response_logprobs([item.tree for item in part], packing)
+def scoring(players: Players, part: list[Item], prefix_sharing: bool = True) -> None:
+    players.response_logprobs([item.tree for item in part], prefix_sharing)
 
 
 @pytest.mark.parametrize("work", [training, scoring])
@@ -109,7 +109,7 @@ def test_tokens_and_head_rows_of_a_tree(players: Players, work: Callable[..., No
 def test_what_is_counted_can_go_up(players: Players) -> None:
     """One response to a row costs the prompt again, and padding."""
     with Cost(players) as cost:
-        training(players, items(3, 2), "pair")
+        training(players, items(3, 2), False)
     assert cost.tokens == 3 * 3 * (PROMPT + REAL - 1)
 
 
@@ -134,9 +134,9 @@ def test_checkpointing_computes_every_token_once_more(players: Players) -> None:
 def test_generation_computes_each_prompt_once_and_no_padding(players: Players) -> None:
     """Prompts of different lengths, two samples each: the head sees one row for each token that is drawn."""
     prompts = [[5] * length for length in (7, 30, 11, 23)]
-    engine = LocalEngine(players.logprobs, 3, "tree")
+    engine = LocalEngine(players.logprobs, 3, True)
     with Cost(players) as cost, torch.inference_mode():
-        answers = engine.answer(prompts, Sampling(1.0, 1.0, 6, 500, 2, (50, 51, 52, 53, 54)), 0, lambda *_: None)
+        answers = engine.generate(prompts, Sampling(1.0, 1.0, 6, 500, 2, (50, 51, 52, 53, 54)), 0, lambda *_: None)
     drawn = sum(len(one.token_ids) for given in answers for one in given)
     again = 2  # a prompt whose second sample finds no row free beside its first
     assert cost.head_rows == drawn

@@ -114,7 +114,7 @@ def run_fit(
 ) -> list[dict[str, float]]:
     """Fit, and what was measured after each step."""
     steps: list[dict[str, float]] = []
-    defaults: dict[str, Any] = {"packing": "tree", "what": "test", "on_step": steps.append}
+    defaults: dict[str, Any] = {"prefix_sharing": True, "what": "test", "on_step": steps.append}
     fit(players, items, objective, how, checkpoints=folder / "checkpoints", **(defaults | options))
     return steps
 
@@ -157,7 +157,7 @@ def plain_gradient(players: Players, loss: Callable[[Callable[[Sequence[int], Se
 def test_a_step_has_the_gradient_of_the_mean_over_pairs(
     new_players: NewPlayers, seen: list[list[Tensor]], tmp_path: Path, lora: Any
 ) -> None:
-    """Whatever the micro-batches and the packing: the loss of 9 pairs in 6 trees, worked out pair by pair."""
+    """Whatever the micro-batches and prefix sharing: the loss of 9 pairs in 6 trees, worked out pair by pair."""
     items = pair_items(6, synthetic=(1, 2))
     how = replace(HOW, batch_size=100, optimizer="sgd", learning_rate=0.0)
     recipe: dict[str, Any] = {"lora": lora, "objective": {"beta": 0.05, "nll_weight": 0.3}}
@@ -174,12 +174,12 @@ def test_a_step_has_the_gradient_of_the_mean_over_pairs(
 
     players = new_players(**recipe)
     value, expected = plain_gradient(players, naive)
-    for number, (budget, packing) in enumerate(
-        [(10**6, "tree"), (1, "tree"), (25, "tree"), (10**6, "pair"), (25, "pair")]
+    for number, (budget, prefix_sharing) in enumerate(
+        [(10**6, True), (1, True), (25, True), (10**6, False), (25, False)]
     ):
         folder = tmp_path / str(number)
         changed = replace(how, tokens_per_micro_batch=budget)
-        (step,) = run_fit(players, items, spin_of(players), changed, folder, packing=packing)
+        (step,) = run_fit(players, items, spin_of(players), changed, folder, prefix_sharing=prefix_sharing)
         assert step["loss"] == pytest.approx(value, rel=1e-5)
         assert step["grad_norm"] == pytest.approx(math.sqrt(sum(g.square().sum().item() for g in expected)), rel=1e-4)
         assert apart(seen[-1], expected) < 1e-5
@@ -220,7 +220,7 @@ def test_the_first_loss_is_ln_2(new_players: NewPlayers, tmp_path: Path) -> None
     players = new_players(lora={"r": 4}, objective={"beta": 5.0})
     items = pair_items(5)
     for number, item in enumerate(items.items):
-        opponent = tuple(players.response_logprobs([item.tree], "tree"))
+        opponent = tuple(players.response_logprobs([item.tree], True))
         items.items[number] = replace(item, opponent=opponent)  # type: ignore[index]
     (step,) = run_fit(players, items, spin_of(players), replace(HOW, batch_size=100), tmp_path)
     assert step["loss"] == pytest.approx(math.log(2), abs=1e-4)
@@ -348,7 +348,7 @@ def test_epochs_and_seeds_differ_in_order() -> None:
 
 
 @pytest.mark.parametrize(
-    ("schedule", "sft", "expected"),
+    ("schedule", "warmup", "expected"),
     [
         ("linear", 0.2, [0.5, 1.0, 1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125]),
         ("linear", 0.0, [1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1]),
@@ -589,7 +589,7 @@ def test_a_player_that_is_not_finite_is_neither_loaded_nor_measured(new_players:
     tree = PrefixTree(ids(4, 1), (ids(3, 2), ids(5, 3)))
     for measure in (players.response_logprobs, players.read):
         with pytest.raises(ModelError, match=r"player: its log-probabilities are not finite"):
-            measure([tree], "tree")
+            measure([tree], True)
     (path,) = players.run.player(0).glob("*.safetensors")
     tensors = load_file(path)
     next(iter(tensors.values())).view(-1)[0] = math.inf
@@ -603,7 +603,7 @@ def test_a_gradient_that_is_not_finite_leaves_the_weights_alone(new_players: New
     """Two responses at equal distance from their opponent, at a β so large that only the gradient overflows."""
     players = new_players(lora={"r": 4}, objective={"beta": 1e30})
     tree = PrefixTree(ids(4, 1), (ids(3, 2), ids(5, 3)))
-    items = InMemory([Item(tree, tuple(players.response_logprobs([tree], "tree")), ((0, 1),))], [1])
+    items = InMemory([Item(tree, tuple(players.response_logprobs([tree], True)), ((0, 1),))], [1])
     before = weights_of(players)
     with pytest.raises(TrainingError, match=r"gradient's norm inf"):
         run_fit(players, items, spin_of(players), HOW, tmp_path)

@@ -73,8 +73,8 @@ def test_standard_error(values, error):
 
 def test_summarise():
     answers = [
-        answer("a", token_ids=[1], finished=True, identical=True, repetition=0.0, nll=1.0, task_score=1.0),
-        answer("b", token_ids=[1, 2, 3], finished=False, identical=False, repetition=0.5, nll=3.0, task_score=0.0),
+        answer("a", token_ids=[1], finished=True, identical=True, repeated_4grams=0.0, nll=1.0, task_score=1.0),
+        answer("b", token_ids=[1, 2, 3], finished=False, identical=False, repeated_4grams=0.5, nll=3.0, task_score=0.0),
     ]
     summary = summarise(answers)
     intervals = summary.pop("intervals")

@@ -23,7 +23,7 @@ from spinlm.model.prefix_trees import PrefixTree, pack_batch
 from spinlm.rundir.layout import RunDir
 from spinlm.training.activation_checkpointing import switch_checkpointing
 
-PACKINGS = ("tree", "pair")
+SHARINGS = (True, False)
 TAKES_TREES = ("llama", "mistral", "qwen2", "gemma2", "gpt2", "gpt_neox")
 V = 97
 
@@ -77,26 +77,26 @@ def assert_same_gradients(ours: dict[str, Tensor], theirs: dict[str, Tensor], to
     assert max(wrong.values()) <= tolerance, {name: error for name, error in wrong.items() if error > tolerance}
 
 
-def assert_parity(model: Any, packing: str, change: Callable[[Any], object] = lambda model: None) -> None:
+def assert_parity(model: Any, prefix_sharing: bool, change: Callable[[Any], object] = lambda model: None) -> None:
     """Log-probabilities and all gradients equal the plain ones to 1e-5, relatively, whatever is changed in between."""
     plain = plain_logprobs(model)
     theirs = gradients(model, plain)
 
     change(model)
-    packed = LogProbs(model)(pack_batch(TREES, packing))
+    packed = LogProbs(model)(pack_batch(TREES, prefix_sharing))
     ours = gradients(model, packed)
 
     assert ((packed - plain).abs() / plain.abs()).max() <= 1e-5
     assert_same_gradients(ours, theirs)
 
 
-@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("prefix_sharing", SHARINGS)
 @pytest.mark.parametrize("architecture", TAKES_TREES)
-def test_log_probabilities_and_gradients_are_the_plain_ones(architecture: str, packing: str) -> None:
-    assert_parity(tiny_model(architecture, vocabulary=V), packing)
+def test_log_probabilities_and_gradients_are_the_plain_ones(architecture: str, prefix_sharing: bool) -> None:
+    assert_parity(tiny_model(architecture, vocabulary=V), prefix_sharing)
 
 
-@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("prefix_sharing", SHARINGS)
 @pytest.mark.parametrize(
     ("architecture", "changes"),
     [
@@ -108,22 +108,22 @@ def test_log_probabilities_and_gradients_are_the_plain_ones(architecture: str, p
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
-def test_every_shape_of_head(architecture: str, changes: dict[str, Any], packing: str) -> None:
+def test_every_shape_of_head(architecture: str, changes: dict[str, Any], prefix_sharing: bool) -> None:
     model = tiny_model(architecture, vocabulary=V, **changes)
     head = model.get_output_embeddings()
     if getattr(head, "bias", None) is not None:
         nn.init.normal_(head.bias)
-    assert_parity(model, packing)
+    assert_parity(model, prefix_sharing)
 
 
-@pytest.mark.parametrize("packing", PACKINGS)
-def test_gpt_neo_cannot_take_trees_but_pairs(packing: str) -> None:
+@pytest.mark.parametrize("prefix_sharing", SHARINGS)
+def test_gpt_neo_cannot_take_trees_but_pairs(prefix_sharing: bool) -> None:
     model = tiny_model("gpt_neo", vocabulary=V)
-    if packing == "pair":
-        assert_parity(model, packing)
+    if not prefix_sharing:
+        assert_parity(model, prefix_sharing)
     else:
         with pytest.raises(ModelError, match="its attention cannot be exchanged"):
-            parity_gap(LogProbs(model), TREES, packing)
+            parity_gap(LogProbs(model), TREES, prefix_sharing)
 
 
 def with_adapter(architecture: str, **settings: Any) -> Any:
@@ -136,26 +136,26 @@ def with_adapter(architecture: str, **settings: Any) -> Any:
     return model.eval()
 
 
-@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("prefix_sharing", SHARINGS)
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2"])
-def test_adapters_have_the_plain_gradients(architecture: str, packing: str) -> None:
+def test_adapters_have_the_plain_gradients(architecture: str, prefix_sharing: bool) -> None:
     model = with_adapter(architecture)
     with model.disable_adapter():
         base = plain_logprobs(model)
     assert (plain_logprobs(model) - base).abs().max() > 1  # the adapter matters, so that parity says something
-    assert_parity(model, packing)
+    assert_parity(model, prefix_sharing)
 
 
-@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("prefix_sharing", SHARINGS)
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2", "gemma2", "gpt2", "gpt_neox"])
 def test_fused_layers_have_the_plain_gradients(
-    monkeypatch: pytest.MonkeyPatch, architecture: str, packing: str
+    monkeypatch: pytest.MonkeyPatch, architecture: str, prefix_sharing: bool
 ) -> None:
     """In a row that is padded to a whole block, too."""
     monkeypatch.setattr(trees_module, "BLOCK", 16)
-    padding = pack_batch(TREES, "tree").input_ids.shape[1] - sum(map(len, TREES))
+    padding = pack_batch(TREES, True).input_ids.shape[1] - sum(map(len, TREES))
     assert padding > 0
-    assert_parity(with_adapter(architecture), packing, fuse)
+    assert_parity(with_adapter(architecture), prefix_sharing, fuse)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
@@ -168,23 +168,23 @@ def test_gradient_checkpointing_changes_nothing_to_the_bit(dropout: float) -> No
     for on in (False, True, False):
         switch_checkpointing(logprobs.causal, on=on)
         torch.manual_seed(6)
-        values = logprobs(pack_batch(TREES, "tree"))
+        values = logprobs(pack_batch(TREES, True))
         found.append({"values": values.detach(), **gradients(model, values)})
     for other in found[1:]:
         assert all(torch.equal(other[name], found[0][name]) for name in found[0])
 
 
-@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("prefix_sharing", SHARINGS)
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "cohere", "phi"])
-def test_frozen_and_trained_head_give_the_same_hidden_gradients(architecture: str, packing: str) -> None:
+def test_frozen_and_trained_head_give_the_same_hidden_gradients(architecture: str, prefix_sharing: bool) -> None:
     changes = {"final_logit_softcapping": 0.7} if architecture == "gemma2" else {}
     model = tiny_model(architecture, vocabulary=V, tie_word_embeddings=False, **changes)
     logprobs = LogProbs(model)
-    values = logprobs(pack_batch(TREES, packing))
+    values = logprobs(pack_batch(TREES, prefix_sharing))
     trained = gradients(model, values)
     for parameter in model.get_output_embeddings().parameters():
         parameter.requires_grad_(False)
-    frozen_values = logprobs(pack_batch(TREES, packing))
+    frozen_values = logprobs(pack_batch(TREES, prefix_sharing))
     frozen = gradients(model, frozen_values)
 
     assert torch.equal(frozen_values, values)
@@ -200,7 +200,7 @@ def test_chunks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch, frozen
     found = []
     for rows in (1000, 16, 17):  # 44 predicted tokens
         monkeypatch.setattr(logprobs_module, "CHUNK_ELEMENTS", rows * V)
-        values = logprobs(pack_batch(TREES, "tree"))
+        values = logprobs(pack_batch(TREES, True))
         found.append((values.detach(), gradients(model, values)))
     for values, grads in found[1:]:
         torch.testing.assert_close(values, found[0][0], rtol=1e-6, atol=0)
@@ -221,8 +221,10 @@ class LargestLogits(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trained"])
-@pytest.mark.parametrize("packing", PACKINGS)
-def test_logits_are_never_held_but_for_one_chunk(monkeypatch: pytest.MonkeyPatch, packing: str, frozen: bool) -> None:
+@pytest.mark.parametrize("prefix_sharing", SHARINGS)
+def test_logits_are_never_held_but_for_one_chunk(
+    monkeypatch: pytest.MonkeyPatch, prefix_sharing: bool, frozen: bool
+) -> None:
     rows = 16  # of 44 predicted tokens
     monkeypatch.setattr(logprobs_module, "CHUNK_ELEMENTS", rows * V)
     model = tiny_model("llama", vocabulary=V)
@@ -230,7 +232,7 @@ def test_logits_are_never_held_but_for_one_chunk(monkeypatch: pytest.MonkeyPatch
     with LargestLogits() as plain:
         gradients(model, plain_logprobs(model))
     with LargestLogits() as ours:
-        gradients(model, LogProbs(model)(pack_batch(TREES, packing)))
+        gradients(model, LogProbs(model)(pack_batch(TREES, prefix_sharing)))
     assert plain.largest == max(len(prompt) + len(response) for prompt, response in RESPONSES) * V  # it can see them
     assert ours.largest == rows * V
 
@@ -245,20 +247,20 @@ def test_head_shape_by_hand() -> None:
 
 def test_tokens_add_up_to_responses() -> None:
     logprobs = LogProbs(tiny_model("llama", vocabulary=V))
-    layout = pack_batch(TREES, "tree")
+    layout = pack_batch(TREES, True)
     length_normalize = logprobs.tokens(layout)
     assert length_normalize.shape == (sum(len(response) for _, response in RESPONSES),)
     sums = [part.sum() for part in length_normalize.split([len(response) for _, response in RESPONSES])]
     torch.testing.assert_close(logprobs(layout), torch.stack(sums))
 
 
-@pytest.mark.parametrize("packing", PACKINGS)
-def test_reading_gives_log_probabilities_and_the_mean_state_of_each_response(packing: str) -> None:
+@pytest.mark.parametrize("prefix_sharing", SHARINGS)
+def test_reading_gives_log_probabilities_and_the_mean_state_of_each_response(prefix_sharing: bool) -> None:
     model = tiny_model("llama", vocabulary=V).eval()
     bodies = [model.model(torch.tensor([[*prompt, *response]])).last_hidden_state[0] for prompt, response in RESPONSES]
     states = [body[len(prompt) - 1 : -1].mean(dim=0) for body, (prompt, _) in zip(bodies, RESPONSES, strict=True)]
     logprobs = LogProbs(model)
-    layout = pack_batch(TREES, packing)
+    layout = pack_batch(TREES, prefix_sharing)
     values, features = logprobs.read(layout)
     torch.testing.assert_close(values, logprobs(layout))
     torch.testing.assert_close(features, torch.stack(states), rtol=1e-4, atol=1e-5)
@@ -268,10 +270,10 @@ def test_reading_gives_log_probabilities_and_the_mean_state_of_each_response(pac
 def test_a_token_changes_only_what_follows_it_in_its_own_branch(architecture: str) -> None:
     """Per-token log-probabilities, to a rounding error."""
     logprobs = LogProbs(tiny_model(architecture, vocabulary=V))
-    before = logprobs.tokens(pack_batch(TREES, "tree"))
+    before = logprobs.tokens(pack_batch(TREES, True))
     first, second, third = TREES[0].responses
     other = [*second[:3], 3 + (second[3] - 2) % (V - 3), *second[4:]]
-    after = logprobs.tokens(pack_batch([PrefixTree(TREES[0].prompt, (first, other, third)), *TREES[1:]], "tree"))
+    after = logprobs.tokens(pack_batch([PrefixTree(TREES[0].prompt, (first, other, third)), *TREES[1:]], True))
 
     apart = (before - after).abs()
     start = len(first) + 3  # the changed token itself is predicted differently, and all that follow it
@@ -283,8 +285,8 @@ def test_a_token_changes_only_what_follows_it_in_its_own_branch(architecture: st
 def test_computing_in_bfloat16_over_float32_weights() -> None:
     model = tiny_model("llama", vocabulary=V)
     exact, rough = LogProbs(model), LogProbs(model, autocast=torch.bfloat16)
-    for packing in PACKINGS:
-        layout = pack_batch(TREES, packing)
+    for prefix_sharing in SHARINGS:
+        layout = pack_batch(TREES, prefix_sharing)
         gap = ((exact(layout) - rough(layout)).abs() / torch.tensor([len(r) for _, r in RESPONSES])).max()
         assert 1e-4 < gap < 0.15
         assert {gradient.dtype for gradient in gradients(model, rough(layout)).values()} == {torch.float32}
@@ -292,7 +294,7 @@ def test_computing_in_bfloat16_over_float32_weights() -> None:
 
 def test_a_head_with_a_bias_in_bfloat16_over_float32_weights() -> None:
     model = tiny_model("phi", vocabulary=V)
-    assert parity_gap(LogProbs(model, autocast=torch.bfloat16), TREES, "pair") < 0.15
+    assert parity_gap(LogProbs(model, autocast=torch.bfloat16), TREES, False) < 0.15
 
 
 def test_an_adapter_on_the_head_is_refused() -> None:
@@ -319,30 +321,30 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.mark.parametrize(
     ("architecture", "wanted", "chosen"),
     [
-        ("llama", "auto", "tree"),
-        ("llama", "tree", "tree"),
-        ("llama", "pair", "pair"),
-        ("mistral", "auto", "tree"),
-        ("gpt_neo", "auto", "pair"),
-        ("gpt_neo", "pair", "pair"),
-        ("bloom", "auto", "pair"),
-        ("stablelm", "auto", "pair"),  # does not hand down what the tree attention needs
-        ("stablelm", "pair", "pair"),
-        ("nemotron", "auto", "pair"),
+        ("llama", "auto", True),
+        ("llama", "tree", True),
+        ("llama", "pair", False),
+        ("mistral", "auto", True),
+        ("gpt_neo", "auto", False),
+        ("gpt_neo", "pair", False),
+        ("bloom", "auto", False),
+        ("stablelm", "auto", False),  # does not hand down what the tree attention needs
+        ("stablelm", "pair", False),
+        ("nemotron", "auto", False),
     ],
 )
-def test_packing_is_what_the_model_can_take(
+def test_prefix_sharing_is_what_the_model_can_take(
     saved: Any, tmp_path: Path, architecture: str, wanted: str, chosen: str
 ) -> None:
     recipe = tiny_recipe(saved(architecture), lora={"r": 4}, train={"packing": wanted})
-    assert Players(recipe, RunDir(tmp_path)).packing(TREES) == chosen
+    assert Players(recipe, RunDir(tmp_path)).measure_prefix_sharing(TREES) == chosen
 
 
 @pytest.mark.parametrize("architecture", ["gpt_neo", "stablelm"])
 def test_trees_where_the_model_cannot_take_them_are_an_error(saved: Any, tmp_path: Path, architecture: str) -> None:
     recipe = tiny_recipe(saved(architecture), lora={"r": 4}, train={"packing": "tree"})
-    with pytest.raises(ModelError, match=r"cannot take prompt trees.*Set train\.packing: auto or pair"):
-        Players(recipe, RunDir(tmp_path)).packing(TREES)
+    with pytest.raises(ModelError, match=r"cannot take prefix trees.*Set train\.packing: auto or pair"):
+        Players(recipe, RunDir(tmp_path)).measure_prefix_sharing(TREES)
 
 
 @pytest.mark.parametrize("architecture", ["gpt_neo", "gptj", "bloom"])
@@ -351,17 +353,17 @@ def test_bfloat16_does_not_hide_that_a_model_cannot_take_trees(saved: Any, tmp_p
     trees = [PrefixTree(ids(60, 10), (ids(4, 11), ids(5, 12))), PrefixTree(ids(40, 13), (ids(6, 14), ids(3, 15)))]
     for dtype in ("float32", "bfloat16"):
         recipe = tiny_recipe(saved(architecture), lora={"r": 4}, model={"dtype": dtype})
-        assert Players(recipe, RunDir(tmp_path / dtype)).packing(trees) == "pair", dtype
+        assert Players(recipe, RunDir(tmp_path / dtype)).measure_prefix_sharing(trees) is False, dtype
 
 
 def test_bfloat16_does_not_stand_in_the_way_of_trees(saved: Any, tmp_path: Path) -> None:
     recipe = tiny_recipe(saved("llama"), lora={"r": 4}, model={"dtype": "bfloat16"})
-    assert Players(recipe, RunDir(tmp_path)).packing(TREES) == "tree"
+    assert Players(recipe, RunDir(tmp_path)).measure_prefix_sharing(TREES) is True
 
 
-def test_packing_is_decided_once_for_a_run(saved: Any, tmp_path: Path) -> None:
+def test_prefix_sharing_is_decided_once_for_a_run(saved: Any, tmp_path: Path) -> None:
     recipe = tiny_recipe(saved("llama"), lora={"r": 4})
-    assert Players(recipe, RunDir(tmp_path)).packing(TREES) == "tree"
-    noted = tmp_path / "packing.json"
-    noted.write_text(noted.read_text().replace('"packing": "tree"', '"packing": "pair"'))
-    assert Players(recipe, RunDir(tmp_path)).packing(TREES) == "pair"
+    assert Players(recipe, RunDir(tmp_path)).measure_prefix_sharing(TREES) is True
+    noted = tmp_path / "prefix_sharing.json"
+    noted.write_text(noted.read_text().replace('"prefix_sharing": true', '"prefix_sharing": false'))
+    assert Players(recipe, RunDir(tmp_path)).measure_prefix_sharing(TREES) is False

@@ -29,16 +29,16 @@ def test_the_plan_counts_what_is_kept(model: Path, tmp_path: Path) -> None:
     ours = players(model, tmp_path)
     shape = shape_from_config(ours.logprobs.causal.config.to_dict())
     planned = shape.activation_bytes(4, 128, Lora(), checkpointing=False)
-    assert planned / 1.5 < saved_activation_bytes(ours.logprobs, "tree", 128) < planned * 1.5
+    assert planned / 1.5 < saved_activation_bytes(ours.logprobs, True, 128) < planned * 1.5
 
 
 def test_what_grows_with_the_row_is_counted(tmp_path: Path) -> None:
     """Attention that is not fused keeps its weights: a float32 number for each pair of tokens, 4 heads and 2 layers."""
     neo = players(save_tiny_model(tmp_path / "neo", "gpt_neo", max_position_embeddings=256), tmp_path / "run")
-    short, long = (saved_activation_bytes(neo.logprobs, "pair", row) for row in (200, 1200))
+    short, long = (saved_activation_bytes(neo.logprobs, False, row) for row in (200, 1200))
     assert long - short == 1000 * 4 * 2 * 4
     fused = players(save_tiny_model(tmp_path / "llama"), tmp_path / "other")
-    assert saved_activation_bytes(fused.logprobs, "pair", 1200) == saved_activation_bytes(fused.logprobs, "pair", 200)
+    assert saved_activation_bytes(fused.logprobs, False, 1200) == saved_activation_bytes(fused.logprobs, False, 200)
 
 
 def on(ours: Players) -> bool:
@@ -47,21 +47,21 @@ def on(ours: Players) -> bool:
 
 def test_checkpointing_keeps_less_and_leaves_nothing_behind(model: Path, tmp_path: Path) -> None:
     ours = players(model, tmp_path, gradient_checkpointing=True)
-    kept = saved_activation_bytes(ours.logprobs, "tree", 100)
+    kept = saved_activation_bytes(ours.logprobs, True, 100)
     for _ in range(2):
-        assert ours.make_room("tree") and on(ours)
-    assert saved_activation_bytes(ours.logprobs, "tree", 100) < kept / 3
+        assert ours.make_room(True) and on(ours)
+    assert saved_activation_bytes(ours.logprobs, True, 100) < kept / 3
     switch_checkpointing(ours.logprobs.causal, on=False)
-    assert not on(ours) and saved_activation_bytes(ours.logprobs, "tree", 100) == kept
+    assert not on(ours) and saved_activation_bytes(ours.logprobs, True, 100) == kept
     assert not ours.logprobs.causal.get_input_embeddings()._forward_hooks
 
 
 def bytes_needed(ours: Players, copy: int = 0) -> float:
     """What the largest micro-batch keeps, and gradients, optimiser state and a copy, which are still to come."""
-    kept = saved_activation_bytes(ours.logprobs, "tree", ours.recipe.train.max_length)
+    kept = saved_activation_bytes(ours.logprobs, True, ours.recipe.train.max_length)
     trained = sum(parameter.numel() for _, parameter in ours.parameters())
     state = 4 + optimizer_bytes(ours.recipe.train.optimizer) + copy
-    return MEMORY_MARGIN * ours.recipe.max_micro_batch_tokens("tree") * kept + trained * state
+    return MEMORY_MARGIN * ours.recipe.max_micro_batch_tokens(True) * kept + trained * state
 
 
 @pytest.mark.parametrize(("more", "needed"), [(-2, True), (2, False)])
@@ -75,9 +75,9 @@ def test_checkpointing_by_need(
     need = bytes_needed(ours, copy=2 if dtype == "bfloat16" else 0)
     monkeypatch.setattr(activation_checkpointing, "free_memory", lambda: int(need + more))
     for _ in range(2):  # what is kept with it on says nothing about what would be without
-        assert ours.make_room("tree") == on(ours) == needed
+        assert ours.make_room(True) == on(ours) == needed
     monkeypatch.setattr(activation_checkpointing, "free_memory", lambda: int(2 * need))
-    assert not ours.make_room("tree") and not on(ours)  # off again when there is room
+    assert not ours.make_room(True) and not on(ours)  # off again when there is room
 
 
 def test_a_model_that_cannot_checkpoint_is_left_alone(
@@ -86,7 +86,7 @@ def test_a_model_that_cannot_checkpoint_is_left_alone(
     ours = players(model, tmp_path)
     monkeypatch.setattr(ours.logprobs.causal, "supports_gradient_checkpointing", False)
     monkeypatch.setattr(activation_checkpointing, "free_memory", lambda: 0)
-    assert not ours.make_room("tree") and not on(ours)
+    assert not ours.make_room(True) and not on(ours)
 
 
 def test_the_largest_micro_batch_is_the_budget_or_a_longer_prompt_with_its_responses(model: Path) -> None:
@@ -95,10 +95,10 @@ def test_the_largest_micro_batch_is_the_budget_or_a_longer_prompt_with_its_respo
         "selfplay": {"iterations": 4, "replay": 1},
     }
     recipe = tiny_recipe(model, **settings, train={"max_length": 100, "tokens_per_micro_batch": 50})
-    assert recipe.max_micro_batch_tokens("tree") == 100 + 4 * 10
-    assert recipe.max_micro_batch_tokens("pair") == 100 + 4 * 100
+    assert recipe.max_micro_batch_tokens(True) == 100 + 4 * 10
+    assert recipe.max_micro_batch_tokens(False) == 100 + 4 * 100
     recipe = tiny_recipe(model, **settings, train={"max_length": 100, "tokens_per_micro_batch": 700})
-    assert recipe.max_micro_batch_tokens("tree") == recipe.max_micro_batch_tokens("pair") == 700
+    assert recipe.max_micro_batch_tokens(True) == recipe.max_micro_batch_tokens(False) == 700
 
 
 def test_memory_is_what_the_system_and_the_container_allow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -172,7 +172,7 @@ def test_gradient_before_the_first_step(loss: str) -> None:
     trees = [PrefixTree([5, 9, 7, 11], ([20, 21, 22], [30, 31])), PrefixTree([8, 6], ([40], [41, 42, 43, 44]))]
     beta = 0.3
 
-    logprobs = LogProbs(model)(pack_batch(trees, "tree"))  # y, y' of each tree
+    logprobs = LogProbs(model)(pack_batch(trees, True))  # y, y' of each tree
     frozen = logprobs.detach()
     spin(logprobs[0::2], logprobs[1::2], frozen[0::2], frozen[1::2], beta=beta, loss=loss).mean().backward()
     ours = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from models import ARCHITECTURES, save_tiny_model, tiny_model, tiny_recipe
 from spinlm.generation import LocalEngine, local_engine
-from spinlm.generation.base import Answer, Progress
+from spinlm.generation.base import Progress, Response
 from spinlm.generation.local import sample
 from spinlm.model.attention import register_tree_attention
 from spinlm.model.decoding import RaggedRows
@@ -49,10 +49,10 @@ def answer(
     seed: int = 0,
     batch_size: int = 4,
     progress: Progress = lambda ended, tokens: None,
-    packing: str = "tree",
-) -> list[list[Answer]]:
-    engine = LocalEngine(LogProbs(model), batch_size, packing)
-    return engine.answer(prompts, sampling, seed, progress)
+    prefix_sharing: bool = True,
+) -> list[list[Response]]:
+    engine = LocalEngine(LogProbs(model), batch_size, prefix_sharing)
+    return engine.generate(prompts, sampling, seed, progress)
 
 
 def generated(model: Any, prompt: list[int], stop_ids: Sequence[int], limit: int) -> list[int]:
@@ -71,15 +71,15 @@ def generated(model: Any, prompt: list[int], stop_ids: Sequence[int], limit: int
 
 
 @pytest.mark.parametrize(
-    ("architecture", "packing"),
+    ("architecture", "prefix_sharing"),
     [
-        (name, packing)
+        (name, prefix_sharing)
         for name in ARCHITECTURES
-        for packing in ("tree", "pair")
-        if (name, packing) != ("gpt_neo", "tree")
+        for prefix_sharing in (True, False)
+        if (name, prefix_sharing) != ("gpt_neo", True)
     ],
 )
-def test_greedy_answers_are_those_of_transformers(architecture: str, packing: str) -> None:
+def test_greedy_answers_are_those_of_transformers(architecture: str, prefix_sharing: bool) -> None:
     model = tiny_model(architecture, vocabulary=V, tie_word_embeddings=False)  # tied, it repeats itself for ever
     free = [generated(model, prompt, [V + 1], 20) for prompt in PROMPTS]
     assert len({tuple(tokens) for tokens in free}) == len(PROMPTS) - 1
@@ -88,7 +88,9 @@ def test_greedy_answers_are_those_of_transformers(architecture: str, packing: st
     expected = [generated(model, prompt, stops, 20) for prompt in PROMPTS]
     assert len({len(tokens) for tokens in expected}) > 2
 
-    answers = [one for (one,) in answer(model, PROMPTS, Sampling(0.0, 1.0, 20, 1000, 1, stops), packing=packing)]
+    answers = [
+        one for (one,) in answer(model, PROMPTS, Sampling(0.0, 1.0, 20, 1000, 1, stops), prefix_sharing=prefix_sharing)
+    ]
 
     assert [one.token_ids for one in answers] == expected
     assert [one.finished for one in answers] == [tokens[-1] in stops for tokens in expected]
@@ -98,8 +100,10 @@ def test_greedy_answers_are_those_of_transformers(architecture: str, packing: st
 def test_batches_and_samples_do_not_change_greedy_answers() -> None:
     model = tiny_model("llama", vocabulary=V)
     alone = [one.token_ids for (one,) in answer(model, PROMPTS, GREEDY, batch_size=1)]
-    for packing in ("tree", "pair"):
-        together = answer(model, PROMPTS, Sampling(0.0, 1.0, 20, 1000, 3, (2,)), batch_size=7, packing=packing)
+    for prefix_sharing in (True, False):
+        together = answer(
+            model, PROMPTS, Sampling(0.0, 1.0, 20, 1000, 3, (2,)), batch_size=7, prefix_sharing=prefix_sharing
+        )
         assert [[one.token_ids for one in given] for given in together] == [[tokens] * 3 for tokens in alone]
 
 
@@ -109,8 +113,8 @@ def test_an_answer_depends_on_nothing_but_the_seed_and_its_prompts_place() -> No
     sampling = Sampling(1.0, 1.0, 12, 1000, 2, tuple(range(40, 50)))
     expected = [[one.token_ids for one in given] for given in answer(model, PROMPTS, sampling, batch_size=1)]
     assert len({len(tokens) for given in expected for tokens in given}) > 3
-    for batch_size, packing in ((2, "tree"), (5, "tree"), (100, "tree"), (5, "pair")):
-        found = answer(model, PROMPTS, sampling, batch_size=batch_size, packing=packing)
+    for batch_size, prefix_sharing in ((2, True), (5, True), (100, True), (5, False)):
+        found = answer(model, PROMPTS, sampling, batch_size=batch_size, prefix_sharing=prefix_sharing)
         assert [[one.token_ids for one in given] for given in found] == expected
 
 
@@ -163,31 +167,31 @@ def test_the_seed_decides_the_answers() -> None:
 def test_answers_are_the_current_players(tmp_path: Path, lora: Any) -> None:
     recipe = tiny_recipe(save_tiny_model(tmp_path / "model"), lora=lora)
     players = Players(recipe, RunDir(tmp_path / "run"))
-    engine = local_engine(recipe, players, "tree")
+    engine = local_engine(recipe, players, True)
     asked = (PROMPTS, GREEDY, 0, lambda ended, tokens: None)
     players.save(0)
-    before = engine.answer(*asked)
+    before = engine.generate(*asked)
     torch.manual_seed(3)
     with torch.no_grad():
         for _, parameter in players.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.2)
     players.changed()
     players.save(1)
-    after = engine.answer(*asked)
+    after = engine.generate(*asked)
     assert all(mine != theirs for mine, theirs in zip(before, after, strict=True))
     players.become(0)
-    assert engine.answer(*asked) == before
+    assert engine.generate(*asked) == before
     players.become(1)
-    assert engine.answer(*asked) == after
+    assert engine.generate(*asked) == after
 
 
 def test_answering_leaves_a_model_that_trains_and_scores() -> None:
     model = tiny_model("llama", vocabulary=V).train()
     logprobs = LogProbs(model)
-    layout = pack_batch([PrefixTree(ids(5, 1), (ids(4, 2), ids(3, 3)))], "tree")
+    layout = pack_batch([PrefixTree(ids(5, 1), (ids(4, 2), ids(3, 3)))], True)
     before = logprobs(layout)
-    for packing in ("tree", "pair"):
-        LocalEngine(logprobs, 4, packing).answer(PROMPTS, FREE, 0, lambda ended, tokens: None)
+    for prefix_sharing in (True, False):
+        LocalEngine(logprobs, 4, prefix_sharing).generate(PROMPTS, FREE, 0, lambda ended, tokens: None)
     after = logprobs(layout)
     assert torch.equal(before, after)
     after.sum().backward()
@@ -248,10 +252,10 @@ def test_progress_adds_up_to_the_answers_and_their_tokens() -> None:
 def test_the_samplers_log_probability_is_the_scorers(architecture: str, sampling: Sampling) -> None:
     """Whatever the temperature: it is that of the model itself."""
     model = tiny_model(architecture, vocabulary=V)
-    packing = "pair" if architecture == "gpt_neo" else "tree"
-    answers = answer(model, PROMPTS, sampling, packing=packing)
+    prefix_sharing = architecture != "gpt_neo"
+    answers = answer(model, PROMPTS, sampling, prefix_sharing=prefix_sharing)
     trees = [PrefixTree(p, tuple(one.token_ids for one in given)) for p, given in zip(PROMPTS, answers, strict=True)]
-    scored = LogProbs(model)(pack_batch(trees, "pair")).tolist()
+    scored = LogProbs(model)(pack_batch(trees, False)).tolist()
     assert [one.logprob for given in answers for one in given] == pytest.approx(scored, abs=1e-4)
 
 
@@ -260,19 +264,19 @@ def test_in_bfloat16_sampler_and_scorer_differ_by_its_rounding(architecture: str
     """Sharp attention, where a score that is rounded on the way shows."""
     model = tiny_model(architecture, vocabulary=V, spread=0.4).to(torch.bfloat16)
     gaps = {}
-    for packing in ("tree", "pair"):
-        answers = answer(model, PROMPTS, FREE, packing=packing)
+    for prefix_sharing in (True, False):
+        answers = answer(model, PROMPTS, FREE, prefix_sharing=prefix_sharing)
         trees = [
             PrefixTree(p, tuple(one.token_ids for one in given)) for p, given in zip(PROMPTS, answers, strict=True)
         ]
-        scored = iter(LogProbs(model)(pack_batch(trees, "pair")).tolist())
+        scored = iter(LogProbs(model)(pack_batch(trees, False)).tolist())
         found = [abs(one.logprob - next(scored)) / len(one.token_ids) for given in answers for one in given]
-        gaps[packing] = sum(found) / len(found)
-    assert gaps["tree"] < max(2 * gaps["pair"], 0.01)
+        gaps[prefix_sharing] = sum(found) / len(found)
+    assert gaps[True] < max(2 * gaps[False], 0.01)
 
 
-@pytest.mark.parametrize("packing", ["tree", "pair"])
-def test_answers_of_an_adapted_player_are_those_of_peft(packing: str) -> None:
+@pytest.mark.parametrize("prefix_sharing", [True, False])
+def test_answers_of_an_adapted_player_are_those_of_peft(prefix_sharing: bool) -> None:
     """Whose scale, alpha / r, is not 1."""
     model = add_adapter(tiny_model("llama", vocabulary=V, tie_word_embeddings=False), Lora(r=3, alpha=7.5), 0)
     plain = [generated(model.get_base_model(), prompt, [V + 1], 20) for prompt in PROMPTS]
@@ -283,7 +287,7 @@ def test_answers_of_an_adapted_player_are_those_of_peft(packing: str) -> None:
     expected = [generated(model.get_base_model(), prompt, [V + 1], 20) for prompt in PROMPTS]
     assert all(mine != theirs for mine, theirs in zip(plain, expected, strict=True))
     fuse(model)
-    found = answer(model, PROMPTS, Sampling(0.0, 1.0, 20, 1000, 1, ()), packing=packing)
+    found = answer(model, PROMPTS, Sampling(0.0, 1.0, 20, 1000, 1, ()), prefix_sharing=prefix_sharing)
     assert [one.token_ids for (one,) in found] == expected
 
 

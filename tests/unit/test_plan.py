@@ -156,7 +156,7 @@ def test_preferences_are_answered_by_the_data(tmp_path: Path) -> None:
     assert plan.work[1].generated == plan.work[0].generated == 2 * 5 * 2
     assert plan.work[1].generated_at_most == 2 * 5 * 256
     assert fact(plan, "synthetic response")[1].endswith("train.max_length")
-    assert plan.recipe.max_micro_batch_tokens("tree") == 2 * 2048
+    assert plan.recipe.max_micro_batch_tokens(True) == 2 * 2048
 
 
 def test_t_spin_computes_the_starting_players_response_too() -> None:
@@ -166,7 +166,7 @@ def test_t_spin_computes_the_starting_players_response_too() -> None:
         2 * 50_000 * (2048 + responses * 256) for responses in (1, 2, 3, 3)
     ]
     assert [work.pairs for work in one.work[1:]] == [50_000, 100_000, 100_000, 100_000]
-    assert one.recipe.max_micro_batch_tokens("pair") == max(one.recipe.train.tokens_per_micro_batch, 4 * 2048)
+    assert one.recipe.max_micro_batch_tokens(False) == max(one.recipe.train.tokens_per_micro_batch, 4 * 2048)
 
 
 def test_warm_up_is_planned_before_iteration_0() -> None:
@@ -758,7 +758,7 @@ def test_what_a_run_has_seen_goes_before_estimates(tmp_path: Path) -> None:
 @pytest.mark.parametrize("gpu", [False, True])
 def test_this_machines_kind_of_device_comes_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, gpu: bool) -> None:
     (tmp_path / ("nvidia3" if gpu else "nvidia-caps")).write_text("")
-    monkeypatch.setattr("spinlm.machine.DEVICES", tmp_path)
+    monkeypatch.setattr("spinlm.utils.hardware.DEVICES", tmp_path)
     shown = text(make_plan(recipe()))
     assert (shown.index("one GPU") < shown.index("one CPU")) == gpu
 

@@ -128,11 +128,11 @@ def test_a_player_says_what_it_is_and_not_whose_folders_it_came_from(saved: Any,
     assert str(saved().parent) not in card
 
 
-@pytest.mark.parametrize("packing", ["tree", "pair"])
-def test_plain_peft_loads_a_saved_adapter(saved: Any, tmp_path: Path, packing: str) -> None:
+@pytest.mark.parametrize("prefix_sharing", [True, False])
+def test_plain_peft_loads_a_saved_adapter(saved: Any, tmp_path: Path, prefix_sharing: bool) -> None:
     players = Players(tiny_recipe(saved(), lora=LORA), RunDir(tmp_path))
     change(players, 1)
-    players.response_logprobs(TREES, packing)  # whatever attention was last in use
+    players.response_logprobs(TREES, prefix_sharing)  # whatever attention was last in use
     players.save(0)
     players.logprobs.use_attention(tree=False)
 
@@ -146,12 +146,14 @@ def test_plain_peft_loads_a_saved_adapter(saved: Any, tmp_path: Path, packing: s
     assert (folder / "adapter_model.safetensors").stat().st_size < (saved() / "model.safetensors").stat().st_size / 2
 
 
-@pytest.mark.parametrize("packing", ["tree", "pair"])
+@pytest.mark.parametrize("prefix_sharing", [True, False])
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2"])
-def test_plain_transformers_loads_a_saved_model(saved: Any, tmp_path: Path, architecture: str, packing: str) -> None:
+def test_plain_transformers_loads_a_saved_model(
+    saved: Any, tmp_path: Path, architecture: str, prefix_sharing: bool
+) -> None:
     players = Players(tiny_recipe(saved(architecture)), RunDir(tmp_path))
     change(players, 1)
-    players.response_logprobs(TREES, packing)
+    players.response_logprobs(TREES, prefix_sharing)
     players.save(0)
     players.logprobs.use_attention(tree=False)
 
@@ -235,7 +237,7 @@ DROPOUT: dict[str, dict[str, float]] = {
 def test_a_player_in_training_computes_what_it_computes_in_scoring(architecture: str) -> None:
     model = tiny_model(architecture, **DROPOUT[architecture])
     logprobs = LogProbs(model)
-    layout = pack_batch(TREES, "pair")
+    layout = pack_batch(TREES, False)
     exact = logprobs(layout)
     assert (logprobs.train()(layout) - exact).abs().max() > 1e-3  # there is dropout to silence
     disable_dropout(model)
@@ -281,7 +283,7 @@ def test_where_bfloat16_is_used(saved: Any, tmp_path: Path) -> None:
     assert full.logprobs.autocast == torch.bfloat16
 
     for players in (lora, full):
-        assert players.logprobs(pack_batch(TREES, "tree")).dtype == torch.float32
+        assert players.logprobs(pack_batch(TREES, True)).dtype == torch.float32
 
 
 # Finding the model
@@ -375,8 +377,8 @@ def test_attention_is_chosen(saved: Any, tmp_path: Path) -> None:
     register_tree_attention()
     for wanted, used in (("auto", "sdpa"), ("sdpa", "sdpa"), ("eager", "eager")):
         players = Players(tiny_recipe(saved(), lora=LORA, model={"attention": wanted}), RunDir(tmp_path))
-        players.response_logprobs(TREES, "tree")
-        players.response_logprobs(TREES, "pair")
+        players.response_logprobs(TREES, True)
+        players.response_logprobs(TREES, False)
         assert players.logprobs.causal.config._attn_implementation == used
 
 

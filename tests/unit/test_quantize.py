@@ -89,10 +89,12 @@ def test_logprobs_and_gradients_are_those_of_peft(saved: Any, tmp_path: Path, ar
     stir(players.model)
     reference = plain(saved(architecture), **more)
     expected = torch.stack([logprob(reference, tree.prompt, one) for tree in TREES for one in tree.responses])
-    packing = "pair" if architecture == "gpt_neo" else "tree"
-    scored = players.response_logprobs(TREES, packing)  # first, since it is there that bitsandbytes changes its mind
+    prefix_sharing = architecture != "gpt_neo"
+    scored = players.response_logprobs(
+        TREES, prefix_sharing
+    )  # first, since it is there that bitsandbytes changes its mind
     torch.testing.assert_close(torch.tensor(scored), expected.detach(), **EXACT)
-    ours = players.logprobs.train()(pack_batch(TREES, packing))
+    ours = players.logprobs.train()(pack_batch(TREES, prefix_sharing))
     torch.testing.assert_close(ours, expected, **EXACT)
     weights = torch.tensor([1.0, -2.0, 0.5, 1.5])
     (ours * weights).sum().backward()
@@ -137,7 +139,7 @@ def test_bfloat16_keeps_its_place(saved: Any, tmp_path: Path) -> None:
     stir(players.model)
     exact = Players(tiny_recipe(saved(), lora=LORA), RunDir(tmp_path))
     stir(exact.model)
-    ours, theirs = (torch.tensor(one.response_logprobs(TREES, "tree")) for one in (players, exact))
+    ours, theirs = (torch.tensor(one.response_logprobs(TREES, True)) for one in (players, exact))
     assert 0 < (ours - theirs).abs().max() < 2
 
 
@@ -163,7 +165,7 @@ def test_weights_are_unpacked_and_not_kept(saved: Any, tmp_path: Path) -> None:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        players.logprobs.train()(pack_batch(TREES, "tree"))
+        players.logprobs.train()(pack_batch(TREES, True))
     assert kept and not sizes & set(kept)
 
 
@@ -180,13 +182,13 @@ def test_players_are_adapters_that_plain_peft_loads(saved: Any, tmp_path: Path) 
     assert "- weights: a LoRA adapter, trained over the base in 4 bits (nf4)\n" in (folder / "README.md").read_text()
     later = Players(tiny_recipe(saved(), lora=LORA), RunDir(tmp_path))
     later.become(0)
-    assert later.response_logprobs(TREES, "tree") == players.response_logprobs(TREES, "tree")
+    assert later.response_logprobs(TREES, True) == players.response_logprobs(TREES, True)
 
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(saved()), folder).eval()
     same = PeftModel.from_pretrained(plain(saved()).unload(), folder).eval()
     with torch.no_grad():
         values = [[logprob(one, t.prompt, r) for t in TREES for r in t.responses] for one in (same, loaded)]
-    ours = torch.tensor(players.response_logprobs(TREES, "tree"))
+    ours = torch.tensor(players.response_logprobs(TREES, True))
     torch.testing.assert_close(torch.stack(values[0]), ours, **EXACT)
     assert (torch.stack(values[1]) - ours).abs().max() > 1e-2  # over the base as it came: another model
 

@@ -19,7 +19,7 @@ TREES = [PrefixTree([10, 11, 12], ([20, 21, 22], [30], [40, 41])), PrefixTree([5
 
 
 def test_tree_layout_literally() -> None:
-    layout = pack_batch(TREES, "tree")
+    layout = pack_batch(TREES, True)
     #                                  prompt       | 1     | 3 | prompt
     assert layout.input_ids.tolist() == [[10, 11, 12, 20, 21, 40, 50]]
     assert layout.position_ids.tolist() == [[0, 1, 2, 3, 4, 3, 0]]
@@ -32,7 +32,7 @@ def test_tree_layout_literally() -> None:
 
 
 def test_pair_layout_literally() -> None:
-    layout = pack_batch(TREES, "pair")
+    layout = pack_batch(TREES, False)
     assert layout.input_ids.tolist() == [
         [10, 11, 12, 20, 21],
         [10, 11, 12, 0, 0],
@@ -82,11 +82,13 @@ def contexts(layout: PackedBatch) -> list[list[tuple[int, int]]]:
     return [[(positions[j], ids[j]) for j in seen[place]] for place in layout.predict.tolist()]
 
 
-@pytest.mark.parametrize("packing", ["tree", "pair"])
+@pytest.mark.parametrize("prefix_sharing", [True, False])
 @given(trees=batches_of)
 @settings(max_examples=100, deadline=None)
-def test_every_response_token_is_predicted_once_from_what_precedes_it(packing: str, trees: list[PrefixTree]) -> None:
-    layout = pack_batch(trees, packing)
+def test_every_response_token_is_predicted_once_from_what_precedes_it(
+    prefix_sharing: bool, trees: list[PrefixTree]
+) -> None:
+    layout = pack_batch(trees, prefix_sharing)
     responses = [(tree.prompt, response) for tree in trees for response in tree.responses]
     expected = [
         (number, token, list(enumerate([*prompt, *response[:place]])))
@@ -96,7 +98,7 @@ def test_every_response_token_is_predicted_once_from_what_precedes_it(packing: s
     found = list(zip(layout.response.tolist(), layout.targets.tolist(), contexts(layout), strict=True))
     assert found == expected
     assert layout.responses == len(responses)
-    if packing == "tree":
+    if prefix_sharing:
         tokens = sum(len(tree) for tree in trees)
         assert layout.input_ids.shape == (1, tokens if tokens <= BLOCK else math.ceil(tokens / BLOCK) * BLOCK)
 
@@ -110,17 +112,19 @@ def test_micro_batches_by_hand() -> None:
     assert micro_batches([], 8) == []
 
 
-@pytest.mark.parametrize("packing", ["tree", "pair"])
+@pytest.mark.parametrize("prefix_sharing", [True, False])
 @given(trees=st.lists(trees_of, max_size=12), budget=st.integers(1, 60))
 @settings(max_examples=100, deadline=None)
-def test_micro_batches_cover_all_and_keep_the_budget(packing: str, trees: list[PrefixTree], budget: int) -> None:
+def test_micro_batches_cover_all_and_keep_the_budget(
+    prefix_sharing: bool, trees: list[PrefixTree], budget: int
+) -> None:
     """Every response is in one micro-batch, and what that takes as a tensor is in the budget, padding included."""
-    batches = micro_batches(trees, budget, packing)
+    batches = micro_batches(trees, budget, prefix_sharing)
     assert Counter(index for batch in batches for index in batch) == Counter(range(len(trees)))
     for batch in batches:
-        layout = pack_batch([trees[index] for index in batch], packing)
+        layout = pack_batch([trees[index] for index in batch], prefix_sharing)
         assert layout.responses == sum(len(trees[index].responses) for index in batch)
-        rounded = BLOCK - 1 if packing == "tree" and budget > BLOCK else 0
+        rounded = BLOCK - 1 if prefix_sharing and budget > BLOCK else 0
         assert len(batch) == 1 or layout.input_ids.numel() <= budget + rounded
 
 
@@ -201,7 +205,7 @@ def test_tree_attention_is_attention_under_a_dense_mask(
     softcap: float | None,
     scaling: float | None,
 ) -> None:
-    layout = pack_batch(trees, "tree")
+    layout = pack_batch(trees, True)
     qkv = random_qkv(layout.input_ids.shape[1], *heads)
     ours, weights = tree_attention(
         torch.nn.Module(),
@@ -227,7 +231,7 @@ def test_a_place_reaches_only_those_that_see_it(
     trees: list[PrefixTree], window: int | None, softcap: float | None
 ) -> None:
     """Whatever stands in other branches, other trees or later on, the output is the same to the bit."""
-    layout = pack_batch(trees, "tree")
+    layout = pack_batch(trees, True)
     assert layout.spans is not None
     length = layout.input_ids.shape[1]
     positions = layout.position_ids[0].tolist()
@@ -251,7 +255,7 @@ def test_a_place_reaches_only_those_that_see_it(
 
 
 def test_tree_attention_passes_gradients_as_the_dense_mask_does() -> None:
-    layout = pack_batch(SHAPES[3], "tree")
+    layout = pack_batch(SHAPES[3], True)
     qkv = [tensor.requires_grad_() for tensor in random_qkv(layout.input_ids.shape[1], 4, 2)]
     upstream = torch.randn(1, layout.input_ids.shape[1], 4, 8)
     ours = torch.autograd.grad(
@@ -263,7 +267,7 @@ def test_tree_attention_passes_gradients_as_the_dense_mask_does() -> None:
 
 
 def test_block_masks_are_made_once_for_each_window() -> None:
-    layout = pack_batch(SHAPES[1], "tree")
+    layout = pack_batch(SHAPES[1], True)
     masks = BlockMasks(layout.spans or (), layout.position_ids)
     assert masks.of(None) is masks.of(None) and masks.of(4) is masks.of(4) and masks.of(4) is not masks.of(None)
 
@@ -326,7 +330,7 @@ def test_head_sizes_as_configs_say() -> None:
 
 
 def test_values_may_have_another_size_than_queries() -> None:
-    layout = pack_batch(SHAPES[2], "tree")
+    layout = pack_batch(SHAPES[2], True)
     query, key, _ = random_qkv(layout.input_ids.shape[1], 2, 2)
     value = torch.randn(1, 2, layout.input_ids.shape[1], 5)
     ours, _ = tree_attention(torch.nn.Module(), query, key, value, None, spans=layout.spans)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from spinlm.errors import RecipeError
-from spinlm.generation.base import Answer
+from spinlm.generation.base import Response
 from spinlm.generation.vllm import VllmError, divide_gpus, engine_arguments, explain, read_answer, request
 from spinlm.generation.vllm_worker import read_output
 from spinlm.recipe.load import parse_recipe
@@ -67,8 +67,8 @@ def test_what_comes_back() -> None:
     one = SimpleNamespace(token_ids=(8, 9, 5), cumulative_logprob=-1.5, finish_reason="stop", text="")
     given = read_output(SimpleNamespace(outputs=[one]))
     assert given == {"token_ids": [8, 9, 5], "logprob": -1.5, "finish_reason": "stop"}
-    assert read_answer(given, (2, 5)) == Answer([8, 9, 5], True, -1.5)
-    assert read_answer(given | {"token_ids": [8, 9], "finish_reason": "length"}, (2, 5)) == Answer([8, 9], False, -1.5)
+    assert read_answer(given, (2, 5)) == Response([8, 9, 5], True, -1.5)
+    assert read_answer(given | {"token_ids": [8, 9], "finish_reason": "length"}, (2, 5)) == Response([8, 9], False, -1.5)
 
 
 @pytest.mark.parametrize("wrong", [{"finish_reason": "abort"}, {"token_ids": []}])

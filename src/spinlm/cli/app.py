@@ -121,7 +121,7 @@ def plan(
 
 @app.command()
 def check(recipe: RecipePath, overrides: Overrides = None, quiet: Quiet = False) -> None:
-    """Try everything a run needs once. Template, end token, ln 2, packing, precision, memory, a few prompts."""
+    """Try everything a run needs once. Template, end token, ln 2, prefix_sharing, precision, memory, a few prompts."""
     loaded = _load(recipe, overrides)
 
     from spinlm.check import check as check_recipe

@@ -31,7 +31,7 @@ class RealScores:
 def real_nll_and_margins(
     players: Players,
     examples: Sequence[Example],
-    packing: str,
+    prefix_sharing: bool,
     budget: int,
     pairs: Any = None,
     sampled: Sequence[Sequence[int]] = (),
@@ -41,7 +41,7 @@ def real_nll_and_margins(
     Args:
         players: in the weights of the player to judge.
         examples: the held-out ones.
-        packing: `tree` or `pair`.
+        prefix_sharing: whether all responses to a prompt share one row.
         budget: tokens in one forward pass.
         pairs: table as `read_pairs` gives it, of these examples; absent means no margins.
         sampled: a sampled response to each example, to be judged in the same pass.
@@ -58,9 +58,9 @@ def real_nll_and_margins(
     ]
     nll, own = [math.nan] * len(trees), [math.nan] * len(sampled)
     margins: list[list[float]] = [[] for _ in trees]
-    for chosen in micro_batches(trees, budget, packing):
+    for chosen in micro_batches(trees, budget, prefix_sharing):
         check_interrupt()
-        values = iter(players.response_logprobs([trees[index] for index in chosen], packing))
+        values = iter(players.response_logprobs([trees[index] for index in chosen], prefix_sharing))
         for index in chosen:
             example, real = examples[index], next(values)
             nll[index] = -real / len(example.response_ids)
@@ -81,7 +81,7 @@ class SampleFeatures:
 
 
 def sample_features(
-    players: Players, examples: Sequence[Example], responses: Sequence[Sequence[int]], packing: str, budget: int
+    players: Players, examples: Sequence[Example], responses: Sequence[Sequence[int]], prefix_sharing: bool, budget: int
 ) -> SampleFeatures:
     """Let a player read the real response and a sampled one to each held-out prompt.
 
@@ -89,7 +89,7 @@ def sample_features(
         players: in the weights of the player that reads.
         examples: the held-out ones.
         responses: one to each example, as token ids.
-        packing: `tree` or `pair`.
+        prefix_sharing: whether all responses to a prompt share one row.
         budget: tokens in one forward pass.
     """
     trees = [
@@ -97,9 +97,9 @@ def sample_features(
         for example, response in zip(examples, responses, strict=True)
     ]
     logprobs, features = [math.nan] * len(trees), [np.empty((2, 0))] * len(trees)
-    for chosen in micro_batches(trees, budget, packing):
+    for chosen in micro_batches(trees, budget, prefix_sharing):
         check_interrupt()
-        values, vectors = players.read([trees[index] for index in chosen], packing)
+        values, vectors = players.read([trees[index] for index in chosen], prefix_sharing)
         for place, index in enumerate(chosen):
             logprobs[index], features[index] = values[2 * place + 1], vectors[2 * place : 2 * place + 2]
     both = np.stack(features)  # [P, 2, D]
@@ -132,7 +132,7 @@ def summarise(answers: Sequence[HeldoutGreedy]) -> Metrics:
         "identical_rate": [float(answer.identical) for answer in answers],
         "truncated_rate": [float(not answer.finished) for answer in answers],
         "mean_tokens": [float(len(answer.token_ids)) for answer in answers],
-        "repeated_4grams": [answer.repetition for answer in answers],
+        "repeated_4grams": [answer.repeated_4grams for answer in answers],
     }
     scores = [answer.task_score for answer in answers if answer.task_score is not None]
     if scores:

@@ -14,8 +14,8 @@ from spinlm.utils.atomic import read_json, short_digest, write_json
 class Curve:
     """Held-out NLL of a player in training, nats per token, by epoch. What was measured survives as checkpoints do."""
 
-    def __init__(self, recipe: Recipe, run: RunDir, players: Players, iteration: int, packing: str):
-        self._players, self._packing, self._budget = players, packing, recipe.train.tokens_per_micro_batch
+    def __init__(self, recipe: Recipe, run: RunDir, players: Players, iteration: int, prefix_sharing: bool):
+        self._players, self._prefix_sharing, self._budget = players, prefix_sharing, recipe.train.tokens_per_micro_batch
         self._path = run.nll_curve(iteration)
         self._heldout = list(read_lines(run.examples("heldout"), Example))
         self.values: dict[str, float] = processes.on_rank_zero(self._kept)
@@ -30,7 +30,7 @@ class Curve:
     def measure(self, epoch: int) -> float:
         """The NLL now, after so many epochs; where it was measured before, the value of then."""
         if str(epoch) not in self.values:
-            real = real_nll_and_margins(self._players, self._heldout, self._packing, self._budget)
+            real = real_nll_and_margins(self._players, self._heldout, self._prefix_sharing, self._budget)
             # All processes have measured the same; they go by what the first makes of it.
             self.values[str(epoch)] = processes.on_rank_zero(lambda: float(np.mean(real.nll)))
             processes.on_rank_zero(write_json, self._path, {"values": self.values, "sum": short_digest(self.values)})

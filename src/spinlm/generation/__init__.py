@@ -10,12 +10,12 @@ from spinlm.recipe.schema import Recipe
 
 
 @contextmanager
-def open_engine(recipe: Recipe, players: Players, iteration: int, packing: str) -> Iterator[Engine]:
-    """The recipe's engine with the opponent of an iteration; `packing` is what the model was found to take."""
+def open_engine(recipe: Recipe, players: Players, iteration: int, prefix_sharing: bool) -> Iterator[Engine]:
+    """The recipe's engine with the opponent of an iteration; `prefix_sharing` says whether its attention takes prefix trees."""
     match recipe.opponent.engine:
         case "transformers":
             players.become(iteration - 1)
-            yield local_engine(recipe, players, packing)
+            yield local_engine(recipe, players, prefix_sharing)
         case "server":
             from spinlm.generation.server import serve
 
@@ -30,6 +30,6 @@ def open_engine(recipe: Recipe, players: Players, iteration: int, packing: str) 
                 yield opponent
 
 
-def local_engine(recipe: Recipe, players: Players, packing: str) -> LocalEngine:
+def local_engine(recipe: Recipe, players: Players, prefix_sharing: bool) -> LocalEngine:
     """The engine of this process, with whatever player sits."""
-    return LocalEngine(players.logprobs, recipe.opponent.batch_size, packing)
+    return LocalEngine(players.logprobs, recipe.opponent.batch_size, prefix_sharing)

@@ -43,16 +43,16 @@ class _Reply:
 class LocalEngine:
     """The transformers engine."""
 
-    def __init__(self, logprobs: LogProbs, batch_size: int, packing: str):
+    def __init__(self, logprobs: LogProbs, batch_size: int, prefix_sharing: bool):
         """
         Args:
             logprobs: the model, holding the current opponent.
             batch_size: responses that run at once.
-            packing: `tree` for a model whose attention takes prompt trees, else `pair`.
+            prefix_sharing: whether the model's attention takes prefix trees.
         """
         self.logprobs = logprobs
         self.batch_size = batch_size
-        self.packing = packing
+        self.prefix_sharing = prefix_sharing
 
     @torch.inference_mode()
     def generate(
@@ -86,7 +86,7 @@ class LocalEngine:
         return answers
 
     def _rows(self, prompts: Sequence[Sequence[int]], replies: list[_Reply]) -> Rows:
-        if self.packing != "tree":
+        if not self.prefix_sharing:
             return PaddedRows(self.logprobs)
         room = max((len(prompts[reply.prompt]) + reply.limit for reply in replies), default=0)
         return RaggedRows(self.logprobs, min(self.batch_size, len(replies)), room)

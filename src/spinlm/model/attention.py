@@ -209,7 +209,7 @@ _PROBES = (PrefixTree([0] * 200, ([0] * 150, [0] * 99)), PrefixTree([0] * 50, ([
 def _flex_agrees(
     device: torch.device, dtype: torch.dtype, sizes: HeadSizes, window: int | None, trees: Sequence[PrefixTree]
 ) -> bool:
-    layout = pack_batch(trees, "tree").to(device)
+    layout = pack_batch(trees, True).to(device)
     assert layout.spans is not None
     length, real = layout.input_ids.shape[1], sum(map(len, trees))
     generator = torch.Generator().manual_seed(0)

@@ -114,7 +114,7 @@ class RaggedRows:
                     distinct.append(prompt)
                     rows.append([])
                 rows[-1].append(first + number)
-            layout = pack_batch([PrefixTree(prompt, ()) for prompt in distinct], "tree").to(self.device)
+            layout = pack_batch([PrefixTree(prompt, ()) for prompt in distinct], True).to(self.device)
             assert layout.spans is not None
             self.cache.prompts = list(zip(layout.spans, rows, strict=True))
             self.cache.lengths += [len(prompt) for prompt in group]

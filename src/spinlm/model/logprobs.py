@@ -167,14 +167,14 @@ def _without_adapter(model: Any) -> Any:
 
 
 @torch.no_grad()
-def parity_gap(logprobs: LogProbs, trees: Sequence[PrefixTree], packing: str) -> float:
+def parity_gap(logprobs: LogProbs, trees: Sequence[PrefixTree], prefix_sharing: bool) -> float:
     """Largest mean difference per token between a layout's log-probabilities and the model's own, over all responses.
 
     The model's own come from its plain forward pass over one unpadded row with all logits.
     """
     logprobs.eval()
     device = next(logprobs.parameters()).device
-    packed = logprobs(pack_batch(trees, packing).to(device)).cpu()
+    packed = logprobs(pack_batch(trees, prefix_sharing).to(device)).cpu()
     logprobs.use_attention(tree=False)
     gaps = []
     responses = [(tree.prompt, response) for tree in trees for response in tree.responses]

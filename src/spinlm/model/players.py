@@ -131,7 +131,7 @@ class Players:
             case sharding:
                 return Sharded(self.logprobs, again=sharding == "full")
 
-    def make_room(self, packing: str) -> bool:
+    def make_room(self, prefix_sharing: bool) -> bool:
         """Turn gradient checkpointing on where the recipe wants it, or where memory would not suffice without.
 
         Called before an optimiser holds anything.
@@ -139,7 +139,7 @@ class Players:
         Returns:
             Whether it is on.
         """
-        return checkpoint_if_needed(self.logprobs, self.recipe, packing)
+        return checkpoint_if_needed(self.logprobs, self.recipe, prefix_sharing)
 
     def close(self) -> None:
         """Let trackers write what they still hold."""
@@ -207,18 +207,18 @@ class Players:
             save_stop_ids(folder, self.renderer.stop_ids)
 
     @torch.no_grad()
-    def response_logprobs(self, trees: Sequence[PrefixTree], packing: str) -> list[float]:
+    def response_logprobs(self, trees: Sequence[PrefixTree], prefix_sharing: bool) -> list[float]:
         """Log-probability of each response of each tree under the current weights, in order, in one forward pass."""
         self.logprobs.eval()
-        values: list[float] = self.logprobs(pack_batch(trees, packing).to(self.device)).tolist()
+        values: list[float] = self.logprobs(pack_batch(trees, prefix_sharing).to(self.device)).tolist()
         self._check(values)
         return values
 
     @torch.no_grad()
-    def read(self, trees: Sequence[PrefixTree], packing: str) -> tuple[list[float], np.ndarray]:
+    def read(self, trees: Sequence[PrefixTree], prefix_sharing: bool) -> tuple[list[float], np.ndarray]:
         """As `response_logprobs`, and beside them features of each response: [S, D]."""
         self.logprobs.eval()
-        logprobs, features = self.logprobs.read(pack_batch(trees, packing).to(self.device))
+        logprobs, features = self.logprobs.read(pack_batch(trees, prefix_sharing).to(self.device))
         values = logprobs.tolist()
         self._check(values)
         return values, features.cpu().numpy()
@@ -229,46 +229,50 @@ class Players:
             who = self._sits or "the player in training"
             raise ModelError(f"{who}: its log-probabilities are not finite. {_DESTROYED}")
 
-    def packing(self, trees: Sequence[PrefixTree]) -> str:
-        """The layout this run uses, `tree` or `pair`: decided once, on these trees, and kept in the run folder.
+    def measure_prefix_sharing(self, trees: Sequence[PrefixTree]) -> bool:
+        """Decide once per run, on these trees, whether responses to a prompt share a row; the run folder keeps the answer.
 
         Raises:
-            ModelError: our log-probabilities are not the model's, or trees were asked for and the model cannot.
+            ModelError: our log-probabilities are not the model's, or the recipe asks for prefix trees and the model cannot.
         """
-        return processes.on_rank_zero(self._find_packing, trees)
+        return processes.on_rank_zero(self._measure_prefix_sharing, trees)
 
-    def _find_packing(self, trees: Sequence[PrefixTree]) -> str:
-        noted = self.run.packing
-        if noted.exists():
-            return str(read_json(noted)["packing"])
+    def _measure_prefix_sharing(self, trees: Sequence[PrefixTree]) -> bool:
+        path = self.run.prefix_sharing
+        if path.exists():
+            return bool(read_json(path)["prefix_sharing"])
         wanted = self.recipe.train.packing
-        gaps = {"pair": parity_gap(self.logprobs, trees, "pair"), "tree": math.inf}
+        rows, shared = parity_gap(self.logprobs, trees, False), math.inf
         if wanted != "pair":
             try:
-                gaps["tree"] = parity_gap(self.logprobs, trees, "tree")
+                shared = parity_gap(self.logprobs, trees, True)
             except ModelError as error:
                 log.info("%s", error)
-        if not math.isfinite(gaps["pair"]):
+        if not math.isfinite(rows):
             raise ModelError(
                 f"{self.path}: its log-probabilities are not finite. Its weights are damaged, or it cannot be computed "
                 f"in {self.dtype}; try model.dtype: float32"
             )
-        if gaps["pair"] > PARITY[self.dtype]:
+        if rows > PARITY[self.dtype]:
             raise ModelError(
-                f"{self.path}: log-probabilities differ from the model's own by {gaps['pair']:.3g} nats per token. Its "
+                f"{self.path}: log-probabilities differ from the model's own by {rows:.3g} nats per token. Its "
                 "output head is of a kind that spinlm does not know, so this model cannot be used"
             )
-        fits = gaps["tree"] <= max(PARITY[torch.float32], 2 * gaps["pair"])  # the pair gap is this precision's noise
+        fits = shared <= max(PARITY[torch.float32], 2 * rows)  # without trees, the gap is this precision's noise
         if wanted == "tree" and not fits:
             raise ModelError(
-                f"{self.path}: its attention cannot take prompt trees (difference {gaps['tree']:.3g} nats per token). "
+                f"{self.path}: its attention cannot take prefix trees (difference {shared:.3g} nats per token). "
                 "Set train.packing: auto or pair"
             )
-        packing = "tree" if fits else "pair"
-        reason = f"tree differs by {gaps['tree']:.2g}, pair by {gaps['pair']:.2g} nats per token"
-        log.info("packing: %s (%s)", "prompt trees" if packing == "tree" else "one response per row", reason)
-        write_json(noted, {"packing": packing, "nats_per_token": gaps})
-        return packing
+        log.info(
+            "prefix sharing: %s (difference from the model's own log-probabilities: %.2g nats per token with prefix "
+            "trees, %.2g with one response per row)",
+            *("on" if fits else "off", shared, rows),
+        )
+        write_json(
+            path, {"prefix_sharing": fits, "nats_per_token": {"prefix trees": shared, "one response per row": rows}}
+        )
+        return fits
 
 
 _seated: Players | None = None

@@ -69,9 +69,9 @@ class PackedBatch:
         return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
 
-def pack_batch(trees: Sequence[PrefixTree], packing: str) -> PackedBatch:
+def pack_batch(trees: Sequence[PrefixTree], prefix_sharing: bool) -> PackedBatch:
     """Lay a micro-batch out as `tree` or `pair`."""
-    return _one_row(trees) if packing == "tree" else _row_per_response(trees)
+    return _one_row(trees) if prefix_sharing else _row_per_response(trees)
 
 
 def _one_row(trees: Sequence[PrefixTree]) -> PackedBatch:
@@ -123,21 +123,21 @@ def _row_per_response(trees: Sequence[PrefixTree]) -> PackedBatch:
     return PackedBatch(input_ids, position_ids, *flat, responses=len(responses), spans=None)
 
 
-def micro_batches(trees: Sequence[PrefixTree], budget: int, packing: str = "tree") -> list[list[int]]:
+def micro_batches(trees: Sequence[PrefixTree], budget: int, prefix_sharing: bool = True) -> list[list[int]]:
     """Split trees into micro-batches of at most `budget` tokens (a longer tree is alone), as lists of indices.
 
     Padding of the pair layout counts; trees of similar length come together, so that there is little of it.
     """
     widths = [len(tree.prompt) + max(map(len, tree.responses)) - 1 for tree in trees]  # of a row in the pair layout
-    lengths = [len(tree) for tree in trees] if packing == "tree" else widths
+    lengths = [len(tree) for tree in trees] if prefix_sharing else widths
     batches: list[list[int]] = []
     room = width = 0
     for index in sorted(range(len(trees)), key=lambda index: (-lengths[index], index)):
-        cost = lengths[index] if packing == "tree" else width * len(trees[index].responses)
+        cost = lengths[index] if prefix_sharing else width * len(trees[index].responses)
         if cost > room or not batches:
             batches.append([])
             room, width = budget, widths[index]
-            cost = lengths[index] if packing == "tree" else width * len(trees[index].responses)
+            cost = lengths[index] if prefix_sharing else width * len(trees[index].responses)
         batches[-1].append(index)
         room -= cost
     return batches

@@ -239,7 +239,7 @@ class Plan:
         """Bytes that are kept of the largest micro-batch until its backward pass."""
         longest = self.recipe.train.max_length
         token = shape.activation_bytes(device.width, longest, self.recipe.lora, checkpointing=checkpointing)
-        return token * self.recipe.max_micro_batch_tokens("tree" if self.trees else "pair")
+        return token * self.recipe.max_micro_batch_tokens(self.trees)
 
     def hours(self, shape: Shape, device: Device, work: Work) -> Hours:
         """Of each stage, in the process that has most to do. What travels between processes is not in it.

@@ -509,11 +509,11 @@ class Recipe(Section):
             case _:
                 return self.num_synthetic(iteration)
 
-    def max_micro_batch_tokens(self, packing: str) -> int:
+    def max_micro_batch_tokens(self, prefix_sharing: bool) -> int:
         """The most tokens a micro-batch can have: its budget, or those of a single prompt that takes more."""
         used, longest = self.num_branches(self.selfplay.iterations - 1), self.train.max_length
         tree = longest + used * self.longest_synthetic
-        return max(self.train.tokens_per_micro_batch, tree if packing == "tree" else (1 + used) * longest)
+        return max(self.train.tokens_per_micro_batch, tree if prefix_sharing else (1 + used) * longest)
 
 
 PER_ITERATION_FIELDS = ("objective.beta", "train.learning_rate")

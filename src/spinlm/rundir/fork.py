@@ -44,7 +44,7 @@ def fork_from(recipe: Recipe, folder: RunDir, source: RunDir) -> None:
         if folder.done("evaluate", START):
             return
     markers = {source.marker(stage, START) for stage in START_STAGES}
-    for part in (source.base, source.packing, source.examples("train").parent, source.iteration(START)):
+    for part in (source.base, source.prefix_sharing, source.examples("train").parent, source.iteration(START)):
         for path in (path for path in [part, *part.rglob("*")] if path.is_file()):
             if path not in markers and source.checkpoints(START) not in path.parents:
                 _copy_or_link(path, folder.root / path.relative_to(source.root), link=part == source.base)

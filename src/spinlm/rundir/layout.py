@@ -1,6 +1,6 @@
 """The run folder: every path in it, markers, fingerprints and the lock.
 
-    recipe.yaml  recipe.resolved.json  provenance.json  packing.json  error.txt  lock  .seals/
+    recipe.yaml  recipe.resolved.json  provenance.json  prefix_sharing.json  error.txt  lock  .seals/
     examples/       train.jsonl  heldout.jsonl  sft.jsonl  skipped_rows.json
     base/           the model in plain format, where it came as a .gguf file
     start/          player/ (θ_0)  heldout_greedy.jsonl  heldout_sampled.jsonl  eval.json  *.done
@@ -135,9 +135,9 @@ class RunDir:
         return int(self.metadata("promote", judged[-1])["best"]) if judged else None
 
     @property
-    def packing(self) -> Path:
+    def prefix_sharing(self) -> Path:
         """Which layout the model takes, and how that was found out."""
-        return self.root / "packing.json"
+        return self.root / "prefix_sharing.json"
 
     def nll_curve(self, iteration: int) -> Path:
         """Held-out NLL by epoch of training; beside the checkpoints, since it must survive as they do."""

@@ -80,7 +80,7 @@ class HeldoutGreedy:
     text: str
     finished: bool
     identical: bool  # token for token the real response
-    repetition: float  # share of its 4-grams of tokens that occurred before in it
+    repeated_4grams: float  # share of its 4-grams of tokens that occurred before in it
     nll: float  # of the real response, nats per token
     task_score: float | None  # from 0 to 1, where the recipe names a scorer
     margins: list[float] = field(default_factory=list)  # of the real response over the opponent's, in nats

@@ -56,7 +56,7 @@ def evaluate(recipe: Recipe, run: RunDir, iteration: int) -> None:
     players = seat(recipe, run)
     players.become(iteration)
     size, heldout = recipe.opponent.shard_size, RecordFile(run.examples("heldout"), Example)
-    packing, budget = run.metadata("sft", START)["packing"], recipe.train.tokens_per_micro_batch
+    prefix_sharing, budget = run.metadata("sft", START)["prefix_sharing"], recipe.train.tokens_per_micro_batch
     ways = [
         (temperature, derive_seed(recipe.seed, purpose, iteration))
         for purpose, temperature in (("evaluate", recipe.evaluate.temperature), ("sample", 1.0))
@@ -69,19 +69,19 @@ def evaluate(recipe: Recipe, run: RunDir, iteration: int) -> None:
         for shard in processes.claim_work(range(heldout.shards(size))):
             examples = heldout.shard(shard, size)
             given, drawn = (
-                _ask(recipe, players, packing, examples, temperature, seed + shard, advance)
+                _ask(recipe, players, prefix_sharing, examples, temperature, seed + shard, advance)
                 for temperature, seed in ways
             )
             pairs = None if iteration == START else read_pairs([run.pairs(iteration, "heldout", shard)])
             sampled = [answer.token_ids for answer in drawn]
-            real = real_nll_and_margins(players, examples, packing, budget, pairs, sampled)
+            real = real_nll_and_margins(players, examples, prefix_sharing, budget, pairs, sampled)
             advance(len(examples))
             mine[shard] = _Part(examples, given, drawn, real)
         players.become(START)
         read: dict[int, SampleFeatures] = {}
         for shard, part in mine.items():
             sampled = [answer.token_ids for answer in part.drawn]
-            read[shard] = sample_features(players, part.examples, sampled, packing, budget)
+            read[shard] = sample_features(players, part.examples, sampled, prefix_sharing, budget)
             advance(len(part.examples))
     found = {
         shard: (part, theirs[1][shard])
@@ -108,7 +108,7 @@ def _conclude(
                     text=text,
                     finished=answer.finished,
                     identical=answer.token_ids == example.response_ids,
-                    repetition=repetition(answer.token_ids),
+                    repeated_4grams=repetition(answer.token_ids),
                     nll=part.real.nll[number],
                     task_score=scorer(text, example.response) if scorer else None,
                     margins=part.real.margins[number],
@@ -153,7 +153,7 @@ def _about(metrics: Metrics, itself: bool) -> str:
 def _ask(
     recipe: Recipe,
     players: Players,
-    packing: str,
+    prefix_sharing: bool,
     examples: list[Example],
     temperature: float,
     seed: int,
@@ -167,6 +167,6 @@ def _ask(
         samples=1,
         stop_ids=players.renderer.stop_ids,
     )
-    engine = local_engine(recipe, players, packing)
+    engine = local_engine(recipe, players, prefix_sharing)
     given = engine.generate([example.prompt_ids for example in examples], sampling, seed, advance)
     return [answer for (answer,) in given]

@@ -38,7 +38,7 @@ def generate(recipe: Recipe, run: RunDir, iteration: int) -> None:
         return
     processes.on_rank_zero(run.begin, "generate", iteration, run.generations(iteration, "train", 0).parent)
     players = seat(recipe, run)
-    packing = run.metadata("sft", START)["packing"]
+    prefix_sharing = run.metadata("sft", START)["prefix_sharing"]
     sampling = opponent_sampling(recipe, players)
     size = recipe.opponent.shard_size
     examples = {split: RecordFile(run.examples(split), Example) for split in splits(recipe)}
@@ -51,7 +51,7 @@ def generate(recipe: Recipe, run: RunDir, iteration: int) -> None:
     left = sum(min(size, len(examples[split]) - shard * size) for split, shard in missing) * sampling.samples
     needed = at_work and missing and not recipe.preferences
     with (
-        open_engine(recipe, players, iteration, packing) if needed else nullcontext() as opponent,
+        open_engine(recipe, players, iteration, prefix_sharing) if needed else nullcontext() as opponent,
         track(f"iteration {iteration}: generate", total, total - left, shared=True, responses="responses") as advance,
     ):
         for split, shard in processes.claim_work(missing, at_work):

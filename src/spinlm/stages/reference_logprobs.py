@@ -41,7 +41,7 @@ def score(recipe: Recipe, run: RunDir, iteration: int) -> None:
         processes.on_rank_zero(run.require, "generate", source)
     players = seat(recipe, run)
     players.become(iteration - 1)
-    packing = run.metadata("sft", START)["packing"]
+    prefix_sharing = run.metadata("sft", START)["prefix_sharing"]
     size = recipe.opponent.shard_size
     examples = {split: RecordFile(run.examples(split), Example) for split in splits(recipe)}
     shards = [(split, shard) for split, records in examples.items() for shard in range(records.shards(size))]
@@ -59,7 +59,7 @@ def score(recipe: Recipe, run: RunDir, iteration: int) -> None:
                 pairs = [Pair(**row) for row in read_pairs([path]).to_pylist()]
                 advance(len(chosen))
             else:
-                pairs = _score_shard(recipe, players, chosen, generations, packing, advance)
+                pairs = _score_shard(recipe, players, chosen, generations, prefix_sharing, advance)
                 if initial and split == "train":
                     pairs = _with_initial(pairs, read_lines(run.generations(0, split, shard), Generation))
                 with atomic_path(path) as temporary:
@@ -92,7 +92,7 @@ def _score_shard(
     players: Players,
     examples: list[Example],
     generations: list[Generation],
-    packing: str,
+    prefix_sharing: bool,
     advance: Advance,
 ) -> list[Pair]:
     by_id: dict[str, list[Generation]] = defaultdict(list)
@@ -106,9 +106,9 @@ def _score_shard(
             used.append((example, synthetic))
             trees.append(PrefixTree(example.prompt_ids, (example.response_ids, *(g.token_ids for g in synthetic))))
     pairs: dict[int, list[Pair]] = {}
-    for chosen in micro_batches(trees, recipe.train.tokens_per_micro_batch, packing):
+    for chosen in micro_batches(trees, recipe.train.tokens_per_micro_batch, prefix_sharing):
         check_interrupt()
-        logprobs = iter(players.response_logprobs([trees[index] for index in chosen], packing))
+        logprobs = iter(players.response_logprobs([trees[index] for index in chosen], prefix_sharing))
         for index in chosen:
             example, synthetic = used[index]
             real = next(logprobs)

@@ -26,9 +26,9 @@ def warmup(recipe: Recipe, run: RunDir) -> None:
     processes.on_rank_zero(run.begin, "sft", START, run.checkpoints(START))
     players = seat(recipe, run)
     heldout = list(read_lines(run.examples("heldout"), Example))
-    packing = players.packing(_probe(heldout, recipe.train.max_length))
+    prefix_sharing = players.measure_prefix_sharing(_probe(heldout, recipe.train.max_length))
     sft = recipe.sft
-    curve = Curve(recipe, run, players, START, packing)
+    curve = Curve(recipe, run, players, START, prefix_sharing)
     if sft is not None:
         split = "train" if sft.prompts is None else "sft"
 
@@ -53,20 +53,20 @@ def warmup(recipe: Recipe, run: RunDir) -> None:
             SftItems(run.examples(split)),
             sft_objective,
             how,
-            packing=packing,
+            prefix_sharing=prefix_sharing,
             checkpoints=run.checkpoints(START),
             what="warm-up SFT",
             on_step=step_recorder(players, run, recipe, "sft", START),
             on_epoch=measure,
         )
     players.save(START)
-    facts = {"heldout_nll_by_epoch": curve.values, "packing": packing}
+    facts = {"heldout_nll_by_epoch": curve.values, "prefix_sharing": prefix_sharing}
     processes.on_rank_zero(run.complete, "sft", START, [run.player(START)], **facts)
     processes.on_rank_zero(run.remove_checkpoints, "sft", START)
 
 
 def _probe(examples: list[Example], max_length: int) -> list[PrefixTree]:
-    """Trees to try the packing on: the longest prompt and two more, each with its own and another's response."""
+    """Trees to measure prefix sharing on: the longest prompt and two more, each with its own and another's response."""
     longest = sorted(examples, key=lambda example: -len(example.prompt_ids))[:1]
     chosen = longest + [example for example in examples[:2] if example not in longest]
     return [

@@ -36,20 +36,20 @@ def train(recipe: Recipe, run: RunDir, iteration: int) -> None:
     items, objective = _lesson(recipe, run, iteration)
     if len(items.sizes) == 0:
         log.warning("iteration %d: every synthetic response equals the real one; nothing is left to learn", iteration)
-    packing = run.metadata("sft", START)["packing"]
+    prefix_sharing = run.metadata("sft", START)["prefix_sharing"]
     how = Fit.of(
         settings,
         learning_rate=value_at(settings.learning_rate, iteration),
         seed=derive_seed(recipe.seed, "train", iteration),
     )
-    curve = Curve(recipe, run, players, iteration, packing)
+    curve = Curve(recipe, run, players, iteration, prefix_sharing)
     watch = _watch(recipe, run, curve, iteration)
     steps = fit(
         players,
         items,
         objective,
         how,
-        packing=packing,
+        prefix_sharing=prefix_sharing,
         checkpoints=run.checkpoints(iteration),
         what=f"iteration {iteration}: train",
         on_step=step_recorder(players, run, recipe, "train", iteration),

@@ -17,13 +17,13 @@ log = logging.getLogger("spinlm")
 PROBE = 64  # tokens
 
 
-def checkpoint_if_needed(logprobs: LogProbs, recipe: Recipe, packing: str) -> bool:
+def checkpoint_if_needed(logprobs: LogProbs, recipe: Recipe, prefix_sharing: bool) -> bool:
     """Turn gradient checkpointing on if the recipe says so, or leaves it open and memory would not suffice otherwise.
 
     Args:
         logprobs: the model that is about to be trained.
         recipe: `train.gradient_checkpointing`, and what the largest micro-batch can be.
-        packing: `tree` or `pair`.
+        prefix_sharing: whether all responses to a prompt share one row.
 
     Returns:
         Whether it is on: in all processes, if one of them needs it.
@@ -31,8 +31,8 @@ def checkpoint_if_needed(logprobs: LogProbs, recipe: Recipe, packing: str) -> bo
     wanted = recipe.train.gradient_checkpointing
     if wanted == "auto":
         switch_checkpointing(logprobs.causal, on=False)
-        tokens = recipe.max_micro_batch_tokens(packing)
-        need = MEMORY_MARGIN * tokens * saved_activation_bytes(logprobs, packing, recipe.train.max_length)
+        tokens = recipe.max_micro_batch_tokens(prefix_sharing)
+        need = MEMORY_MARGIN * tokens * saved_activation_bytes(logprobs, prefix_sharing, recipe.train.max_length)
         free = free_bytes(next(logprobs.parameters()).device) - _still_to_come(logprobs, recipe)
         wanted = any(processes.all_gather(need > free and bool(logprobs.causal.supports_gradient_checkpointing)))
         if wanted:
@@ -59,18 +59,18 @@ def switch_checkpointing(model: Any, *, on: bool) -> None:
         model.disable_input_require_grads()
 
 
-def saved_activation_bytes(logprobs: LogProbs, packing: str, row: int) -> float:
+def saved_activation_bytes(logprobs: LogProbs, prefix_sharing: bool, row: int) -> float:
     """Bytes that autograd keeps until the backward pass for each token in a row of some length.
 
     Measured for three short rows: a token keeps a part of its own, and where attention is not fused one for each token
     of its row.
     """
-    one, two, three = (_kept(logprobs, packing, length * PROBE) for length in (1, 2, 3))
+    one, two, three = (_kept(logprobs, prefix_sharing, length * PROBE) for length in (1, 2, 3))
     for_each = max(0.0, (three - 2 * two + one) / (2 * PROBE**2))
     return (two - one) / PROBE + for_each * (row - 3 * PROBE)
 
 
-def _kept(logprobs: LogProbs, packing: str, tokens: int) -> int:
+def _kept(logprobs: LogProbs, prefix_sharing: bool, tokens: int) -> int:
     """Bytes that autograd keeps of one forward pass, weights and all."""
     kept: dict[int, int] = {}
 
@@ -80,7 +80,7 @@ def _kept(logprobs: LogProbs, packing: str, tokens: int) -> int:
         return tensor
 
     half = [0] * (tokens // 2)
-    layout = pack_batch([PrefixTree(half, ([*half, 0],))], packing).to(next(logprobs.parameters()).device)
+    layout = pack_batch([PrefixTree(half, ([*half, 0],))], prefix_sharing).to(next(logprobs.parameters()).device)
     logprobs.train()
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), torch.enable_grad():
         values = logprobs(layout)

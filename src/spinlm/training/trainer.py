@@ -95,7 +95,7 @@ def fit(
     objective: Objective,
     how: Fit,
     *,
-    packing: str,
+    prefix_sharing: bool,
     checkpoints: Path,
     what: str,
     on_step: Callable[[dict[str, float]], None],
@@ -108,7 +108,7 @@ def fit(
         items: what to train on.
         objective: what to minimise, as sums over items; the mean is over `items.weights`.
         how: the recipe's settings.
-        packing: `tree` or `pair`.
+        prefix_sharing: whether all responses to a prompt share one row.
         checkpoints: folder to resume from and to save to; the newest checkpoint in it wins.
         what: for the progress display.
         on_step: called after each optimiser step with what was measured.
@@ -120,7 +120,7 @@ def fit(
         StoppedError: the user asked to stop. The state of the last complete step has been saved.
     """
     steps = plan_steps(items.sizes, how.batch_size, how.epochs, how.seed)
-    players.make_room(packing)
+    players.make_room(prefix_sharing)
     players.changed()  # first, as one that is damaged may be loaded in part
     begin, state = resume(checkpoints, players)
     parallel = players.parallel()
@@ -139,7 +139,7 @@ def fit(
             began = time.perf_counter()
             rate = set_learning_rate(optimizer, learning_rate_at(step, len(steps), how))
             batch = [items[index] for index in chosen]
-            backward = _Backward(parallel, objective, packing, weight=float(items.weights[chosen].sum()))
+            backward = _Backward(parallel, objective, prefix_sharing, weight=float(items.weights[chosen].sum()))
             try:
                 if stop:
                     raise StoppedError("stopped as asked; run the same command again to continue")
@@ -176,7 +176,7 @@ class _Backward:
 
     parallel: Parallel
     objective: Objective
-    packing: str
+    prefix_sharing: bool
     weight: float  # of the items together: sums are divided by it
 
     def if_it_fits(self, batch: list[Item], tokens: int, seed: int) -> dict[str, float] | None:
@@ -185,7 +185,7 @@ class _Backward:
         try:
             return self(batch, tokens, seed)
         except (RuntimeError, MemoryError) as error:
-            largest = micro_batches([item.tree for item in batch], tokens, self.packing)
+            largest = micro_batches([item.tree for item in batch], tokens, self.prefix_sharing)
             if not is_out_of_memory(error) or processes.world_size() > 1 or max(map(len, largest)) == 1:
                 raise
         gc.collect()  # now that the error is gone, and with it what it held on to
@@ -203,7 +203,7 @@ class _Backward:
         plans = [
             [
                 [part[index] for index in chosen]
-                for chosen in micro_batches([trees[one] for one in part], tokens, self.packing)
+                for chosen in micro_batches([trees[one] for one in part], tokens, self.prefix_sharing)
             ]
             for part in share(trees, processes.world_size())
         ]
@@ -220,7 +220,9 @@ class _Backward:
             idle = number >= len(mine)
             part = [min(batch, key=lambda item: len(item.tree))] if idle else [batch[index] for index in mine[number]]
             with self.parallel.micro_batch(last=number + 1 == rounds):
-                logprobs = self.parallel.module(pack_batch([item.tree for item in part], self.packing).to(device))
+                logprobs = self.parallel.module(
+                    pack_batch([item.tree for item in part], self.prefix_sharing).to(device)
+                )
                 total = self.objective(logprobs, part)
                 self.parallel.backward(
                     total.loss * (0 if idle else processes.world_size()) / self.weight

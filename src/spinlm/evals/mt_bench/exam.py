@@ -127,7 +127,7 @@ class Exam:
 
         players = seat(self.recipe, self.run)
         players.become(player)
-        opponent = local_engine(self.recipe, players, self.run.metadata("sft", START)["packing"])
+        opponent = local_engine(self.recipe, players, self.run.metadata("sft", START)["prefix_sharing"])
         positions = getattr(players.model.config, "max_position_embeddings", None) or self.recipe.train.max_length
         sampling = Sampling(
             temperature=questions[0].temperature,
