@@ -119,7 +119,7 @@ def _yaml(value: Any) -> str:
 
 def command_line() -> str:
     """The commands as Markdown, from what typer makes of them."""
-    command = [sys.executable, "-m", "typer", "spinlm.cli", "utils", "docs", "--name", "spinlm"]
+    command = [sys.executable, "-m", "typer", "spinlm.cli.app", "utils", "docs", "--name", "spinlm"]
     written = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return CLI + written.split("\n", 1)[1].strip() + "\n"
 

@@ -1,4 +1,4 @@
-"""Chat: the same prompt to several players, side by side."""
+"""Chat: send one prompt to several players and compare their responses."""
 
 import textwrap
 from collections.abc import Callable, Sequence
@@ -6,7 +6,6 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from spinlm.data.renderer import RowError
-from spinlm.export.player import which_player
 from spinlm.generation import local_engine
 from spinlm.model.players import seat
 from spinlm.recipe.schema import Recipe
@@ -20,58 +19,48 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-Show = Callable[[int, str], None]
-"""`show(player, text)`: the answer of a player, by its place among those asked, has grown to this text."""
+ShowResponse = Callable[[int, str], None]
+"""`show(index, text)`: the response of the player at this index has grown to this text."""
 
-NARROWEST = 30  # characters of a column in which an answer can be read
-REFRESH = 10  # times a second
-INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # what the first tokens of a character decode to
-
-
-def who(run: RunDir, names: str) -> tuple[dict[int, str], str]:
-    """The players that are meant (numbers, `start`, `best`, with commas): how each is called, by its iteration. And a
-    remark where that is fewer than were named.
-
-    Raises:
-        RunError: the run has no such player.
-    """
-    named = [name.strip() for name in names.split(",")]
-    heads = {}
-    for name in named:
-        iteration = which_player(run, name)
-        heads[iteration] = player_name(iteration) + (" (best)" if "best" in named and iteration == run.best() else "")
-    if len(heads) == len(named):
-        return heads, ""
-    start = {"best", "start"} <= set(named) and run.best() == START
-    same = "the best player is the start" if start else "two of these names mean the same player"
-    return heads, f"{same}; it answers once"
+MIN_COLUMN_WIDTH = 30  # characters; narrower columns are hard to read
+REFRESH_PER_SECOND = 10
+INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # the first tokens of a multi-token character decode to this
 
 
-def ask(
+def player_titles(folder: RunDir, iterations: Sequence[int]) -> list[str]:
+    """Return a title for each player, which says whether the player is the best one."""
+    best = folder.best()
+    return [player_name(iteration) + (" (best)" if iteration == best else "") for iteration in iterations]
+
+
+def respond(
     recipe: Recipe,
-    run: RunDir,
+    folder: RunDir,
     iterations: Sequence[int],
     messages: list[Message],
-    show: Show,
+    show: ShowResponse,
     *,
     temperature: float,
     seed: int,
 ) -> list[str]:
-    """The answers of several iterations' players to one conversation, in order and as they are shown.
+    """Generate the response of each player to one conversation.
 
     Args:
-        recipe: the run's.
-        run: whose players.
-        iterations: which players.
-        messages: the conversation; it ends with a message of the user.
-        show: called for each new token of an answer.
-        temperature: 0 is greedy.
-        seed: the same seed gives the same answers.
+        recipe: the recipe of the run.
+        folder: the run folder, which holds the players.
+        iterations: the iterations of the players.
+        messages: the conversation. The last message is the user's.
+        show: called after each new token of a response.
+        temperature: 0 decodes greedily.
+        seed: the same seed gives the same responses.
+
+    Returns:
+        One response per player, in the order of `iterations`, as the text that is shown.
 
     Raises:
         RowError: the conversation cannot be rendered, or is too long.
     """
-    players = seat(recipe, run)
+    players = seat(recipe, folder)
     decode = players.renderer.decode
     prompt = players.renderer.prompt_ids(messages)
     if len(prompt) >= recipe.train.max_length:
@@ -88,44 +77,44 @@ def ask(
     )
     texts: list[str] = []
 
-    def grown(_: int, tokens: list[int]) -> None:
-        show(len(texts), decode(tokens).rstrip(INCOMPLETE))
+    def show_tokens(_: int, token_ids: list[int]) -> None:
+        show(len(texts), decode(token_ids).rstrip(INCOMPLETE))
 
     for iteration in iterations:
         players.become(iteration)
-        opponent = local_engine(recipe, players, run.metadata("sft", START)["prefix_sharing"])
-        ((answer,),) = opponent.generate([prompt], sampling, seed, lambda ended, tokens: None, grown)
-        text = display_text(decode(answer.token_ids), answer.finished, len(answer.token_ids))
+        engine = local_engine(recipe, players, folder.metadata("sft", START)["prefix_sharing"])
+        ((response,),) = engine.generate([prompt], sampling, seed, lambda ended, tokens: None, show_tokens)
+        text = display_text(decode(response.token_ids), response.finished, len(response.token_ids))
         show(len(texts), text)
         texts.append(text)
     return texts
 
 
-def put(console: "Console", names: Sequence[str], answer: Callable[[Show], list[str]]) -> None:
-    """Show answers while they grow: on a wide terminal beside each other, else one below the other.
+def show_responses(console: "Console", titles: Sequence[str], respond: Callable[[ShowResponse], list[str]]) -> None:
+    """Show responses while they grow: in columns on a wide terminal, otherwise one below the other.
 
     Args:
-        console: where.
-        names: of the players.
-        answer: gives the answers, and calls what it is given as they grow.
+        console: where to print.
+        titles: one title per player.
+        respond: generates the responses, reports their growth to its argument, and returns them.
     """
-    if not console.is_terminal or len(names) == 1 or console.width // len(names) < NARROWEST:
-        _below_each_other(console, names, answer)
+    if not console.is_terminal or len(titles) == 1 or console.width // len(titles) < MIN_COLUMN_WIDTH:
+        _show_in_sequence(console, titles, respond)
     else:
-        _beside_each_other(console, names, answer)
+        _show_in_columns(console, titles, respond)
 
 
-def _below_each_other(console: "Console", names: Sequence[str], answer: Callable[[Show], list[str]]) -> None:
+def _show_in_sequence(console: "Console", titles: Sequence[str], respond: Callable[[ShowResponse], list[str]]) -> None:
     shown: list[str] = []
 
-    def show(player: int, text: str) -> None:
-        if player == len(shown):
-            _write(console, ("\n" if player == 0 else "\n\n") + f"[{names[player]}]\n")
+    def show(index: int, text: str) -> None:
+        if index == len(shown):
+            _write(console, ("\n" if index == 0 else "\n\n") + f"[{titles[index]}]\n")
             shown.append("")
-        _write(console, printable(text[len(shown[player]) :]))
-        shown[player] = text
+        _write(console, printable(text[len(shown[index]) :]))
+        shown[index] = text
 
-    answer(show)
+    respond(show)
     _write(console, "\n")
 
 
@@ -134,37 +123,36 @@ def _write(console: "Console", text: str) -> None:
     console.file.flush()
 
 
-def _beside_each_other(console: "Console", names: Sequence[str], answer: Callable[[Show], list[str]]) -> None:
+def _show_in_columns(console: "Console", titles: Sequence[str], respond: Callable[[ShowResponse], list[str]]) -> None:
     from rich.live import Live
 
-    texts = ["" for _ in names]
-    with Live(_columns(names, texts), console=console, transient=True, refresh_per_second=REFRESH) as live:
+    texts = ["" for _ in titles]
+    with Live(_columns(titles, texts), console=console, transient=True, refresh_per_second=REFRESH_PER_SECOND) as live:
 
-        def show(player: int, text: str) -> None:
-            texts[player] = printable(text)
-            # While it grows, what fits on the screen: a live display cannot scroll.
-            room = max(1, console.height - 4)
-            width = console.width // len(names) - 3
-            live.update(_columns(names, [_end(text, room, width) for text in texts]))
+        def show(index: int, text: str) -> None:
+            texts[index] = printable(text)
+            height = max(1, console.height - 4)  # a live display cannot scroll
+            width = console.width // len(titles) - 3
+            live.update(_columns(titles, [_last_lines(text, height, width) for text in texts]))
 
-        whole = answer(show)
-    console.print(_columns(names, [printable(text) for text in whole]))
+        responses = respond(show)
+    console.print(_columns(titles, [printable(text) for text in responses]))
 
 
-def _columns(names: Sequence[str], texts: Sequence[str]) -> "Table":
+def _columns(titles: Sequence[str], texts: Sequence[str]) -> "Table":
     from rich.box import SIMPLE
     from rich.table import Table
     from rich.text import Text
 
-    grid = Table(*names, box=SIMPLE, expand=True, pad_edge=False)
+    grid = Table(*titles, box=SIMPLE, expand=True, pad_edge=False)
     for column in grid.columns:
         column.ratio = 1
     grid.add_row(*map(Text, texts))
     return grid
 
 
-def _end(text: str, lines: int, width: int) -> str:
-    """The last lines of a text that is wrapped at a width."""
+def _last_lines(text: str, lines: int, width: int) -> str:
+    """Wrap a text at a width and return its last lines."""
     wrap = partial(textwrap.wrap, width=max(width, 1), replace_whitespace=False, drop_whitespace=False)
     wrapped = [part for line in text.split("\n") for part in wrap(line) or [""]]
     return "\n".join(wrapped[-lines:])

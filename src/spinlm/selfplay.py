@@ -30,13 +30,13 @@ from spinlm.utils.signals import graceful_shutdown
 VISIBLE = 10.0  # seconds until what one machine has written is seen by another
 
 
-def run(recipe: Recipe, run_dir: Path, *, fresh: bool = False, start_from: Path | None = None) -> RunDir:
+def run(recipe: Recipe, run_dir: Path, *, overwrite: bool = False, start_from: Path | None = None) -> RunDir:
     """Play a recipe to its end, or on from where it stopped.
 
     Args:
         recipe: what to do.
         run_dir: the run folder; made if it is not there.
-        fresh: delete what an earlier run left in the folder.
+        overwrite: delete the results of an earlier run in the folder first.
         start_from: another run's folder, to take the examples and the starting player from.
 
     Raises:
@@ -50,7 +50,7 @@ def run(recipe: Recipe, run_dir: Path, *, fresh: bool = False, start_from: Path 
         if source is not None:
             on_rank_zero(check_source, recipe, folder, source)  # before anything is deleted
         on_rank_zero(held.enter_context, folder.locked())
-        on_rank_zero(_lay_out, recipe, folder, source, fresh)
+        on_rank_zero(_lay_out, recipe, folder, source, overwrite)
         _see(folder)
         on_rank_zero(folder.error_file.unlink, missing_ok=True)
         try:
@@ -100,8 +100,8 @@ def _see(folder: RunDir) -> None:
             )
 
 
-def _lay_out(recipe: Recipe, folder: RunDir, source: RunDir | None, fresh: bool) -> None:
-    if fresh:
+def _lay_out(recipe: Recipe, folder: RunDir, source: RunDir | None, overwrite: bool) -> None:
+    if overwrite:
         folder.clear()
     claim_recipe(folder, recipe.model_dump(mode="json"), MUTABLE_FIELDS)
     if source is not None:

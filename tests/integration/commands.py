@@ -25,7 +25,7 @@ from typing import Any, NoReturn
 PRELOADED = (
     *("datasets", "peft", "transformers.models.auto.modeling_auto", "transformers.models.auto.tokenization_auto"),
     *("transformers.models.llama.modeling_llama", "transformers.models.gpt_neo.modeling_gpt_neo"),
-    *(f"spinlm.{name}" for name in ("chat", "check", "cli", "export", "plan", "selfplay", "summary")),
+    *(f"spinlm.{name}" for name in ("chat", "check", "cli.app", "export.player", "plan", "selfplay", "report.summary")),
 )
 PATIENCE = 60  # seconds until a process that should have got somewhere counts as stuck
 

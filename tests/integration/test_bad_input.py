@@ -49,7 +49,7 @@ def stage_refused(cli: Cli, world: World) -> Refused:
     """Runs one stage, in vain; returns the message."""
 
     def refused(stage: str, run: Path, iteration: int = 1) -> str:
-        result = cli(stage, run, "--iteration", str(iteration), folder=world.folder, code=2)
+        result = cli(stage.replace("_", "-"), run, "--iteration", str(iteration), folder=world.folder, code=2)
         assert not (run / f"iteration-{iteration}" / f"{stage}.done").exists()
         return result.message
 
@@ -220,7 +220,7 @@ def test_data_that_changed_since_the_run_began(cli, world, tmp_path):
     write_rows(own / "data.jsonl", [*rows(), *rows()[:1]])
     message = cli(*command, folder=own, code=2).message
     assert message.startswith("run: the model or data has changed since this run began:\n  data.sha256: was ")
-    assert message.endswith("Put the old one back, choose another --run-dir, or start again with --fresh")
+    assert message.endswith("Put the old one back, choose another --run-dir, or start again with --overwrite")
     assert contents(own / "run") == before
     write_rows(own / "data.jsonl", rows())
     cli(*command, folder=own)  # the old one was put back
@@ -368,8 +368,8 @@ def test_run_folder_in_use(cli, world, reference, tmp_path):
     (run / "lock").write_text("pid 12345 on elsewhere")
     commands = [
         ("run", world.recipe, "--run-dir", run),
-        ("run", world.recipe, "--fresh", "--run-dir", run),
-        *((stage, run, "--iteration", "1") for stage in ("generate", "reference_logprobs", "train", "evaluate")),
+        ("run", world.recipe, "--overwrite", "--run-dir", run),
+        *((stage, run, "--iteration", "1") for stage in ("generate", "reference-logprobs", "train", "evaluate")),
     ]
     before = contents(run)
     with (run / "lock").open() as file:
@@ -387,7 +387,7 @@ def test_fresh_deletes_no_folder_that_is_no_run(cli, world, tmp_path):
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "thesis.txt").write_text("years of work")
-    message = cli("run", world.recipe, "--fresh", "--run-dir", mine, folder=world.folder, code=2).message
+    message = cli("run", world.recipe, "--overwrite", "--run-dir", mine, folder=world.folder, code=2).message
     assert message == f"{mine}: holds files but no spinlm run. Choose another --run-dir"
     assert (mine / "thesis.txt").read_text() == "years of work"
     assert {path.name for path in mine.iterdir()} <= {"thesis.txt", "lock"}
@@ -429,7 +429,7 @@ def test_folder_is_no_run(cli, world, tmp_path):
     commands = [
         ("train", tmp_path, "--iteration", "0"),
         ("chat", tmp_path, "--prompt", "What?"),
-        ("export", tmp_path, "--to", tmp_path / "new"),
+        ("export", tmp_path, "--output", tmp_path / "new"),
     ]
     for command in commands:
         assert cli(*command, folder=world.folder, code=2).message == (
@@ -597,7 +597,7 @@ def test_stage_that_was_redone_with_another_result(refused, rewound):
     assert message.startswith(
         f"{run}/iteration-1/reference_logprobs.done: this stage was made from another result of generate"
     )
-    assert "or start again with --fresh" in message
+    assert "or start again with --overwrite" in message
 
 
 # A full disk

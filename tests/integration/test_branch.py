@@ -58,7 +58,7 @@ def test_the_control_that_a_run_names_can_be_run(world, cli, reference, tmp_path
     cli("report", "a run-control", folder=tmp_path)
     page = (tmp_path / "a run-control" / "report.html").read_text()
     assert page.count("start, in the run that it was taken from: not counted") == 1
-    line = next(line for line in said.splitlines() if "--against" in line)
+    line = next(line for line in said.splitlines() if "--baseline" in line)
     command = shlex.split(line, comments=True)
     said = cli(*command[command.index("status") :], folder=tmp_path).out
     assert "a run against a run-control, both after iteration 0: " in " ".join(said.split())
@@ -81,14 +81,14 @@ def test_a_branch_leaves_the_other_run_alone(branch, reference, tmp_path):
 
 
 def test_a_start_that_cannot_be_taken_costs_nothing(world, cli, branch, reference, tmp_path):
-    """Neither with --fresh, which deletes, nor where source and folder are the same."""
+    """Neither with --overwrite, which deletes, nor where source and folder are the same."""
     own = shutil.copytree(reference, tmp_path / "own", symlinks=True)
     before = contents(own)
-    assert "is the run folder itself" in branch("--fresh", name="own", source=own, code=2).message
-    assert "was made with other settings" in branch("--fresh", "data.prompts=5", name="own", code=2).message
+    assert "is the run folder itself" in branch("--overwrite", name="own", source=own, code=2).message
+    assert "was made with other settings" in branch("--overwrite", "data.prompts=5", name="own", code=2).message
     assert (
         "no starting player that has been measured"
-        in branch("--fresh", name="own", source=tmp_path / "nothing", code=2).message
+        in branch("--overwrite", name="own", source=tmp_path / "nothing", code=2).message
     )
     assert contents(own) == before
 

@@ -42,7 +42,7 @@ def logits(model) -> torch.Tensor:
 
 
 def test_export_an_adapter(world, cli, reference, theta_2, tmp_path):
-    said = cli("export", reference, "--iteration", "1", "--to", "adapter", folder=tmp_path)
+    said = cli("export", reference, "--iteration", "1", "--output", "adapter", folder=tmp_path)
     assert said.out == "wrote adapter (iteration-1)\n"
     exported = load_player(world.model, tmp_path / "adapter")
     assert torch.equal(logits(exported), logits(theta_2))
@@ -53,7 +53,7 @@ def test_export_an_adapter(world, cli, reference, theta_2, tmp_path):
 
 
 def test_export_a_whole_model(world, cli, reference, theta_1, theta_2, tmp_path):
-    cli("export", reference, "--iteration", "1", "--merge", "--to", tmp_path / "whole", folder=world.folder)
+    cli("export", reference, "--iteration", "1", "--merge", "--output", tmp_path / "whole", folder=world.folder)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "whole").eval()
     assert not (tmp_path / "whole" / "adapter_config.json").exists()
     assert (logits(merged) - logits(theta_2)).abs().max() < 1e-5 * logits(theta_2).abs().max()
@@ -64,8 +64,8 @@ def test_export_a_whole_model(world, cli, reference, theta_1, theta_2, tmp_path)
 def test_export_of_the_best_and_of_the_start(cli, reference, tmp_path):
     best = (reference / "best").readlink().name
     what = "start; no iteration beat the start" if best == "start" else best
-    assert cli("export", reference, "--to", "best", folder=tmp_path).out == f"wrote best ({what})\n"
-    cli("export", reference, "--iteration", "start", "--to", "start", folder=tmp_path)
+    assert cli("export", reference, "--output", "best", folder=tmp_path).out == f"wrote best ({what})\n"
+    cli("export", reference, "--iteration", "start", "--output", "start", folder=tmp_path)
     for name, source in (("best", reference / best), ("start", reference / "start")):
         exported = (tmp_path / name / "adapter_model.safetensors").read_bytes()
         assert exported == (source / "player" / "adapter_model.safetensors").read_bytes()
@@ -75,15 +75,15 @@ def test_export_does_not_overwrite(cli, reference, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     for options in ((), ("--merge",)):
-        refused = cli("export", reference, *options, "--to", "mine", folder=tmp_path, code=2)
-        assert refused.message == "mine: already there and not an empty folder. Choose another --to"
+        refused = cli("export", reference, *options, "--output", "mine", folder=tmp_path, code=2)
+        assert refused.message == "mine: already there and not an empty folder. Choose another --output"
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
 
 
 def test_export_of_a_player_that_is_not_there(cli, reference, tmp_path):
-    refused = cli("export", reference, "--iteration", "7", "--to", "new", folder=tmp_path, code=2)
+    refused = cli("export", reference, "--iteration", "7", "--output", "new", folder=tmp_path, code=2)
     assert refused.message == f"{reference}: has no player 7; it has iteration-0, iteration-1, start"
-    refused = cli("export", reference, "--iteration", "last", "--to", "new", folder=tmp_path, code=2)
+    refused = cli("export", reference, "--iteration", "last", "--output", "new", folder=tmp_path, code=2)
     assert "'last' names no player: write best, start, or the number of an iteration" in refused.message
     assert list(tmp_path.iterdir()) == []
 
@@ -95,7 +95,7 @@ def test_a_player_that_has_changed_is_not_handed_out(cli, reference, tmp_path, c
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
-    how = {"export": ("--iteration", "1", "--to", "new"), "chat": ("--iterations", "1", "--prompt", "What is 4?")}
+    how = {"export": ("--iteration", "1", "--output", "new"), "chat": ("--iteration", "1", "--prompt", "What is 4?")}
     refused = cli(command, run, *how[command], folder=tmp_path, code=2)
     assert refused.message.startswith(f"{weights}: has changed since it was written")
     assert not (tmp_path / "new").exists()
@@ -104,7 +104,7 @@ def test_a_player_that_has_changed_is_not_handed_out(cli, reference, tmp_path, c
 def test_a_hub_that_cannot_be_reached(cli, reference, tmp_path):
     """The export is there, and works here."""
     nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
-    refused = cli("export", reference, "--push-to-hub", "a/b", "--to", "new", folder=tmp_path, code=2, **nowhere)
+    refused = cli("export", reference, "--push-to-hub", "a/b", "--output", "new", folder=tmp_path, code=2, **nowhere)
     assert refused.message.startswith("a/b: could not be pushed: ") and "new is complete" in refused.message
     assert json.loads((tmp_path / "new" / "adapter_config.json").read_text())["base_model_name_or_path"].endswith(
         "/model"
@@ -143,7 +143,7 @@ def test_a_card_where_the_model_and_the_data_are_gone(reference, cli, tmp_path):
     resolved["model"]["path"], resolved["data"]["path"] = "/home/alice/clients/acme/model", "/data.jsonl"
     (run / "recipe.resolved.json").write_text(json.dumps(resolved))
     RunDir(run).record_digest(run / "recipe.resolved.json")
-    cli("export", run, "--to", "new", folder=tmp_path)
+    cli("export", run, "--output", "new", folder=tmp_path)
     matter, text = card_of(tmp_path / "new")
     assert "alice" not in text and "base_model" not in matter and "datasets" not in matter
     assert "over the base model model" in text
@@ -176,7 +176,7 @@ def card_of(folder):
 
 
 def test_card_of_an_exported_player(world, cli, reference, tmp_path):
-    cli("export", reference, "--iteration", "1", "--to", "adapter", folder=tmp_path)
+    cli("export", reference, "--iteration", "1", "--output", "adapter", folder=tmp_path)
     matter, text = card_of(tmp_path / "adapter")
     assert matter["library_name"] == "peft" and "self-play" in matter["tags"] and "license" not in matter
     assert "a LoRA adapter over the base model model" in text
@@ -247,7 +247,7 @@ def test_a_player_stops_elsewhere_where_it_stopped_here(world, cli, tmp_path):
         write_json(model / name, (config if name == "config.json" else {}) | {"eos_token_id": config["vocab_size"] - 1})
     few = ("data.prompts=4", "data.heldout=2", "selfplay.iterations=1", "sft=null", "train.epochs=1")
     cli("run", world.recipe, f"model.path={model}", *few, "--run-dir", tmp_path / "run", folder=tmp_path)
-    for how in (("--to", "adapter"), ("--merge", "--to", "whole")):
+    for how in (("--output", "adapter"), ("--merge", "--output", "whole")):
         cli("export", tmp_path / "run", "--iteration", "0", *how, folder=tmp_path)
         found = GenerationConfig.from_pretrained(tmp_path / how[-1]).eos_token_id
         assert set(found) == {*end, config["vocab_size"] - 1}
@@ -321,8 +321,8 @@ def test_licence_of_a_card(world, cli, reference, tmp_path):
     """That of the base model, where it says one, unless another is given."""
     (world.model / "README.md").write_text("---\nlicense: apache-2.0\n---\nA model.\n")
     try:
-        cli("export", reference, "--iteration", "1", "--merge", "--to", tmp_path / "whole", folder=world.folder)
-        cli("export", reference, "--to", tmp_path / "own", "--license", "mit", folder=world.folder)
+        cli("export", reference, "--iteration", "1", "--merge", "--output", tmp_path / "whole", folder=world.folder)
+        cli("export", reference, "--output", tmp_path / "own", "--license", "mit", folder=world.folder)
     finally:
         (world.model / "README.md").unlink()
     matter, text = card_of(tmp_path / "whole")
@@ -339,8 +339,8 @@ def texts(row):
 @pytest.fixture(scope="module")
 def exported(session_cli, reference, tmp_path_factory):
     folder = tmp_path_factory.mktemp("pairs")
-    said = session_cli("export", reference, "--pairs", "trl", "--to", "trl", folder=folder)
-    session_cli("export", reference, "--pairs", "llama-factory", "--to", "llama-factory", folder=folder)
+    said = session_cli("export", reference, "--pairs", "trl", "--output", "trl", folder=folder)
+    session_cli("export", reference, "--pairs", "llama-factory", "--output", "llama-factory", folder=folder)
     return folder, said.out
 
 
@@ -413,17 +413,19 @@ def test_trl_trains_two_steps_on_the_pairs_and_sees_our_tokens(world, reference,
 
 
 def test_pairs_that_cannot_be_exported(cli, reference, rewound, tmp_path):
-    refused = cli("export", reference, "--pairs", "trl", "--iteration", "7", "--to", "new", folder=tmp_path, code=2)
+    refused = cli("export", reference, "--pairs", "trl", "--iteration", "7", "--output", "new", folder=tmp_path, code=2)
     assert refused.message.endswith("iteration 7 has no pairs; the newest are those of iteration 1")
-    refused = cli("export", reference, "--pairs", "trl", "--iteration", "best", "--to", "new", folder=tmp_path, code=2)
+    refused = cli(
+        "export", reference, "--pairs", "trl", "--iteration", "best", "--output", "new", folder=tmp_path, code=2
+    )
     assert "pairs are those of an iteration: give its number" in refused.message
-    refused = cli("export", reference, "--pairs", "trl", "--merge", "--to", "new", folder=tmp_path, code=2)
-    assert "--merge and --license have no meaning for --pairs" in refused.message
+    refused = cli("export", reference, "--pairs", "trl", "--merge", "--output", "new", folder=tmp_path, code=2)
+    assert "--merge and --license" in refused.message
     for changed in ("iteration-0/pairs/train-00000.arrow", "iteration-0/generations/train-00000.jsonl"):
         run = rewound(1, "reference_logprobs")
         with (run / changed).open("ab") as file:
             file.write(b"more")
-        refused = cli("export", run, "--pairs", "trl", "--to", "new", folder=tmp_path, code=2)
+        refused = cli("export", run, "--pairs", "trl", "--output", "new", folder=tmp_path, code=2)
         assert f"{run / changed}: has changed since it was written" in refused.message
         assert not (tmp_path / "new").exists()
         shutil.rmtree(run)

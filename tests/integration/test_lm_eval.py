@@ -1,4 +1,4 @@
-"""`spinlm evaluate --tasks …` from end to end: the real command line, the real harness, a tiny run."""
+"""`spinlm benchmark --tasks …` from end to end: the real command line, the real harness, a tiny run."""
 
 import json
 import shutil
@@ -45,7 +45,7 @@ def test_players_are_measured_and_shown_side_by_side(cli, reference, tasks):
     run = shutil.copytree(reference, tasks / "run", symlinks=True)
     before = contents(run)
     data = ("--task-data", "pick=rows.jsonl", "--task-data", "say=rows.jsonl")
-    command = ("evaluate", "run", "--iteration", "start,1", "--tasks", "pick,say:2", "--task-folder", "tasks", *data)
+    command = ("benchmark", "run", "--iteration", "start,1", "--tasks", "pick,say:2", "--include-path", "tasks", *data)
     said = cli(*command, folder=tasks)
     kept = {
         name: json.loads((run / name / "benchmarks.json").read_text())["tasks"] for name in ("start", "iteration-1")
@@ -71,15 +71,12 @@ def test_players_are_measured_and_shown_side_by_side(cli, reference, tasks):
     ("options", "message"),
     [
         (("--suite", "big-bank"), "--suite: there is no suite 'big-bank'. Did you mean big-bench?"),
-        (("--tasks", "pick", "--pairwise"), "--pairwise has no meaning for a task of lm-evaluation-harness"),
-        (("--suite", "mt-bench", "--tasks", "pick"), "--tasks has no meaning for MT-Bench. Leave it out"),
-        (("--batch-size", "3"), "--batch-size has no meaning for held-out prompts. Leave it out"),
         (("--tasks", "pick", "--task-data", "pick"), "--task-data: 'pick' cannot be read. Write NAME=FILE.jsonl"),
-        (("--tasks", "pick", "--task-folder", "tasks"), "pick: its dataset cannot be fetched ("),
+        (("--tasks", "pick", "--include-path", "tasks"), "pick: its dataset cannot be fetched ("),
         (("--tasks", "arc_challenge"), "arc_challenge: its dataset cannot be fetched ("),
     ],
 )
 def test_one_message_when_something_is_wrong(cli, reference, tasks, options, message):
-    refused = cli("evaluate", reference, "--iteration", "start", *options, folder=tasks, code=2)
+    refused = cli("benchmark", reference, "--iteration", "start", *options, folder=tasks, code=2)
     assert refused.message.startswith(message)
     assert not (reference / "start" / "benchmarks.json").exists()

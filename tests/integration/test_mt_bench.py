@@ -349,7 +349,7 @@ def test_nothing_is_asked_twice_after_ctrl_c(bench, endpoint, cli, tmp_path):
         return by_rule(asked)
 
     endpoint.script = script
-    command = ("evaluate", bench.run.root, "--suite", "mt-bench", "--iteration", "start", "--max-new-tokens", "8")
+    command = ("mt-bench", bench.run.root, "--iteration", "start", "--max-new-tokens", "8")
     how = ("--judge-url", endpoint.url, "--judge-model", "scripted", "--judge-parallel", "1")
     process = cli.start(*command, *how, "--questions", bench.questions, folder=tmp_path)
     process.wait_until(lambda: len(endpoint.asked) == 3)
@@ -629,7 +629,7 @@ def test_a_key_that_is_none(judge, monkeypatch):
 def test_the_command_tells_a_refused_key_before_it_loads_a_model(bench, endpoint):
     """And without the key, whatever the server says."""
     endpoint.script = lambda asked, times: ""
-    command = [sys.executable, "-m", "spinlm", "evaluate", bench.run.root, "--suite", "mt-bench", "--judge-model", "m"]
+    command = [sys.executable, "-m", "spinlm", "mt-bench", bench.run.root, "--judge-model", "m"]
     command += ["--judge-url", f"{endpoint.url}/wrong", "--questions", bench.questions]
     environment = os.environ | {"SPINLM_JUDGE_KEY": KEY}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -665,7 +665,7 @@ def test_what_the_command_refuses(bench, cli, tmp_path, changes, message):
         **changes,
     }
     given = [text for name, value in options.items() if value is not None for text in (name, value) if text]
-    refused = cli("evaluate", bench.run.root, "--suite", "mt-bench", *given, folder=tmp_path, code=2)
+    refused = cli("mt-bench", bench.run.root, *given, folder=tmp_path, code=2)
     assert refused.message.startswith(message)
     assert bench.files("*") == []
 

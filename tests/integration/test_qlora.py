@@ -51,6 +51,6 @@ def test_check_says_what_four_bits_change(world, cli):
 
 
 def test_merged_export_says_that_it_is_another_base(quantised, world, cli, tmp_path):
-    result = cli("export", quantised, "--iteration", "0", "--merge", "--to", tmp_path / "out", folder=world.folder)
+    result = cli("export", quantised, "--iteration", "0", "--merge", "--output", tmp_path / "out", folder=world.folder)
     assert "merged into the base in torch.float32" in " ".join((result.out + result.err).split())
     shutil.rmtree(tmp_path / "out")

@@ -103,7 +103,7 @@ def test_a_finished_run(run, cli, tmp_path):
 
 
 def test_it_loads_nothing(run, cli, tmp_path):
-    cli("report", run, "--to", tmp_path / "page.html", folder=tmp_path)
+    cli("report", run, "--output", tmp_path / "page.html", folder=tmp_path)
     page = Page(tmp_path / "page.html")
     assert not (run / "report.html").exists()
     assert all(address.startswith("#") for address in page.addresses)
@@ -217,12 +217,12 @@ def test_in_a_browser(run, cli, tmp_path, hostile):
 def test_a_folder_is_written_into_and_never_over(run, cli, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
-    said = cli("report", run, "--to", "mine", folder=tmp_path).out
+    said = cli("report", run, "--output", "mine", folder=tmp_path).out
     assert said == "wrote mine/report.html\n"
     assert {path.name for path in (tmp_path / "mine").iterdir()} == {"thesis.txt", "report.html"}
     (tmp_path / "mine" / "report.html").unlink()
     (tmp_path / "mine" / "report.html").mkdir()
-    assert "a folder stands where" in cli("report", run, "--to", "mine", folder=tmp_path, code=2).message
+    assert "a folder stands where" in cli("report", run, "--output", "mine", folder=tmp_path, code=2).message
 
 
 @pytest.mark.parametrize(
@@ -268,11 +268,11 @@ def test_benchmarks(run, cli, tmp_path):
 
 
 def test_beside_its_control(run, reference, cli, tmp_path):
-    cli("report", run, "--against", reference, folder=tmp_path)
+    cli("report", run, "--baseline", reference, folder=tmp_path)
     said = f"{run} against {reference}, both after iteration 1: no difference beyond 2 standard errors; task"
     assert said in Page(run / "report.html").text
-    told = cli("status", run, "--against", reference, folder=tmp_path).out
+    told = cli("status", run, "--baseline", reference, folder=tmp_path).out
     assert said in " ".join(told.split())
-    told = json.loads(cli("status", run, "--against", reference, "--json", folder=tmp_path).out)["against"]
-    assert told["said"].startswith(said) and (told["mean_difference"], told["prompts"]) == (0.0, HELDOUT)
-    assert "no run here" in cli("report", run, "--against", tmp_path, folder=tmp_path, code=2).message
+    told = json.loads(cli("status", run, "--baseline", reference, "--json", folder=tmp_path).out)["baseline"]
+    assert told["summary"].startswith(said) and (told["mean_difference"], told["prompts"]) == (0.0, HELDOUT)
+    assert "no run here" in cli("report", run, "--baseline", tmp_path, folder=tmp_path, code=2).message

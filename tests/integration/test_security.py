@@ -43,7 +43,7 @@ def place(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for arguments in (
         ("run", "recipe.yaml", "--run-dir", "run"),
         ("report", "run"),
-        ("export", "run", "--merge", "--to", "run/exported"),
+        ("export", "run", "--merge", "--output", "run/exported"),
         ("plan", "recipe.yaml"),
     ):
         done = subprocess.run(
@@ -122,7 +122,7 @@ def test_code_that_comes_with_a_model_is_not_run_unless_allowed(cli, world, tmp_
     refused = cli("run", "recipe.yaml", folder=tmp_path, code=2).message
     assert "not run unless the recipe has model.trust_remote_code: true" in refused
     assert not (tmp_path / "sprung").exists()
-    allowed = cli.start("run", "recipe.yaml", "model.trust_remote_code=true", "--fresh", folder=tmp_path).wait()
+    allowed = cli.start("run", "recipe.yaml", "model.trust_remote_code=true", "--overwrite", folder=tmp_path).wait()
     assert "model.trust_remote_code is on: the code that comes with the model runs" in allowed.err
 
 

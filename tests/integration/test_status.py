@@ -59,7 +59,7 @@ def test_a_run_before_its_start_is_made(reference, cli, tmp_path):
     for folder in ("iteration-0", "iteration-1", "start"):
         shutil.rmtree(run / folder)
     (run / "best").unlink()
-    for command in (("chat", run, "--prompt", "p"), ("export", run, "--to", "new")):
+    for command in (("chat", run, "--prompt", "p"), ("export", run, "--output", "new")):
         refused = cli(*command, folder=tmp_path, code=2)
         assert "has no player yet: the start is made by the warm-up. `spinlm status` says" in refused.message
     said = cli("report", run, folder=tmp_path).out
@@ -120,16 +120,16 @@ def test_a_run_that_promotion_ended(reference, cli, tmp_path):
 
 
 def test_a_list_of_runs(reference, rewound, cli, tmp_path):
-    assert cli("runs", folder=tmp_path).out == "no runs in runs\n"
+    assert cli("list", folder=tmp_path).out == "no runs in runs\n"
     (tmp_path / "runs" / "something else").mkdir(parents=True)
     shutil.copytree(reference, tmp_path / "runs" / "whole", symlinks=True)
     rewound(0, "reference_logprobs").rename(tmp_path / "runs" / "part")
-    said = cli("runs", folder=tmp_path).out
+    said = cli("list", folder=tmp_path).out
     assert "whole" in said and "part" in said and "stopped, score" in said and "something" not in said
     assert "Self-play" not in said and max(map(len, said.splitlines())) > 40
-    narrow = cli("runs", folder=tmp_path, COLUMNS="40").out
+    narrow = cli("list", folder=tmp_path, COLUMNS="40").out
     assert max(map(len, narrow.splitlines())) <= 40
     for odd in ("", "0", "wide"):
-        assert cli("runs", folder=tmp_path, COLUMNS=odd).out == said
-    told = [json.loads(line) for line in cli("runs", "--json", folder=tmp_path).out.splitlines()]
+        assert cli("list", folder=tmp_path, COLUMNS=odd).out == said
+    told = [json.loads(line) for line in cli("list", "--json", folder=tmp_path).out.splitlines()]
     assert [(one["run"], one["state"]) for one in told] == [("runs/part", "stopped"), ("runs/whole", "finished")]

@@ -80,7 +80,7 @@ def test_a_plan_for_a_program(world, cli, tmp_path):
 
 @pytest.mark.parametrize("columns", [100, 50])
 def test_players_answer_beside_each_other_where_there_is_room(world, reference, columns):
-    command = ("chat", reference, "--iterations", "start,1", "--prompt", "What is 4?")
+    command = ("chat", reference, "--iteration", "start,1", "--prompt", "What is 4?")
     output, code = on_a_terminal(*command, folder=world.folder, columns=columns)
     assert code == 0
     beside = any(re.search(r"start .*miteration 1 ", line) for line in output.splitlines())
@@ -114,12 +114,12 @@ def test_text_is_shown_as_it_is(reference, cli, tmp_path):
     for path in run.glob("*/heldout_greedy.jsonl"):
         write_rows(path, [row | {"text": ODD} for row in read_rows(path)])
     shown = printable(ODD)
-    from spinlm.cli.app import _print_result
+    from spinlm.cli.run import print_result
 
     with contextlib.redirect_stdout(io.StringIO()) as out:
-        _print_result(RunDir(run))
+        print_result(RunDir(run))
     assert shown in " ".join(out.getvalue().split()) and ESCAPE not in out.getvalue()
-    listed = cli("runs", folder=tmp_path).out
+    listed = cli("list", folder=tmp_path).out
     assert "lr[red]1e-5\\x1b[31m" in listed and ESCAPE not in listed
 
 
@@ -128,10 +128,10 @@ def test_a_damaged_run_hides_no_other(reference, cli, tmp_path):
         shutil.copytree(reference, tmp_path / "runs" / name, symlinks=True)
     (tmp_path / "runs" / "a" / "iteration-1" / "eval.json").unlink()
     (tmp_path / "runs" / "b" / "recipe.resolved.json").write_text("{}")
-    told = [json.loads(line) for line in cli("runs", "--json", folder=tmp_path).out.splitlines()]
+    told = [json.loads(line) for line in cli("list", "--json", folder=tmp_path).out.splitlines()]
     assert [one["state"] for one in told] == ["damaged", "damaged", "finished"]
     assert "runs/a/iteration-1/eval.json: is missing" in told[0]["verdict"]
-    assert "damaged" in cli("runs", folder=tmp_path).out
+    assert "damaged" in cli("list", folder=tmp_path).out
 
 
 def test_colours_asked_for_in_a_log_are_no_bars(world, rewound, cli):

@@ -449,7 +449,7 @@ def test_tasks_that_cannot_be_loaded(tasks: Path, rows: Path, tmp_path: Path) ->
     scratch = tmp_path / "scratch"
     unknown = "lm-evaluation-harness has no such task. Did you mean"
     assert refused("gsm8kk", None, scratch) == (
-        f"gsm8kk: {unknown} gsm8k? Tasks of your own are found with --task-folder"
+        f"gsm8kk: {unknown} gsm8k? Tasks of your own are found with --include-path"
     )
     assert refused("choise", tasks, scratch) == f"choise: {unknown} choice?"
     assert refused("choice", tasks, scratch, f"choice={rows}", f"other={rows}").startswith(
@@ -483,8 +483,8 @@ def test_task_folders_that_cannot_be_used(tmp_path: Path, tasks: Path) -> None:
     nowhere, empty = tmp_path / "nowhere", tmp_path / "empty"
     empty.mkdir()
     scratch = tmp_path / "scratch"
-    assert refused("choice", nowhere, scratch) == f"--task-folder {nowhere}: no such folder"
-    assert refused("choice", empty, scratch) == f"--task-folder {empty}: has no task files (*.yaml)"
+    assert refused("choice", nowhere, scratch) == f"--include-path {nowhere}: no such folder"
+    assert refused("choice", empty, scratch) == f"--include-path {empty}: has no task files (*.yaml)"
     (tasks / "choice.yaml").write_text("task: [choice\nmetric: 3")
     assert refused("choice", tasks, scratch).startswith(f"{tasks / 'choice.yaml'}: not YAML: ")
     (tasks / "choice.yaml").write_text("- task: choice")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from spinlm.cli.starter import template
+from spinlm.cli.starter import starter_recipe
 from spinlm.recipe.load import load_recipe
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
@@ -37,7 +37,7 @@ def test_the_papers_recipe() -> None:
 
 def test_the_template_loads_as_it_is(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
-    path.write_text(template())
+    path.write_text(starter_recipe())
     (tmp_path / "data.jsonl").write_text('{"prompt": "a", "response": "b"}\n')
     recipe = load_recipe(path)
     assert recipe.data.path == str(tmp_path / "data.jsonl")
@@ -46,7 +46,7 @@ def test_the_template_loads_as_it_is(tmp_path: Path) -> None:
 
 def test_what_the_template_comments_out_is_right_too(tmp_path: Path) -> None:
     lines = []
-    for line in template().splitlines():
+    for line in starter_recipe().splitlines():
         bare = line.lstrip()
         optional = bare.startswith("# ") and ":" in bare.split("#")[1] and not line.startswith("# A recipe")
         keep = optional and bare[2:].split(":")[0].strip() in OPTIONAL

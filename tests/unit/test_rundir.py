@@ -269,7 +269,9 @@ def test_redoing_a_stage_with_another_result_is_noticed(run, redone, stale):
         run.done(*stale)
     message = str(caught.value)
     assert message.startswith(f"{run.marker(*stale)}: this stage was made from another result of {stage_label(redone)}")
-    assert f"Remove {run.marker(*stale)} and what follows it to redo the stage, or start again with --fresh" in message
+    assert (
+        f"Remove {run.marker(*stale)} and what follows it to redo the stage, or start again with --overwrite" in message
+    )
     with pytest.raises(RunError):
         run.require(*stale)
 
@@ -335,7 +337,7 @@ def test_bind(run):
         bind(run, GAME | {"train": {"epochs": 3, "save_steps": 50}, "seed": 1}, ())
     assert str(caught.value) == (
         f"{run.root}: was made with a different recipe:\n  seed: was 0, is 1\n  train.epochs: was 2, is 3\n"
-        "Choose another --run-dir, or start again with --fresh (this deletes what is there)"
+        "Choose another --run-dir, or start again with --overwrite (this deletes what is there)"
     )
 
 
@@ -439,7 +441,7 @@ def test_bind_inputs(run):
     assert str(caught.value) == (
         f"{run.root}: the model or data has changed since this run began:\n"
         '  data.sha256: was "a", is "b"\n  model.config.json: was null, is "x"\n'
-        "Put the old one back, choose another --run-dir, or start again with --fresh"
+        "Put the old one back, choose another --run-dir, or start again with --overwrite"
     )
 
 

@@ -53,7 +53,7 @@ def export_pairs(recipe: Recipe, run: RunDir, iteration: int | None, to: Path, f
         RunError: the folder is not empty, the run is a control that has no pairs, or the iteration has none yet.
     """
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
-        raise RunError(f"{to}: already there and not an empty folder. Choose another --to")
+        raise RunError(f"{to}: already there and not an empty folder. Choose another --output")
     if recipe.is_control:
         raise RunError(f"{run.root}: is supervised fine-tuning, which trains on no pairs")
     newest = _newest(run)
@@ -86,7 +86,7 @@ def _newest(run: RunDir) -> int:
     """
     scored = list(takewhile(lambda iteration: run.marker("reference_logprobs", iteration).exists(), count()))
     if not scored:
-        raise RunError(f"{run.root}: has no pairs yet: `spinlm score` makes them, as `spinlm run` does")
+        raise RunError(f"{run.root}: has no pairs yet: `spinlm reference-logprobs` makes them, as `spinlm run` does")
     return scored[-1]
 
 

@@ -63,7 +63,7 @@ def export(
         RunError: the folder exists and is not empty, or there is nothing to merge.
     """
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
-        raise RunError(f"{to}: already there and not an empty folder. Choose another --to")
+        raise RunError(f"{to}: already there and not an empty folder. Choose another --output")
     if merge and recipe.lora is None:
         raise RunError("--merge: this run fine-tunes the whole model, so its players have no adapter. Leave it out")
     about = full_card(recipe, run, iteration, merged=merge, licence=licence)

@@ -40,7 +40,7 @@ def write_report(run: RunDir, to: Path | None = None, *, other: RunDir | None = 
     path = to or run.root
     path = path / "report.html" if path.is_dir() else path
     if path.is_dir():
-        raise RunError(f"{path}: a folder stands where the page should be. Choose another --to")
+        raise RunError(f"{path}: a folder stands where the page should be. Choose another --output")
     write_text(path, page(run, other).encode("utf-8", "replace").decode("utf-8"))  # half a character may stand anywhere
     return path
 

@@ -91,7 +91,7 @@ def _check_came_from(folder: RunDir, source: RunDir) -> None:
         ) != source.reproducible_metadata(stage, START):
             raise RunError(
                 f"{folder.root}: has begun with another start than that of {source.root}. Choose another --run-dir, "
-                "or start again with --fresh (this deletes what is there)"
+                "or start again with --overwrite (this deletes what is there)"
             )
 
 

@@ -182,7 +182,7 @@ class RunDir:
             raise RunError(
                 f"{marker}: this stage was made from another result of {stage_label(parent_stage(stage, iteration))} than the "
                 f"run folder holds now. Remove {marker} and what follows it to redo the stage, or start again with "
-                "--fresh"
+                "--overwrite"
             )
         return True
 
@@ -425,7 +425,7 @@ class RunDir:
         entries = [entry for entry in self.root.iterdir() if entry.name != "lock"]
         for note in self.root.glob("*/*.begun"):  # first: what a deletion that is cut short leaves is not gone on with
             note.unlink()
-        # The recipe goes last: a deletion that is cut short leaves a folder that --fresh still recognises.
+        # The recipe goes last: a deletion that is cut short leaves a folder that --overwrite still recognises.
         for entry in sorted(entries, key=lambda entry: entry == self.recipe):
             shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
 

@@ -31,7 +31,7 @@ def claim_recipe(run: "RunDir", recipe: dict[str, Any], mutable_fields: Collecti
             raise RunError(
                 f"{run.root}: was made with a different recipe:\n"
                 + "\n".join(f"  {line}" for line in changed)
-                + "\nChoose another --run-dir, or start again with --fresh (this deletes what is there)"
+                + "\nChoose another --run-dir, or start again with --overwrite (this deletes what is there)"
             )
         write_json(run.recipe, recipe)
         run.record_digest(run.recipe)
@@ -71,7 +71,7 @@ def verify_inputs(run: "RunDir", inputs: dict[str, Any]) -> None:
         return
     noted = read_json(run.provenance)
     if not isinstance(noted, dict) or "inputs" not in noted:
-        raise RunError(f"{run.provenance}: damaged: it says nothing of model and data. Start again with --fresh")
+        raise RunError(f"{run.provenance}: damaged: it says nothing of model and data. Start again with --overwrite")
     unknown = 'model.commit: was null, is "', "model.commit: was "  # where the hub could not be asked
     changed = [
         line
@@ -84,7 +84,7 @@ def verify_inputs(run: "RunDir", inputs: dict[str, Any]) -> None:
         raise RunError(
             f"{run.root}: the model or data has changed since this run began:\n"
             + "\n".join(f"  {line}" for line in changed)
-            + f"\n{remedy}, choose another --run-dir, or start again with --fresh"
+            + f"\n{remedy}, choose another --run-dir, or start again with --overwrite"
         )
 
 
@@ -128,7 +128,7 @@ def _known_recipe(run: "RunDir") -> Any:
     try:
         return load_recipe(run.readable_recipe).model_dump(mode="json")
     except RecipeError as error:
-        raise RunError(f"{run.recipe}: damaged, and so is {error}. Start again with --fresh") from error
+        raise RunError(f"{run.recipe}: damaged, and so is {error}. Start again with --overwrite") from error
 
 
 def recipe_fingerprint(path: Path, iteration: int) -> str | None:

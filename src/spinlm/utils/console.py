@@ -1,4 +1,4 @@
-"""What others have written (a model, a data set) on a terminal: to be read, and without the power to command it."""
+"""Print text that a model or a data set wrote, without letting it control the terminal."""
 
 import os
 import re
@@ -12,19 +12,19 @@ CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def printable(text: str) -> str:
-    r"""The text with control characters as their codes (`\x1b`), but for tabs and ends of lines."""
-    return CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+    r"""Replace control characters by their codes (`\x1b`), except tabs and line feeds."""
+    return CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
 
 
 def console(width: int) -> "Console":
-    """Standard output for tables and text that is shown as it is: no markup, no emoji codes, nothing highlighted.
+    """Return a console on standard output that prints text literally: no markup, no emoji codes, no highlighting.
 
     Args:
-        width: where it is no terminal, and COLUMNS does not say how wide it shall be.
+        width: characters, if standard output is not a terminal and COLUMNS is not a positive number.
     """
     from rich.console import Console
 
-    asked = os.environ.get("COLUMNS", "")
-    if asked.isascii() and asked.isdigit() and int(asked) > 0:
-        width = int(asked)
+    columns = os.environ.get("COLUMNS", "")
+    if columns.isascii() and columns.isdigit() and int(columns) > 0:
+        width = int(columns)
     return Console(highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else width)

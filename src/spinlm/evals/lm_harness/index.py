@@ -51,10 +51,10 @@ _TaskFile.add_multi_constructor("!", lambda loader, suffix, node: None)
 def own_names(folder: Path) -> dict[str, Path]:
     """The tasks, groups and tags of the user's own, each with its file."""
     if not folder.is_dir():
-        raise RunError(f"--task-folder {folder}: no such folder")
+        raise RunError(f"--include-path {folder}: no such folder")
     paths = sorted(folder.rglob("*.yaml"))
     if not paths:
-        raise RunError(f"--task-folder {folder}: has no task files (*.yaml)")
+        raise RunError(f"--include-path {folder}: has no task files (*.yaml)")
     names: dict[str, Path] = {}
     for path in paths:
         try:

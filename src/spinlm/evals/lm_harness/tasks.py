@@ -125,7 +125,7 @@ def open_units(wanted: Sequence[Wanted], data: dict[str, LocalData], folder: Pat
     shipped = {} if all(name in own for name in names) else shipped_names()
 
     def unknown(name: str) -> RunError:
-        hint = " Tasks of your own are found with --task-folder" if folder is None else ""
+        hint = " Tasks of your own are found with --include-path" if folder is None else ""
         return RunError(f"{name}: lm-evaluation-harness has no such task.{_nearest(name, [*own, *shipped])}{hint}")
 
     for name in names:

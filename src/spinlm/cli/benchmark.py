@@ -1,0 +1,86 @@
+"""Commands that measure players on public benchmarks."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from spinlm.cli.options import PlayersOption, Quiet, RunPath, open_run, parse_players
+from spinlm.utils.console import console, printable
+
+
+def benchmark(
+    run: RunPath,
+    iteration: PlayersOption = "start,best",
+    suite: Annotated[str | None, typer.Option(help="Measure a suite: open-llm-leaderboard or big-bench.")] = None,
+    tasks: Annotated[str | None, typer.Option(help="Measure these tasks of lm-eval, separated by commas.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use at most this number of examples of a task.")] = None,
+    include_path: Annotated[Path | None, typer.Option(help="Read task YAML files from this folder, too.")] = None,
+    task_data: Annotated[list[str] | None, typer.Option(help="Read a task's examples from NAME=FILE.jsonl.")] = None,
+    apply_chat_template: Annotated[
+        bool, typer.Option("--apply-chat-template", help="Put prompts into the player's chat template.")
+    ] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Process this number of requests at once.")] = 8,
+    quiet: Quiet = False,
+) -> None:
+    """Measure players with lm-evaluation-harness."""
+    from spinlm.evals import scores
+    from spinlm.evals.lm_harness.measure import harness
+    from spinlm.utils.signals import graceful_shutdown
+
+    folder, recipe = open_run(run)
+    players = parse_players(folder, iteration)
+    with folder.locked(), graceful_shutdown():
+        harness(
+            recipe,
+            folder,
+            players,
+            suite,
+            tasks,
+            limit=limit,
+            data=task_data or (),
+            folder=include_path,
+            chat_template=apply_chat_template,
+            batch_size=batch_size,
+        )
+    console(200).print(scores.table(folder, players, suite or "tasks"))
+
+
+def mt_bench(
+    run: RunPath,
+    iteration: PlayersOption = "start,best",
+    questions: Annotated[Path | None, typer.Option(help="Read questions from MT-Bench's question.jsonl.")] = None,
+    references: Annotated[Path | None, typer.Option(help="Read reference answers from this .jsonl file.")] = None,
+    judge_url: Annotated[str | None, typer.Option(help="Send requests to this OpenAI-compatible endpoint.")] = None,
+    judge_model: Annotated[str | None, typer.Option(help="Name the model of the judge.")] = None,
+    judge_prompts: Annotated[Path | None, typer.Option(help="Read the judge's prompts from this file.")] = None,
+    judge_tokens: Annotated[int, typer.Option(min=1, help="Limit the judge's response to this length.")] = 2048,
+    judge_parallel: Annotated[int, typer.Option(min=1, help="Send this number of requests at once.")] = 4,
+    judge_timeout: Annotated[float, typer.Option(min=1, help="Wait this number of seconds for the judge.")] = 300,
+    judge_options: Annotated[str | None, typer.Option(help="Add these fields (JSON) to each request.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use at most this number of questions.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Limit a player's response to this length.")] = 1024,
+    pairwise: Annotated[bool, typer.Option("--pairwise", help="Compare players with the first one.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure players with MT-Bench and a judge."""
+    from spinlm.evals import scores
+    from spinlm.evals.mt_bench import bench, games
+    from spinlm.evals.mt_bench.judge import Judge, read_options
+    from spinlm.utils.signals import graceful_shutdown
+
+    folder, recipe = open_run(run)
+    players = parse_players(folder, iteration)
+    with folder.locked(), graceful_shutdown():
+        fields: dict[str, Any] = {"max_tokens": judge_tokens, "parallel": judge_parallel, "timeout": judge_timeout}
+        judge = Judge.of(judge_url, judge_model, judge_prompts, options=read_options(judge_options), **fields)
+        notes = bench.mt_bench(
+            *(recipe, folder, players, judge, questions, references),
+            limit=limit,
+            pairwise=pairwise,
+            max_new_tokens=max_new_tokens,
+        )
+    out = console(200)
+    out.print(scores.table(folder, players, games.SUITE if pairwise else "mt-bench"))
+    for note in notes:
+        out.print(printable(note))

@@ -1,0 +1,182 @@
+"""Commands that read a finished or a running run: status, list, report, chat and export."""
+
+import json
+import sys
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from spinlm.cli.options import AsJson, Baseline, PlayersOption, RunPath, open_run, parse_players
+from spinlm.errors import RunError, SpinError
+from spinlm.rundir.layout import RunDir
+from spinlm.rundir.stage_graph import START, player_name, stage_label
+from spinlm.utils.console import console, printable
+
+
+def status(run: RunPath, baseline: Baseline = None, as_json: AsJson = False) -> None:
+    """Show the progress and the players of a run."""
+    from spinlm.report import compare, summary
+    from spinlm.report.status import failure, run_status, stage_progress
+
+    folder, _ = open_run(run)
+    if as_json:
+        print_status(folder, baseline)
+        return
+    out = console(100)
+    state = run_status(folder)
+    out.print(str(state))
+    if progress := stage_progress(folder, state):
+        out.print(progress)
+    if error := failure(folder):
+        out.print(printable(f"The last attempt ended with: {error}"))
+    if summary.rows(folder):
+        out.print(summary.table(folder, out.width))
+    out.print(summary.verdict(folder))
+    if baseline is not None:
+        out.print(printable(str(compare.compare_runs(folder, RunDir(baseline)))))
+
+
+def print_status(folder: RunDir, baseline: Path | None = None) -> None:
+    """Print the status of a run as one JSON object."""
+    from spinlm.report import compare
+    from spinlm.report.status import status as status_data
+
+    data = status_data(folder)
+    if baseline is not None:
+        comparison = compare.compare_runs(folder, RunDir(baseline))
+        data["baseline"] = asdict(comparison) | {"result": comparison.result, "summary": str(comparison)}
+    print(json.dumps(data))
+
+
+def list_runs(
+    folder: Annotated[Path, typer.Argument(help="Search this folder for run folders.")] = Path("runs"),
+    as_json: AsJson = False,
+) -> None:
+    """List the runs in a folder."""
+    from rich.box import SIMPLE
+    from rich.table import Table
+
+    from spinlm.report.status import find_runs, status_of_all
+
+    runs = status_of_all(find_runs(folder))
+    if as_json:
+        for run in runs:
+            print(json.dumps(run))
+        return
+    if not runs:
+        print(f"no runs in {folder}")
+        return
+    grid = Table("run", "state", "players", "best", "outcome", box=SIMPLE, pad_edge=False)
+    for run in runs:
+        stage = "" if run["stage"] is None else f", {stage_label((run['stage'], run['iteration']))}"
+        best = "–" if run["best"] is None else player_name(run["best"])
+        outcome = run["verdict"] if run["state"] == "damaged" else run["outcome"] or "–"
+        cells = Path(run["run"]).name, run["state"] + stage, str(len(run["players"])), best, outcome
+        grid.add_row(*map(printable, cells))
+    console(160).print(grid)
+
+
+def report(
+    run: RunPath,
+    output: Annotated[
+        Path | None, typer.Option(help="Write this file. The default is report.html in the run folder.")
+    ] = None,
+    baseline: Baseline = None,
+) -> None:
+    """Write a report of a run as one HTML page.
+
+    Works for a run that is unfinished or failed, too.
+    """
+    from spinlm.report.page import write_report
+    from spinlm.report.summary import rows
+
+    folder = RunDir(run)
+    print(f"wrote {write_report(folder, output, other=None if baseline is None else RunDir(baseline))}")
+    if not rows(folder):
+        print("No player has been measured yet: the page shows the recipe, and what there is so far.")
+
+
+def chat(
+    run: RunPath,
+    iteration: PlayersOption = "start,best",
+    prompt: Annotated[str | None, typer.Option(help="Send this prompt and exit. The default reads prompts.")] = None,
+    system: Annotated[str | None, typer.Option(help="Set the system prompt. Use the one of your data.")] = None,
+    temperature: Annotated[float, typer.Option(min=0.0, help="Set the temperature. 0 decodes greedily.")] = 0.0,
+) -> None:
+    """Compare responses of players to a prompt."""
+    from rich.console import Console
+
+    from spinlm.chat import player_titles, respond, show_responses
+    from spinlm.data.renderer import RowError
+
+    folder, recipe = open_run(run)
+    players = parse_players(folder, iteration)
+    titles = player_titles(folder, players)
+    history = [{"role": "system", "content": system}] if system else []
+    if prompt is None and sys.stdin.isatty():
+        print("(Each prompt starts a new conversation. Ctrl-D exits.)")
+    while True:
+        try:
+            text = prompt if prompt is not None else input("you> ")
+        except EOFError:
+            return
+        if prompt is None and not text.strip():
+            continue
+        messages = [*history, {"role": "user", "content": text}]
+        responses = partial(respond, recipe, folder, players, messages, temperature=temperature, seed=recipe.seed)
+        try:
+            show_responses(Console(), titles, responses)
+        except RowError as error:
+            if prompt is not None:
+                raise SpinError(f"this prompt cannot be used: {error}") from error
+            print(f"this prompt cannot be used: {error}")
+            continue
+        if prompt is not None:
+            return
+
+
+def export(
+    run: RunPath,
+    output: Annotated[Path, typer.Option(help="Write this folder.", show_default=False)],
+    iteration: Annotated[
+        str | None,
+        typer.Option(help="Choose the player: a number, `start` or `best`. The default is `best`."),
+    ] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="Merge the adapter into the base model.")] = False,
+    license: Annotated[
+        str | None, typer.Option(help="Set the license in the model card. The default is the base model's.")
+    ] = None,
+    pairs: Annotated[
+        Literal["trl", "llama-factory"] | None,
+        typer.Option(help="Export the training pairs of an iteration for this trainer.", show_default=False),
+    ] = None,
+    push_to_hub: Annotated[
+        str | None, typer.Option(help="Upload the folder to this repository. A new one is private.")
+    ] = None,
+) -> None:
+    """Export a player, or the training pairs.
+
+    A player is a PEFT adapter or, merged, a whole model. A model card is written with it.
+    """
+    from spinlm.export.pairs import export_pairs
+    from spinlm.export.player import export as export_player
+    from spinlm.export.player import push, which_player
+
+    folder, recipe = open_run(run)
+    if pairs is not None:
+        if merge or license:
+            raise RunError("--merge and --license cannot be used with --pairs. Leave them out")
+        if iteration is not None and not iteration.isdecimal():
+            raise RunError(f"--iteration {iteration}: with --pairs, give the number of an iteration")
+        summary = export_pairs(recipe, folder, None if iteration is None else int(iteration), output, pairs)
+        print(f"wrote {output} ({summary})")
+    else:
+        player = which_player(folder, iteration or "best")
+        export_player(recipe, folder, player, output, merge=merge, licence=license)
+        note = "; no iteration beat the start" if iteration in (None, "best") and player == START else ""
+        print(f"wrote {output} ({folder.iteration(player).name}{note})")
+    if push_to_hub:
+        print(f"pushed to {push(output, push_to_hub, recipe, data=pairs is not None)}")

@@ -1,0 +1,186 @@
+"""Commands that play a recipe: the whole run, a preview of it, or one stage."""
+
+import contextlib
+import importlib
+import json
+import shlex
+import shutil
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from spinlm.cli.inspect import print_status
+from spinlm.cli.options import (
+    AsJson,
+    Iteration,
+    Overrides,
+    Quiet,
+    RecipePath,
+    RunDirOption,
+    RunPath,
+    load_recipe_file,
+    open_run,
+    run_folder,
+)
+from spinlm.errors import RunError
+from spinlm.rundir.layout import RunDir
+from spinlm.rundir.stage_graph import START
+from spinlm.utils.console import console, printable
+
+
+def run(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    run_dir: RunDirOption = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the results in the folder first.")] = False,
+    start_from: Annotated[
+        Path | None, typer.Option(help="Take the examples and the starting player from this run.")
+    ] = None,
+    quiet: Quiet = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as `spinlm status --json` does.")] = False,
+) -> None:
+    """Run self-play, or continue an interrupted run."""
+    loaded = load_recipe_file(recipe, overrides)
+    path = run_folder(recipe, run_dir)
+
+    from spinlm import selfplay
+    from spinlm.distributed.processes import is_main_process
+
+    folder = selfplay.run(loaded, path, overwrite=overwrite, start_from=start_from)
+    if is_main_process():
+        print_status(folder) if as_json else print_result(folder)
+
+
+def plan(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    run_dir: RunDirOption = None,
+    processes: Annotated[
+        int, typer.Option(min=1, envvar="WORLD_SIZE", help="Plan for this number of processes, one on each device.")
+    ] = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Estimate steps, memory and time of a run.
+
+    Needs neither model weights nor a network.
+    """
+    from rich.console import Console
+
+    from spinlm.plan import as_data, make_plan, refusals, render
+
+    loaded = load_recipe_file(recipe, overrides)
+    estimate = make_plan(loaded, RunDir(run_folder(recipe, run_dir)), processes)
+    if as_json:
+        print(json.dumps(as_data(estimate)))
+    else:
+        Console().print(render(estimate))
+    if any(refusals(estimate)):
+        raise typer.Exit(RunError.exit_code)
+
+
+def check(recipe: RecipePath, overrides: Overrides = None, quiet: Quiet = False) -> None:
+    """Test a recipe on a few prompts.
+
+    Checks the model, the chat template, the loss, the precision and the memory with the code of a run.
+    """
+    loaded = load_recipe_file(recipe, overrides)
+
+    from spinlm.check import check as check_recipe
+
+    for line in check_recipe(loaded):
+        print(printable(line), flush=True)
+
+
+def generate(run: RunPath, iteration: Iteration, quiet: Quiet = False) -> None:
+    """Generate the responses of the opponent."""
+    run_stage("generate", run, iteration)
+
+
+def reference_logprobs(run: RunPath, iteration: Iteration, quiet: Quiet = False) -> None:
+    """Compute log-probabilities of the opponent.
+
+    Scores the real and the generated responses, and writes the pairs for training.
+    """
+    run_stage("reference_logprobs", run, iteration)
+
+
+def train(run: RunPath, iteration: Iteration, quiet: Quiet = False) -> None:
+    """Train the main player."""
+    run_stage("train", run, iteration)
+
+
+def evaluate(run: RunPath, iteration: Iteration, quiet: Quiet = False) -> None:
+    """Measure a player on the held-out prompts."""
+    run_stage("evaluate", run, iteration)
+
+
+def run_stage(name: str, path: Path, iteration: int) -> None:
+    """Run one stage of one iteration, unless the stage is complete.
+
+    Raises:
+        RunError: the run has no such iteration, or an earlier stage is not complete.
+    """
+    from spinlm.distributed import processes
+    from spinlm.utils.signals import graceful_shutdown
+
+    folder, recipe = open_run(path)
+    if not 0 <= iteration < recipe.selfplay.iterations:
+        raise RunError(f"--iteration {iteration}: this run has iterations 0 to {recipe.selfplay.iterations - 1}")
+    module = importlib.import_module(f"spinlm.stages.{name}")
+    stage = getattr(module, {"reference_logprobs": "score"}.get(name, name))
+    with graceful_shutdown(), processes.process_group(), contextlib.ExitStack() as stack:
+        processes.on_rank_zero(stack.enter_context, folder.locked())
+        done = processes.on_rank_zero(folder.done, name, iteration)
+        processes.on_rank_zero(folder.error_file.unlink, missing_ok=True)
+        stage(recipe, folder, iteration)
+        if processes.is_main_process():
+            print(f"{name} of iteration {iteration}: " + ("already complete" if done else "complete"))
+
+
+def print_result(folder: RunDir) -> None:
+    """Print example responses, the table of players, the verdict, and commands to try next."""
+    from spinlm.report.summary import side_by_side, table, verdict
+
+    out = console(100)
+    for prompt, real, responses in side_by_side(folder, prompts=3):
+        out.print()
+        for name, text in (("prompt", prompt), ("real", real), *responses):
+            out.print(f"{name:<11} " + printable(text).replace("\n", f"\n{'':12}"))
+    out.print(table(folder, out.width))
+    out.print(verdict(folder))
+    best = START if (chosen := folder.best()) is None else chosen
+    out.print(printable(f"\nThe run is in {folder.root}; the best player is {folder.player(best)}. Next:"))
+    program = "spinlm" if shutil.which("spinlm") else _program()
+    for command, purpose in _next_commands(folder).items():
+        out.print(f"  {program} {printable(command)}    # {purpose}", soft_wrap=True)
+
+
+def _next_commands(folder: RunDir) -> dict[str, str]:
+    """Return commands that make sense after a run, each with its purpose."""
+    from spinlm.report.summary import is_control, start_from, system_prompt
+
+    prompt = system_prompt(folder)  # `chat` needs the system prompt of the data
+    system = f" --system {shlex.quote(prompt)}" if prompt else ""
+    run, recipe, control = (shlex.quote(f"{folder.root}{end}") for end in ("", "/recipe.yaml", "-control"))
+    commands = {
+        f"report {run}": "write charts and all responses to one page",
+        f"chat {run}{system}": "send a prompt to the start and to the best player",
+        f"export {run} --merge --output my-model": "save the best player as a model",
+        "init": "write a recipe for your own model and data",
+    }
+    if not is_control(folder):
+        sft = f"run {recipe} 'objective={{name: sft}}' --start-from {run} --run-dir {control}"
+        return {sft: "train a control: does fine-tuning alone gain as much?", **commands}
+    source = start_from(folder)
+    if source and RunDir(Path(source)).recipe.exists():
+        path = Path(source).relative_to(Path.cwd()) if Path(source).is_relative_to(Path.cwd()) else source
+        compare = f"status {shlex.quote(str(path))} --baseline {run}"
+        return {compare: "compare that run with this one", **commands}
+    return commands
+
+
+def _program() -> str:
+    """Return the words that started this program."""
+    return "python -m spinlm" if sys.argv[0].endswith("__main__.py") else sys.argv[0]
