@@ -9,7 +9,7 @@ import pytest
 from runs import change_marker, contents
 
 from spinlm import load_recipe
-from spinlm.rundir.fork import branch as take_start
+from spinlm.rundir.fork import fork_from as take_start
 from spinlm.rundir.layout import RunDir
 
 
