@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from spinlm.data.renderer import RowError
+from spinlm.errors import RowError
 from spinlm.generation import local_engine
 from spinlm.model.players import seat
 from spinlm.recipe.schema import Recipe

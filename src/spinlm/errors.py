@@ -45,6 +45,14 @@ class StoppedError(SpinError):
     exit_code = 130
 
 
+class RowError(Exception):
+    """A row cannot be used, but the rest of the data can. `reason` is the snake_case name under which it is counted."""
+
+    def __init__(self, reason: str, detail: str):
+        super().__init__(shortened(detail))
+        self.reason = reason
+
+
 def shortened(text: str, most: int = 200) -> str:
     """The beginning of a text that may be as long as its author liked."""
     return text if len(text) <= most else f"{text[:most]}…"

@@ -172,7 +172,7 @@ def test_row_without_an_assistant_turn(refused, tmp_path):
     ]
     path = write_rows(tmp_path / "rows.jsonl", [*good, {"messages": good[0]["messages"][:1]}])
     message = refused(f"data.path={path}", "data.prompts=null", "data.heldout=2")
-    assert message.startswith(f"{path}, row 10: the conversation has no message of the assistant. ")
+    assert message.startswith(f"{path}, row 10: the conversation has no assistant message. ")
 
 
 def test_bad_rows_can_be_skipped(cli, world, tmp_path):
@@ -180,18 +180,21 @@ def test_bad_rows_can_be_skipped(cli, world, tmp_path):
     changes = (f"data.path={path}", "data.on_bad_row=skip", "data.prompts=null", "data.heldout=2", *few()[:3])
     said = cli("run", world.recipe, *changes, "--run-dir", "run", folder=tmp_path)
     found = json.loads((tmp_path / "run" / "examples" / "skipped_rows.json").read_text())
-    assert {reason: found["dropped"][reason] for reason in BAD_ROWS} == dict.fromkeys(BAD_ROWS, 1)
+    assert {reason: found["skipped"][reason] for reason in BAD_ROWS} == dict.fromkeys(BAD_ROWS, 1)
     numbers = {reason: number for number, reason in enumerate(BAD_ROWS, start=1)}
-    listed = [line for line in found["dropped_rows"] if line.split(": ")[1] in BAD_ROWS]
+    listed = [line for line in found["skipped_rows"] if line.split(": ")[1] in BAD_ROWS]
     assert sorted(line.split(": ")[:2] for line in listed) == sorted([f"rows.jsonl:{n}", r] for r, n in numbers.items())
     for reason in BAD_ROWS:
-        assert f"left out: 1 × {reason.replace('_', ' ')}" in said.err
+        assert f"skipped: 1 × {reason.replace('_', ' ')}" in said.err
     assert found["rows"] == len(BAD_ROWS) + 48
 
 
 def test_fewer_rows_than_asked_for(refused):
     message = refused("data.prompts=100")
-    assert "data.jsonl: not enough usable examples: 10 of 10 heldout, 37 of 100 train. Its 48 rows gave 47; " in message
+    assert (
+        "data.jsonl: not enough usable examples: 10 of 10 heldout, 37 of 100 train. 48 rows gave 47 examples; "
+        in message
+    )
     assert message.endswith("Add rows, or lower data.heldout, data.prompts or sft.prompts")
 
 

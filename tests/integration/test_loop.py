@@ -257,8 +257,8 @@ def test_pairs_are_scored_by_the_opponent(reference, theta_0, theta_1, iteration
 
 def test_heldout_prompts_are_never_trained_on(reference):
     examples = {split: read_rows(reference / "examples" / f"{split}.jsonl") for split in ("train", "heldout")}
-    dropped = json.loads((reference / "examples" / "skipped_rows.json").read_text())["dropped"]
-    assert dropped["prompt_in_heldout"] > 0, "the data must tempt"
+    skipped = json.loads((reference / "examples" / "skipped_rows.json").read_text())["skipped"]
+    assert skipped["prompt_in_heldout"] > 0, "the data must tempt"
     heldout = {tuple(row["prompt_ids"]) for row in examples["heldout"]}
     assert len(heldout) >= HELDOUT - 1
     assert not heldout & {tuple(row["prompt_ids"]) for row in examples["train"]}

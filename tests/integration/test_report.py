@@ -173,9 +173,9 @@ def poison(run: Path) -> None:
         row["messages"] = [{"role": HOSTILE, "content": HOSTILE} for _ in row["messages"]]
         row["response"] = HOSTILE
     write_rows(run / "examples" / "heldout.jsonl", rows)
-    dropped = json.loads((run / "examples" / "skipped_rows.json").read_text())
-    dropped |= {"dropped": {HOSTILE: 1}, "dropped_rows": [HOSTILE]}
-    (run / "examples" / "skipped_rows.json").write_text(json.dumps(dropped))
+    skipped = json.loads((run / "examples" / "skipped_rows.json").read_text())
+    skipped |= {"skipped": {HOSTILE: 1}, "skipped_rows": [HOSTILE]}
+    (run / "examples" / "skipped_rows.json").write_text(json.dumps(skipped))
     recipe = json.loads((run / "recipe.resolved.json").read_text())
     recipe["data"]["path"] = HOSTILE
     (run / "recipe.resolved.json").write_text(json.dumps(recipe))

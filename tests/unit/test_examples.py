@@ -36,7 +36,7 @@ def select(renderer: Renderer, tmp_path: Path) -> Callable[..., tuple[Selection,
     """Select from rows (written to rows.jsonl) or from the file `path`."""
 
     def select(
-        rows: list[Any] | None = None, warmup: int | None = None, max_length: int = 1000, **data: Any
+        rows: list[Any] | None = None, sft_prompts: int | None = None, max_length: int = 1000, **data: Any
     ) -> tuple[Selection, Splits]:
         if rows is not None:
             path = tmp_path / "rows.jsonl"
@@ -45,7 +45,7 @@ def select(renderer: Renderer, tmp_path: Path) -> Callable[..., tuple[Selection,
         splits: Splits = defaultdict(list)
         recipe = Data.model_validate({"heldout": 1, **data})
         selection = select_examples(
-            recipe, warmup, renderer, max_length, lambda split, example: splits[split].append(example)
+            recipe, sft_prompts, renderer, max_length, lambda split, example: splits[split].append(example)
         )
         assert selection.counts == {split: len(splits[split]) for split in ("heldout", "sft", "train")}
         return selection, splits
@@ -79,7 +79,7 @@ def by_source(splits: Splits) -> list[tuple[list[Row], str]]:
     return [(example.messages, example.response) for example in ordered]
 
 
-# What a user asked and was answered, in every layout that is recognised.
+# What a user asked and was answered, in every layout that is recognized.
 LAYOUTS: dict[str, tuple[Row, list[Row], str]] = {
     "messages": ({"messages": [user("Hi"), assistant("Yo")]}, [user("Hi")], "Yo"),
     "ultrachat": (
@@ -135,7 +135,7 @@ def test_layouts(name: str, select: Any) -> None:
     assert by_source(splits)[0] == (messages, response)
 
 
-def test_an_example_is_tokenised_as_the_renderer_does(select: Any, renderer: Renderer) -> None:
+def test_an_example_is_tokenized_by_the_renderer(select: Any, renderer: Renderer) -> None:
     _, splits = select(rows(3))
     for example in everything(splits):
         encoded = renderer.encode(example.messages, example.response, 1000)
@@ -208,7 +208,7 @@ def test_preferences_that_differ_in_the_rejected_response_alone_are_two(select: 
     selection, splits = select(
         [*pairs, {**pairs[0], "prompt": "Bye"}], heldout=2, seed=7, columns={"rejected": "rejected"}
     )
-    assert len(everything(splits)) == 3 and selection.dropped == {"duplicate": 1}
+    assert len(everything(splits)) == 3 and selection.skipped == {"duplicate": 1}
     assert len({example.id for example in everything(splits)}) == 3
 
 
@@ -217,7 +217,7 @@ def test_preferences_of_a_conversation_that_ends_with_a_question(select: Any) ->
     talks = [{"messages": [user(f"p{n}"), assistant("Yo")], "rejected": "No"} for n in range(3)]
     talks[1]["messages"].append(user("And now?"))  # type: ignore[attr-defined]
     selection, _ = select(talks, on_bad_row="skip", columns={"rejected": "rejected"})
-    assert selection.dropped == {"no_assistant_turn": 1}
+    assert selection.skipped == {"no_assistant_turn": 1}
 
 
 @pytest.mark.parametrize(
@@ -229,17 +229,17 @@ def test_preferences_of_a_conversation_that_ends_with_a_question(select: Any) ->
         (
             "not_messages",
             [user("Other"), assistant("No")],
-            "'rejected' must be text or a list of one assistant message",
+            "'rejected' must be text or a list",
         ),
-        ("not_messages", [], "'rejected' must be text or a list of one assistant message"),
+        ("not_messages", [], "'rejected' must be text or a list"),
     ],
 )
 def test_a_rejected_response_that_cannot_be_used(reason: str, rejected: Any, detail: str, select: Any) -> None:
     good = [{"prompt": f"p{n}", "chosen": "Yo", "rejected": "No"} for n in range(3)]
     bad = {"prompt": "p", "chosen": "Yo", "rejected": rejected}
     selection, _ = select([*good, bad], on_bad_row="skip", columns={"rejected": "rejected"})
-    assert selection.dropped == {reason: 1}
-    assert selection.dropped_rows[0].startswith(f"rows.jsonl:4: {reason}: {detail}")
+    assert selection.skipped == {reason: 1}
+    assert selection.skipped_rows[0].startswith(f"rows.jsonl:4: {reason}: {detail}")
 
 
 @pytest.mark.parametrize(
@@ -249,7 +249,7 @@ def test_a_rejected_response_that_cannot_be_used(reason: str, rejected: Any, det
             {"prompt": "promt"},
             r"data\.columns\.prompt is 'promt'.*did you mean 'prompt'\? \(columns: 'prompt', 'text'\)",
         ),
-        ({"id": "xyz"}, r"data\.columns\.id is 'xyz', which is no column of the data \(columns: 'prompt', 'text'\)"),
+        ({"id": "xyz"}, r"data\.columns\.id is 'xyz'.*\(columns: 'prompt', 'text'\)"),
         ({"messages": "text", "prompt": "prompt"}, "names both messages and a prompt"),
         ({}, r"cannot tell .*\(columns: 'prompt', 'text'\).*data\.columns\.prompt and data\.columns\.response"),
         ({"prompt": "text"}, "cannot tell which columns"),
@@ -287,7 +287,7 @@ def test_every_turn_of_a_row_goes_to_one_split_and_the_count_is_exact(select: An
         {"messages": [m for turn in range(3) for m in (user(f"{n} {turn}"), assistant("A"))], "prompt_id": str(n)}
         for n in range(10)
     ]
-    selection, splits = select(talks, turns="every", heldout=4, warmup=3, prompts=5)
+    selection, splits = select(talks, turns="every", heldout=4, sft_prompts=3, prompts=5)
     assert selection.counts == {"heldout": 4, "sft": 3, "train": 5}
     assert selection.not_sampled == 10 - (2 + 1 + 2)
     sources = [{example.source for example in examples} for examples in splits.values()]
@@ -322,22 +322,22 @@ def test_ids(select: Any) -> None:
 
 
 def test_selection_is_exact_disjoint_and_depends_on_the_seed_only(select: Any, tmp_path: Path) -> None:
-    selection, splits = select(rows(40), heldout=5, warmup=4, prompts=20, seed=3)
+    selection, splits = select(rows(40), heldout=5, sft_prompts=4, prompts=20, seed=3)
     assert selection == Selection(
-        counts={"heldout": 5, "sft": 4, "train": 20}, rows=40, dropped={}, dropped_rows=[], cut=0, not_sampled=11
+        counts={"heldout": 5, "sft": 4, "train": 20}, rows=40, skipped={}, skipped_rows=[], truncated=0, not_sampled=11
     )
     prompts = [example.messages[0]["content"] for example in everything(splits)]
     assert len(set(prompts)) == 29
     assert prompts != sorted(prompts, key=lambda p: int(p[8:-1]))
 
-    again = select(rows(40), heldout=5, warmup=4, prompts=20, seed=3)
+    again = select(rows(40), heldout=5, sft_prompts=4, prompts=20, seed=3)
     assert again == (selection, splits)
     elsewhere = tmp_path / "other" / "rows.jsonl"
     elsewhere.parent.mkdir()
     elsewhere.write_bytes((tmp_path / "rows.jsonl").read_bytes())
-    assert select(path=str(elsewhere), heldout=5, warmup=4, prompts=20, seed=3) == (selection, splits)
+    assert select(path=str(elsewhere), heldout=5, sft_prompts=4, prompts=20, seed=3) == (selection, splits)
 
-    _, reseeded = select(rows(40), heldout=5, warmup=4, prompts=20, seed=4)
+    _, reseeded = select(rows(40), heldout=5, sft_prompts=4, prompts=20, seed=4)
     assert reseeded["heldout"] != splits["heldout"]
     # numpy's default_rng(3).permutation(40) begins so
     assert [example.source for example in splits["heldout"][:3]] == ["rows.jsonl:24", "rows.jsonl:33", "rows.jsonl:31"]
@@ -351,24 +351,24 @@ def test_heldout_examples_do_not_depend_on_how_many_train(select: Any) -> None:
     assert len(all_that_are_left["train"]) == 15
 
 
-def test_duplicates_are_dropped_and_counted_even_where_bad_rows_are_errors(select: Any) -> None:
+def test_duplicates_are_skipped_and_counted_even_where_bad_rows_are_errors(select: Any) -> None:
     selection, splits = select([*rows(10), *rows(10)], heldout=2)
-    assert selection.dropped == {"duplicate": 10}
+    assert selection.skipped == {"duplicate": 10}
     assert len(everything(splits)) == 10
-    assert selection.dropped_rows[0].startswith("rows.jsonl:")
-    assert selection.dropped_rows[0].endswith(": duplicate: the same prompt and response as an earlier row")
+    assert selection.skipped_rows[0].startswith("rows.jsonl:")
+    assert selection.skipped_rows[0].split(": ")[1] == "duplicate"
 
 
 def test_heldout_prompts_are_never_trained_on(select: Any) -> None:
     several = [{"prompt": f"p{n % 8}", "response": f"r{n}"} for n in range(64)]
-    selection, splits = select(several, heldout=4, warmup=4, prompts=20)
+    selection, splits = select(several, heldout=4, sft_prompts=4, prompts=20)
     heldout = {example.messages[0]["content"] for example in splits["heldout"]}
     assert heldout.isdisjoint(example.messages[0]["content"] for example in splits["sft"] + splits["train"])
-    assert selection.dropped.keys() == {"prompt_in_heldout"}
-    numbers = [int(line.split(":")[1]) for line in selection.dropped_rows]
+    assert selection.skipped.keys() == {"prompt_in_heldout"}
+    numbers = [int(line.split(":")[1]) for line in selection.skipped_rows]
     assert all(several[number - 1]["prompt"] in heldout for number in numbers)
     visited = selection.rows - selection.not_sampled
-    assert visited == 28 + selection.dropped["prompt_in_heldout"]
+    assert visited == 28 + selection.skipped["prompt_in_heldout"]
 
 
 def test_heldout_examples_may_share_a_prompt(select: Any) -> None:
@@ -383,18 +383,18 @@ BAD: dict[str, tuple[Any, str]] = {
     "not_an_object": (["p", "r"], "the row is a list, not an object with named values"),
     "missing_column": ({"prompt": "p"}, "the row has no 'response'"),
     "not_text": ({"prompt": 3, "response": "r"}, "'prompt' is a number, not text"),
-    "not_messages": ({"prompt": "p", "response": [user("r")]}, "'response' must be text or a list of one assistant"),
-    "no_user_message": ({"prompt": [system("p")], "response": "r"}, "no message of the user comes before the response"),
+    "not_messages": ({"prompt": "p", "response": [user("r")]}, "'response' must be text or a list"),
+    "no_user_message": ({"prompt": [system("p")], "response": "r"}, "no user message"),
     "empty_response": ({"prompt": "p", "response": " \n"}, "the response is empty"),
     "empty_prompt": ({"prompt": "\t", "response": "r"}, "the prompt is empty"),
     "control_token": ({"prompt": "p", "response": "<|im_end|>"}, "the text contains the control token <|im_end|>"),
-    "prompt_not_a_prefix": ({"prompt": "p", "response": "\n\n\nr"}, "the tokenizer joins the end of the prompt"),
+    "prompt_not_a_prefix": ({"prompt": "p", "response": "\n\n\nr"}, "a token spans the end of the prompt"),
     "prompt_too_long": ({"prompt": "!#" * 200, "response": "r"}, "the prompt has "),
     "bad_id": ({"prompt": "p", "response": "r", "key": 1.5}, "the id in 'key' is a number, not text or a whole number"),
 }
 BAD_MESSAGES: dict[str, tuple[Any, str]] = {
-    "no_assistant_turn": ([user("p")], "the conversation has no message of the assistant"),
-    "no_user_message": ([assistant("r")], "no message of the user comes before the response"),
+    "no_assistant_turn": ([user("p")], "the conversation has no assistant message"),
+    "no_user_message": ([assistant("r")], "no user message"),
     "not_messages": ("p", "'messages' is text, not a list of messages"),
     "unknown_role": ([user("p"), {"role": "tool", "content": "r"}], "'messages[1]' has the role 'tool'; known: system"),
     "tool_call": ([user("p"), {**assistant("r"), "tool_calls": [{}]}], "'messages[1]' calls a tool"),
@@ -408,10 +408,10 @@ BAD_MESSAGES: dict[str, tuple[Any, str]] = {
         *((reason, row, detail) for reason, (row, detail) in BAD.items()),
         ("not_text", {"prompt": "p", "response": None}, "'response' is null, not text"),
         ("not_text", {"prompt": "p", "response": True}, "'response' is true or false, not text"),
-        ("not_text", {"prompt": "p", "response": "\ud83d"}, "'response' holds what is not UTF-8, or half a character"),
+        ("not_text", {"prompt": "p", "response": "\ud83d"}, "'response' is not valid UTF-8"),
         ("not_text", {"prompt": "p", "response": {}}, "'response' is an object, not text"),
         ("not_messages", {"prompt": ["p"], "response": "r"}, "'prompt[0]' is not a message"),
-        ("not_messages", {"prompt": "p", "response": [assistant("r")] * 2}, "'response' must be text or a list of one"),
+        ("not_messages", {"prompt": "p", "response": [assistant("r")] * 2}, "'response' must be text or a list"),
         ("empty_prompt", {"prompt": [system("s"), user("")], "response": "r"}, "the prompt is empty"),
         ("bad_id", {"prompt": "p", "response": "r", "key": True}, "the id in 'key' is true or false"),
     ],
@@ -420,8 +420,8 @@ def test_bad_rows(reason: str, row: Any, detail: str, select: Any) -> None:
     good = [{**row, "key": str(n)} for n, row in enumerate(rows(4))]
     mixed = [*good[:2], row, *good[2:]]
     selection, splits = select(mixed, on_bad_row="skip", columns={"id": "key"}, max_length=250)
-    assert selection.dropped == {reason: 1}
-    assert selection.dropped_rows[0].startswith(f"rows.jsonl:3: {reason}: {detail}")
+    assert selection.skipped == {reason: 1}
+    assert selection.skipped_rows[0].startswith(f"rows.jsonl:3: {reason}: {detail}")
     assert len(everything(splits)) == 4
 
     with pytest.raises(DataError) as caught:
@@ -438,15 +438,15 @@ def test_bad_rows(reason: str, row: Any, detail: str, select: Any) -> None:
         ("not_messages", [{"role": "user"}], "'messages[0]' is not a message"),
         ("not_text", [user([{"type": "image"}]), assistant("r")], "'messages[0]' has a part of the type 'image'"),  # type: ignore[arg-type]
         ("not_text", [user([{"type": "text"}]), assistant("r")], "'messages[0].content' is null, not text"),  # type: ignore[arg-type]
-        ("no_assistant_turn", [], "the conversation has no message of the assistant"),
+        ("no_assistant_turn", [], "the conversation has no assistant message"),
         ("empty_response", [user("p"), assistant("")], "the response is empty"),
     ],
 )
 def test_bad_conversations(reason: str, messages: Any, detail: str, select: Any) -> None:
     good = [{"messages": [user(f"p{n}"), assistant("r")]} for n in range(3)]
     selection, _ = select([*good, {"messages": messages}], on_bad_row="skip")
-    assert selection.dropped == {reason: 1}
-    assert selection.dropped_rows[0].startswith(f"rows.jsonl:4: {reason}: {detail}")
+    assert selection.skipped == {reason: 1}
+    assert selection.skipped_rows[0].startswith(f"rows.jsonl:4: {reason}: {detail}")
 
 
 def test_a_template_that_refuses_a_row(tmp_path: Path) -> None:
@@ -459,30 +459,30 @@ def test_a_template_that_refuses_a_row(tmp_path: Path) -> None:
     selection = select_examples(
         Data(path=str(path), heldout=1, on_bad_row="skip"), None, renderer, 1000, lambda split, example: None
     )
-    assert selection.dropped == {"template_refused": 1}
+    assert selection.skipped == {"template_refused": 1}
 
 
-def test_with_every_turn_only_the_bad_ones_are_dropped(select: Any) -> None:
+def test_with_every_turn_only_bad_turns_are_skipped(select: Any) -> None:
     talk = {"messages": [user("1"), assistant("A"), user("2"), assistant(""), user("3"), assistant("C")]}
     selection, splits = select(
         [talk, *({"messages": [user(n), assistant("r")]} for n in "xy")], turns="every", heldout=1, on_bad_row="skip"
     )
-    assert selection.dropped == {"empty_response": 1}
+    assert selection.skipped == {"empty_response": 1}
     assert {"A", "C"} <= {example.response for example in everything(splits)}
 
 
-def test_only_the_first_dropped_rows_are_listed(select: Any) -> None:
+def test_only_the_first_skipped_rows_are_listed(select: Any) -> None:
     empty = [{"prompt": f"p{n}", "response": ""} for n in range(150)]
     selection, _ = select([*rows(2), *empty], on_bad_row="skip")
-    assert selection.dropped == {"empty_response": 150}
-    assert len(selection.dropped_rows) == 100
+    assert selection.skipped == {"empty_response": 150}
+    assert len(selection.skipped_rows) == 100
 
 
-def test_cut_responses_are_counted(select: Any, renderer: Renderer) -> None:
+def test_truncated_responses_are_counted(select: Any, renderer: Renderer) -> None:
     long = [{"prompt": "p", "response": "one two three four five six seven"}, *rows(2)]
     room = len(renderer.prompt_ids([user("What is 0?")])) + 8
     selection, splits = select(long, max_length=room)
-    assert selection.cut == 1
+    assert selection.truncated == 1
     cut = next(example for example in everything(splits) if example.messages == [user("p")])
     assert len(cut.prompt_ids) + len(cut.response_ids) == room
     assert cut.response == "one two three four five six seven"
@@ -492,9 +492,9 @@ def test_cut_responses_are_counted(select: Any, renderer: Renderer) -> None:
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ({"heldout": 8}, "6 of 8 heldout, 0 of at least 1 train. Its 8 rows gave 6; dropped: "),
+        ({"heldout": 8}, "6 of 8 heldout, 0 of at least 1 train. 8 rows gave 6 examples; skipped: "),
         ({"heldout": 6}, "6 of 6 heldout, 0 of at least 1 train"),
-        ({"heldout": 2, "sft": 3, "prompts": 4}, "2 of 2 heldout, 3 of 3 warmup, 1 of 4 train"),
+        ({"heldout": 2, "sft_prompts": 3, "prompts": 4}, "2 of 2 heldout, 3 of 3 sft, 1 of 4 train"),
     ],
 )
 def test_too_few_usable_rows(asked: dict[str, int], message: str, select: Any) -> None:
@@ -507,7 +507,7 @@ def test_too_few_usable_rows(asked: dict[str, int], message: str, select: Any) -
 
 
 def test_just_enough_rows(select: Any) -> None:
-    selection, _ = select(rows(6), heldout=3, warmup=1, prompts=2)
+    selection, _ = select(rows(6), heldout=3, sft_prompts=1, prompts=2)
     assert selection.not_sampled == 0
 
 
@@ -539,8 +539,8 @@ def test_damaged_lines(line: bytes, reason: str, detail: str, select: Any, tmp_p
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b"\n".join([line, *(json.dumps(row).encode() for row in rows(2))]))
     selection, _ = select(path=str(path), on_bad_row="skip")
-    assert selection.dropped == {reason: 1}
-    assert selection.dropped_rows[0].startswith(f"rows.jsonl:1: {reason}: {detail}")
+    assert selection.skipped == {reason: 1}
+    assert selection.skipped_rows[0].startswith(f"rows.jsonl:1: {reason}: {detail}")
     with pytest.raises(DataError, match=r"rows\.jsonl, row 1: the (line|row) is"):
         select(path=str(path))
 
@@ -567,8 +567,8 @@ def test_json(select: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", r"rows\.json: not JSON: .*line 1.*named \.jsonl"),
-        ('{"a": 1}\n{"a": 2}', r"rows\.json: not JSON: .*line 2.*named \.jsonl"),
+        ("{", r"rows\.json: not JSON: .*line 1.*\.jsonl"),
+        ('{"a": 1}\n{"a": 2}', r"rows\.json: not JSON: .*line 2.*\.jsonl"),
         ('{"a": []}', r'rows\.json: must hold a list of objects, .*"data" or "rows"'),
         ('{"data": [], "rows": []}', r"must hold a list"),
         ("3", "must hold a list"),
@@ -593,7 +593,7 @@ def test_csv(select: Any, tmp_path: Path) -> None:
     selection, splits = select(path=str(path), on_bad_row="skip")
     assert by_source(splits) == [([user('two\nlines, "quoted"')], "007"), ([user("What?")], long)]
     assert sorted(example.source for example in everything(splits)) == ["rows.csv:2", "rows.csv:5"]
-    assert selection.dropped_rows == ["rows.csv:6: wrong_width: the row has 1 values for 3 columns"]
+    assert selection.skipped_rows == ["rows.csv:6: wrong_width: the row has 1 values for 3 columns"]
     with pytest.raises(DataError, match=r"rows\.csv, row 6: the row has 1 values for 3 columns"):
         select(path=str(path), heldout=2)
 
@@ -604,7 +604,7 @@ def test_csv(select: Any, tmp_path: Path) -> None:
         (b"", r"rows\.csv: is empty"),
         (b"prompt,response\n", r"rows\.csv: is empty: it has no rows"),
         (b'prompt,response\na,b\n"c,d\ne,f\n', r"rows\.csv, line 3: not CSV: "),
-        (b"prompt,response\na,\xff\n", r"rows\.csv, row 2: 'response' holds what is not UTF-8"),
+        (b"prompt,response\na,\xff\n", r"rows\.csv, row 2: 'response' is not valid UTF-8"),
         (b"prompt,prompt\na,b\n", r"rows\.csv: two columns have the same name, 'prompt'"),
     ],
 )
@@ -626,7 +626,7 @@ def test_parquet(select: Any, tmp_path: Path) -> None:
     }
 
     path.write_bytes(b"not parquet")
-    with pytest.raises(DataError, match=r"rows\.parquet: not a Parquet file that can be read: "):
+    with pytest.raises(DataError, match=r"rows\.parquet: not a readable Parquet file: "):
         select(path=str(path))
     pa.parquet.write_table(pa.Table.from_pylist(talks[:0], schema=pa.schema([("prompt", pa.string())])), path)
     with pytest.raises(DataError, match=r"rows\.parquet: is empty: it has no rows"):
@@ -664,7 +664,7 @@ def test_a_value_of_a_parquet_file_that_cannot_be_read(select: Any, tmp_path: Pa
     columns = {"prompt": texts, "response": ["r"] * 4, "when": when}
     pa.parquet.write_table(pa.table(columns), path)
     selection, splits = select(path=str(path), on_bad_row="skip")
-    assert selection.dropped == {"unreadable": 2}
+    assert selection.skipped == {"unreadable": 2}
     assert {example.source for example in everything(splits)} == {"rows.parquet:1", "rows.parquet:4"}
     with pytest.raises(DataError, match=r"rows\.parquet, row [23]: '(prompt|when)' cannot be read: "):
         select(path=str(path))
@@ -675,12 +675,12 @@ def test_paths_that_cannot_be_used(select: Any, tmp_path: Path) -> None:
         with pytest.raises(DataError, match=r"missing.*: no such file$"):
             select(path=str(path))
     for name in ("text", "json", "x" * 300):  # the first two are readers of `datasets`, which take a whole folder
-        with pytest.raises(DataError, match=r": no such file here. A dataset of the hub is named OWNER/NAME$"):
+        with pytest.raises(DataError, match=r"no such file here.*OWNER/NAME"):
             select(path=name)
     with pytest.raises(DataError, match=r"is a folder; name a file in it \(\.jsonl, \.json, \.csv, \.parquet\)"):
         select(path=str(tmp_path))
     (tmp_path / "rows.txt").write_text("text")
-    with pytest.raises(DataError, match=r"rows\.txt: not a kind of file that can be read; known: \.jsonl, "):
+    with pytest.raises(DataError, match=r"rows\.txt: unsupported.*\.jsonl, "):
         select(path=str(tmp_path / "rows.txt"))
     for content in ("", "\n \n"):
         (tmp_path / "rows.jsonl").write_text(content)
@@ -689,7 +689,7 @@ def test_paths_that_cannot_be_used(select: Any, tmp_path: Path) -> None:
 
 
 def test_a_hub_dataset_without_the_hub(select: Any) -> None:
-    with pytest.raises(DataError, match=r"^nobody/nothing: no such file here, and the hub did not give a dataset"):
+    with pytest.raises(DataError, match=r"^nobody/nothing: no such file here.*hub"):
         select(path="nobody/nothing")
 
 
@@ -768,11 +768,13 @@ drawn_rows = st.lists(
 )
 
 
-def drawn(data: Data, warmup: int | None, renderer: Renderer) -> tuple[Selection | None, Splits]:
+def drawn(data: Data, sft_prompts: int | None, renderer: Renderer) -> tuple[Selection | None, Splits]:
     """What is selected; no selection where there are not enough rows."""
     splits: Splits = defaultdict(list)
     try:
-        return select_examples(data, warmup, renderer, 1000, lambda *taken: splits[taken[0]].append(taken[1])), splits
+        return select_examples(
+            data, sft_prompts, renderer, 1000, lambda *taken: splits[taken[0]].append(taken[1])
+        ), splits
     except DataError as error:
         assert "not enough usable examples" in str(error)
         return None, splits
@@ -781,13 +783,13 @@ def drawn(data: Data, warmup: int | None, renderer: Renderer) -> tuple[Selection
 @given(
     rows=drawn_rows,
     heldout=st.integers(1, 4),
-    warmup=st.none() | st.integers(1, 3),
+    sft_prompts=st.none() | st.integers(1, 3),
     prompts=st.none() | st.integers(1, 6),
     seed=st.integers(0, 5),
 )
 @settings(max_examples=60, deadline=None)
 def test_splits_share_nothing_whatever_the_rows(
-    renderer: Renderer, rows: list[Row], heldout: int, warmup: int | None, prompts: int | None, seed: int
+    renderer: Renderer, rows: list[Row], heldout: int, sft_prompts: int | None, prompts: int | None, seed: int
 ) -> None:
     """Enough or not: no prompt held out is trained on, nothing comes twice, ids are unique, a seed gives it again."""
     rows = [{"name": None, **row} for row in rows]
@@ -795,7 +797,7 @@ def test_splits_share_nothing_whatever_the_rows(
         path = Path(folder) / "rows.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         data = Data(path=str(path), heldout=heldout, prompts=prompts, seed=seed, columns=Columns(id="name"))
-        first, (selection, splits) = (drawn(data, warmup, renderer) for _ in range(2))
+        first, (selection, splits) = (drawn(data, sft_prompts, renderer) for _ in range(2))
     assert first == (selection, splits)
     found = everything(splits)
     pairs = [(example.messages[-1]["content"], example.response) for example in found]
@@ -804,9 +806,9 @@ def test_splits_share_nothing_whatever_the_rows(
     assert len({example.id for example in found}) == len(found)
     held = {example.messages[-1]["content"] for example in splits["heldout"]}
     assert not held & {example.messages[-1]["content"] for split in ("sft", "train") for example in splits[split]}
-    for split, wanted in (("heldout", heldout), ("sft", warmup or 0), ("train", prompts)):
+    for split, wanted in (("heldout", heldout), ("sft", sft_prompts or 0), ("train", prompts)):
         assert wanted is None or len(splits[split]) <= wanted
         assert selection is None or wanted is None or len(splits[split]) == wanted
     if selection is not None:
         assert selection.rows == len(rows)
-        assert len(found) + sum(selection.dropped.values()) + selection.not_sampled == len(rows)
+        assert len(found) + sum(selection.skipped.values()) + selection.not_sampled == len(rows)

@@ -168,7 +168,7 @@ def test_taken_as_it_is_meant(name: str, renderer: Renderer, tmp_path: Path) -> 
     path = tmp_path / "rows.jsonl"
     path.write_bytes(among_good_ones(line))
     selection, examples = read(path, renderer)
-    assert not selection.dropped and selection.rows == 4
+    assert not selection.skipped and selection.rows == 4
     (found,) = (example for example in examples if example.source == "rows.jsonl:3")
     assert (found.messages[-1]["content"], found.response) == (prompt, response)
     assert renderer.decode(found.response_ids) == response, "what is trained on is what was written"
@@ -181,8 +181,8 @@ def test_refused_with_file_and_row(name: str, renderer: Renderer, tmp_path: Path
     path.write_bytes(among_good_ones(line))
     turns = {"turns": "last"} if name in LAST_TURN else {}
     selection, examples = read(path, renderer, on_bad_row="skip", **turns)
-    assert selection.dropped == {reason: 1}
-    (said,) = selection.dropped_rows
+    assert selection.skipped == {reason: 1}
+    (said,) = selection.skipped_rows
     assert said.startswith(f"rows.jsonl:3: {reason}: ") and len(said) < 300
     assert {example.source for example in examples} == {"rows.jsonl:1", "rows.jsonl:2", "rows.jsonl:5"}
     with pytest.raises(DataError) as caught:
@@ -220,11 +220,11 @@ def test_links(renderer: Renderer, tmp_path: Path) -> None:
             read(tmp_path / f"{name}.jsonl", renderer)
 
 
-def test_a_response_of_ten_megabytes_is_cut_as_any_other(renderer: Renderer, tmp_path: Path) -> None:
+def test_a_response_of_ten_megabytes_is_truncated_as_any_other(renderer: Renderer, tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(among_good_ones(pair("p", "one two " * 1_250_000)))
     selection, examples = read(path, renderer)
-    assert selection.cut == 1 and not selection.dropped
+    assert selection.truncated == 1 and not selection.skipped
     (found,) = (example for example in examples if example.source == "rows.jsonl:3")
     assert len(found.prompt_ids) + len(found.response_ids) == 2000
     assert found.response_ids[-1] != renderer.end_id

@@ -110,7 +110,7 @@ def chat(
     from rich.console import Console
 
     from spinlm.chat import player_titles, respond, show_responses
-    from spinlm.data.renderer import RowError
+    from spinlm.errors import RowError
 
     folder, recipe = open_run(run)
     players = parse_players(folder, iteration)

@@ -1,8 +1,8 @@
-"""The only place that renders conversations, turns them into tokens, and turns tokens back into text.
+"""Render conversations, tokenize them, and decode tokens. No other module does any of this.
 
-A conversation is rendered with the chat template and tokenised as one text; the response is what follows the prompt's
-tokens. So the opponent answers exactly the tokens that the main player is trained on, and what both see is what every
-other program that uses the model's chat template sees.
+A conversation is rendered with the chat template and tokenized as one text. The tokens after the prompt's tokens are
+the response. So the opponent responds to exactly the tokens that the main player is trained on, and both players see
+what every other program with the same chat template sees.
 """
 
 import re
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from spinlm.errors import ModelError, shortened
+from spinlm.errors import ModelError, RowError
 from spinlm.rundir.records import Message
 
 if TYPE_CHECKING:
@@ -26,35 +26,31 @@ DEFAULT_TEMPLATE = """\
 {%- elif message['role'] == 'assistant' -%}
 {{ '### Assistant:\n' + message['content'] }}{{ eos_token }}{{ '\n\n' }}
 {%- else -%}
-{{ raise_exception('this template knows the roles system, user and assistant') }}
+{{ raise_exception('this template supports the roles system, user and assistant') }}
 {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}
 {{ '### Assistant:\n' }}
 {%- endif -%}
 """
-"""For a tokenizer that has no template. Where the tokenizer puts BOS before plain text, BOS is written first."""
+"""For a tokenizer without a template. BOS is added in front if the tokenizer adds BOS to plain text."""
 
 _REMEDY = "Give another template in data.chat_template (Jinja text, or a file that holds it)"
 
-QUICK = 1_000_000  # characters that are soon tokens, however they come
-TIMES_TOO_LONG = 4  # a tokeniser may shorten text before it makes tokens of it
+MIN_CHARACTER_LIMIT = 1_000_000  # any text of this length is tokenized quickly
+LENGTH_MARGIN = 4  # a tokenizer's normalizer may shorten a text
 
-_QUESTION: Message = {"role": "user", "content": "What colour is the sky?"}
-_ANSWER = "It is blue."
+_QUESTION: Message = {"role": "user", "content": "What color is the sky?"}
+_RESPONSE = "It is blue."
 _SAMPLES: dict[str, list[Message]] = {
     "a question": [_QUESTION],
     "a system message and a question": [{"role": "system", "content": "Be brief."}, _QUESTION],
-    "a second question": [_QUESTION, {"role": "assistant", "content": _ANSWER}, {"role": "user", "content": "Always?"}],
+    "a second question": [
+        _QUESTION,
+        {"role": "assistant", "content": _RESPONSE},
+        {"role": "user", "content": "Always?"},
+    ],
 }
-
-
-class RowError(Exception):
-    """One row cannot be used; the rest of the data can. `reason` is a snake_case name to count it under."""
-
-    def __init__(self, reason: str, detail: str):
-        super().__init__(shortened(detail))
-        self.reason = reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,24 +58,24 @@ class Encoded:
     """A prompt and its response as token ids."""
 
     prompt_ids: list[int]
-    response_ids: list[int]  # ends with `Renderer.end_id`, unless it was cut
-    cut: bool  # longer than the room it had
+    response_ids: list[int]  # ends with `Renderer.end_id`, unless truncated
+    truncated: bool  # prompt and response exceeded `max_length`
 
 
 class Renderer:
-    """Renders with one chat template and tokenises with one tokenizer.
+    """Renders with one chat template and tokenizes with one tokenizer.
 
-    `template` is the Jinja text in use; a player that is saved with it is prompted elsewhere as it was here.
-    `end_id` ends an assistant turn in training data: the token the template writes there, else the tokenizer's eos.
-    `stop_ids` end a generated response: `end_id`, the tokenizer's eos, and those given.
+    `template` is the Jinja text in use. Players are saved with it, so that other programs prompt them in the same way.
+    `end_id` ends an assistant turn in training data: the token that the template writes there, else the tokenizer's EOS.
+    `stop_ids` end a generated response: `end_id`, the tokenizer's EOS, and the ids passed to the constructor.
 
-    A control token is a special token, one that stops, or an added token in the template's text (white space excepted).
-    A message that spells one is refused: tokenised, it would end or fake a turn, and escaping it would train on tokens
-    that no other program makes of the same text.
+    A control token is a special token, a stop token, or an added token that occurs in the template's text (white space
+    excepted). A message that contains the text of a control token is refused: its tokens would end or fake a turn.
+    Escaping the text would train on tokens that no other program produces from the same text.
 
     Raises:
-        ModelError: the template cannot be read or used, does not begin a finished conversation with the prompt it
-            generates from, or writes BOS twice; or nothing ends a turn.
+        ModelError: the template cannot be read or used, renders a prompt that is no prefix of the finished
+            conversation, or writes BOS twice; or nothing ends a turn.
     """
 
     def __init__(
@@ -95,19 +91,19 @@ class Renderer:
         written = self._end_in(tail, stops)
         if written is None and not stops:
             raise ModelError(
-                "nothing ends an assistant turn: the chat template writes no special token after an answer and the "
+                "nothing ends an assistant turn: the chat template writes no special token after a response and the "
                 f"tokenizer has no eos_token, so a model could never learn to stop. {_REMEDY}, or a tokenizer with an "
                 "eos_token"
             )
         self.end_id: int = next(i for i in (written, eos_id, *sorted(stops)) if i is not None)
         self.stop_ids: tuple[int, ...] = tuple(sorted({*stops, self.end_id}))
-        self._text_after_answer = tail if written is None else ""  # end_id takes its place
+        self._text_after_response = tail if written is None else ""  # end_id takes its place
 
         self.special_ids = frozenset(self._special)
         always = {*self._special, *self.stop_ids}
         control = sorted(text for i, text in self._added.items() if i in always or text in self.template)
         self._control = re.compile("|".join(map(re.escape, control)) or "(?!)")
-        # Tokenisers of the Rust kind look for some added tokens in the text as they have normalised it.
+        # Fast tokenizers search for some added tokens in the normalized text.
         normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
         self._normalize: Callable[[str], str] = normalizer.normalize_str if normalizer else str
         self._longest = max(map(len, tokenizer.get_vocab()))
@@ -115,7 +111,7 @@ class Renderer:
         self._check_samples()
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
-        """The tokens a response to these messages is generated from.
+        """Return the tokens from which a response to these messages is generated.
 
         Raises:
             RowError: control_token, template_refused.
@@ -123,35 +119,38 @@ class Renderer:
         return self._tokenize(self._prompt_text(messages))[0]
 
     def encode(self, messages: Sequence[Message], response: str, max_length: int) -> Encoded:
-        """Tokens of a prompt and of the response to it, together at most `max_length`.
+        """Tokenize a prompt and its response, together at most `max_length` tokens.
 
-        The response ends with `end_id`, once; what the template writes after it is left out. A response that does not
-        fit is cut and not given an end.
+        The response ends with `end_id`, once; the template's text after that token is left out. A response that is too
+        long is truncated and does not end with `end_id`.
 
         Raises:
             RowError: control_token, template_refused, response_changed, prompt_not_a_prefix, prompt_too_long.
         """
         self._refuse_control_tokens(response)
-        most = max(QUICK, TIMES_TOO_LONG * self._longest * max_length)  # characters: with more it surely is too long
-        if (signs := sum(len(message["content"]) for message in messages)) > most:
-            raise RowError("prompt_too_long", f"the prompt has {signs} characters, far more than {max_length} tokens")
-        response = response[:most]  # what is left out would be cut
+        # A longer text cannot fit into max_length tokens.
+        limit = max(MIN_CHARACTER_LIMIT, LENGTH_MARGIN * self._longest * max_length)
+        if (characters := sum(len(message["content"]) for message in messages)) > limit:
+            raise RowError(
+                "prompt_too_long", f"the prompt has {characters} characters, far more than {max_length} tokens"
+            )
+        response = response[:limit]  # the rest would be truncated as tokens
         prompt = self._prompt_text(messages)
         whole = self._render([*messages, {"role": "assistant", "content": response}])
         if not whole.startswith(prompt):
             raise RowError(
                 "prompt_not_a_prefix",
-                f"rendered with its response, the conversation does not begin with the prompt, which ends in "
-                f"{prompt[-40:]!r}",
+                f"the prompt, which ends in {prompt[-40:]!r}, is not a prefix of the conversation rendered with its "
+                "response",
             )
         if response.strip() not in whole[len(prompt) :]:
-            raise RowError("response_changed", "the chat template does not write the response as it stands in the data")
-        prompt_ids, whole_ids = self._tokenize(prompt, whole.removesuffix(self._text_after_answer))
+            raise RowError("response_changed", "the chat template changes the text of the response")
+        prompt_ids, whole_ids = self._tokenize(prompt, whole.removesuffix(self._text_after_response))
         if whole_ids[: len(prompt_ids)] != prompt_ids:
             raise RowError(
                 "prompt_not_a_prefix",
-                f"the tokenizer joins the end of the prompt, {prompt[-10:]!r}, with the beginning of the response, "
-                f"{whole[len(prompt) :][:10]!r}; white space there is the usual cause",
+                f"a token spans the end of the prompt, {prompt[-10:]!r}, and the beginning of the response, "
+                f"{whole[len(prompt) :][:10]!r}; the usual cause is white space there",
             )
         response_ids = whole_ids[len(prompt_ids) :]
         if self.end_id in response_ids:
@@ -161,18 +160,21 @@ class Renderer:
         room = max_length - len(prompt_ids)
         if room < 1:
             raise RowError(
-                "prompt_too_long", f"the prompt has {len(prompt_ids)} tokens, which leaves no room within {max_length}"
+                "prompt_too_long",
+                f"the prompt has {len(prompt_ids)} tokens; with a limit of {max_length} there is no room for a response",
             )
-        return Encoded(prompt_ids, response_ids[:room], cut=len(response_ids) > room)
+        return Encoded(prompt_ids, response_ids[:room], truncated=len(response_ids) > room)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of a response, without special tokens and without the tokens that end it."""
+        """Return a response as text, without special tokens and stop tokens."""
         kept = [int(i) for i in ids if i not in self._special and i not in self.stop_ids]
         return str(self._tokenizer.decode(kept, clean_up_tokenization_spaces=False))
 
     def as_text(self, prompt_ids: Sequence[int]) -> tuple[str, bool]:
-        """A prompt as text, for a program that tokenises it itself, with the special tokens that the tokenizer adds by
-        default; and whether the same tokens come of it."""
+        """Return a prompt as text for a program that tokenizes it and adds the default special tokens.
+
+        The second value says whether this tokenizer makes the same tokens of that text.
+        """
         text = self._raw(prompt_ids)
         for candidate in (text, text.removeprefix(self._tokenizer.bos_token or "")):
             if list(self._tokenizer(candidate, verbose=False)["input_ids"]) == list(prompt_ids):
@@ -180,20 +182,20 @@ class Renderer:
         return text, False
 
     def continuation_ids(self, prompt_ids: Sequence[int], text: str) -> list[int]:
-        """Tokens of a text that continues a prompt, as training would have them."""
+        """Tokenize a response as training would, after the prompt's text."""
         whole = self._tokenize(self._raw(prompt_ids) + text)[0]
         count = len(prompt_ids)
         return whole[count:] if whole[:count] == list(prompt_ids) else self._tokenize(text)[0]
 
     def _raw(self, ids: Sequence[int]) -> str:
-        """Text of tokens, special ones and all."""
+        """Decode tokens, special tokens included."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     def _prompt_text(self, messages: Sequence[Message]) -> str:
         for message in messages:
             self._refuse_control_tokens(message["content"])
             if self._drops_system and message["role"] == "system":
-                raise RowError("template_refused", "the chat template leaves the system message out")
+                raise RowError("template_refused", "the chat template omits the system message")
         return self._render(messages, generation_prompt=True)
 
     def _refuse_control_tokens(self, text: str) -> None:
@@ -205,7 +207,7 @@ class Renderer:
             rendered = self._tokenizer.apply_chat_template(
                 list(messages), chat_template=self.template, tokenize=False, add_generation_prompt=generation_prompt
             )
-        except Exception as error:  # a template is a program: anything may come out of it
+        except Exception as error:  # a template is a program and may raise anything
             raise RowError("template_refused", f"the chat template refuses the conversation: {error}") from error
         return str(rendered)
 
@@ -214,41 +216,47 @@ class Renderer:
         return list(batch["input_ids"])
 
     def _tail(self) -> str:
-        """What the template writes after an answer."""
+        """Return the text that the template writes after a response."""
         try:
-            whole = self._render([_QUESTION, {"role": "assistant", "content": _ANSWER}])
+            whole = self._render([_QUESTION, {"role": "assistant", "content": _RESPONSE}])
         except RowError as error:
-            raise ModelError(f"the chat template fails on a plain question and answer: {error}. {_REMEDY}") from error
-        _, found, tail = whole.rpartition(_ANSWER)
+            raise ModelError(
+                f"the chat template fails on one user and one assistant message: {error}. {_REMEDY}"
+            ) from error
+        _, found, tail = whole.rpartition(_RESPONSE)
         if not found:
-            raise ModelError(f"the chat template leaves out what the assistant says. {_REMEDY}")
+            raise ModelError(f"the chat template omits the assistant message. {_REMEDY}")
         return tail
 
     def _end_in(self, tail: str, stops: set[int]) -> int | None:
-        """The token in this text that ends a turn: the first that stops or is special, else the first added one."""
+        """Return the token in this text that ends a turn: the first stop or special token, else the first added token."""
         ids = self._tokenize(tail)[0]
-        written = [i for i in ids if self._added.get(i, "") in tail]  # not an <unk> for some other text
+        written = [i for i in ids if self._added.get(i, "") in tail]  # excludes an <unk> that stands for other text
         strong = [i for i in written if i in stops or i in self._special]
         added = [i for i in written if i in self._added]
         return next(iter(strong + added), None)
 
     def _check_samples(self) -> None:
-        """Hold the template to its promises before any data is read. Only the first sample has to be supported."""
+        """Check the template before any data is read. Only the first sample has to be supported.
+
+        Raises:
+            ModelError: the template cannot be used, or writes BOS twice.
+        """
         bos_id = self._tokenizer.bos_token_id
         for name, messages in _SAMPLES.items():
             try:
-                encoded = self.encode(messages, _ANSWER, max_length=1 << 30)
+                encoded = self.encode(messages, _RESPONSE, max_length=1 << 30)
                 prompt = self._prompt_text(messages)
             except RowError as error:
                 if error.reason == "template_refused" and messages != [_QUESTION]:
-                    continue  # rows that need it are refused one by one
+                    continue  # rows of this form are refused one by one
                 raise ModelError(
-                    f"the chat template cannot be used. On {name}: {error}. Training must continue exactly the tokens "
-                    f"that generation starts from, or the model learns from prompts it never sees. {_REMEDY}"
+                    f"the chat template cannot be used. On {name}: {error}. A training example must begin with exactly "
+                    f"the tokens from which responses are generated. {_REMEDY}"
                 ) from error
             if bos_id is not None and encoded.prompt_ids[:2] == [bos_id, bos_id]:
                 raise ModelError(
-                    f"a rendered conversation begins with BOS twice, which no model is trained on: {prompt[:60]!r}. "
+                    f"a rendered conversation begins with two BOS tokens: {prompt[:60]!r}. "
                     f"{_REMEDY} that writes {self._tokenizer.bos_token} once"
                 )
             if messages[0]["role"] == "system" and messages[0]["content"] not in prompt:
@@ -259,7 +267,7 @@ def _choose_template(tokenizer: "PreTrainedTokenizerBase", given: str | None) ->
     if given is None and tokenizer.chat_template:
         try:
             return str(tokenizer.get_chat_template())
-        except ValueError as error:  # several, none of them the default
+        except ValueError as error:  # several templates without a default
             raise ModelError(f"the tokenizer's chat template cannot be used: {error} {_REMEDY}") from error
     if given is None:
         bos_id = tokenizer.bos_token_id
@@ -271,5 +279,5 @@ def _choose_template(tokenizer: "PreTrainedTokenizerBase", given: str | None) ->
         return Path(given).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ModelError(
-            f"data.chat_template: {given} is neither Jinja text nor a text file that can be read ({error})"
+            f"data.chat_template: {given} is neither Jinja text nor a readable text file ({error})"
         ) from error

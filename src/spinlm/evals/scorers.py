@@ -1,6 +1,5 @@
 """Scorers: how good an answer is, measured against the real response, from 0 to 1."""
 
-import difflib
 import functools
 import importlib
 import inspect
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from spinlm.errors import DataError, RecipeError
+from spinlm.utils.suggest import nearest
 
 Scorer = Callable[[str, str], float]
 """Takes (answer, reference) and returns a score from 0 to 1."""
@@ -89,8 +89,8 @@ def get_scorer(name: str) -> Scorer:
     """
     function = _import_function(name) if ":" in name else SCORERS.get(name)
     if function is None:
-        near = difflib.get_close_matches(name, SCORERS, n=1, cutoff=0.5)
-        meant = f" Did you mean {near[0]}?" if near else ""
+        near = nearest(name, SCORERS)
+        meant = f" Did you mean {near}?" if near else ""
         raise RecipeError(
             f"evaluate.scorer: there is no scorer {name!r}.{meant} Known: {', '.join(SCORERS)}, or module:function for "
             "one of your own"
@@ -133,8 +133,8 @@ def _import_function(name: str) -> Scorer:
     function = getattr(module, function_name, None)
     if not callable(function):
         functions = [key for key, value in vars(module).items() if inspect.isfunction(value)]
-        near = difflib.get_close_matches(function_name, functions, n=1, cutoff=0.5)
-        meant = f"; did you mean {near[0]}?" if near else f". Define {function_name}(answer, reference) there"
+        near = nearest(function_name, functions)
+        meant = f"; did you mean {near}?" if near else f". Define {function_name}(answer, reference) there"
         raise RecipeError(
             f"evaluate.scorer: {name}: {module_name} ({_file(module)}) has no function {function_name}{meant}"
         )

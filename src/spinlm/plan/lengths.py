@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from spinlm.data.renderer import RowError
+from spinlm.data.columns import check_layout, recognize_layout
 from spinlm.data.sources import names_a_file, open_source
-from spinlm.errors import DataError
+from spinlm.errors import DataError, RowError
 from spinlm.recipe.schema import Data, Recipe
 from spinlm.rundir.layout import RunDir
 from spinlm.rundir.stage_graph import START
@@ -118,9 +118,10 @@ def _look(data: Data) -> tuple[int | None, list[Any], str]:
     in_lines = path is not None and path.is_file() and path.suffix.lower() == ".jsonl"
     try:
         source = None if in_lines else open_source(data)
-        from spinlm.data.examples import check_layout  # which takes numpy along
-
-        check_layout(data, source)
+        if source is None:
+            check_layout(data)
+        else:
+            recognize_layout(source, data.columns)
     except DataError as error:
         wrong = str(error)
     if in_lines and path:

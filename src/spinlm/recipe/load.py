@@ -1,6 +1,5 @@
 """SampleFeatures a recipe: YAML, overrides from the command line, and a line of help for each thing that is wrong."""
 
-import difflib
 import json
 import re
 from pathlib import Path
@@ -12,6 +11,7 @@ from pydantic import ValidationError
 from spinlm.errors import RecipeError
 from spinlm.recipe.schema import LIST, ONE, Recipe, Section
 from spinlm.utils.model_path import existing_path
+from spinlm.utils.suggest import nearest
 
 LONGEST = 1_000_000  # bytes of a recipe
 
@@ -204,8 +204,8 @@ def _suggest(location: list[str]) -> str:
     elsewhere = [name for name in Recipe.model_fields if key in getattr(_section([name]), "model_fields", {})]
     if 0 < len(elsewhere) <= 2:
         return f"; did you mean {' or '.join(f'{name}.{key}' for name in elsewhere)}?"
-    if near := difflib.get_close_matches(key, known, n=1, cutoff=0.5):
-        return f"; did you mean {near[0]}?"
+    if near := nearest(key, known):
+        return f"; did you mean {near}?"
     return f"; known: {', '.join(known)}"
 
 

@@ -82,7 +82,7 @@ class RunData:
         return _read(self.run.provenance, {})
 
     @cached_property
-    def dropped(self) -> dict[str, Any]:
+    def skipped(self) -> dict[str, Any]:
         return _read(self.run.skipped_rows, {})
 
     @cached_property

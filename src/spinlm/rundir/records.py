@@ -16,6 +16,12 @@ from spinlm.errors import RunError
 
 Message = dict[str, str]
 
+SPLITS = ("heldout", "sft", "train")
+"""The splits of a run's examples, in the order in which they are drawn."""
+
+PAIR_SPLITS = ("train", "heldout")
+"""The splits that the opponent responds to."""
+
 
 @dataclass(frozen=True, slots=True)
 class Example:

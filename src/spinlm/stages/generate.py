@@ -12,7 +12,7 @@ from spinlm.generation.base import Engine
 from spinlm.model.players import Players, seat
 from spinlm.recipe.schema import Recipe
 from spinlm.rundir.layout import RunDir
-from spinlm.rundir.records import Example, Generation, Sampling, to_line
+from spinlm.rundir.records import PAIR_SPLITS, Example, Generation, Sampling, to_line
 from spinlm.rundir.shards import RecordFile
 from spinlm.rundir.stage_graph import START
 from spinlm.utils.atomic import atomic_file
@@ -21,12 +21,9 @@ from spinlm.utils.seeds import derive_seed
 log = logging.getLogger("spinlm")
 
 
-SPLITS = ("train", "heldout")
-
-
 def splits(recipe: Recipe) -> tuple[str, ...]:
     """Whose prompts the opponent answers: where nothing is learned from its answers, the held-out ones alone."""
-    return ("heldout",) if recipe.is_control else SPLITS
+    return ("heldout",) if recipe.is_control else PAIR_SPLITS
 
 
 def generate(recipe: Recipe, run: RunDir, iteration: int) -> None:

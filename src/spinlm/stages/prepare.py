@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from spinlm.data.examples import SPLITS, check_layout, select_examples
+from spinlm.data.columns import check_layout
+from spinlm.data.examples import select_examples
 from spinlm.data.sources import names_a_file
 from spinlm.distributed import processes
 from spinlm.errors import DataError, RecipeError
@@ -24,7 +25,7 @@ from spinlm.model.zero import check_deepspeed
 from spinlm.recipe.schema import Recipe
 from spinlm.rundir.layout import RunDir
 from spinlm.rundir.provenance import verify_inputs
-from spinlm.rundir.records import Example, to_line
+from spinlm.rundir.records import SPLITS, Example, to_line
 from spinlm.rundir.stage_graph import START
 from spinlm.training.optimizers import check_optimizer
 from spinlm.utils.atomic import atomic_file, file_digest, write_json
@@ -75,15 +76,15 @@ def _examples(recipe: Recipe, run: RunDir, data: dict[str, Any]) -> None:
         {
             "rows": selection.rows,
             "not_sampled": selection.not_sampled,
-            "dropped": selection.dropped,
-            "dropped_rows": selection.dropped_rows,
-            "responses_cut_at_max_length": selection.cut,
+            "skipped": selection.skipped,
+            "skipped_rows": selection.skipped_rows,
+            "responses_cut_at_max_length": selection.truncated,
         },
     )
     counts = selection.counts
     log.info("examples: %d for self-play, %d held out, %d for the warm-up alone", *(counts[s] for s in _ORDER))
-    for reason, count in selection.dropped.items():
-        log.info("  left out: %d × %s (see %s)", count, reason.replace("_", " "), run.skipped_rows)
+    for reason, count in selection.skipped.items():
+        log.info("  skipped: %d × %s (see %s)", count, reason.replace("_", " "), run.skipped_rows)
     run.complete("prepare", START, [run.examples(split) for split in SPLITS], counts=counts)
 
 

@@ -14,10 +14,10 @@ from spinlm.model.players import Players, seat
 from spinlm.model.prefix_trees import PrefixTree, micro_batches
 from spinlm.recipe.schema import Recipe
 from spinlm.rundir.layout import RunDir
-from spinlm.rundir.records import Example, Generation, Pair, read_lines, read_pairs, write_pairs
+from spinlm.rundir.records import PAIR_SPLITS, Example, Generation, Pair, read_lines, read_pairs, write_pairs
 from spinlm.rundir.shards import RecordFile
 from spinlm.rundir.stage_graph import START
-from spinlm.stages.generate import SPLITS, splits
+from spinlm.stages.generate import splits
 from spinlm.utils.atomic import atomic_path
 from spinlm.utils.signals import check_interrupt
 
@@ -154,7 +154,7 @@ class _Tally:
     def together(cls, parts: list[dict[str, dict[str, float]]]) -> "_Tally":
         """What several processes have counted, as one."""
         whole = cls()
-        for split in SPLITS:
+        for split in PAIR_SPLITS:
             if counts := [part[split] for part in parts if split in part]:
                 whole.counts[split] = {name: sum(count[name] for count in counts) for name in counts[0]}
                 whole.counts[split]["worst"] = max(count["worst"] for count in counts)

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from spinlm.data.renderer import RowError
 from spinlm.data.sources import open_source
-from spinlm.errors import DataError, RunError
+from spinlm.errors import DataError, RowError, RunError
 from spinlm.recipe.schema import Data
 from spinlm.utils.atomic import file_digest, write_json
 

@@ -1,6 +1,5 @@
 """Which tasks of lm-evaluation-harness are measured, with how many few-shots, on what data."""
 
-import difflib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from spinlm.errors import DataError, MissingPackageError, RunError
 from spinlm.evals.lm_harness.data import LocalData, replace_data
 from spinlm.evals.lm_harness.index import own_names, shipped_names, task_manager
+from spinlm.utils.suggest import nearest
 
 if TYPE_CHECKING:
     from lm_eval.api.group import Group
@@ -222,5 +222,5 @@ def _set_shots(task: "Task", shots: int | None) -> None:
 
 
 def _nearest(name: str, known: Any) -> str:
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f" Did you mean {near[0]}?" if near else ""
+    near = nearest(name, known)
+    return f" Did you mean {near}?" if near else ""

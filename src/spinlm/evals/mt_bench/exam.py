@@ -121,7 +121,7 @@ class Exam:
         self, player: int, batch: int, questions: Sequence[Question], advance: Callable[..., None]
     ) -> list[Answered]:
         """Answers to all turns of some questions of one temperature."""
-        from spinlm.data.renderer import RowError
+        from spinlm.errors import RowError
         from spinlm.generation import local_engine
         from spinlm.model.players import seat
 
@@ -186,7 +186,7 @@ def _prompt(renderer: "Renderer", question: Question, answers: Sequence[str], po
     Raises:
         RowError: it cannot be rendered, or leaves no room in so many positions.
     """
-    from spinlm.data.renderer import RowError
+    from spinlm.errors import RowError
 
     messages: list[Message] = []
     for said, answer in zip(question.turns, answers, strict=False):

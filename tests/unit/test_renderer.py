@@ -1,4 +1,4 @@
-"""Rendering and tokenising, on tokenizers of the families people use."""
+"""Rendering and tokenizing with tokenizers of the common model families."""
 
 from typing import Any
 
@@ -8,8 +8,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
-from spinlm.data.renderer import Renderer, RowError
-from spinlm.errors import ModelError
+from spinlm.data.renderer import Renderer
+from spinlm.errors import ModelError, RowError
 from tiny import KINDS, Kind, tiny_tokenizer
 
 USER = {"role": "user", "content": "Hi"}
@@ -82,7 +82,7 @@ def test_prompt_and_response_of_each_family(kind: Any) -> None:
     assert text(tokenizer, encoded.response_ids) == response
     assert encoded.response_ids[-1] == end_id
     assert encoded.response_ids.count(end_id) == 1
-    assert not encoded.cut
+    assert not encoded.truncated
     assert renderer.prompt_ids([USER]) == encoded.prompt_ids
 
 
@@ -182,7 +182,7 @@ def test_eos_takes_the_place_of_what_a_template_without_an_end_writes(template: 
     assert "<|endoftext|>" not in text(tokenizer, encoded.prompt_ids)
 
 
-def test_what_follows_a_second_eos_is_cut() -> None:
+def test_what_follows_a_second_eos_is_left_out() -> None:
     tokenizer = tiny_tokenizer("bos")
     template = CHATML.replace("<|im_end|>", "</s></s>")
     assert text(tokenizer, Renderer(tokenizer, template).encode([USER], "Yes.", 1000).response_ids) == "Yes.</s>"
@@ -201,7 +201,7 @@ def test_nothing_ends_a_turn() -> None:
 
 def test_template_that_does_not_continue_its_own_prompt() -> None:
     tokenizer = tiny_tokenizer("unprefixed")
-    with pytest.raises(ModelError, match=r"On a question: .*<think>.*prompts it never sees.*data\.chat_template"):
+    with pytest.raises(ModelError, match=r"On a question: .*<think>.*data\.chat_template"):
         Renderer(tokenizer)
     assert Renderer(tokenizer, CHATML).end_id == 2
 
@@ -209,7 +209,7 @@ def test_template_that_does_not_continue_its_own_prompt() -> None:
 def test_template_whose_prompt_runs_into_the_answer() -> None:
     # two line breaks at the end of a text are one token, before a word they are two
     template = NO_END.replace("m.role + ': '", "m.role + '\n\n'").replace("assistant:", "assistant\n\n")
-    with pytest.raises(ModelError, match=r"the tokenizer joins the end of the prompt, .*, 'It is blue'"):
+    with pytest.raises(ModelError, match=r"spans the end of the prompt, .*, 'It is blue'"):
         Renderer(tiny_tokenizer("plain"), template)
 
 
@@ -233,11 +233,11 @@ def test_template_from_a_file(tmp_path: Any) -> None:
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        ("{% for m in messages %}", "fails on a plain question and answer.*endfor"),
-        ("{{ raise_exception('no') }}", "fails on a plain question and answer.*no"),
+        ("{% for m in messages %}", "fails on .*endfor"),
+        ("{{ raise_exception('no') }}", "fails on .*no"),
         ("{{ raise_exception('no') if add_generation_prompt }}" + CHATML, "On a question: .*no"),
-        ("{{ bos_token }}Hello", "leaves out what the assistant says"),
-        ("{{ bos_token * 2 }}" + CHATML.replace("<|im_start|>", ""), r"begins with BOS twice.*writes <s> once"),
+        ("{{ bos_token }}Hello", "omits the assistant message"),
+        ("{{ bos_token * 2 }}" + CHATML.replace("<|im_start|>", ""), r"two BOS tokens.*writes <s> once"),
     ],
 )
 def test_templates_that_cannot_be_used(template: str, message: str) -> None:
@@ -268,11 +268,8 @@ def test_a_template_that_refuses_system_messages_serves_those_who_have_none() ->
 def test_a_template_that_drops_system_messages_does_not_do_so_silently() -> None:
     silent = CHATML.replace("{% for m in messages %}", "{% for m in messages if m.role != 'system' %}")
     renderer = Renderer(tiny_tokenizer("chatml"), silent)
-    assert not renderer.encode([USER], "Yes.", 1000).cut
-    assert reason(renderer, [SYSTEM, USER], "Yes.") == (
-        "template_refused",
-        "the chat template leaves the system message out",
-    )
+    assert not renderer.encode([USER], "Yes.", 1000).truncated
+    assert reason(renderer, [SYSTEM, USER], "Yes.")[0] == "template_refused"
 
 
 def test_control_tokens_in_text_are_refused() -> None:
@@ -292,8 +289,8 @@ def test_control_tokens_in_text_are_refused() -> None:
     stopping = Renderer(tokenizer, CHATML, stop_ids=[tokenizer.get_vocab()["<other>"]])
     assert reason(stopping, [USER], "an <other>") == ("control_token", spelled + "<other>")
     # an added token that plays no part in the template, white space, and what only looks like a control token
-    for mutable_fields in ("<other>", "if x:\n    return", "<|im_end>", "</s>"):
-        assert renderer.decode(renderer.encode([USER], mutable_fields, 1000).response_ids) == mutable_fields
+    for harmless in ("<other>", "if x:\n    return", "<|im_end>", "</s>"):
+        assert renderer.decode(renderer.encode([USER], harmless, 1000).response_ids) == harmless
 
 
 def test_a_response_that_the_tokenizer_joins_with_the_prompt_is_refused() -> None:
@@ -308,7 +305,7 @@ def test_a_prompt_that_changes_with_its_response_is_refused() -> None:
     renderer = Renderer(tiny_tokenizer("chatml"), "{{ '#' if 'why' in messages[-1].content }}" + CHATML)
     slug, detail = reason(renderer, [USER], "That is why.")
     assert slug == "prompt_not_a_prefix"
-    assert "does not begin with the prompt" in detail
+    assert "not a prefix" in detail
 
 
 def test_a_response_that_the_template_rewrites_is_refused() -> None:
@@ -318,7 +315,7 @@ def test_a_response_that_the_template_rewrites_is_refused() -> None:
     assert Renderer(tiny_tokenizer("llama3")).encode([USER], " Yes.\n", 1000).response_ids[-1] == 4
 
 
-def test_a_response_that_does_not_fit_is_cut_and_not_ended() -> None:
+def test_a_response_that_does_not_fit_is_truncated_and_not_ended() -> None:
     renderer = Renderer(tiny_tokenizer("chatml"))
     whole = renderer.encode([USER], "one two three four five", 1000)
     prompt, response = len(whole.prompt_ids), len(whole.response_ids)
@@ -327,14 +324,12 @@ def test_a_response_that_does_not_fit_is_cut_and_not_ended() -> None:
     fits = renderer.encode([USER], "one two three four five", prompt + response)
     assert fits == whole
     shorter = renderer.encode([USER], "one two three four five", prompt + response - 1)
-    assert (shorter.response_ids, shorter.cut) == (whole.response_ids[:-1], True)
+    assert (shorter.response_ids, shorter.truncated) == (whole.response_ids[:-1], True)
     assert renderer.end_id not in shorter.response_ids
     single = renderer.encode([USER], "one two three four five", prompt + 1)
-    assert (single.response_ids, single.cut) == (whole.response_ids[:1], True)
-    assert reason(renderer, [USER], "one two three four five", prompt) == (
-        "prompt_too_long",
-        f"the prompt has {prompt} tokens, which leaves no room within {prompt}",
-    )
+    assert (single.response_ids, single.truncated) == (whole.response_ids[:1], True)
+    slug, detail = reason(renderer, [USER], "one two three four five", prompt)
+    assert slug == "prompt_too_long" and f"{prompt} tokens" in detail
 
 
 def test_decode_gives_the_text_back() -> None:
@@ -346,7 +341,7 @@ def test_decode_gives_the_text_back() -> None:
 
 
 def test_control_tokens_that_a_tokenizer_makes_of_other_signs() -> None:
-    """It looks for some added tokens in the text as it has normalised it."""
+    """It looks for some added tokens in the text as it has normalized it."""
     tokenizer = tiny_tokenizer("chatml")
     tokenizer.backend_tokenizer.normalizer = normalizers.NFKC()
     tokenizer.add_tokens([AddedToken("<|tool|>", special=True, normalized=True)], special_tokens=True)
