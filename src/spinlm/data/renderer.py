@@ -66,7 +66,7 @@ class Renderer:
     """Renders with one chat template and tokenizes with one tokenizer.
 
     `template` is the Jinja text in use. Players are saved with it, so that other programs prompt them in the same way.
-    `end_id` ends an assistant turn in training data: the token that the template writes there, else the tokenizer's EOS.
+    `end_id` ends an assistant turn in training data: the token that the template writes there, or the tokenizer's EOS.
     `stop_ids` end a generated response: `end_id`, the tokenizer's EOS, and the ids passed to the constructor.
 
     A control token is a special token, a stop token, or an added token that occurs in the template's text (white space
@@ -161,7 +161,7 @@ class Renderer:
         if room < 1:
             raise RowError(
                 "prompt_too_long",
-                f"the prompt has {len(prompt_ids)} tokens; with a limit of {max_length} there is no room for a response",
+                f"the prompt has {len(prompt_ids)} tokens; with at most {max_length} there is no room for a response",
             )
         return Encoded(prompt_ids, response_ids[:room], truncated=len(response_ids) > room)
 
@@ -229,7 +229,7 @@ class Renderer:
         return tail
 
     def _end_in(self, tail: str, stops: set[int]) -> int | None:
-        """Return the token in this text that ends a turn: the first stop or special token, else the first added token."""
+        """Return the token that ends a turn: the first stop or special token in this text, or the first added token."""
         ids = self._tokenize(tail)[0]
         written = [i for i in ids if self._added.get(i, "") in tail]  # excludes an <unk> that stands for other text
         strong = [i for i in written if i in stops or i in self._special]
