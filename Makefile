@@ -36,7 +36,7 @@ $(VENV)/bench: $(VENV)/installed
 	touch $@
 
 $(VENV)/extras: $(VENV)/installed
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,bench,docs,trackers,lm-eval,bitsandbytes,deepspeed]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,bench,docs,trackers,lm-eval,bitsandbytes]'
 	touch $@
 
 # Does self-play help? PLAN is a file in benchmarks/replication; run it again and it goes on.

@@ -48,7 +48,7 @@ SCALES = (
 
 
 def plan_of(scale: Scale, processes: int, divided: bool) -> Plan:
-    sharding = f"train.sharding={'full' if divided else 'none'}"
+    sharding = f"train.fsdp={'full_shard' if divided else 'none'}"
     plan = make_plan(load_recipe(RECIPE, [*scale.changes, sharding]), processes=processes)
     lengths = replace(plan.lengths, prompt=PROMPT, real=RESPONSE, synthetic=RESPONSE, longest_prompt=1500, limits=False)
     return replace(plan, lengths=lengths)

@@ -10,7 +10,6 @@ from hypothesis import settings
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny models are slower with more
-os.environ["DS_ACCELERATOR"] = "cpu"  # or DeepSpeed says on stdout that it found no other
 settings.register_profile("same", derandomize=True, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))  # `default` draws other examples each time
 sys.path.insert(0, str(Path(__file__).parent))

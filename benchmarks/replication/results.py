@@ -69,7 +69,7 @@ class Run:
         scores = {player: self.values(player, "task_score") for player in self.players}
         prompts = sorted(scores[START])
         halves = prompts[::2], prompts[1::2]
-        errors = self.recipe["selfplay"]["select"]["standard_errors"]
+        errors = self.recipe["selfplay"]["select"]["min_standard_errors"]
         found = []
         for chosen_on, measured_on in (halves, halves[::-1]):
             best = START

@@ -58,7 +58,7 @@ def check(recipe: Recipe) -> Iterator[str]:
             "data": recipe.data.model_copy(update=few),
             "sft": None,
             "objective": Objective() if recipe.is_control else recipe.objective,
-            "tracking": [],
+            "report_to": [],
         }
     )
     with tempfile.TemporaryDirectory(prefix="spinlm-check-") as folder:
@@ -114,7 +114,7 @@ def check(recipe: Recipe) -> Iterator[str]:
             return
         yield _about_first_step(small, players, items, noted["prefix_sharing"])
         yield _about_precision(small, players, items, noted["prefix_sharing"])
-        if small.lora and small.lora.quantize:
+        if small.model.load_in_4bit:
             yield _about_quantization(small, players, items, noted["prefix_sharing"])
         yield _about_memory(small, players, items, noted["prefix_sharing"])
         if recipe.is_control:
@@ -137,7 +137,7 @@ def _about_text(players: Players, run: RunDir) -> Iterator[str]:
 def _about_engine(
     recipe: Recipe, players: Players, run: RunDir, sampled: list[Generation], prefix_sharing: bool
 ) -> Iterator[str]:
-    """Whether the recipe's engine answers as the transformers engine does, greedily, and where they first differ."""
+    """Whether the recipe's engine answers as the local engine does, greedily, and where they first differ."""
     if recipe.opponent.engine == "local" or recipe.preferences:
         return
     examples = list(read_lines(run.examples("train"), Example))
@@ -153,11 +153,11 @@ def _about_engine(
     differ = [number for number, (mine, its) in enumerate(zip(ours, theirs, strict=True)) if told(mine) != told(its)]
     name = recipe.opponent.engine
     if not differ:
-        yield f"engine: all {len(ours)} greedy answers of the {name} engine are those of the transformers engine"
+        yield f"engine: all {len(ours)} greedy answers of the {name} engine are those of the local engine"
     else:
         yield (
             f"engine: {len(ours) - len(differ)} of {len(ours)} greedy answers of the {name} engine are those of the "
-            f"transformers engine; {_first_difference(players, prompts, ours, theirs, differ[0], prefix_sharing)}"
+            f"local engine; {_first_difference(players, prompts, ours, theirs, differ[0], prefix_sharing)}"
             + (" (or the text had other tokens there than are made of it here)" if as_text else "")
         )
     drawn = {generation.id: generation.token_ids for generation in sampled if generation.sample == 0}
@@ -275,7 +275,7 @@ def _about_precision(recipe: Recipe, players: Players, items: list[Item], prefix
         return "precision: float32, nothing to lose"
     if recipe.lora is None:
         return f"precision: {players.dtype}; its margin error is measured for LoRA only"
-    exact = load_model(recipe.model, players.path, torch.float32, quantize=bool(recipe.lora.quantize))
+    exact = load_model(recipe.model, players.path, torch.float32, quantize=recipe.model.load_in_4bit)
     exact = add_adapter(exact, recipe.lora, recipe.seed).to(players.device)
     disable_dropout(exact)
     reference = LogProbs(exact).eval()

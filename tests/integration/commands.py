@@ -162,8 +162,6 @@ def serve() -> None:
     """Obey one JSON request a line: `start` forks a command and answers its pid, `poll` answers its exit code."""
     for name in PRELOADED:
         importlib.import_module(name)
-    if importlib.util.find_spec("deepspeed"):  # saving a model loads it wherever it is
-        importlib.import_module("deepspeed")
     gc.collect()
     gc.freeze()  # children need not look at all this again
     print("ready", flush=True)

@@ -112,8 +112,8 @@ def test_unknown_scorer(refused, tmp_path):
 
 
 def test_unknown_tracker(refused, tmp_path):
-    message = refused("tracking=[tensorbord]")
-    assert "tracking: Accelerate knows no tracker 'tensorbord'; known: " in message
+    message = refused("report_to=[tensorbord]")
+    assert "report_to: Accelerate knows no tracker 'tensorbord'; known: " in message
     assert "tensorboard" in message
     assert_nothing_made(tmp_path / "run")
 
@@ -121,9 +121,9 @@ def test_unknown_tracker(refused, tmp_path):
 def test_tracker_that_is_not_installed(refused, tmp_path):
     """Any of these that is missing here."""
     name = next(name for name in ("wandb", "comet_ml", "clearml") if find_spec(name) is None)
-    message = refused(f"tracking=[{name}]")
+    message = refused(f"report_to=[{name}]")
     assert (
-        f"tracking: {name} needs a package that is not installed. Run: pip install {name.replace('_', '-')}" in message
+        f"report_to: {name} needs a package that is not installed. Run: pip install {name.replace('_', '-')}" in message
     )
     assert_nothing_made(tmp_path / "run")
 
@@ -353,7 +353,7 @@ def test_model_with_a_weight_that_is_not_a_number(refused, world, tmp_path):
 
 
 def test_loss_that_is_not_finite(refused, tmp_path):
-    changes = few("train.learning_rate=1e30", "train.save_steps=1", "train.batch_size=1", "train.warmup=0.0")
+    changes = few("train.learning_rate=1e30", "train.save_steps=1", "train.batch_size=1", "train.warmup_ratio=0.0")
     message = refused(*changes, failed="iteration-0/train.done")
     run = tmp_path / "run"
     done = len(steps(run))

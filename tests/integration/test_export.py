@@ -253,7 +253,7 @@ def test_a_player_stops_elsewhere_where_it_stopped_here(world, cli, tmp_path):
         assert set(found) == {*end, config["vocab_size"] - 1}
 
 
-LORA_4_BITS = {"lora": {"quantize": "4bit"}}
+LORA_4_BITS = {"model": {"path": "hub/m", "load_in_4bit": True}, "lora": {}}
 
 
 @pytest.mark.parametrize(
@@ -282,8 +282,8 @@ LORA_4_BITS = {"lora": {"quantize": "4bit"}}
             "FOLDER OF",
         ),
         ({"model": {"path": "/a/m"}, "lora": {}}, False, '.from_pretrained("FOLDER OF m")', "/a/"),
-        ({"model": {"path": "hub/m"}} | LORA_4_BITS, False, 'load_in_4bit=True, bnb_4bit_quant_type="nf4"', "Gguf"),
-        ({"model": {"path": "hub/m"}} | LORA_4_BITS, True, 'from_pretrained("THIS FOLDER")', "load_in_4bit"),
+        (LORA_4_BITS, False, 'load_in_4bit=True, bnb_4bit_quant_type="nf4"', "Gguf"),
+        (LORA_4_BITS, True, 'from_pretrained("THIS FOLDER")', "load_in_4bit"),
     ],
 )
 def test_how_to_use_a_player(world, reference, changes, merged, says, says_not):

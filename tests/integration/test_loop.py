@@ -302,11 +302,11 @@ def test_two_samples_for_each_prompt(variant):
 @pytest.mark.parametrize(
     ("overrides", "nll_weight", "expected"),
     [
-        (("objective.loss=hinge",), 0.0, 1.0),  # max(0, 1 − 0)
-        (("objective.loss=exponential",), 0.0, 1.0),  # e^−0
+        (("objective.link=hinge",), 0.0, 1.0),  # max(0, 1 − 0)
+        (("objective.link=exponential",), 0.0, 1.0),  # e^−0
         (("objective.nll_weight=0.3",), 0.3, LN2),
         (("objective.length_normalize=true",), 0.0, LN2),
-        (("objective.name=dpo-positive", "objective.penalty=1.0"), 0.0, LN2),
+        (("objective.name=dpo-positive", "objective.dpop_lambda=1.0"), 0.0, LN2),
         (("objective.name=space", "objective.mu=1.0", "objective.nll_weight=0.2"), 0.2, 2 * LN2),
     ],
 )

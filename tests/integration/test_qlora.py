@@ -9,7 +9,7 @@ from runs import contents, read_rows, steps
 
 pytest.importorskip("bitsandbytes", reason="4 bits need the extra `bitsandbytes`")
 
-QUANTIZE = "lora.quantize=4bit"
+QUANTIZE = "model.load_in_4bit=true"
 LN2 = math.log(2)
 
 

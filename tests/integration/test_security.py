@@ -134,7 +134,7 @@ def test_code_that_comes_with_a_model_is_not_run_unless_allowed(cli, world, tmp_
         "a: &a [x, x, x, x, x, x, x, x, x]\n"
         + "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefghi", "bcdefghij", strict=True)),
         "m0: &m0 {k: 1}\n" + "".join(f"m{n}: &m{n}\n  <<: [{', '.join([f'*m{n - 1}'] * 9)}]\n" for n in range(1, 9)),
-        "tracking: &a [x]\nmodel: {path: *a}\n",
+        "report_to: &a [x]\nmodel: {path: *a}\n",
         "data: &d {path: *d}\n",
         "# " + "x" * 1_000_000,
     ],

@@ -42,7 +42,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def greedy(session_cli: Cli, world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run whose opponents answer greedily, by the transformers engine."""
+    """A run whose opponents answer greedily, by the local engine."""
     run = tmp_path_factory.mktemp("greedy") / "run"
     session_cli("run", world.recipe, *GREEDY, "--run-dir", run, folder=world.folder)
     return run
@@ -59,15 +59,15 @@ def facts(run: Path, iteration: int) -> dict[str, Any]:
 
 
 def using(kind: str, **server: Any) -> tuple[str, ...]:
-    return ("opponent.engine=server", f"opponent.server={json.dumps({'kind': kind, **server})}")
+    return ("opponent.engine=server", f"opponent.server={json.dumps({'api': kind, **server})}")
 
 
 @pytest.mark.parametrize("kind", KINDS_WITH_ADAPTERS)
 def test_each_opponent_is_handed_to_the_server(kind: str, cli: Cli, world: World, greedy: Path, tmp_path: Path) -> None:
-    """Greedy answers of every iteration are those of the transformers engine: the server had the same players."""
+    """Greedy answers of every iteration are those of the local engine: the server had the same players."""
     served = ModelServer(kind, str(world.model))
     with listen(served.post, served.get) as url:
-        changes = (*GREEDY, *using(kind, urls=[f"{url}/v1"], parallel=4))
+        changes = (*GREEDY, *using(kind, urls=[f"{url}/v1"], max_concurrency=4))
         cli("run", world.recipe, *changes, "--run-dir", tmp_path / "run", folder=world.folder)
     for iteration in (0, 1):
         ours, theirs = generations(greedy, iteration), generations(tmp_path / "run", iteration)
@@ -96,7 +96,7 @@ def test_server_is_started_with_each_opponent(kind: str, cli: Cli, world: World,
     """The adapter is merged for it, and nothing of it is left behind, neither process nor folder."""
     command = f"{sys.executable} {model_server.__file__} {kind} {{port}} {{merged}}"
     run = tmp_path / "run"
-    changes = (*GREEDY, *using(kind, command=command))
+    changes = (*GREEDY, *using(kind, launch_command=command))
     cli("run", world.recipe, *changes, "--run-dir", run, folder=world.folder)
     for iteration in (0, 1):
         ours, theirs = generations(greedy, iteration), generations(run, iteration)
@@ -125,7 +125,7 @@ def running(argument: str) -> list[str]:
 def test_server_ends_with_us_however_we_end(cli: Cli, world: World, tmp_path: Path) -> None:
     run = tmp_path / "run"
     command = f"{sys.executable} {model_server.__file__} vllm {{port}} {{merged}}; sleep 1"
-    slow = ("selfplay.iterations=1", *using("vllm", command=command, model="nobody", parallel=1))
+    slow = ("selfplay.iterations=1", *using("vllm", launch_command=command, model="nobody", max_concurrency=1))
     process = cli.start("run", world.recipe, *slow, "--run-dir", run, folder=world.folder)
     until(lambda: running(str(run)))
     assert (run / "iteration-0" / ".merged" / "model.safetensors").exists()
@@ -164,7 +164,7 @@ def until(condition: Callable[[], object], patience: float = 60) -> None:
 
 
 class Scripted:
-    """A server of kind vllm whose answers come from a script: a function of how many requests came before."""
+    """A server with the API of vllm whose answers come from a script: a function of how many requests came before."""
 
     def __init__(self, script: Callable[[int], Reply | str | None]):
         self.script = script
@@ -226,7 +226,9 @@ def ask(opponent: ServerOpponent, **how: Any) -> list[list[Any]]:
     stops = opponent.renderer.stop_ids
     settings: dict[str, Any] = {"temperature": 1.0, "top_p": 1.0, "max_new_tokens": 4, "max_length": 64, "samples": 2}
     counted: list[tuple[int, int]] = []
-    given = opponent.generate(PROMPTS, Sampling(stop_ids=stops, **(settings | how)), 3, lambda *new: counted.append(new))
+    given = opponent.generate(
+        PROMPTS, Sampling(stop_ids=stops, **(settings | how)), 3, lambda *new: counted.append(new)
+    )
     assert sum(ended for ended, _ in counted) == len(PROMPTS) * 2
     return given
 
@@ -235,7 +237,7 @@ def test_answers_stand_in_the_order_of_the_prompts(opponent: Callable[..., Serve
     """However many run at once, and whichever is ready first; the same seed gives the same ones."""
     scripted = Scripted(lambda number: (time.sleep(0.05 if number % 3 == 0 else 0.0), "good")[1])
     with listen(scripted.post, nothing) as url:
-        many, one = (ask(opponent(url, parallel=parallel)) for parallel in (6, 1))
+        many, one = (ask(opponent(url, max_concurrency=parallel)) for parallel in (6, 1))
     assert many == one
     assert scripted.busiest <= 6 and scripted.busiest > 1
     assert all(answer.finished and answer.logprob == -1.5 for given in many for answer in given)
@@ -248,23 +250,23 @@ def test_what_passes_is_tried_again(opponent: Callable[..., ServerOpponent]) -> 
     troubles: list[Any] = [refuse(429, **{"Retry-After": "0"}), refuse(500), refuse(503), None]
     scripted = Scripted(lambda number: troubles[number] if number < len(troubles) else "good")
     with listen(scripted.post, nothing) as url:
-        assert len(ask(opponent(url, parallel=1))) == len(PROMPTS)
+        assert len(ask(opponent(url, max_concurrency=1))) == len(PROMPTS)
     assert len(scripted.bodies) == 18 + len(troubles)
 
 
 def test_a_reply_that_takes_too_long(opponent: Callable[..., ServerOpponent]) -> None:
     scripted = Scripted(lambda number: (time.sleep(0.6 if number == 0 else 0.0), "good")[1])
     with listen(scripted.post, nothing) as url:
-        assert len(ask(opponent(url, parallel=1, timeout=0.3))) == len(PROMPTS)
+        assert len(ask(opponent(url, max_concurrency=1, timeout=0.3))) == len(PROMPTS)
         slow = Scripted(lambda number: (time.sleep(0.4), "good")[1])
     with listen(slow.post, nothing) as url, pytest.raises(ServerError, match=r"no reply within 0\.1 seconds; opponent"):
-        ask(opponent(url, parallel=1, timeout=0.1))
+        ask(opponent(url, max_concurrency=1, timeout=0.1))
 
 
 def test_several_addresses_share_the_work_and_one_may_be_gone(opponent: Callable[..., ServerOpponent]) -> None:
     first, second = Scripted(lambda number: "good"), Scripted(lambda number: "good" if number < 3 else None)
     with listen(first.post, nothing) as one, listen(second.post, nothing) as two:
-        given = ask(opponent(one, two, "http://127.0.0.1:9", parallel=4))
+        given = ask(opponent(one, two, "http://127.0.0.1:9", max_concurrency=4))
     assert len(given) == len(PROMPTS)
     assert len(second.bodies) >= 3 and len(first.bodies) >= 12
 
@@ -273,7 +275,7 @@ def test_an_address_that_failed_once_gets_work_again(opponent: Callable[..., Ser
     first = Scripted(lambda number: refuse(503) if number == 0 else "good")
     second = Scripted(lambda number: (time.sleep(0.02), "good")[1])
     with listen(first.post, nothing) as one, listen(second.post, nothing) as two:
-        assert len(ask(opponent(one, two, parallel=2))) == len(PROMPTS)
+        assert len(ask(opponent(one, two, max_concurrency=2))) == len(PROMPTS)
     assert len(first.bodies) > 3
     assert len(first.bodies) + len(second.bodies) == 18 + 1
 
@@ -327,7 +329,7 @@ def test_complete_shards_are_kept(cli: Cli, world: World, tmp_path: Path) -> Non
 
     changes = ("selfplay.iterations=1",)
     with listen(post, served.get) as url:
-        dead = using("vllm", urls=[url], parallel=1)
+        dead = using("vllm", urls=[url], max_concurrency=1)
         result = cli("run", world.recipe, *changes, *dead, "--run-dir", run, folder=world.folder, code=2)
     assert "the end" in result.message
     assert_whole(run)
@@ -336,7 +338,7 @@ def test_complete_shards_are_kept(cli: Cli, world: World, tmp_path: Path) -> Non
     assert len(kept) == 2
     served.bodies.clear()
     with listen(served.post, served.get) as url:  # at another address, which is no other recipe
-        alive = using("vllm", urls=[url], parallel=2)
+        alive = using("vllm", urls=[url], max_concurrency=2)
         cli("run", world.recipe, *changes, *alive, "--run-dir", run, folder=world.folder)
     assert {path: path.read_bytes() for path in kept} == kept
     assert len(served.bodies) == 24 + 10 - 8
@@ -350,9 +352,9 @@ def test_complete_shards_are_kept(cli: Cli, world: World, tmp_path: Path) -> Non
     ],
 )
 def test_server_that_does_not_start(command: str, said: str, cli: Cli, world: World, tmp_path: Path) -> None:
-    changes = using("vllm", command=command, start_timeout=1.5)
+    changes = using("vllm", launch_command=command, start_timeout=1.5)
     result = cli("run", world.recipe, *changes, "--run-dir", tmp_path / "run", folder=world.folder, code=2)
-    assert f"opponent.server.command: {said}" in result.message
+    assert f"opponent.server.launch_command: {said}" in result.message
     if "echo" in command:
         assert "it ended with exit code 3" in result.message and "no such model" in result.message
 
@@ -366,7 +368,7 @@ def test_server_that_dies_while_it_is_asked(cli: Cli, world: World, tmp_path: Pa
         "def die(path, body):\n    print('out of memory', flush=True)\n    os._exit(7)\n"
         "with listen(die, lambda path: (200, {}, '{}'), int(sys.argv[1])):\n    threading.Event().wait()\n"
     )
-    changes = using("vllm", command=f"{sys.executable} {program} {{port}}", model="it", parallel=1)
+    changes = using("vllm", command=f"{sys.executable} {program} {{port}}", model="it", max_concurrency=1)
     result = cli("run", world.recipe, *changes, "--run-dir", tmp_path / "run", folder=world.folder, code=2)
     assert "command started has ended with exit code 7" in result.message and "out of memory" in result.message
 
@@ -376,7 +378,7 @@ def test_another_server_at_the_address_is_not_taken_for_ours(cli: Cli, world: Wo
     with listen(served.post, served.get) as url:
         changes = using("vllm", urls=[url], command="sleep 60")
         result = cli("run", world.recipe, *changes, "--run-dir", tmp_path / "run", folder=world.folder, code=2)
-    assert "something answers there before opponent.server.command was run" in result.message
+    assert "something answers there before opponent.server.launch_command was run" in result.message
 
 
 def test_a_server_that_still_loads_is_waited_for(cli: Cli, world: World, tmp_path: Path) -> None:
@@ -447,7 +449,7 @@ def test_check_compares_the_engines(world: World, tmp_path: Path) -> None:
     with listen(served.post, served.get) as url:
         recipe = load_recipe(world.recipe, list(using("llama.cpp", urls=[url], reload_command="true")))
         said = "\n".join(check(recipe))
-        assert "engine: all 8 greedy answers of the server engine are those of the transformers engine" in said
+        assert "engine: all 8 greedy answers of the server engine are those of the local engine" in said
         assert "does it heed" not in said
         complete = served._complete
         served._complete = lambda name, prompt, limit, how, stops: complete(  # type: ignore[method-assign]
@@ -465,14 +467,14 @@ def test_check_compares_the_engines(world: World, tmp_path: Path) -> None:
     ("changes", "said"),
     [
         (["opponent.engine=server"], "there is no section opponent.server"),
-        (['opponent.server={kind: vllm, urls: ["http://a"]}'], "is not used, as opponent.engine is transformers"),
+        (['opponent.server={api: vllm, urls: ["http://a"]}'], "is not used, as opponent.engine is local"),
         (using("vllm"), "neither urls nor a command"),
         (using("vllm", urls=["127.0.0.1:8000"]), "is not an address that begins with http://"),
         (using("vllm", urls=["http://me:secret@a"]), "write the address without a password"),
         (using("openai", urls=["http://a"]), "has to be told of each new opponent"),
         ((*using("vllm", urls=["http://a"]), "lora=null"), "only LoRA adapters can be handed"),
         (using("vllm", urls=["http://a"], command="x", reload_command="y"), "Leave one of them out"),
-        (using("ollama", urls=["http://a"]), "opponent.server.kind"),
+        (using("ollama", urls=["http://a"]), "opponent.server.api"),
     ],
 )
 def test_recipes_that_cannot_be_played(changes: list[str], said: str, world: World) -> None:

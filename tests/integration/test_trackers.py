@@ -12,7 +12,7 @@ def tracked(world, rewound, cli):
 
     def run(name, **environment):
         folder = rewound(1)
-        cli("run", world.recipe, f"tracking=[{name}]", "--run-dir", folder, folder=world.folder, **environment)
+        cli("run", world.recipe, f"report_to=[{name}]", "--run-dir", folder, folder=world.folder, **environment)
         return folder, [line for line in steps(folder) if (line["stage"], line["iteration"]) == ("train", 1)]
 
     return run

@@ -27,7 +27,7 @@ def workers(run: Path) -> list[str]:
 
 @pytest.mark.parametrize("more", [(), ("lora=null", "train.learning_rate=2e-4", "opponent.vllm={data_parallel: 2}")])
 def test_vllm_has_the_opponent(cli: Cli, world: World, tmp_path: Path, more: tuple[str, ...]) -> None:
-    """Greedy answers are those of the transformers engine, by an adapter or by a whole model, and nothing is left."""
+    """Greedy answers are those of the local engine, by an adapter or by a whole model, and nothing is left."""
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
     cli("run", world.recipe, *ENGINE, *more, "--run-dir", theirs, folder=world.folder, PYTHONPATH=STAND_IN)
     without = [one for one in (*ENGINE, *more) if "vllm" not in one]

@@ -45,7 +45,7 @@ def with_section(**sections: Any) -> str:
 
 
 def served(**changes: Any) -> dict[str, Any]:
-    server = {"kind": "vllm", "urls": ["http://127.0.0.1:1/v1"], "command": "serve"}
+    server = {"api": "vllm", "urls": ["http://127.0.0.1:1/v1"], "launch_command": "serve"}
     return {"engine": "server", "server": server | changes}
 
 
@@ -161,7 +161,7 @@ def test_every_wrong_thing_has_one_line(tmp_path: Path) -> None:
     [
         ({"trian": {}}, "trian: unknown key; did you mean train?"),
         ({"selfplay": {"select": {"patiance": 1}}}, "selfplay.select.patiance: unknown key; did you mean patience?"),
-        ({"lora": {"rank_": 1, "r": 2}}, "lora.rank_: unknown key; known: r, alpha, dropout, targets"),
+        ({"lora": {"rank_": 1, "r": 2}}, "lora.rank_: unknown key; known: r, alpha, dropout, target_modules"),
         ({"train": {"beta": 1}}, "train.beta: unknown key; did you mean objective.beta?"),
         ({"epochs": 1}, "epochs: unknown key; did you mean train.epochs or sft.epochs?"),
         ({"train": {"x]": 1}, "seed": 1}, "train.x]: unknown key; known: epochs, batch_size"),
@@ -185,8 +185,8 @@ def test_unknown_keys(sections: dict[str, Any], said: str) -> None:
             {"train": {"learning_rate": float("nan")}},
             "train.learning_rate: should be a finite number (or a list), got NaN",
         ),
-        ({"lora": {"targets": "q"}}, "lora.targets: should be 'all-linear' (or a list), got \"q\""),
-        ({"lora": {"targets": [1]}}, "lora.targets.0: should be a valid string, got 1; put it in quotes"),
+        ({"lora": {"target_modules": "q"}}, "lora.target_modules: should be 'all-linear' (or a list), got \"q\""),
+        ({"lora": {"target_modules": [1]}}, "lora.target_modules.0: should be a valid string, got 1; put it in quotes"),
         (
             {"model": {"path": "m", "revision": 12}},
             "model.revision: should be a valid string, got 12; put it in quotes",
@@ -197,8 +197,8 @@ def test_unknown_keys(sections: dict[str, Any], said: str) -> None:
         ({"seed": True}, "seed: should be a valid integer, got true"),
         ({"seed": 1.0}, "seed: should be a valid integer, got 1.0"),
         ({"opponent": {"top_p": 1.5}}, "opponent.top_p: should be less than or equal to 1, got 1.5"),
-        ({"objective": {"loss": "l2"}}, "objective.loss: should be 'logistic', 'hinge' or 'exponential', got \"l2\""),
-        ({"tracking": "wandb"}, 'tracking: should be a valid list, got "wandb"'),
+        ({"objective": {"link": "l2"}}, "objective.link: should be 'logistic', 'hinge' or 'exponential', got \"l2\""),
+        ({"report_to": "wandb"}, 'report_to: should be a valid list, got "wandb"'),
         ({"model": {"path": {3: 4}}}, 'model.path: should be a valid string, got {"3": 4}'),
         ({"model": {"path": {(1,): 4}}}, "model.path: should be a valid string, got {(1,): 4}"),
     ],
@@ -260,14 +260,21 @@ def test_choosing_by_task_score_needs_a_scorer() -> None:
 
 
 @pytest.mark.parametrize("section", ["train", "sft"])
-def test_deepspeed_hides_shapes_from_the_optimiser(section: str) -> None:
-    sharding = {"train": {"sharding": "zero-3"}}
-    said = with_section(**(sharding | {section: {**sharding.get(section, {}), "optimizer": "Adafactor"}}))
-    assert said.startswith(f"recipe: {section}.optimizer is Adafactor, but with train.sharding: zero-3 it would see")
+def test_fsdp_hides_shapes_from_the_optimizer(section: str) -> None:
+    fsdp = {"train": {"fsdp": "full_shard"}}
+    said = with_section(**(fsdp | {section: {**fsdp.get(section, {}), "optimizer": "Adafactor"}}))
+    assert said.startswith(f"recipe: {section}.optimizer is Adafactor, but with train.fsdp: full_shard it would see")
+
+
+IN_4_BITS = {"path": "m", "load_in_4bit": True}
+
+
+def test_four_bits_need_an_adapter() -> None:
+    assert "Add a section lora" in with_section(model=IN_4_BITS)
 
 
 def test_four_bits_are_not_divided() -> None:
-    said = with_section(lora={"quantize": "4bit"}, train={"sharding": "full"})
+    said = with_section(model=IN_4_BITS, lora={}, train={"fsdp": "full_shard"})
     assert "4-bit weights cannot be divided" in said
 
 
@@ -324,12 +331,15 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         ({"seed": -1}, "seed: should be greater than or equal to 0"),
         ({"seed": 1 << 63}, "seed: should be less than"),
         ({"seed": 10**5000}, "seed: should be less than"),
-        ({"opponent": served(options={"seed": float("nan")})}, "holds a text or a number that cannot be written down"),
-        ({"opponent": served(options={"day": date(2024, 1, 1)})}, "opponent.server.options.day: "),
-        ({"opponent": served(options={"api_key": "secret"})}, "A key goes into the environment"),
+        (
+            {"opponent": served(extra_body={"seed": float("nan")})},
+            "holds a text or a number that cannot be written down",
+        ),
+        ({"opponent": served(extra_body={"day": date(2024, 1, 1)})}, "opponent.server.extra_body.day: "),
+        ({"opponent": served(extra_body={"api_key": "secret"})}, "A key goes into the environment"),
         ({"opponent": served(urls="http://me:secret@host/v1")}, "opponent.server.urls: should be a valid list"),
         (
-            {"opponent": {"engine": "vllm", "vllm": {"options": {"trust_remote_code": True}}}},
+            {"opponent": {"engine": "vllm", "vllm": {"engine_args": {"trust_remote_code": True}}}},
             "it goes by model:",
         ),
     ],
@@ -436,7 +446,8 @@ def recipes(draw: st.DrawFn) -> dict[str, Any]:
     for section, name in ((objective, "beta"), (train, "learning_rate")):
         if isinstance(section.get(name), list):
             section[name] = (section[name] + [0.5] * count)[:count]
-    train.pop("sharding", None)
+    train.pop("fsdp", None)
+    values["model"].pop("load_in_4bit", None)
     game.pop("select", None)
     for name in ("engine", "server", "vllm"):
         values.get("opponent", {}).pop(name, None)

@@ -287,7 +287,7 @@ def test_every_turn_of_a_row_goes_to_one_split_and_the_count_is_exact(select: An
         {"messages": [m for turn in range(3) for m in (user(f"{n} {turn}"), assistant("A"))], "prompt_id": str(n)}
         for n in range(10)
     ]
-    selection, splits = select(talks, turns="every", heldout=4, sft_prompts=3, prompts=5)
+    selection, splits = select(talks, turns="all", heldout=4, sft_prompts=3, prompts=5)
     assert selection.counts == {"heldout": 4, "sft": 3, "train": 5}
     assert selection.not_sampled == 10 - (2 + 1 + 2)
     sources = [{example.source for example in examples} for examples in splits.values()]
@@ -465,7 +465,7 @@ def test_a_template_that_refuses_a_row(tmp_path: Path) -> None:
 def test_with_every_turn_only_bad_turns_are_skipped(select: Any) -> None:
     talk = {"messages": [user("1"), assistant("A"), user("2"), assistant(""), user("3"), assistant("C")]}
     selection, splits = select(
-        [talk, *({"messages": [user(n), assistant("r")]} for n in "xy")], turns="every", heldout=1, on_bad_row="skip"
+        [talk, *({"messages": [user(n), assistant("r")]} for n in "xy")], turns="all", heldout=1, on_bad_row="skip"
     )
     assert selection.skipped == {"empty_response": 1}
     assert {"A", "C"} <= {example.response for example in everything(splits)}

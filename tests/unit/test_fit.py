@@ -37,8 +37,8 @@ HOW = Fit(
     batch_size=4,
     learning_rate=1e-2,
     optimizer="adamw",
-    warmup=0.0,
-    schedule="linear",
+    warmup_ratio=0.0,
+    lr_scheduler="linear",
     weight_decay=0.0,
     max_grad_norm=1e9,
     tokens_per_micro_batch=40,
@@ -363,7 +363,7 @@ def test_epochs_and_seeds_differ_in_order() -> None:
     ],
 )
 def test_learning_rate_of_each_of_ten_steps(schedule: str, warmup: float, expected: list[float]) -> None:
-    how = replace(HOW, learning_rate=3e-4, schedule=schedule, warmup=warmup)
+    how = replace(HOW, learning_rate=3e-4, lr_scheduler=schedule, warmup_ratio=warmup)
     assert [learning_rate_at(step, 10, how) for step in range(10)] == pytest.approx(
         [3e-4 * share for share in expected]
     )
@@ -376,7 +376,7 @@ def test_learning_rate_of_each_of_ten_steps(schedule: str, warmup: float, expect
 )
 @settings(max_examples=100, deadline=None)
 def test_learning_rate_rises_to_its_peak_and_never_beyond(steps: int, warmup: float, schedule: str) -> None:
-    how = replace(HOW, learning_rate=3e-4, schedule=schedule, warmup=warmup)
+    how = replace(HOW, learning_rate=3e-4, lr_scheduler=schedule, warmup_ratio=warmup)
     rates = [learning_rate_at(step, steps, how) for step in range(steps)]
     assert all(0 < rate <= how.learning_rate for rate in rates)
     assert max(rates) == how.learning_rate
@@ -446,7 +446,7 @@ def test_an_interrupted_training_ends_in_the_same_weights(
     new_players: NewPlayers, tmp_path: Path, optimizer: str, lora: Any
 ) -> None:
     how = replace(
-        HOW, epochs=2, batch_size=2, optimizer=optimizer, warmup=0.3, max_grad_norm=1.0, tokens_per_micro_batch=1
+        HOW, epochs=2, batch_size=2, optimizer=optimizer, warmup_ratio=0.3, max_grad_norm=1.0, tokens_per_micro_batch=1
     )
     items = pair_items(6)
 

@@ -198,7 +198,7 @@ def recipe(
             "evaluate": {"scorer": scorer},
             "selfplay": {
                 "iterations": iterations,
-                "select": {"metric": metric, "standard_errors": 1.0, **select},
+                "select": {"metric": metric, "min_standard_errors": 1.0, **select},
                 "guard": guard or {},
             },
         }
@@ -250,12 +250,12 @@ def test_better_inside_the_noise(play):
 
 
 def test_how_much_noise_is_the_recipe_s(play):
-    assert play([0, 0, 0, 0], [1, 0, 0, 0], standard_errors=0.9) == [(0, True)]
+    assert play([0, 0, 0, 0], [1, 0, 0, 0], min_standard_errors=0.9) == [(0, True)]
 
 
 def test_noise_of_the_paired_difference_counts(play):
     """The prompts differ much from each other and the players little: lead ½ ± 0 on every prompt."""
-    assert play([0.0, 0.5, 0.0, 0.5], [0.5, 1.0, 0.5, 1.0], standard_errors=100.0) == [(0, True)]
+    assert play([0.0, 0.5, 0.0, 0.5], [0.5, 1.0, 0.5, 1.0], min_standard_errors=100.0) == [(0, True)]
 
 
 def test_worse(play, run):
@@ -265,7 +265,7 @@ def test_worse(play, run):
 
 @pytest.mark.parametrize("new", [[1, 0, 1, 0], [0, 1, 0, 1]])
 def test_tie_leaves_the_older_player_the_best(play, new):
-    assert play([1, 0, 1, 0], new, standard_errors=0.0) == [(START, True)]
+    assert play([1, 0, 1, 0], new, min_standard_errors=0.0) == [(START, True)]
 
 
 def test_lower_nll_is_better(play, run):
@@ -392,7 +392,7 @@ def test_verdict_when_it_did_not_help(play, run):
 
 
 def test_verdict_after_one_iteration(play, run):
-    play([1, 1], [0, 1], standard_errors=2.0)
+    play([1, 1], [0, 1], min_standard_errors=2.0)
     assert (
         "iteration 0 did not beat the starting player's task score by more than 2 standard errors of the paired "
         "difference (the difference: -0.500 ± 0.500)."
@@ -407,7 +407,7 @@ def test_verdict_where_the_scorer_tells_no_players_apart(play, run):
 
 
 def test_players_that_differ_once_are_not_called_alike(play, run):
-    play([0, 0], [0, 0], [0, 1], standard_errors=2.0)
+    play([0, 0], [0, 0], [0, 1], min_standard_errors=2.0)
     assert "alike" not in verdict(run)
 
 

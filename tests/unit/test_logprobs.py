@@ -299,7 +299,7 @@ def test_a_head_with_a_bias_in_bfloat16_over_float32_weights() -> None:
 
 def test_an_adapter_on_the_head_is_refused() -> None:
     config = LoraConfig(r=4, target_modules=["lm_head", "q_proj"], task_type="CAUSAL_LM")
-    with pytest.raises(ModelError, match=r"Leave the head out of lora\.targets"):
+    with pytest.raises(ModelError, match=r"Leave the head out of lora\.target_modules"):
         LogProbs(get_peft_model(tiny_model("llama", vocabulary=V), config))
 
 
@@ -342,8 +342,8 @@ def test_prefix_sharing_is_what_the_model_can_take(
 
 @pytest.mark.parametrize("architecture", ["gpt_neo", "stablelm"])
 def test_trees_where_the_model_cannot_take_them_are_an_error(saved: Any, tmp_path: Path, architecture: str) -> None:
-    recipe = tiny_recipe(saved(architecture), lora={"r": 4}, train={"packing": "tree"})
-    with pytest.raises(ModelError, match=r"cannot take prefix trees.*Set train\.packing: auto or pair"):
+    recipe = tiny_recipe(saved(architecture), lora={"r": 4}, train={"prefix_sharing": "always"})
+    with pytest.raises(ModelError, match=r"cannot take prefix trees.*Set train\.prefix_sharing: auto or never"):
         Players(recipe, RunDir(tmp_path)).measure_prefix_sharing(TREES)
 
 

@@ -300,15 +300,15 @@ ONE = tuple(torch.tensor([value]) for value in (-4.0, -5.0, -3.0, -4.0))
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({"name": "dpo-positive", "penalty": 3.0}, dpo_positive(*ONE, beta=0.1, penalty=3.0)),
+        ({"name": "dpo-positive", "dpop_lambda": 3.0}, dpo_positive(*ONE, beta=0.1, penalty=3.0)),
         ({"name": "space", "mu": 2.0}, space(*ONE, mu=2.0)),
-        ({"name": "spin", "loss": "hinge", "beta": 2.0}, spin(*ONE, beta=2.0, loss="hinge")),
+        ({"name": "spin", "link": "hinge", "beta": 2.0}, spin(*ONE, beta=2.0, loss="hinge")),
         (
             {"name": "spin", "length_normalize": True},
             spin(*ONE, beta=0.1, tokens=(torch.tensor([2.0]), torch.tensor([1.0]))),
         ),
         (
-            {"name": "t-spin", "history_weight": 0.3, "loss": "exponential"},
+            {"name": "t-spin", "history_weight": 0.3, "link": "exponential"},
             t_spin(ONE[0], ONE[1], torch.tensor([-7.0]), beta=0.1, history_weight=0.3, loss="exponential"),
         ),
     ],

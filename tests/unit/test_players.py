@@ -373,7 +373,7 @@ def test_a_model_that_transformers_does_not_know(saved: Any, tmp_path: Path) -> 
         load_model(Model(path=str(folder)), str(folder), torch.float32)
 
 
-def test_attention_is_chosen(saved: Any, tmp_path: Path) -> None:
+def test_the_models_own_attention_is_restored(saved: Any, tmp_path: Path) -> None:
     register_tree_attention()
     for wanted, used in (("auto", "sdpa"), ("sdpa", "sdpa"), ("eager", "eager")):
         players = Players(tiny_recipe(saved(), lora=LORA, model={"attention": wanted}), RunDir(tmp_path))
@@ -383,12 +383,12 @@ def test_attention_is_chosen(saved: Any, tmp_path: Path) -> None:
 
 
 def test_adapter_on_layers_that_do_not_exist() -> None:
-    with pytest.raises(ModelError, match=r"^lora\.targets: .*no_such_proj"):
-        add_adapter(tiny_model("llama"), Lora(targets=["no_such_proj"]), seed=0)
+    with pytest.raises(ModelError, match=r"^lora\.target_modules: .*no_such_proj"):
+        add_adapter(tiny_model("llama"), Lora(target_modules=["no_such_proj"]), seed=0)
 
 
 def test_adapter_on_some_layers() -> None:
-    model = add_adapter(tiny_model("llama"), Lora(targets=["q_proj"], r=4), seed=0)
+    model = add_adapter(tiny_model("llama"), Lora(target_modules=["q_proj"], r=4), seed=0)
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert len(trained) == 3 * 2
     assert all(".q_proj.lora_" in name for name in trained)

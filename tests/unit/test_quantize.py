@@ -19,13 +19,13 @@ from spinlm.model.loading import add_adapter, disable_dropout, load_model
 from spinlm.model.players import Players
 from spinlm.model.prefix_trees import PrefixTree, pack_batch
 from spinlm.model.quantize import bnb_config, check_quantization, count, is_quantised, unpack
-from spinlm.recipe.load import parse_recipe
 from spinlm.rundir.layout import RunDir
 from spinlm.rundir.stage_graph import START
 
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="4 bits need the extra `bitsandbytes`")
 
-LORA = {"r": 4, "alpha": 8.0, "quantize": "4bit"}
+LORA = {"r": 4, "alpha": 8.0}
+IN_4_BITS = {"load_in_4bit": True}
 TREES = [PrefixTree([5, 6, 7, 8], ([9, 10, 11], [12, 13])), PrefixTree([20, 21], ([22], [23, 24, 25]))]
 EXACT = {"rtol": 1e-4, "atol": 1e-4}
 
@@ -84,8 +84,8 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 def test_logprobs_and_gradients_are_those_of_peft(saved: Any, tmp_path: Path, architecture: str, targets: str) -> None:
     """With an adapter on every layer, and with layers in 4 bits that have none."""
     names = {"gpt2": ["c_attn"], "gpt_neox": ["dense"]}.get(architecture, ["q_proj"])
-    more = {} if targets == "all-linear" else {"targets": names}
-    players = Players(tiny_recipe(saved(architecture), lora=LORA | more), RunDir(tmp_path))
+    more = {} if targets == "all-linear" else {"target_modules": names}
+    players = Players(tiny_recipe(saved(architecture), lora=LORA | more, model=IN_4_BITS), RunDir(tmp_path))
     stir(players.model)
     reference = plain(saved(architecture), **more)
     expected = torch.stack([logprob(reference, tree.prompt, one) for tree in TREES for one in tree.responses])
@@ -122,22 +122,22 @@ def test_dropout_of_the_adapter_is_pefts(saved: Any) -> None:
 
 
 def test_what_is_in_four_bits_and_what_is_not(saved: Any, tmp_path: Path) -> None:
-    players = Players(tiny_recipe(saved(), lora=LORA), RunDir(tmp_path))
+    players = Players(tiny_recipe(saved(), lora=LORA, model=IN_4_BITS), RunDir(tmp_path))
     quantised = {name.rpartition(".")[2] for name, layer in players.model.named_modules() if is_quantised(layer)}
     assert quantised == {"base_layer"}
     kinds = {parameter.dtype for name, parameter in players.model.named_parameters() if ".base_layer" not in name}
     assert kinds == {torch.float32}  # adapters, embeddings, head and norms
-    full = Players(tiny_recipe(saved(), lora=LORA | {"quantize": None}), RunDir(tmp_path))
+    full = Players(tiny_recipe(saved(), lora=LORA), RunDir(tmp_path))
     assert count(players.model.parameters()) == count(full.model.parameters())
     assert len(players.parameters()) == len(full.parameters())
 
 
 def test_bfloat16_keeps_its_place(saved: Any, tmp_path: Path) -> None:
-    players = Players(tiny_recipe(saved(), lora=LORA, model={"dtype": "bfloat16"}), RunDir(tmp_path))
+    players = Players(tiny_recipe(saved(), lora=LORA, model=IN_4_BITS | {"dtype": "bfloat16"}), RunDir(tmp_path))
     layer = next(layer for layer in players.model.modules() if is_quantised(layer))
     assert unpack(layer).dtype == torch.bfloat16
     stir(players.model)
-    exact = Players(tiny_recipe(saved(), lora=LORA), RunDir(tmp_path))
+    exact = Players(tiny_recipe(saved(), lora=LORA, model=IN_4_BITS), RunDir(tmp_path))
     stir(exact.model)
     ours, theirs = (torch.tensor(one.response_logprobs(TREES, True)) for one in (players, exact))
     assert 0 < (ours - theirs).abs().max() < 2
@@ -146,7 +146,7 @@ def test_bfloat16_keeps_its_place(saved: Any, tmp_path: Path) -> None:
 def test_fused_layers_in_four_bits(saved: Any) -> None:
     """All LoRA layers and gated MLPs of a Llama, and its norms."""
     model = load_model(tiny_recipe(saved()).model, str(saved()), torch.float32, quantize=True)
-    lora = tiny_recipe(saved(), lora=LORA).lora
+    lora = tiny_recipe(saved(), lora=LORA, model=IN_4_BITS).lora
     assert lora is not None
     model = add_adapter(model, lora, 0)
     assert fuse(model) == 3 * (7 + 1 + 2) + 1
@@ -156,7 +156,7 @@ def test_fused_layers_in_four_bits(saved: Any) -> None:
 
 def test_weights_are_unpacked_and_not_kept(saved: Any, tmp_path: Path) -> None:
     """Autograd keeps nothing of a weight's size."""
-    players = Players(tiny_recipe(saved(), lora=LORA), RunDir(tmp_path))
+    players = Players(tiny_recipe(saved(), lora=LORA, model=IN_4_BITS), RunDir(tmp_path))
     sizes = {tuple(unpack(layer).shape) for layer in players.model.modules() if is_quantised(layer)}
     kept = []
 
@@ -173,14 +173,14 @@ def test_players_are_adapters_that_plain_peft_loads(saved: Any, tmp_path: Path) 
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    players = Players(tiny_recipe(saved(), lora=LORA), RunDir(tmp_path))
+    players = Players(tiny_recipe(saved(), lora=LORA, model=IN_4_BITS), RunDir(tmp_path))
     stir(players.model)
     players.changed()
     players.save(0)
     folder = tmp_path / "iteration-0" / "player"
     assert {path.name for path in folder.glob("*.safetensors")} == {"adapter_model.safetensors"}
     assert "- weights: a LoRA adapter, trained over the base in 4 bits (nf4)\n" in (folder / "README.md").read_text()
-    later = Players(tiny_recipe(saved(), lora=LORA), RunDir(tmp_path))
+    later = Players(tiny_recipe(saved(), lora=LORA, model=IN_4_BITS), RunDir(tmp_path))
     later.become(0)
     assert later.response_logprobs(TREES, True) == players.response_logprobs(TREES, True)
 
@@ -199,7 +199,7 @@ def test_a_merged_export_is_over_the_base_as_it_came(
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    recipe, run = tiny_recipe(saved(), lora=LORA), RunDir(tmp_path)
+    recipe, run = tiny_recipe(saved(), lora=LORA, model=IN_4_BITS), RunDir(tmp_path)
     players = Players(recipe, run)
     stir(players.model)
     players.changed()
@@ -233,7 +233,7 @@ def test_a_machine_that_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
         raise NotImplementedError("no kernel")
 
     monkeypatch.setattr(bitsandbytes.functional, "quantize_4bit", fail)
-    with pytest.raises(ModelError, match=r"lora\.quantize: bitsandbytes .* cannot .* this machine's \w+: no kernel"):
+    with pytest.raises(ModelError, match=r"model\.load_in_4bit: .* cannot .* this machine's \w+: no kernel"):
         check_quantization()
 
 
@@ -246,10 +246,3 @@ def test_a_model_that_comes_quantised(saved: Any, tmp_path: Path, quantize: bool
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match="model: its weights come quantised, and such models are not supported"):
         load_model(tiny_recipe(folder).model, str(folder), torch.float32, quantize=quantize)
-
-
-def test_quantisation_is_a_matter_of_lora() -> None:
-    sections = {"model": {"path": "m"}, "data": {"path": "d.jsonl"}}
-    with pytest.raises(Exception, match="quantize"):
-        parse_recipe({**sections, "quantize": "4bit"})
-    assert parse_recipe({**sections, "lora": {}}).lora.quantize is None  # type: ignore[union-attr]

@@ -26,12 +26,12 @@ def test_the_papers_recipe() -> None:
     assert (recipe.data.split, recipe.data.turns, recipe.data.prompts) == ("train_sft", "first", 50_000)
     assert (recipe.selfplay.iterations, recipe.selfplay.replay) == (4, 1)
     assert recipe.objective.beta == [0.1, 0.1, 0.1, 5.0]
-    assert (recipe.objective.loss, recipe.objective.nll_weight) == ("logistic", 0.0)
+    assert (recipe.objective.link, recipe.objective.nll_weight) == ("logistic", 0.0)
     train = recipe.train
     assert train.learning_rate == [5e-7, 5e-7, 1e-7, 1e-7]
     assert (train.epochs, train.batch_size, train.max_length) == (2, 64, 2048)
     assert (train.optimizer, train.weight_decay) == ("rmsprop", 0.0)
-    assert (train.schedule, train.warmup) == ("linear", 0.1)
+    assert (train.lr_scheduler, train.warmup_ratio) == ("linear", 0.1)
     assert (recipe.opponent.temperature, recipe.opponent.top_p) == (1.0, 1.0)
 
 
@@ -57,7 +57,7 @@ def test_what_the_template_comments_out_is_right_too(tmp_path: Path) -> None:
     assert recipe.sft is not None and recipe.sft.learning_rate == 1e-4
     assert recipe.evaluate.scorer == "exact_match"
     assert recipe.data.columns.prompt == "question"
-    assert recipe.tracking == ["tensorboard"]
+    assert recipe.report_to == ["tensorboard"]
 
 
 OPTIONAL = {
@@ -72,5 +72,5 @@ OPTIONAL = {
     "nll_weight",
     "gradient_checkpointing",
     "scorer",
-    "tracking",
+    "report_to",
 }

@@ -31,7 +31,7 @@ def write_run(folder: Path, scores: list[list[float]], *, iterations: int | None
         if name != "start":
             (folder / name / "train.done").write_text('{"steps": 3}')
             (folder / name / "promote.done").write_text(json.dumps({"go_on": go_on}))
-    play = {"iterations": iterations or len(scores) - 1, "select": {"standard_errors": 2.0}}
+    play = {"iterations": iterations or len(scores) - 1, "select": {"min_standard_errors": 2.0}}
     (folder / "recipe.resolved.json").write_text(json.dumps({"selfplay": play}))
     return Run(RunDir(folder))
 

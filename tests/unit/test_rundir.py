@@ -224,7 +224,7 @@ def test_unfinished_work_is_kept_as_long_as_it_fits(run):
     run.begin("generate", 0, work)
     assert not work.exists(), "the work was begun by no recipe that is known"
     work.mkdir()
-    write_json(run.recipe, recipe | {"tracking": ["wandb"]})  # which may change
+    write_json(run.recipe, recipe | {"report_to": ["wandb"]})  # which may change
     run.begin("generate", 0, work)
     assert work.exists()
     write_json(run.recipe, recipe | {"seed": 1})

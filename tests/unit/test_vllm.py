@@ -23,7 +23,7 @@ def recipe(**sections: Any) -> Recipe:
 
 
 def test_engine_arguments() -> None:
-    settings = Vllm(tensor_parallel=2, options={"max_num_seqs": 512, "logprobs_mode": None})
+    settings = Vllm(tensor_parallel=2, engine_args={"max_num_seqs": 512, "logprobs_mode": None})
     assert engine_arguments(recipe(), settings, "folder", "bfloat16") == {
         "model": "folder",
         "trust_remote_code": False,
@@ -68,7 +68,9 @@ def test_what_comes_back() -> None:
     given = read_output(SimpleNamespace(outputs=[one]))
     assert given == {"token_ids": [8, 9, 5], "logprob": -1.5, "finish_reason": "stop"}
     assert read_answer(given, (2, 5)) == Response([8, 9, 5], True, -1.5)
-    assert read_answer(given | {"token_ids": [8, 9], "finish_reason": "length"}, (2, 5)) == Response([8, 9], False, -1.5)
+    assert read_answer(given | {"token_ids": [8, 9], "finish_reason": "length"}, (2, 5)) == Response(
+        [8, 9], False, -1.5
+    )
 
 
 @pytest.mark.parametrize("wrong", [{"finish_reason": "abort"}, {"token_ids": []}])

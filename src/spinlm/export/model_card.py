@@ -35,7 +35,7 @@ def card(recipe: Recipe, iteration: int) -> str:
             _front_matter(recipe, iteration, adapter=lora is not None, licence={}),
             f"{what} in {_game(recipe)} with spinlm {metadata.version('spinlm')}.\n",
             f"- weights: {'the whole model' if lora is None else 'a LoRA adapter'}"
-            + (", trained over the base in 4 bits (nf4)" if lora and lora.quantize else ""),
+            + (", trained over the base in 4 bits (nf4)" if model.load_in_4bit else ""),
             f"- began from: {public_name(model.path)}{f' at {model.revision}' if model.revision else ''}",
             f"- data: {public_name(recipe.data.path)}",
             f"- objective: {recipe.objective.name}{''.join(f', {key} {value}' for key, value in settings.items())}\n",
@@ -69,7 +69,7 @@ def full_card(recipe: Recipe, run: RunDir, iteration: int, *, merged: bool, lice
     if recipe.lora is not None and merged:
         weights = f"a whole model: a LoRA adapter merged into the base model {public_name(recipe.model.path)}"
     revision = f" at revision {recipe.model.revision}" if recipe.model.revision else ""
-    in_4_bits = recipe.lora is not None and recipe.lora.quantize is not None
+    in_4_bits = recipe.model.load_in_4bit
     trained_in_4_bits = " The adapter was trained over the base in 4 bits." if in_4_bits else ""
     measured = " It was measured over the base in 4 bits, before it was merged." if in_4_bits and merged else ""
     return "\n".join(
@@ -268,5 +268,5 @@ def _public_recipe(recipe: Recipe) -> dict[str, Any]:
         values["data"]["chat_template"] = public_name(template)
     for name in ("server", "vllm"):
         values.get("opponent", {}).pop(name, None)
-    values.pop("tracking", None)
+    values.pop("report_to", None)
     return values

@@ -19,7 +19,7 @@ def open_engine(recipe: Recipe, players: Players, iteration: int, prefix_sharing
         case "server":
             from spinlm.generation.server import serve
 
-            if recipe.opponent.server and recipe.opponent.server.command:
+            if recipe.opponent.server and recipe.opponent.server.launch_command:
                 players.let_go()  # the server may need the memory
             with serve(recipe, players.run, players.renderer, iteration) as opponent:
                 yield opponent

@@ -41,7 +41,7 @@ class _Reply:
 
 
 class LocalEngine:
-    """The transformers engine."""
+    """The local engine."""
 
     def __init__(self, logprobs: LogProbs, batch_size: int, prefix_sharing: bool):
         """

@@ -108,13 +108,13 @@ class ServerOpponent:
         return [given[first : first + sampling.samples] for first in range(0, len(given), sampling.samples)]
 
     async def _ask_all(self, wishes: list[Wish], record: Callable[[int, Response], None]) -> None:
-        async with open_client(self.urls, self.server.timeout, self.server.parallel) as client:
+        async with open_client(self.urls, self.server.timeout, self.server.max_concurrency) as client:
             endpoint = Endpoint(self.urls, self.model or "", client, self.server.timeout, ERRORS)
-            await gather_bounded(wishes, lambda wish: self._ask(endpoint, wish), record, self.server.parallel)
+            await gather_bounded(wishes, lambda wish: self._ask(endpoint, wish), record, self.server.max_concurrency)
 
     async def _ask(self, endpoint: Endpoint, wish: Wish) -> Response:
-        dialect = DIALECTS[self.server.kind]
-        body = with_options(dialect.body(self.model, wish), self.server.options)
+        dialect = DIALECTS[self.server.api]
+        body = with_options(dialect.body(self.model, wish), self.server.extra_body)
         reply = await endpoint.request(dialect.path, body, dialect.read, f"{dialect.what} of a whole response")
         if not dialect.raw_logprobs and wish.temperature > 0 and (wish.temperature, wish.top_p) != (1, 1):
             reply = replace(reply, logprobs=None)
@@ -122,7 +122,7 @@ class ServerOpponent:
 
     def _texts(self, prompts: Sequence[Sequence[int]]) -> list[str]:
         """The prompts as text. What a server makes of it is not in our hands, but that it can be right is checked."""
-        if self.server.kind != "openai":
+        if self.server.api != "openai":
             return ["" for _ in prompts]
         texts, unlike = [], 0
         for prompt in prompts:
@@ -132,7 +132,7 @@ class ServerOpponent:
         if unlike:
             log.warning(
                 "%d of %d prompts have other tokens when they are sent as text. A server that takes token ids (see "
-                "opponent.server.kind) has no such trouble",
+                "opponent.server.api) has no such trouble",
                 unlike,
                 len(prompts),
             )
@@ -189,7 +189,7 @@ def serve(recipe: Recipe, run: RunDir, renderer: Renderer, iteration: int) -> It
     player = run.player(iteration - 1).absolute()
     with ExitStack() as stack:
         names = {"player": str(player), "iteration": str(iteration)}
-        texts = [text for text in (server.command, server.reload_command, server.model) if text]
+        texts = [text for text in (server.launch_command, server.reload_command, server.model) if text]
         if any("{base}" in text for text in texts):
             names["base"] = str(ensure_base(recipe.model, run))
         if any("{merged}" in text for text in texts):
@@ -198,13 +198,13 @@ def serve(recipe: Recipe, run: RunDir, renderer: Renderer, iteration: int) -> It
             stack.callback(shutil.rmtree, merged, ignore_errors=True)
             names["merged"] = str(merged)
             save_for_serving(recipe, run, iteration - 1, merged)
-        if server.command is None:
+        if server.launch_command is None:
             urls = [_root(url) for url in server.urls]
         else:
             names["port"] = str(_free_port())
             urls = [_root(url) for url in server.urls] or [f"http://127.0.0.1:{names['port']}"]
             journal = run.iteration(iteration) / "server.log"
-            stack.enter_context(_running(_filled(server.command, names), urls, server.start_timeout, journal))
+            stack.enter_context(_running(_filled(server.launch_command, names), urls, server.start_timeout, journal))
         model = None if server.model is None else _filled(server.model, names, quote=False)
         if server.reload_command is not None:
             _promote(
@@ -213,12 +213,12 @@ def serve(recipe: Recipe, run: RunDir, renderer: Renderer, iteration: int) -> It
                 run.iteration(iteration) / "reload_command.log",
             )
             _wait(urls, server.start_timeout, "opponent.server.reload_command")
-        elif server.command is None:
+        elif server.launch_command is None:
             _make_sure_of(urls)
             model = f"spinlm-{run.player_digest(iteration - 1)[:12]}"
             _load_adapter(server, urls, model, player)
             stack.callback(_drop_adapter, server, urls, model)
-        if model is None and server.kind != "sglang":
+        if model is None and server.api != "sglang":
             model = _first_model(urls)
         yield ServerOpponent(server, urls, model, renderer)
 
@@ -245,8 +245,9 @@ def _running(command: str, urls: list[str], patience: float, journal: Path) -> I
     for url in urls:
         if _answers(url):
             raise ServerError(
-                f"{url}: something answers there before opponent.server.command was run, and would be asked instead of "
-                "the server that it starts. Stop it, or leave opponent.server.urls out and use {port} in the command"
+                f"{url}: something answers there before opponent.server.launch_command was run, and would be asked "
+                "instead of the server that it starts. Stop it, or leave opponent.server.urls out and use {port} in "
+                "the command"
             )
     with journal.open("wb") as file:
         process = subprocess.Popen(
@@ -263,11 +264,11 @@ def _running(command: str, urls: list[str], patience: float, journal: Path) -> I
         return f"ended with exit code {code}. {_last_words(command, journal)}"
 
     try:
-        _wait(urls, patience, "opponent.server.command", ended)
+        _wait(urls, patience, "opponent.server.launch_command", ended)
         yield
     except ServerError as error:
         if (words := ended()) and words not in str(error):
-            raise ServerError(f"{error}\nThe server that opponent.server.command started has {words}") from None
+            raise ServerError(f"{error}\nThe server that opponent.server.launch_command started has {words}") from None
         raise
     finally:
         assert process.stdin is not None
@@ -345,7 +346,7 @@ def _promote(command: str, patience: float, journal: Path) -> None:
 
 def _drop_adapter(server: Server, urls: list[str], name: str) -> None:
     """Let the server forget an adapter, instead of keeping one for each iteration. Where it does not, no matter."""
-    path = DIALECTS[server.kind].dropped
+    path = DIALECTS[server.api].dropped
     assert path is not None, "the recipe is checked"
 
     async def drop() -> None:
@@ -360,7 +361,7 @@ def _drop_adapter(server: Server, urls: list[str], name: str) -> None:
 
 def _load_adapter(server: Server, urls: list[str], name: str, player: Path) -> None:
     """Hand an adapter to every address."""
-    path = DIALECTS[server.kind].adapters
+    path = DIALECTS[server.api].adapters
     assert path is not None, "the recipe is checked"
 
     async def load() -> None:
@@ -373,7 +374,7 @@ def _load_adapter(server: Server, urls: list[str], name: str, player: Path) -> N
                     if "already" in refused.message:  # by an earlier call of this command
                         continue
                     raise ServerError(
-                        f"{url}{path}: cannot be given the adapter {player} ({refused}). {_SERVED_SO[server.kind]}"
+                        f"{url}{path}: cannot be given the adapter {player} ({refused}). {_SERVED_SO[server.api]}"
                     ) from None
 
     run_async(load())

@@ -66,7 +66,7 @@ def engine_arguments(recipe: Recipe, settings: Vllm, model: str, dtype: str) -> 
         "logprobs_mode": "raw_logprobs",  # before temperature and top-p, like ours
         "enable_lora": lora is not None,
         "max_lora_rank": next(rank for rank in RANKS if rank >= lora.r) if lora else None,
-        **settings.options,
+        **settings.engine_args,
     }
     return {name: value for name, value in asked.items() if value is not None}
 

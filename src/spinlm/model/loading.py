@@ -40,7 +40,6 @@ def ensure_base(model: Model, run: RunDir) -> str:
     Raises:
         ModelError: there is no such model, or it cannot be unpacked.
     """
-    quieten_deepspeed()
     if model.trust_remote_code:
         warn_of_code()
     # Or transformers asks a service of the hub to turn pickled weights into safetensors, which nobody has asked for.
@@ -62,13 +61,6 @@ def ensure_base(model: Model, run: RunDir) -> str:
 def warn_of_code() -> None:
     """Say once in a process that code which comes with a model is run."""
     log.warning("model.trust_remote_code is on: the code that comes with the model runs on this machine, as you")
-
-
-def quieten_deepspeed() -> None:
-    """Where there is no GPU, DeepSpeed says so on standard output when it is loaded, and where it is installed, saving
-    a model loads it. Told beforehand, it says nothing."""
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def _unpack_gguf(path: Path, folder: Path) -> None:
@@ -163,7 +155,7 @@ def load_model(model: Model, path: str, dtype: torch.dtype, *, quantize: bool = 
     from transformers import AutoConfig, AutoModelForCausalLM
 
     origin = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
-    options: dict[str, Any] = {} if model.attention == "auto" else {"attn_implementation": model.attention}
+    options: dict[str, Any] = {}
     if quantize:
         check_quantization()
         options["quantization_config"] = bnb_config(dtype)
@@ -171,7 +163,7 @@ def load_model(model: Model, path: str, dtype: torch.dtype, *, quantize: bool = 
         if getattr(AutoConfig.from_pretrained(path, **origin), "quantization_config", None):
             raise ModelError(
                 f"{path}: its weights come quantised, and such models are not supported. Give the model that it was "
-                "made from: with lora.quantize: 4bit it is quantised when it is loaded"
+                "made from: with model.load_in_4bit it is quantised when it is loaded"
             )
         loaded = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **origin, **options)
     except ModelError:
@@ -206,7 +198,7 @@ def add_adapter(model: Any, lora: Lora, seed: int, revision: str | None = None) 
     """The model with a fresh LoRA adapter, in float32, whose output is zero; it notes the revision of its base.
 
     Raises:
-        ModelError: no layer has a name in `lora.targets`.
+        ModelError: no layer has a name in `lora.target_modules`.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -215,7 +207,7 @@ def add_adapter(model: Any, lora: Lora, seed: int, revision: str | None = None) 
         r=lora.r,
         lora_alpha=alpha,
         lora_dropout=lora.dropout,
-        target_modules=lora.targets,
+        target_modules=lora.target_modules,
         bias="none",
         task_type="CAUSAL_LM",
         revision=revision,
@@ -224,7 +216,7 @@ def add_adapter(model: Any, lora: Lora, seed: int, revision: str | None = None) 
     try:
         return get_peft_model(model, config)
     except ValueError as error:
-        raise ModelError(f"lora.targets: {_first_line(error)}") from error
+        raise ModelError(f"lora.target_modules: {_first_line(error)}") from error
 
 
 def load_player(model: Any, folder: Path) -> None:

@@ -66,7 +66,7 @@ class LogProbs(nn.Module):
         if not isinstance(getattr(head, "weight", None), Tensor) or head.weight.dim() != 2 or hasattr(head, "lora_A"):
             raise ModelError(
                 f"{type(causal).__name__}: the output head must be a plain linear layer, found {type(head).__name__}. "
-                "Leave the head out of lora.targets"
+                "Leave the head out of lora.target_modules"
             )
         config = causal.config.get_text_config()
         scale = float(getattr(config, "logit_scale", None) or 1.0) / float(

@@ -29,7 +29,7 @@ def save_merged(recipe: Recipe, run: RunDir, iteration: int, to: Path) -> None:
     """
     players = seat(recipe, run)
     dtype = compute_dtype(recipe.model, players.device)
-    if recipe.lora and recipe.lora.quantize:
+    if recipe.model.load_in_4bit:
         log.info(
             "the adapter was trained over a base in 4 bits and is merged into the base in %s: the merged model is not "
             "the player that was evaluated; `spinlm check` says how far the two bases are apart",

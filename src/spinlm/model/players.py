@@ -35,7 +35,6 @@ from spinlm.model.loading import (
 )
 from spinlm.model.logprobs import LogProbs, parity_gap
 from spinlm.model.prefix_trees import PrefixTree, pack_batch
-from spinlm.model.zero import Zero
 from spinlm.recipe.schema import Recipe
 from spinlm.rundir.layout import RunDir
 from spinlm.training.activation_checkpointing import checkpoint_if_needed
@@ -85,7 +84,7 @@ class Players:
         full = lora is None
         stored = torch.float32 if full else self.dtype
         log.info("loading the model")
-        model = load_model(self.recipe.model, self.path, stored, quantize=bool(lora and lora.quantize))
+        model = load_model(self.recipe.model, self.path, stored, quantize=self.recipe.model.load_in_4bit)
         if lora is not None:
             model = add_adapter(model, lora, self.recipe.seed, self.recipe.model.revision)
             fuse(model)
@@ -106,12 +105,12 @@ class Players:
         """Accelerate, for training in several processes and for trackers."""
         from accelerate import Accelerator, DistributedDataParallelKwargs
 
-        check_trackers(self.recipe.tracking)
+        check_trackers(self.recipe.report_to)
         # Precision is the module's own affair, the same in scoring as in training, so Accelerate is told to leave it.
         return Accelerator(
             cpu=self.device.type == "cpu",
             mixed_precision="no",
-            log_with=list(self.recipe.tracking) or None,
+            log_with=list(self.recipe.report_to) or None,
             project_dir=self.run.root,
             kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)],
         )
@@ -123,13 +122,11 @@ class Players:
         return self._parallel
 
     def _in_parallel(self) -> Parallel:
-        match self.recipe.train.sharding if processes.world_size() > 1 else "none":
+        match self.recipe.train.fsdp if processes.world_size() > 1 else "none":
             case "none":
                 return Parallel(self.logprobs, self.accelerator)
-            case "zero-2" | "zero-3" as zero:
-                return Zero(self.logprobs, stage=int(zero[-1]))
             case sharding:
-                return Sharded(self.logprobs, again=sharding == "full")
+                return Sharded(self.logprobs, again=sharding == "full_shard")
 
     def make_room(self, prefix_sharing: bool) -> bool:
         """Turn gradient checkpointing on where the recipe wants it, or where memory would not suffice without.
@@ -241,9 +238,9 @@ class Players:
         path = self.run.prefix_sharing
         if path.exists():
             return bool(read_json(path)["prefix_sharing"])
-        wanted = self.recipe.train.packing
+        wanted = self.recipe.train.prefix_sharing
         rows, shared = parity_gap(self.logprobs, trees, False), math.inf
-        if wanted != "pair":
+        if wanted != "never":
             try:
                 shared = parity_gap(self.logprobs, trees, True)
             except ModelError as error:
@@ -259,10 +256,10 @@ class Players:
                 "output head is of a kind that spinlm does not know, so this model cannot be used"
             )
         fits = shared <= max(PARITY[torch.float32], 2 * rows)  # without trees, the gap is this precision's noise
-        if wanted == "tree" and not fits:
+        if wanted == "always" and not fits:
             raise ModelError(
                 f"{self.path}: its attention cannot take prefix trees (difference {shared:.3g} nats per token). "
-                "Set train.packing: auto or pair"
+                "Set train.prefix_sharing: auto or never"
             )
         log.info(
             "prefix sharing: %s (difference from the model's own log-probabilities: %.2g nats per token with prefix "
@@ -315,9 +312,9 @@ def check_trackers(names: list[str]) -> None:
     available = {str(name) for name in get_available_trackers()}
     for name in names:
         if name not in known:
-            raise RecipeError(f"tracking: Accelerate knows no tracker {name!r}; known: {', '.join(sorted(known))}")
+            raise RecipeError(f"report_to: Accelerate knows no tracker {name!r}; known: {', '.join(sorted(known))}")
         if name not in available:
             package = name.replace("_", "-")
             raise MissingPackageError(
-                f"tracking: {name} needs a package that is not installed. Run: pip install {package}"
+                f"report_to: {name} needs a package that is not installed. Run: pip install {package}"
             )

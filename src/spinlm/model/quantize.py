@@ -30,7 +30,7 @@ def check_quantization() -> None:
     """
     if importlib.util.find_spec("bitsandbytes") is None:
         raise MissingPackageError(
-            "lora.quantize: 4bit needs a package that is not installed. Run: pip install 'spinlm[bitsandbytes]'"
+            "model.load_in_4bit needs a package that is not installed. Run: pip install 'spinlm[bitsandbytes]'"
         )
     # It tells of a kernel that it would like to download and that is not used here.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
@@ -43,13 +43,13 @@ def check_quantization() -> None:
         error = (bitsandbytes.functional.dequantize_4bit(packed, state) - weight).abs().max().item()
     except (RuntimeError, NotImplementedError, AttributeError, ValueError) as failure:  # each device has its own
         raise ModelError(
-            f"lora.quantize: bitsandbytes {bitsandbytes.__version__} cannot compute in 4 bits on this machine's "
-            f"{device}: {failure}. Upgrade it, or leave lora.quantize out"
+            f"model.load_in_4bit: bitsandbytes {bitsandbytes.__version__} cannot compute in 4 bits on this machine's "
+            f"{device}: {failure}. Upgrade it, or leave model.load_in_4bit out"
         ) from failure
     if not error < 0.2:  # half of the widest step is 0.15
         raise ModelError(
-            f"lora.quantize: on this machine's {device}, bitsandbytes {bitsandbytes.__version__} does not give "
-            "back the weights that it was given. Upgrade it, or leave lora.quantize out"
+            f"model.load_in_4bit: on this machine's {device}, bitsandbytes {bitsandbytes.__version__} does not give "
+            "back the weights that it was given. Upgrade it, or leave model.load_in_4bit out"
         )
 
 

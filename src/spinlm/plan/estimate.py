@@ -85,7 +85,7 @@ class Plan:
     @property
     def sharded(self) -> bool:
         """Whether processes divide the model among them, instead of each having all of it."""
-        return self.processes > 1 and self.recipe.train.sharding != "none"
+        return self.processes > 1 and self.recipe.train.fsdp != "none"
 
     @property
     def set_apart(self) -> int:
@@ -104,8 +104,8 @@ class Plan:
     @property
     def trees(self) -> bool:
         """Whether time is counted with all responses to a prompt in one row."""
-        packing = self.recipe.train.packing
-        return packing == "tree" or (packing == "auto" and (self.shape is None or self.shape.takes_trees))
+        sharing = self.recipe.train.prefix_sharing
+        return sharing == "always" or (sharing == "auto" and (self.shape is None or self.shape.takes_trees))
 
     @property
     def prepared(self) -> bool:
@@ -182,7 +182,9 @@ class Plan:
         context = self.lengths.longest_prompt + opponent.max_new_tokens
         cache = opponent.batch_size * context * shape.kv_bytes(device.width)
         lora = self.recipe.lora
-        merged = device.width * shape.parameters if lora and not lora.quantize and device is CPU else 0  # at most
+        merged = (
+            device.width * shape.parameters if lora and not self.recipe.model.load_in_4bit and device is CPU else 0
+        )  # at most
         whole = self._stored(shape, device) + self._copy(shape, device)
         return parts | {
             "training": sum(parts.values()),
@@ -203,7 +205,9 @@ class Plan:
     def _stored(self, shape: Shape, device: Device) -> int:
         """Bytes of the weights: what is trained stays in float32, beside a frozen base."""
         lora = self.recipe.lora
-        return 4 * shape.trained(lora) + (shape.frozen_bytes(device.width, lora) if lora else 0)
+        return 4 * shape.trained(lora) + (
+            shape.frozen_bytes(device.width, self.recipe.model.load_in_4bit) if lora else 0
+        )
 
     def _copy(self, shape: Shape, device: Device) -> int:
         """Bytes of the copy in another precision that full fine-tuning computes with."""
@@ -216,12 +220,7 @@ class Plan:
         state = {"gradients": 4 * trained, "optimiser state": trained * max(map(optimizer_bytes, self.optimizers))}
         if not self.sharded:
             return {"weights": weights + copy, **state}
-        sharding = self.recipe.train.sharding
-        if sharding.startswith("zero"):  # DeepSpeed changes a copy of its own
-            state["weights being changed"] = 4 * trained
         divided = {name: math.ceil(size / self.processes) for name, size in {"weights": weights, **state}.items()}
-        if sharding == "zero-2":
-            return divided | {"weights": weights + copy}
         # Without gradient checkpointing autocast's copies of what was gathered stay until backward, in every process.
         gathered = shape.gathered if self._gathered_again else shape.parameters
         return divided | {"gathered weights": self._gathered_width(device) * gathered, "copy to compute with": copy}
@@ -229,7 +228,7 @@ class Plan:
     @property
     def _gathered_again(self) -> bool:
         """Whether a block's weights are let go of after forward, and gathered again for backward."""
-        return self.recipe.train.sharding in ("full", "zero-3")
+        return self.recipe.train.fsdp == "full_shard"
 
     def _gathered_width(self, device: Device) -> int:
         """Bytes of a number as it travels: as it is stored, since it is autocast that makes it shorter."""
@@ -286,20 +285,17 @@ class Plan:
         """Bytes that each process sends in one optimiser step.
 
         Whole models exchange gradients in a ring, in float32. A divided one is gathered for every forward and every
-        backward pass, the tables around its blocks for both at once (but by DeepSpeed), and its gradients are summed
-        and divided again. Where only gradients and optimiser state are divided, what was changed is gathered once.
+        backward pass, the tables around its blocks for both at once, and its gradients are summed and divided
+        again.
         """
         ring, trained = (self.processes - 1) / self.processes, 4 * shape.trained(self.recipe.lora)
         if not self.sharded or not work.steps:
             return int(2 * ring * trained) if work.steps else 0
         tokens = (work.trained.tree if self.trees else work.trained.rows) / work.steps / self.processes
         passes = math.ceil(tokens / self.recipe.train.tokens_per_micro_batch)
-        sharding = self.recipe.train.sharding
-        if sharding == "zero-2":
-            return int((passes + 1) * ring * trained)
         gathered = shape.parameters
         if self._gathered_again:
-            gathered = 2 * shape.parameters - (shape.tables if sharding == "full" else 0)
+            gathered = 2 * shape.parameters - shape.tables
         return int(passes * ring * (self._gathered_width(device) * gathered + trained))
 
 

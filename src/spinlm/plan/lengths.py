@@ -67,7 +67,7 @@ def find_lengths(recipe: Recipe, run: RunDir | None = None) -> Lengths:
         count, sample, unreadable = _look(recipe.data)
         sizes = [size for row in sample for size in _sizes(row, recipe.data)]
         counted = f"rows counted in {Path(recipe.data.path).name}"
-        if count and sizes and recipe.data.turns == "every":
+        if count and sizes and recipe.data.turns == "all":
             turns = len(sizes) / len(sample)
             count, counted = round(count * turns), f"{counted}, {turns:.1f} turns in each"
     if not sizes:
@@ -180,7 +180,7 @@ def _sizes(row: Any, data: Data) -> list[tuple[int, int]]:
     tokens = [_tokens(message) for message in messages]
     roles = [message.get("role") if isinstance(message, dict) else None for message in messages]
     replies = [at for at, role in enumerate(roles) if role == "assistant" and "user" in roles[:at]]
-    chosen = {"first": replies[:1], "last": replies[-1:], "every": replies}[data.turns]
+    chosen = {"first": replies[:1], "last": replies[-1:], "all": replies}[data.turns]
     marks = [TURN_TOKENS * sum(map(bool, tokens[:at])) + REPLY_TOKENS for at in chosen]
     return [
         (math.ceil(sum(tokens[:at]) + more), math.ceil(tokens[at]) + 1) for at, more in zip(chosen, marks, strict=True)

@@ -45,9 +45,9 @@ class Shape:
         """Parameters in the linear layers of the blocks, which are those that are quantised."""
         return self.layers * sum(inputs * outputs for _, inputs, outputs in self.linears)
 
-    def frozen_bytes(self, width: int, lora: Lora | None) -> int:
-        """The model itself, in a precision and as `lora.quantize` says."""
-        in_four_bits = self.matrices if lora and lora.quantize else 0
+    def frozen_bytes(self, width: int, load_in_4bit: bool) -> int:
+        """The model itself, in a precision and as `model.load_in_4bit` says."""
+        in_four_bits = self.matrices if load_in_4bit else 0
         return width * (self.parameters - in_four_bits) + round(FOUR_BITS * in_four_bits)
 
     @property
@@ -74,8 +74,8 @@ class Shape:
         """Parameters that are trained: all, or an adapter's r · (inputs + outputs) for each adapted layer."""
         if lora is None:
             return self.parameters
-        names = {target.rpartition(".")[2] for target in lora.targets}
-        adapted = [sizes for name, *sizes in self.linears if lora.targets == "all-linear" or name in names]
+        names = {target.rpartition(".")[2] for target in lora.target_modules}
+        adapted = [sizes for name, *sizes in self.linears if lora.target_modules == "all-linear" or name in names]
         return self.layers * lora.r * sum(map(sum, adapted))
 
     def kv_bytes(self, width: int) -> int:
@@ -102,7 +102,7 @@ class Shape:
 
 
 def _adapts_mlp(lora: Lora) -> bool:
-    return lora.targets == "all-linear" or {"gate_proj", "up_proj", "down_proj"} <= set(lora.targets)
+    return lora.target_modules == "all-linear" or {"gate_proj", "up_proj", "down_proj"} <= set(lora.target_modules)
 
 
 _LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3", "gemma2")

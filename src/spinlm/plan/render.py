@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 LIBRARIES = 250_000_000  # bytes of a process that has imported PyTorch, transformers and PEFT
-DIVIDED = {"none": "nothing divided over devices", "zero-2": "gradients and optimiser state divided over all"}
 
 
 def render(plan: Plan) -> "RenderableType":
@@ -94,8 +93,7 @@ def _tables(plan: Plan) -> Iterator[tuple[str, "Table"]]:
             title = f"Time on {where}, at the speeds assumed below"
             yield title, _table(["iteration", *Hours._fields, "in all"], _hours(plan, plan.shape, device), "all")
         columns = [f"{device.name}, {device.dtype}" for device in _devices(plan)]
-        sharding = plan.recipe.train.sharding if plan.sharded else "none"
-        divided = DIVIDED.get(sharding, "the model divided over all")
+        divided = "the model divided over all" if plan.sharded else "nothing divided over devices"
         title = f"Peak memory of one process, {divided}"
         yield title, _table(["", *columns], _memory(plan, plan.shape), "training", "generating")
     yield "Disk", _table(["", "last iteration", "in all", "files, about"], _disk(plan), "run folder")
@@ -167,7 +165,7 @@ def facts(plan: Plan) -> Iterator[tuple[str, str, str]]:
     yield "synthetic response", f"{lengths.synthetic:,} tokens", lengths.answered or f"{source}{limit}"
     if plan.shape and recipe.lora:
         yield "trained", f"{plan.shape.trained(recipe.lora):,} parameters", "the LoRA adapter, from the shape"
-    if recipe.train.packing != "pair":
+    if recipe.train.prefix_sharing != "never":
         layout = "one row for all responses" if plan.trees else "one response per row"
         yield "layout", layout, "assumed for time; the run measures whether the model can take trees"
     if plan.shape:
@@ -224,7 +222,7 @@ def refusals(plan: Plan) -> Iterator[str]:
         except RecipeError as error:
             yield str(error)
     # With every turn an example, their number is an estimate; otherwise there is at most one in a row.
-    if examples is not None and recipe.data.turns != "every" and asked > examples - plan.set_apart:
+    if examples is not None and recipe.data.turns != "all" and asked > examples - plan.set_apart:
         warmup = plan.set_apart - recipe.data.heldout
         yield (
             f"{recipe.data.path} has {examples:,} examples: too few for {asked:,} prompts beside "
@@ -259,9 +257,9 @@ def notes(plan: Plan) -> Iterator[str]:
             yield f"{what.capitalize()} takes {need} on each GPU: more than the {has} of the one assumed here."
     if plan.shape and recipe.opponent.engine == "server":
         yield "Responses come from a server, whose speed is not known: the time to generate is that of this process."
-    if plan.shape and recipe.lora and recipe.lora.quantize:
+    if plan.shape and recipe.model.load_in_4bit:
         yield "The frozen layers are in 4 bits: the time to unpack them for each product is not counted."
-    if plan.shape and recipe.train.packing == "auto" and not plan.trees:
+    if plan.shape and recipe.train.prefix_sharing == "auto" and not plan.trees:
         yield f"{plan.shape.family}'s attention cannot take trees: time is counted with one response per row."
     for name in dict.fromkeys(plan.optimizers) if plan.shape else ():
         if name.lower() not in OPTIMIZER_BYTES:

@@ -55,8 +55,9 @@ class Model(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the frozen weights and of all computation; `auto` is float32 on CPU and bfloat16 on a GPU. With full
     fine-tuning the weights stay in float32 and bfloat16 is used for computation only."""
-    attention: Literal["auto", "sdpa", "eager"] = "auto"
-    """Attention for generation and for rows that hold one response; prompt trees bring their own."""
+    load_in_4bit: bool = False
+    """Keep the frozen linear layers in 4 bits (QLoRA; needs a LoRA adapter): a quarter of their memory in bfloat16, an
+    eighth in float32. Needs the package bitsandbytes."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Only for repositories you trust."""
 
@@ -68,11 +69,8 @@ class Lora(Section):
     """Scale: the update is multiplied by alpha / r."""
     dropout: Fraction = 0.0
     """Dropout on the adapter's input while training."""
-    targets: LayerNames = "all-linear"
+    target_modules: LayerNames = "all-linear"
     """Names of the layers to adapt; `all-linear` is every linear layer but the output head."""
-    quantize: Literal["4bit"] | None = None
-    """Keep the frozen linear layers in 4 bits (QLoRA): a quarter of their memory in bfloat16, an eighth in float32.
-    Needs the package bitsandbytes."""
 
 
 class Columns(Section):
@@ -102,7 +100,7 @@ class Data(Section):
     """Commit, tag or branch of a hub dataset."""
     columns: Columns = Columns()
     """Which columns to read; without names, the usual layouts are recognised."""
-    turns: Literal["first", "last", "every"] = "first"
+    turns: Literal["first", "last", "all"] = "first"
     """Which assistant turns of a list of messages become examples."""
     prompts: Count | None = None
     """How many examples to draw at random for self-play; absent means all that are left after the held-out ones."""
@@ -121,49 +119,50 @@ class Server(Section):
     folder of the current opponent, {merged} for one with its adapter merged into the base (made when asked for, and
     removed afterwards), {base} for the base model, {iteration} for the iteration, {port} for a free port."""
 
-    kind: Literal["openai", "vllm", "sglang", "llama.cpp"] = "openai"
-    """Which server: vllm, sglang and llama.cpp exchange token ids and log-probabilities; openai is any other that has
-    /v1/completions, with text."""
+    api: Literal["openai", "vllm", "sglang", "llama.cpp"] = "openai"
+    """Which API: vllm, sglang and llama.cpp exchange token ids and log-probabilities; openai exchanges text through
+    /v1/completions."""
     urls: list[str] = []
-    """Its addresses, such as http://127.0.0.1:8000/v1; several share the work. Absent with `command`: a free port."""
+    """Addresses, such as http://127.0.0.1:8000/v1; several share the work. With `launch_command` and no address, a free
+    port is used."""
     model: str | None = None
     """Its name for the opponent; absent means the adapter it was handed, else the first model that it lists."""
     reload_command: str | None = None
-    """A command that hands the server each new opponent. Without it, and without `command`, vllm and sglang are handed
+    """A command that hands the server each new opponent. Without it, and without `launch_command`, vllm and sglang get
     each new adapter through their own endpoint for that."""
-    command: str | None = None
+    launch_command: str | None = None
     """A command that starts the server with the current opponent; it is stopped when the responses are there."""
     start_timeout: Positive = 600.0
     """Seconds within which the server has to answer once it was started."""
-    parallel: Count = 64
-    """Requests at once."""
+    max_concurrency: Count = 64
+    """Maximum number of requests at once."""
     timeout: Positive = 600.0
     """Seconds within which a response has to be there, waiting in the server's queue included."""
-    options: Options = {}
+    extra_body: Options = {}
     """Further fields of each request; null leaves one out that would be sent."""
 
     @model_validator(mode="after")
     def _has_an_address(self) -> "Server":
         from spinlm.utils.http import url_fault
 
-        for name in self.options:
+        for name in self.extra_body:
             if name.lower() in ("key", "api_key", "apikey", "token", "authorization", "password", "secret"):
                 raise ValueError(
-                    f"opponent.server.options: {name} would be kept in the run folder. A key goes into the "
+                    f"opponent.server.extra_body: {name} would be kept in the run folder. A key goes into the "
                     "environment, as SPINLM_SERVER_KEY"
                 )
         for url in self.urls:
             if fault := url_fault(url):
                 raise ValueError(f"opponent.server.urls: {fault}")
-        if not self.urls and self.command is None:
+        if not self.urls and self.launch_command is None:
             raise ValueError(
-                "opponent.server: has neither urls nor a command. Give the address of a server that runs, such as "
-                "urls: ['http://127.0.0.1:8000/v1'], or a command that starts one"
+                "opponent.server: has neither urls nor launch_command. Give the address of a server that runs, such as "
+                "urls: ['http://127.0.0.1:8000/v1'], or a launch_command that starts one"
             )
-        if self.command is not None and self.reload_command is not None:
+        if self.launch_command is not None and self.reload_command is not None:
             raise ValueError(
-                "opponent.server: has a command, which starts the server with each opponent, and reload_command, which "
-                "hands an opponent to a server that runs. Leave one of them out"
+                "opponent.server: has launch_command, which starts the server with each opponent, and reload_command, "
+                "which hands an opponent to a server that runs. Leave one of them out"
             )
         return self
 
@@ -177,20 +176,20 @@ class Vllm(Section):
     """Copies of the model, which share the prompts."""
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
     """Share of a GPU's memory that vLLM takes."""
-    options: Options = {}
+    engine_args: Options = {}
     """Further arguments of vllm.LLM, such as max_num_seqs; null leaves one out that would be given."""
 
     @model_validator(mode="after")
     def _names_no_other_model(self) -> "Vllm":
         for name in ("model", "tokenizer", "revision", "trust_remote_code", "hf_token"):
-            if name in self.options:
+            if name in self.engine_args:
                 goes = "a key goes into the environment, as HF_TOKEN" if name == "hf_token" else "it goes by model:"
-                raise ValueError(f"opponent.vllm.options: {name} is not for here: {goes}")
+                raise ValueError(f"opponent.vllm.engine_args: {name} is not for here: {goes}")
         return self
 
 
 class Opponent(Section):
-    engine: Literal["transformers", "vllm", "server"] = "transformers"
+    engine: Literal["local", "vllm", "server"] = "local"
     """What generates the synthetic responses: this process, vLLM in processes of its own, or a server."""
     vllm: Vllm | None = None
     """How vLLM is set up."""
@@ -224,13 +223,13 @@ class Opponent(Section):
 
 MUTABLE_FIELDS = (
     "opponent.batch_size",
-    *(f"opponent.server.{name}" for name in Server.model_fields if name not in ("kind", "options")),
-    *(f"opponent.vllm.{name}" for name in Vllm.model_fields if name != "options"),
+    *(f"opponent.server.{name}" for name in Server.model_fields if name not in ("api", "extra_body")),
+    *(f"opponent.vllm.{name}" for name in Vllm.model_fields if name != "engine_args"),
     "train.tokens_per_micro_batch",
     "train.gradient_checkpointing",
-    "train.sharding",
+    "train.fsdp",
     "train.save_steps",
-    "tracking",
+    "report_to",
 )
 """Fields that say how a run is carried out, not what it computes: they may change while it is under way."""
 
@@ -255,7 +254,7 @@ class Select(Section):
     """What decides which player is best; absent means task_score where a scorer is given, else heldout_nll."""
     patience: Count = 2
     """Stop after this many iterations without a better player."""
-    standard_errors: NonNegative = 2.0
+    min_standard_errors: NonNegative = 2.0
     """How many standard errors of the paired difference a player must be ahead of the best so far to replace it."""
 
 
@@ -285,10 +284,10 @@ CONTROL = "sft"
 """Name of the objective that is the control."""
 
 READ_BY = {
-    "spin": ("loss", "beta", "length_normalize", "nll_weight"),
-    "dpo-positive": ("beta", "penalty", "nll_weight"),
+    "spin": ("link", "beta", "length_normalize", "nll_weight"),
+    "dpo-positive": ("beta", "dpop_lambda", "nll_weight"),
     "space": ("mu", "nll_weight"),
-    "t-spin": ("loss", "beta", "history_weight", "nll_weight"),
+    "t-spin": ("link", "beta", "history_weight", "nll_weight"),
     "sft": (),
 }
 """The settings that each objective reads."""
@@ -298,14 +297,14 @@ class Objective(Section):
     name: Literal["spin", "dpo-positive", "space", "t-spin", "sft"] = "spin"
     """The objective: SPIN's; DPO-Positive, SPACE or T-SPIN, which were made to be stabler; or `sft`, the control:
     supervised fine-tuning on the real responses alone, in as many steps."""
-    loss: Literal["logistic", "hinge", "exponential"] = "logistic"
+    link: Literal["logistic", "hinge", "exponential"] = "logistic"
     """The convex decreasing function of the margin. For spin and t-spin."""
     beta: PerIteration = 0.1
     """λ in the paper: how strongly the main player is held to its opponent. Per iteration. For spin, dpo-positive, and
     t-spin, whose paper calls it α."""
     length_normalize: bool = False
     """Divide each response's log-probability ratio by its tokens, so that long ones do not weigh more. For spin."""
-    penalty: NonNegative = 50.0
+    dpop_lambda: NonNegative = 50.0
     """How strongly a real response that has become less likely counts against the margin. For dpo-positive."""
     mu: Positive = 1.0
     """How much a synthetic response counts beside a real one. For space, which is best without `selfplay.replay`."""
@@ -341,9 +340,9 @@ class Train(Section):
     """Peak learning rate. Per iteration."""
     optimizer: str = "rmsprop"
     """Any optimiser of torch.optim by name: rmsprop, adamw, sgd, …"""
-    warmup: Fraction = 0.1
+    warmup_ratio: Fraction = 0.1
     """Share of the steps over which the learning rate rises to its peak."""
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    lr_scheduler: Literal["linear", "cosine", "constant"] = "linear"
     """What the learning rate does after the warm-up."""
     weight_decay: NonNegative = 0.0
     """The optimiser's weight decay."""
@@ -354,21 +353,22 @@ class Train(Section):
     tokens_per_micro_batch: Count = 2048
     """Tokens in one forward and backward pass. Lower it when memory runs out: the result stays the same, but for the
     masks that `lora.dropout` draws."""
-    packing: Literal["auto", "tree", "pair"] = "auto"
-    """All responses to a prompt in one row (tree), or one response per row (pair); `auto` tries tree and measures."""
+    prefix_sharing: Literal["auto", "always", "never"] = "auto"
+    """Compute a prompt once for all its responses (always), or once for each response (never); `auto` shares the prompt
+    where that gives the model's own log-probabilities."""
     gradient_checkpointing: Literal[True, False, "auto"] = "auto"
     """Compute activations again in the backward pass: less memory, more time. `auto` does it where keeping those of the
     largest micro-batch would take more memory than is free."""
-    sharding: Literal["none", "gradients", "full", "zero-2", "zero-3"] = "none"
-    """In several processes each keeps all weights, gradients and optimiser state (none: DDP), or they are divided among
-    them, which takes less memory and more exchange: all by FSDP2, where weights are gathered for forward and backward
-    together (gradients) or once for each (full); by DeepSpeed all but the weights (zero-2), or all (zero-3)."""
+    fsdp: Literal["none", "shard_grad_op", "full_shard"] = "none"
+    """Divide weights, gradients and optimiser state over the processes with FSDP2. `full_shard` frees a layer's weights
+    between forward and backward; `shard_grad_op` keeps them, which takes more memory and less communication. With
+    `none` every process holds all of them (DDP)."""
     save_steps: Count = 50
     """Optimiser steps between checkpoints."""
 
 
 class Sft(Section):
-    """What is not here (schedule, warm-up share, weight decay, …) is as in `train`."""
+    """What is not here (lr_scheduler, warmup_ratio, weight_decay, …) is as in `train`."""
 
     epochs: Count = 1
     """Passes over the examples."""
@@ -387,8 +387,6 @@ class Evaluate(Section):
     scorer: str | None = None
     """Scores an answer against the real response, from 0 to 1: exact_match, json_fields, gsm8k, or
     `module:function`."""
-    temperature: NonNegative = 0.0
-    """How held-out answers are sampled; 0 is greedy."""
     max_new_tokens: Count | None = None
     """Longest held-out answer; absent means the opponent's limit."""
 
@@ -412,7 +410,7 @@ class Recipe(Section):
     """Supervised fine-tuning before iteration 0, for a model that was never fine-tuned on the data."""
     evaluate: Evaluate = Evaluate()
     """What is measured on held-out prompts."""
-    tracking: list[str] = []
+    report_to: list[str] = []
     """Trackers of Accelerate to report to: tensorboard, wandb, …"""
     seed: Seed = 0
     """Decides sampling, shuffling and the adapter's initial weights."""
@@ -426,52 +424,57 @@ class Recipe(Section):
                     f"{name} has {len(value)} values for {self.selfplay.iterations} iterations: give one number, or "
                     "one for each of selfplay.iterations"
                 )
-        if self.lora and self.lora.quantize and self.train.sharding != "none":
+        if self.model.load_in_4bit and self.lora is None:
             raise ValueError(
-                f"train.sharding is {self.train.sharding}, but 4-bit weights cannot be divided over processes. Leave "
-                "train.sharding or lora.quantize out"
+                "model.load_in_4bit: weights in 4 bits cannot be trained. Add a section lora, or leave it out"
             )
-        if self.train.sharding != "none":
+        if self.model.load_in_4bit and self.train.fsdp != "none":
+            raise ValueError(
+                f"train.fsdp is {self.train.fsdp}, but 4-bit weights cannot be divided over processes. Leave "
+                "train.fsdp or model.load_in_4bit out"
+            )
+        if self.train.fsdp != "none":
             for name, optimizer in (
                 ("train.optimizer", self.train.optimizer),
                 ("sft.optimizer", self.sft.optimizer if self.sft else "adamw"),
             ):
                 if optimizer.lower() not in ELEMENTWISE_OPTIMIZERS:
                     raise ValueError(
-                        f"{name} is {optimizer}, but with train.sharding: {self.train.sharding} it would see parts of "
-                        "weights, not their shapes. Choose train.sharding: none, or one of "
+                        f"{name} is {optimizer}, but with train.fsdp: {self.train.fsdp} it would see parts of "
+                        "weights, not their shapes. Choose train.fsdp: none, or one of "
                         + ", ".join(ELEMENTWISE_OPTIMIZERS)
                     )
         if self.selfplay.select.metric == "task_score" and self.evaluate.scorer is None:
             raise ValueError("selfplay.select.metric is task_score, but evaluate.scorer names no scorer")
         server = self.opponent.server
-        if server is not None and not (server.command or server.reload_command):
-            if server.kind not in ("vllm", "sglang"):
+        if server is not None and not (server.launch_command or server.reload_command):
+            if server.api not in ("vllm", "sglang"):
                 raise ValueError(
-                    f"opponent.server: a {server.kind} server has to be told of each new opponent: give reload_command, a "
-                    "command that hands it over, or command, which starts the server with it"
+                    f"opponent.server: a {server.api} server has to be told of each new opponent: give reload_command, "
+                    "a command that hands it over, or launch_command, which starts the server with it"
                 )
             if self.lora is None:
                 raise ValueError(
                     "opponent.server: only LoRA adapters can be handed to a server that runs. The players of this "
-                    "recipe are whole models: give command, which starts the server with {player}, or reload_command"
+                    "recipe are whole models: give launch_command, which starts the server with {player}, or "
+                    "reload_command"
                 )
-        if server is not None and self.lora is not None and not server.command:
-            if server.kind in ("vllm", "sglang") and not server.reload_command and server.model is not None:
+        if server is not None and self.lora is not None and not server.launch_command:
+            if server.api in ("vllm", "sglang") and not server.reload_command and server.model is not None:
                 raise ValueError(
                     "opponent.server.model: is not used where the server is handed each new adapter under a name of "
                     "its own. Leave it out"
                 )
             names = f"{server.reload_command} {server.model or ''}"
             if (
-                server.kind in ("vllm", "sglang")
+                server.api in ("vllm", "sglang")
                 and server.reload_command
                 and not server.model
                 and "{merged}" not in names
             ):
                 raise ValueError(
-                    "opponent.server: reload_command hands over an adapter; without its name in opponent.server.model the "
-                    "base would be asked. Name it, or hand over {merged}"
+                    "opponent.server: reload_command hands over an adapter; without its name in opponent.server.model "
+                    "the base would be asked. Name it, or hand over {merged}"
                 )
         if self.preferences and self.selfplay.iterations * self.opponent.samples_per_prompt > 1:
             raise ValueError(

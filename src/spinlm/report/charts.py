@@ -121,7 +121,7 @@ def _training(facts: RunData) -> list[Chart]:
 def _first_loss(recipe: dict[str, Any]) -> str:
     """Where the loss of SPIN begins, as long as both players are the same."""
     objective = recipe["objective"]
-    if objective["name"] != "spin" or objective["loss"] != "logistic":
+    if objective["name"] != "spin" or objective["link"] != "logistic":
         return ""
     term = f", and {objective['nll_weight']:g} × the NLL of the real responses" if objective["nll_weight"] else ""
     return f" At the first step of an iteration it is ln 2 = 0.693{term}."

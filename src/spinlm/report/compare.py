@@ -88,7 +88,7 @@ def compare_runs(run: RunDir, other: RunDir) -> RunComparison:
         mean_difference=statistics.fmean(leads),
         standard_error=standard_error(leads),
         prompts=len(leads),
-        standard_errors=select["standard_errors"],
+        standard_errors=select["min_standard_errors"],
         later={name: reached for name, reached in last.items() if reached > iteration},
     )
 

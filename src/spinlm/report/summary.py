@@ -117,7 +117,7 @@ def verdict(run: RunDir) -> str:
     best = last[-1]["best"]
     metric = METRIC_NAMES[last[-1]["metric"]]
     recipe = read_json(run.recipe)
-    errors = recipe["selfplay"]["select"]["standard_errors"]
+    errors = recipe["selfplay"]["select"]["min_standard_errors"]
     what = "Self-play"
     if is_control(run):
         what = "More supervised fine-tuning"

@@ -59,7 +59,7 @@ def evaluate(recipe: Recipe, run: RunDir, iteration: int) -> None:
     prefix_sharing, budget = run.metadata("sft", START)["prefix_sharing"], recipe.train.tokens_per_micro_batch
     ways = [
         (temperature, derive_seed(recipe.seed, purpose, iteration))
-        for purpose, temperature in (("evaluate", recipe.evaluate.temperature), ("sample", 1.0))
+        for purpose, temperature in (("evaluate", 0.0), ("sample", 1.0))
     ]
     mine: dict[int, _Part] = {}
     passes = len(ways) + 2  # its own responses and the real ones are read by it, and its own by the start

@@ -21,7 +21,6 @@ from spinlm.generation.vllm import check_vllm
 from spinlm.model.loading import ensure_base, hub_commit
 from spinlm.model.players import check_trackers, seat
 from spinlm.model.quantize import check_quantization
-from spinlm.model.zero import check_deepspeed
 from spinlm.recipe.schema import Recipe
 from spinlm.rundir.layout import RunDir
 from spinlm.rundir.provenance import verify_inputs
@@ -94,10 +93,10 @@ def _check_launcher() -> None:
     Raises:
         RecipeError: `accelerate launch` was told to use FSDP or DeepSpeed.
     """
-    for name, setting in (("FSDP", "full (or gradients)"), ("DEEPSPEED", "zero-3 (or zero-2)")):
+    for name in ("FSDP", "DEEPSPEED"):
         if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
             raise RecipeError(
-                f"accelerate launch was told to use {name}. Launch without it, and set train.sharding: {setting} to "
+                f"accelerate launch was told to use {name}. Launch without it, and set train.fsdp: full_shard to "
                 "divide the model over the processes"
             )
 
@@ -107,7 +106,7 @@ def _check_names(recipe: Recipe) -> None:
 
     Raises:
         RecipeError: there is no such optimiser, tracker or scorer.
-        MissingPackageError: a tracker's package, or the one that quantises or divides, is not installed.
+        MissingPackageError: a tracker's package, or the one that quantises, is not installed.
         ModelError: this machine cannot quantise.
     """
     check_optimizer(recipe.train.optimizer, recipe.train.weight_decay, "train.optimizer")
@@ -115,13 +114,11 @@ def _check_names(recipe: Recipe) -> None:
         check_optimizer(recipe.sft.optimizer, recipe.train.weight_decay, "sft.optimizer")
     if recipe.evaluate.scorer is not None:
         get_scorer(recipe.evaluate.scorer)
-    check_trackers(recipe.tracking)
+    check_trackers(recipe.report_to)
     if recipe.opponent.engine == "vllm":
         check_vllm(recipe)
-    if recipe.lora is not None and recipe.lora.quantize:
+    if recipe.model.load_in_4bit:
         check_quantization()
-    if recipe.train.sharding.startswith("zero") and processes.world_size() > 1:
-        check_deepspeed()
 
 
 _ORDER = ("train", "heldout", "sft")

@@ -29,8 +29,8 @@ class Comparison:
 def promote(recipe: Recipe, run: RunDir, iteration: int) -> bool:
     """Point `best` at the best player so far; returns whether another iteration is worth it.
 
-    A player replaces the best only when it is ahead by more than `select.standard_errors` standard errors of the paired
-    difference, so the starting player stays best until one is better beyond the noise.
+    A player replaces the best only when it is ahead by more than `select.min_standard_errors` standard errors of
+    the paired difference, so the starting player stays best until one is better beyond the noise.
     """
     if run.done("promote", iteration):
         judged = run.metadata("promote", iteration)
@@ -88,5 +88,5 @@ def compare(recipe: Recipe, run: RunDir, iteration: int, against: int) -> Compar
     new, old = values_of(run, iteration, metric), values_of(run, against, metric)
     sign = 1 if metric == "task_score" else -1
     ahead = [sign * (new[key] - old[key]) for key in old]
-    better = significantly_better(ahead, select.standard_errors)
+    better = significantly_better(ahead, select.min_standard_errors)
     return Comparison(metric, against, statistics.fmean(ahead), standard_error(ahead), better)

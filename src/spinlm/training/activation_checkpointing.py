@@ -103,9 +103,9 @@ def _still_to_come(logprobs: LogProbs, recipe: Recipe) -> float:
     state = sum(4 * parameter.numel() for parameter in trained if parameter.grad is None)
     state += optimizer_bytes(recipe.train.optimizer) * count
     copy = (2 if logprobs.autocast is not None else 0) * count
-    if recipe.train.sharding == "none":
+    if recipe.train.fsdp == "none":
         return state + copy
-    weights = sum(parameter.nbytes for parameter in logprobs.parameters()) if recipe.train.sharding != "zero-2" else 0
+    weights = sum(parameter.nbytes for parameter in logprobs.parameters())
     return (
         state / processes.world_size() + copy - weights * (1 - 1 / processes.world_size())
     )  # most of the weights go to the others

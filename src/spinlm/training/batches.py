@@ -87,15 +87,15 @@ def pair_objective(recipe: Recipe, iteration: int) -> Callable[[Tensor, Sequence
         match settings.name:
             case "spin":
                 lengths = (tokens[real], tokens[synthetic]) if settings.length_normalize else None
-                loss = objectives.spin(*four, beta=beta, loss=settings.loss, tokens=lengths)
+                loss = objectives.spin(*four, beta=beta, loss=settings.link, tokens=lengths)
             case "dpo-positive":
-                loss = objectives.dpo_positive(*four, beta=beta, penalty=settings.penalty)
+                loss = objectives.dpo_positive(*four, beta=beta, penalty=settings.dpop_lambda)
             case "space":
                 loss = objectives.space(*four, mu=settings.mu)
             case "t-spin":
                 weight = settings.history_weight
                 three = (logprobs[real], logprobs[synthetic], logprobs[initial])
-                loss = objectives.t_spin(*three, beta=beta, history_weight=weight, loss=settings.loss)
+                loss = objectives.t_spin(*three, beta=beta, history_weight=weight, loss=settings.link)
             case _:
                 raise AssertionError(f"{settings.name} is not an objective over pairs")
         margin = objectives.margin(*four).detach()

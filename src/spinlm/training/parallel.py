@@ -2,8 +2,7 @@
 
 With DDP (arXiv 2006.15704) each process keeps everything and gradients are averaged once a step. With FSDP2 (PyTorch's
 `fully_shard`, after arXiv 2304.11277) weights, gradients and optimiser state are divided: each layer is gathered when
-it is needed and let go of afterwards. Either way a step's gradient is what a single process would have computed. The
-third way, DeepSpeed's, is in `zero`.
+it is needed and let go of afterwards. Either way a step's gradient is what a single process would have computed.
 """
 
 import contextlib

@@ -39,7 +39,7 @@ def tracker(
 ) -> Callable[[dict[str, Any], int], None]:
     """A function that gives the recipe's trackers what was measured in a stage, and after which optimiser step of the
     run. Called in the first process alone."""
-    if not recipe.tracking:
+    if not recipe.report_to:
         return lambda measured, step: None
     accelerator = players.accelerator
     if not accelerator.trackers:

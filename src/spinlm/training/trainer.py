@@ -74,8 +74,8 @@ class Fit:
     batch_size: int
     learning_rate: float
     optimizer: str
-    warmup: float
-    schedule: str
+    warmup_ratio: float
+    lr_scheduler: str
     weight_decay: float
     max_grad_norm: float
     tokens_per_micro_batch: int
@@ -269,11 +269,11 @@ def _groups(order: np.ndarray, sizes: np.ndarray, batch_size: int) -> Iterator[n
 
 def learning_rate_at(step: int, steps: int, how: Fit) -> float:
     """The learning rate of a step (from 0): a linear rise to the peak, then the schedule's way down to 0."""
-    rise = math.ceil(how.warmup * steps)
+    rise = math.ceil(how.warmup_ratio * steps)
     if step < rise:
         return how.learning_rate * ((step + 1) / rise)  # the other way round it may pass the peak
     left = (steps - step) / max(steps - rise, 1)  # 1 after the rise, towards 0 at the end
-    match how.schedule:
+    match how.lr_scheduler:
         case "linear":
             return how.learning_rate * left
         case "cosine":
