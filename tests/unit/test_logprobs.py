@@ -322,21 +322,21 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Any:
     ("architecture", "wanted", "chosen"),
     [
         ("llama", "auto", True),
-        ("llama", "tree", True),
-        ("llama", "pair", False),
+        ("llama", "always", True),
+        ("llama", "never", False),
         ("mistral", "auto", True),
         ("gpt_neo", "auto", False),
-        ("gpt_neo", "pair", False),
+        ("gpt_neo", "never", False),
         ("bloom", "auto", False),
         ("stablelm", "auto", False),  # does not hand down what the tree attention needs
-        ("stablelm", "pair", False),
+        ("stablelm", "never", False),
         ("nemotron", "auto", False),
     ],
 )
 def test_prefix_sharing_is_what_the_model_can_take(
-    saved: Any, tmp_path: Path, architecture: str, wanted: str, chosen: str
+    saved: Any, tmp_path: Path, architecture: str, wanted: str, chosen: bool
 ) -> None:
-    recipe = tiny_recipe(saved(architecture), lora={"r": 4}, train={"packing": wanted})
+    recipe = tiny_recipe(saved(architecture), lora={"r": 4}, train={"prefix_sharing": wanted})
     assert Players(recipe, RunDir(tmp_path)).measure_prefix_sharing(TREES) == chosen
 
 
