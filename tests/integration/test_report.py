@@ -21,11 +21,11 @@ HOSTILE = f'</script><script>{EVIL}</script><img src=x onerror="{EVIL}"> & \x1b[
 CHARTS = (
     "task_score",
     "heldout_nll",
-    "apart",
+    "real_vs_generated",
     "margins",
     "lengths",
     "kl_from_start",
-    "signs",
+    "collapse",
     "step_loss",
     "step_margin",
     "time",
@@ -139,7 +139,7 @@ def test_a_run_without_a_scorer_and_without_margins(run, cli, tmp_path):
     cli("report", run, folder=tmp_path)
     page = Page(run / "report.html")
     assert "margins" not in page.charts
-    assert "how much likelier the real response has become" in page.text
+    assert "NLL of the real response" in page.text
     before, after = (
         {row["id"]: row["nll"] for row in read_jsons(run / name, "heldout_greedy.jsonl")}
         for name in ("start", "iteration-1")
@@ -155,7 +155,7 @@ def test_a_run_under_way(rewound, cli, tmp_path):
     with (run / "lock").open("a") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         cli("report", run, folder=tmp_path)
-    assert "The run is under way, in train of iteration 1." in Page(run / "report.html").text
+    assert "The run is in progress: train of iteration 1." in Page(run / "report.html").text
 
 
 def test_no_run(cli, tmp_path):
@@ -222,7 +222,7 @@ def test_a_folder_is_written_into_and_never_over(run, cli, tmp_path):
     assert {path.name for path in (tmp_path / "mine").iterdir()} == {"thesis.txt", "report.html"}
     (tmp_path / "mine" / "report.html").unlink()
     (tmp_path / "mine" / "report.html").mkdir()
-    assert "a folder stands where" in cli("report", run, "--output", "mine", folder=tmp_path, code=2).message
+    assert "is a folder" in cli("report", run, "--output", "mine", folder=tmp_path, code=2).message
 
 
 @pytest.mark.parametrize(
@@ -246,8 +246,8 @@ def test_what_is_damaged_and_not_needed_is_left_out(run, cli, tmp_path):
     losses = {trace["name"]: trace["y"] for trace in page.charts["step_loss"]["traces"]}
     assert losses["iteration 1"][-1] is None
     assert cli("status", run, folder=tmp_path).out.startswith("The run is finished.")
-    told = json.loads(cli("status", run, "--json", folder=tmp_path).out, parse_constant=pytest.fail)
-    assert told["last_step"]["loss"] is None
+    values = json.loads(cli("status", run, "--json", folder=tmp_path).out, parse_constant=pytest.fail)
+    assert values["last_step"]["loss"] is None
 
 
 def test_times_of_stages_that_went_on_with_others_work(run, cli, tmp_path):
@@ -255,7 +255,7 @@ def test_times_of_stages_that_went_on_with_others_work(run, cli, tmp_path):
     cli("report", run, folder=tmp_path)
     page = Page(run / "report.html")
     assert "train at least 1 min 30 s" in page.text
-    assert re.search(r"at least \d+ min \d+ s in all, on 1 process: at least 0\.\d+ device-hours", page.text)
+    assert re.search(r"Total: at least \d+ min \d+ s on 1 process, at least 0\.\d+ device-hours", page.text)
 
 
 def test_benchmarks(run, cli, tmp_path):
@@ -267,12 +267,11 @@ def test_benchmarks(run, cli, tmp_path):
     assert "tasks metric examples start iteration 1 <b>mine</b> acc 8 0.250 ± 0.125 0.250 ± 0.125" in page.text
 
 
-def test_beside_its_control(run, reference, cli, tmp_path):
+def test_comparison_with_a_baseline(run, reference, cli, tmp_path):
     cli("report", run, "--baseline", reference, folder=tmp_path)
-    said = f"{run} against {reference}, both after iteration 1: no difference beyond 2 standard errors; task"
-    assert said in Page(run / "report.html").text
-    told = cli("status", run, "--baseline", reference, folder=tmp_path).out
-    assert said in " ".join(told.split())
-    told = json.loads(cli("status", run, "--baseline", reference, "--json", folder=tmp_path).out)["baseline"]
-    assert told["summary"].startswith(said) and (told["mean_difference"], told["prompts"]) == (0.0, HELDOUT)
+    text = f"{run} vs {reference} after iteration 1: no difference beyond 2 standard errors."
+    assert text in Page(run / "report.html").text
+    assert text in " ".join(cli("status", run, "--baseline", reference, folder=tmp_path).out.split())
+    values = json.loads(cli("status", run, "--baseline", reference, "--json", folder=tmp_path).out)["baseline"]
+    assert values["summary"].startswith(text) and (values["mean_difference"], values["prompts"]) == (0.0, HELDOUT)
     assert "no run here" in cli("report", run, "--baseline", tmp_path, folder=tmp_path, code=2).message

@@ -14,29 +14,28 @@ def test_a_finished_run(reference, cli, tmp_path):
     said = cli("status", reference, folder=tmp_path).out
     assert said.startswith("The run is finished.\n") and "Last step" not in said
     assert "iteration 1" in said and "Self-play" in said
-    told = json.loads(cli("status", reference, "--json", folder=tmp_path).out)
-    assert (told["state"], told["stage"], told["iteration"]) == ("finished", None, None)
-    assert told["last_step"] == read_jsons(reference, "train_log.jsonl")[-1]
-    assert [player["name"] for player in told["players"]] == ["start", "iteration 0", "iteration 1"]
+    values = json.loads(cli("status", reference, "--json", folder=tmp_path).out)
+    assert (values["state"], values["stage"], values["iteration"]) == ("finished", None, None)
+    assert values["last_step"] == read_jsons(reference, "train_log.jsonl")[-1]
+    assert [player["name"] for player in values["players"]] == ["start", "iteration 0", "iteration 1"]
     metrics = json.loads((reference / "iteration-1" / "eval.json").read_text())
-    assert metrics.items() <= told["players"][-1].items()
+    assert metrics.items() <= values["players"][-1].items()
     markers = [json.loads(path.read_text()) for path in reference.rglob("*.done")]
-    assert told["seconds"] == pytest.approx(sum(marker["seconds"] for marker in markers))
+    assert values["seconds"] == pytest.approx(sum(marker["seconds"] for marker in markers))
 
 
 @pytest.mark.parametrize("stage", ["generate", "reference_logprobs", "train", "evaluate", "promote"])
 def test_a_run_that_stopped(rewound, cli, tmp_path, stage):
     run = rewound(1, stage)
     assert f"{stage} of iteration 1 is not complete" in cli("status", run, folder=tmp_path).out
-    told = json.loads(cli("status", run, "--json", folder=tmp_path).out)
-    assert (told["state"], told["stage"], told["iteration"]) == ("stopped", stage, 1)
+    values = json.loads(cli("status", run, "--json", folder=tmp_path).out)
+    assert (values["state"], values["stage"], values["iteration"]) == ("stopped", stage, 1)
 
 
 def test_how_far_training_is(stopped_in_training, cli, tmp_path):
     step = read_jsons(stopped_in_training, "train_log.jsonl")[-1]
     assert (
-        f"\nLast step: {step['step']} of {step['steps']}, loss "
-        in cli("status", stopped_in_training, folder=tmp_path).out
+        f"\nLast step: {step['step']}/{step['steps']}, loss " in cli("status", stopped_in_training, folder=tmp_path).out
     )
 
 
@@ -44,12 +43,12 @@ def test_how_far_a_stage_is_that_trains_nothing(rewound, cli, tmp_path):
     """What it has left itself, and not the last step of another; 24 prompts and 10 held-out ones, in fours."""
     run = rewound(1)
     for folder, kind, stage in (("generations", "jsonl", "generate"), ("pairs", "arrow", "reference_logprobs")):
-        assert "\n0 of 34 prompts are through, in shards of up to 4.\n" in cli("status", run, folder=tmp_path).out
+        assert "\n0/34 prompts done (shard size 4).\n" in cli("status", run, folder=tmp_path).out
         (run / "iteration-1" / folder).mkdir(exist_ok=True)
         # Ten in shards of 4, 4 and 2; and what others have left.
         for shard in ("train-00000", "heldout-00000", "heldout-00002", ".train-00001", "train-00000.copy-2", "a-b-c"):
             (run / "iteration-1" / folder / f"{shard}.{kind}").write_text("")
-        assert "\n10 of 34 prompts are through, in shards" in cli("status", run, folder=tmp_path).out
+        assert "\n10/34 prompts done" in cli("status", run, folder=tmp_path).out
         (run / "iteration-1" / f"{stage}.done").write_text("{}")
     assert "Last step" not in cli("status", run, folder=tmp_path).out
 
@@ -63,7 +62,7 @@ def test_a_run_before_its_start_is_made(reference, cli, tmp_path):
         refused = cli(*command, folder=tmp_path, code=2)
         assert "has no player yet: the start is made by the warm-up. `spinlm status` says" in refused.message
     said = cli("report", run, folder=tmp_path).out
-    assert "No player has been measured yet" in said and (run / "report.html").exists()
+    assert "No player has been evaluated yet" in said and (run / "report.html").exists()
 
 
 def test_what_the_last_attempt_ended_with_is_kept_until_the_next(world, cli, tmp_path):
@@ -71,13 +70,13 @@ def test_what_the_last_attempt_ended_with_is_kept_until_the_next(world, cli, tmp
     bad.write_text('{"prompt": "p", "response": ""}\n' * 60)
     run = tmp_path / "run"
     refused = cli("run", world.recipe, f"data.path={bad}", "--run-dir", run, folder=world.folder, code=2)
-    told = cli("status", run, folder=tmp_path).out
-    assert "prepare is not complete" in told and f"The last attempt ended with: {refused.message}" in " ".join(
-        told.split()
+    values = cli("status", run, folder=tmp_path).out
+    assert "prepare is not complete" in values and f"The last attempt ended with: {refused.message}" in " ".join(
+        values.split()
     )
-    assert json.loads(cli("status", run, "--json", folder=tmp_path).out)["failure"] == refused.message
+    assert json.loads(cli("status", run, "--json", folder=tmp_path).out)["error"] == refused.message
     other = cli("run", world.recipe, "evaluate.scorer=none:f", "--run-dir", run, folder=world.folder, code=2)
-    assert json.loads(cli("status", run, "--json", folder=tmp_path).out)["failure"] == other.message
+    assert json.loads(cli("status", run, "--json", folder=tmp_path).out)["error"] == other.message
 
 
 def test_rows_that_cannot_be_read_at_the_beginning_stop_nothing_that_was_told_to_skip(world, cli, tmp_path):
@@ -94,7 +93,7 @@ def test_a_run_that_ends_well_tells_of_no_failure(world, rewound, cli, tmp_path)
     assert "what was wrong before" in cli("status", run, folder=tmp_path).out
     cli("run", world.recipe, "--run-dir", run, folder=world.folder)
     assert not (run / "error.txt").exists()
-    assert json.loads(cli("status", run, "--json", folder=tmp_path).out)["failure"] is None
+    assert json.loads(cli("status", run, "--json", folder=tmp_path).out)["error"] is None
 
 
 def test_a_run_under_way(rewound, cli, tmp_path):
@@ -104,9 +103,9 @@ def test_a_run_under_way(rewound, cli, tmp_path):
         file.write('{"stage": "tra')  # being written
     with (run / "lock").open("a") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        told = json.loads(cli("status", run, "--json", folder=tmp_path).out)
-    assert (told["state"], told["stage"]) == ("under way", "train")
-    assert told["last_step"] == complete
+        values = json.loads(cli("status", run, "--json", folder=tmp_path).out)
+    assert (values["state"], values["stage"]) == ("running", "train")
+    assert values["last_step"] == complete
 
 
 def test_a_run_that_promotion_ended(reference, cli, tmp_path):
@@ -125,11 +124,11 @@ def test_a_list_of_runs(reference, rewound, cli, tmp_path):
     shutil.copytree(reference, tmp_path / "runs" / "whole", symlinks=True)
     rewound(0, "reference_logprobs").rename(tmp_path / "runs" / "part")
     said = cli("list", folder=tmp_path).out
-    assert "whole" in said and "part" in said and "stopped, score" in said and "something" not in said
+    assert "whole" in said and "part" in said and "stopped, reference_logprobs" in said and "something" not in said
     assert "Self-play" not in said and max(map(len, said.splitlines())) > 40
     narrow = cli("list", folder=tmp_path, COLUMNS="40").out
     assert max(map(len, narrow.splitlines())) <= 40
     for odd in ("", "0", "wide"):
         assert cli("list", folder=tmp_path, COLUMNS=odd).out == said
-    told = [json.loads(line) for line in cli("list", "--json", folder=tmp_path).out.splitlines()]
-    assert [(one["run"], one["state"]) for one in told] == [("runs/part", "stopped"), ("runs/whole", "finished")]
+    values = [json.loads(line) for line in cli("list", "--json", folder=tmp_path).out.splitlines()]
+    assert [(run["run"], run["state"]) for run in values] == [("runs/part", "stopped"), ("runs/whole", "finished")]

@@ -14,7 +14,8 @@ from spinlm.errors import RunError
 from spinlm.evals.heldout import bootstrap, distinct, merged, repetition, summarise, summarise_pairs, summarise_samples
 from spinlm.recipe.schema import Recipe
 from spinlm.report.compare import compare_runs
-from spinlm.report.summary import outcome, rows, side_by_side, table, verdict
+from spinlm.report.run_data import run_data
+from spinlm.report.summary import outcome, player_rows, table, verdict
 from spinlm.rundir.layout import RunDir
 from spinlm.rundir.records import Example, HeldoutGreedy, HeldoutSampled, to_line
 from spinlm.rundir.stage_graph import START
@@ -30,7 +31,7 @@ def answer(key: str = "a", **changes: Any) -> HeldoutGreedy:
         "text": "",
         "finished": True,
         "identical": False,
-        "repetition": 0.0,
+        "repeated_4grams": 0.0,
         "nll": 1.0,
         "task_score": None,
     }
@@ -239,7 +240,7 @@ def test_better_beyond_the_noise(play, run):
     """Differences 1, 1, 0, 0: lead ½, standard error √(1/3/4) = 0.289."""
     assert play([0, 0, 0, 1], [1, 1, 0, 1]) == [(0, True)]
     facts = run.metadata("promote", 0)
-    assert (facts["metric"], facts["against"], facts["mean_difference"]) == ("task_score", START, 0.5)
+    assert (facts["metric"], facts["baseline"], facts["mean_difference"]) == ("task_score", START, 0.5)
     assert facts["standard_error"] == pytest.approx((1 / 12) ** 0.5)
     assert run.best_link.readlink() == Path("iteration-0")
 
@@ -281,7 +282,7 @@ def test_comparison_is_with_the_best_not_with_the_last(play, run):
     """Iteration 1 is worse than 0; iteration 2 is better than 1, but not than 0."""
     zero, one = [0] * 4, [1] * 4
     assert play(zero, one, [0.2] * 4, [0.9] * 4, patience=3) == [(0, True), (0, True), (0, True)]
-    assert [run.metadata("promote", i)["against"] for i in range(3)] == [START, 0, 0]
+    assert [run.metadata("promote", i)["baseline"] for i in range(3)] == [START, 0, 0]
 
 
 def test_patience(play):
@@ -321,9 +322,8 @@ def test_a_player_that_is_ahead_and_has_collapsed_is_not_called_behind(play, run
     write_json(run.eval_metrics(0), summarise(answers))
     run.complete("evaluate", 0, [run.heldout_greedy(0), run.eval_metrics(0)])
     assert promote(recipe(), run, 0) is False and run.best() == START
-    said = verdict(run)
-    assert "what was ahead of the starting player's task score had collapsed. Iteration 0 collapsed" in said
-    assert "none of" not in said
+    assert "had collapsed. Iteration 0 collapsed" in verdict(run)
+    assert "Closest" not in verdict(run)
 
 
 def test_promotion_is_decided_once(play, run):
@@ -355,60 +355,52 @@ def test_metric_when_the_recipe_names_none(run, play, scorer, metric):
 
 def test_verdict_when_it_helped(play, run):
     play([0, 0, 0, 1], [1, 1, 0, 1], [1, 1, 0, 1])
-    assert verdict(run) == (
-        "Self-play helped: task score 0.250 at the start, 0.750 after iteration 0, the best player. It is ahead of the "
-        "start by 0.500 ± 0.289 (standard error of the paired difference on the held-out prompts of this one run; "
-        "another seed may differ)."
-    )
+    text = verdict(run)
+    assert text.startswith("Self-play helped: task score 0.250 at the start, 0.750 after iteration 0 (best).")
+    assert "difference to the start: +0.500 ± 0.289" in text and "seed" in text
 
 
 def test_verdict_of_the_control(play, run):
     play([0, 0, 0, 1], [1, 1, 0, 1])
-    noted = json.loads(run.recipe.read_text())
-    write_json(run.recipe, noted | {"objective": {"name": "sft"}})
+    recipe = json.loads(run.recipe.read_text())
+    write_json(run.recipe, recipe | {"objective": {"name": "sft"}})
     assert verdict(run).startswith("More supervised fine-tuning helped: task score 0.250 at the start")
 
 
-def test_verdict_names_the_player_that_the_lead_is_over(play, run):
+def test_verdict_names_the_player_that_was_the_best_before(play, run):
     play([3.0, 3.0], [2.0, 2.0], [1.5, 1.25], metric="heldout_nll")
-    assert verdict(run).startswith(
-        "Self-play made the real held-out answers likelier: held-out NLL 3.000 at the start, 1.375 after iteration 1, "
-        "the best player. It is ahead of "
-        "iteration 0 by 0.625 ± 0.125 ("
-    )
+    text = verdict(run)
+    assert "more likely: held-out NLL 3.000 at the start, 1.375 after iteration 1 (best)" in text
+    assert "difference to iteration 0: lower by 0.625 ± 0.125" in text
 
 
-def test_verdict_of_likelihood_says_which_way(play, run):
+def test_verdict_of_likelihood_gives_the_direction(play, run):
     play([1.0, 1.0], [0.9, 1.05], metric="heldout_nll")
-    assert "(the difference: lower by 0.025 ± 0.075)" in verdict(run)
+    assert "Difference: lower by 0.025 ± 0.075." in verdict(run)
 
 
 def test_verdict_when_it_did_not_help(play, run):
     play([1, 1, 1, 1], [0, 1, 1, 1], [1, 1, 1, 1])
-    assert verdict(run) == (
-        "Self-play did not help: none of 2 iterations beat the starting player's task score by more than 1 standard "
-        "error of the paired difference (the closest: iteration 1, +0.000 ± 0.000). The starting player stays the best."
-    )
+    text = verdict(run)
+    assert text.startswith("Self-play did not help. None of 2 iterations")
+    assert "1 standard error of" in text and "Closest: iteration 1, +0.000 ± 0.000." in text
 
 
 def test_verdict_after_one_iteration(play, run):
     play([1, 1], [0, 1], min_standard_errors=2.0)
-    assert (
-        "iteration 0 did not beat the starting player's task score by more than 2 standard errors of the paired "
-        "difference (the difference: -0.500 ± 0.500)."
-    ) in verdict(run)
+    assert "2 standard errors of" in verdict(run) and "Difference: -0.500 ± 0.500." in verdict(run)
 
 
-def test_verdict_where_the_scorer_tells_no_players_apart(play, run):
+def test_verdict_when_the_scorer_cannot_distinguish_the_players(play, run):
     play([0, 0.5, 0], [0, 0.5, 0], [0, 0.5, 0])
-    said = verdict(run)
-    assert "on every prompt it marked all players alike (task score 0.167)" in said and "±" not in said
-    assert "Held-out NLL: 1.000 at the start, 1.000 after iteration 1" in said
+    text = verdict(run)
+    assert "same score on every prompt (task score 0.167)" in text and "±" not in text
+    assert "Held-out NLL: 1.000 at the start, 1.000 after iteration 1" in text
 
 
-def test_players_that_differ_once_are_not_called_alike(play, run):
+def test_players_that_differ_on_one_prompt_do_not_have_the_same_scores(play, run):
     play([0, 0], [0, 0], [0, 1], min_standard_errors=2.0)
-    assert "alike" not in verdict(run)
+    assert "same score" not in verdict(run)
 
 
 def test_the_outcome_in_a_few_words(play, run):
@@ -424,24 +416,24 @@ def test_the_outcome_where_nothing_was_better(play, run):
 
 def test_no_number_is_minus_nothing(play, run):
     play([0.0, 0.0001], [0.0, 0.0])
-    assert "(the difference: +0.000 ± 0.000)" in verdict(run)
+    assert "Difference: +0.000 ± 0.000." in verdict(run)
 
 
 @pytest.fixture
 def runs(play, run: RunDir, tmp_path: Path) -> Callable[..., tuple[RunDir, RunDir]]:
     """Two runs on the same held-out examples, with these values of their players."""
 
-    def runs(ours: Sequence[Any], theirs: Sequence[Any], **select: Any) -> tuple[RunDir, RunDir]:
-        found = []
-        for name, players in (("mine", ours), ("yours", theirs)):
+    def runs(ours: Sequence[Any], control: Sequence[Any], **select: Any) -> tuple[RunDir, RunDir]:
+        folders = []
+        for name, players in (("ours", ours), ("control", control)):
             write_heldout(run, len(players[0]))
             run.complete("prepare", START, [run.examples("heldout")])
             run.complete("sft", START, [])
             play(*players, **select)
             run.record_digest(run.recipe)
-            found.append(RunDir(tmp_path / name))
-            run.root.rename(found[-1].root)
-        return found[0], found[1]
+            folders.append(RunDir(tmp_path / name))
+            run.root.rename(folders[-1].root)
+        return folders[0], folders[1]
 
     return runs
 
@@ -454,77 +446,78 @@ def write_heldout(run: RunDir, number: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("metric", "ours", "theirs", "said"),
+    ("metric", "values", "baseline", "text"),
     [
-        ("task_score", [1, 1, 0, 1], [0, 0, 0, 1], "ahead; task score +0.500 ± 0.289 (standard error"),
-        ("task_score", [0, 0, 0, 1], [1, 1, 0, 1], "behind; task score -0.500 ± 0.289 (standard error"),
-        ("task_score", [0, 1, 0, 1], [1, 0, 0, 1], "no difference beyond 1 standard error; task score +0.000 ± 0.408"),
-        ("heldout_nll", [1.0, 2.0], [2.0, 4.0], "ahead; held-out NLL lower by 1.500 ± 0.500 (standard error"),
-        ("heldout_nll", [2.0, 4.0], [1.0, 2.0], "behind; held-out NLL higher by 1.500 ± 0.500 (standard error"),
+        ("task_score", [1, 1, 0, 1], [0, 0, 0, 1], "ahead. Task score +0.500 ± 0.289"),
+        ("task_score", [0, 0, 0, 1], [1, 1, 0, 1], "behind. Task score -0.500 ± 0.289"),
+        ("task_score", [0, 1, 0, 1], [1, 0, 0, 1], "no difference beyond 1 standard error. Task score +0.000 ± 0.408"),
+        ("heldout_nll", [1.0, 2.0], [2.0, 4.0], "ahead. Held-out NLL lower by 1.500 ± 0.500"),
+        ("heldout_nll", [2.0, 4.0], [1.0, 2.0], "behind. Held-out NLL higher by 1.500 ± 0.500"),
     ],
 )
-def test_a_run_against_its_control(runs, metric, ours, theirs, said):
-    told = str(compare_runs(*runs([ours, ours], [theirs, theirs], metric=metric)))
-    assert told.startswith(f"mine against yours, both after iteration 0: {said}")
-    assert f"on {len(ours)} held-out prompts" in told
-    assert ("likelihood of the real answers" in told) == (metric == "heldout_nll")
+def test_a_run_and_its_control(runs, metric, values, baseline, text):
+    comparison = str(compare_runs(*runs([values, values], [baseline, baseline], metric=metric)))
+    assert comparison.startswith(f"ours vs control after iteration 0: {text}")
+    assert f"on {len(values)} held-out prompts" in comparison
+    assert ("how likely the real responses" in comparison) == (metric == "heldout_nll")
 
 
 def test_runs_are_compared_after_the_last_iteration_of_both(runs):
     """Not by their best players, nor by the last ones of each."""
-    mine, yours = runs([[0, 0], [1, 1], [0, 1], [1, 1]], [[0, 0], [1, 1], [1, 1]])
-    told = compare_runs(mine, yours)
-    assert (told.iteration, told.mean_difference, told.later) == (1, -0.5, {"mine": 2})
-    assert "mine has gone on to iteration 2." in str(told)
-    assert compare_runs(yours, mine).mean_difference == 0.5
+    ours, control = runs([[0, 0], [1, 1], [0, 1], [1, 1]], [[0, 0], [1, 1], [1, 1]])
+    comparison = compare_runs(ours, control)
+    assert (comparison.iteration, comparison.mean_difference) == (1, -0.5)
+    assert comparison.later_iterations == {"ours": 2}
+    assert "iteration 2" in str(comparison)
+    assert compare_runs(control, ours).mean_difference == 0.5
 
 
 def test_players_that_collapsed_are_not_compared(runs):
-    mine, yours = runs([[0, 0], [1, 0], [1, 1]], [[0, 0], [1, 1], [1, 1]])
-    facts = yours.metadata("promote", 1)
-    told = {
-        name: facts[name]
-        for name in ("best", "go_on", "metric", "against", "mean_difference", "standard_error", "better")
+    ours, control = runs([[0, 0], [1, 0], [1, 1]], [[0, 0], [1, 1], [1, 1]])
+    metadata = control.metadata("promote", 1)
+    decision = {
+        name: metadata[name]
+        for name in ("best", "go_on", "metric", "baseline", "mean_difference", "standard_error", "better")
     }
-    yours.complete("promote", 1, [], **told, collapse="it repeats itself")
-    assert compare_runs(mine, yours).iteration == 0
+    control.complete("promote", 1, [], **decision, collapse="it repeats itself")
+    assert compare_runs(ours, control).iteration == 0
 
 
 def test_runs_that_cannot_be_compared(runs, tmp_path):
-    mine, yours = runs([[0, 1], [1, 1]], [[0, 1], [1, 1]])
+    ours, control = runs([[0, 1], [1, 1]], [[0, 1], [1, 1]])
     with pytest.raises(RunError, match="no run here"):
-        compare_runs(mine, RunDir(tmp_path / "none"))
-    yours.marker("evaluate", 0).rename(tmp_path / "kept")
-    with pytest.raises(RunError, match="no iteration that both have evaluated"):
-        compare_runs(mine, yours)
-    (tmp_path / "kept").rename(yours.marker("evaluate", 0))
-    recipe = json.loads(yours.recipe.read_text())
-    write_json(yours.recipe, recipe | {"evaluate": recipe["evaluate"] | {"scorer": "json_fields"}})
-    yours.record_digest(yours.recipe)
+        compare_runs(ours, RunDir(tmp_path / "none"))
+    control.marker("evaluate", 0).rename(tmp_path / "kept")
+    with pytest.raises(RunError, match="no evaluated iteration in common"):
+        compare_runs(ours, control)
+    (tmp_path / "kept").rename(control.marker("evaluate", 0))
+    recipe = json.loads(control.recipe.read_text())
+    write_json(control.recipe, recipe | {"evaluate": recipe["evaluate"] | {"scorer": "json_fields"}})
+    control.record_digest(control.recipe)
     with pytest.raises(
         RunError, match=r"measured differently:\n  evaluate.scorer: was .json_fields., is .exact_match."
     ):
-        compare_runs(mine, yours)
-    write_json(yours.recipe, recipe)
-    yours.record_digest(yours.recipe)
+        compare_runs(ours, control)
+    write_json(control.recipe, recipe)
+    control.record_digest(control.recipe)
     user = [{"role": "user", "content": "other data, whose rows have the same ids"}]
     others = [Example(str(one), user, "r", [8], [one], "f:1") for one in range(2)]
-    yours.examples("heldout").write_text("".join(map(to_line, others)))
-    yours.complete("prepare", START, [yours.examples("heldout")])
-    with pytest.raises(RunError, match="they have 0 held-out examples in common, of 2 and 2"):
-        compare_runs(mine, yours)
-    yours.heldout_greedy(0).write_text("")
+    control.examples("heldout").write_text("".join(map(to_line, others)))
+    control.complete("prepare", START, [control.examples("heldout")])
+    with pytest.raises(RunError, match="share 0 held-out examples, of 2 and 2"):
+        compare_runs(ours, control)
+    control.heldout_greedy(0).write_text("")
     with pytest.raises(RunError, match=r"heldout_greedy\.jsonl"):
-        compare_runs(mine, yours)
+        compare_runs(ours, control)
 
 
 def test_verdict_before_anything_is_judged(run):
-    assert verdict(run) == "No iteration has been judged yet."
+    assert verdict(run) == "No iteration has been evaluated yet."
 
 
 def test_rows_are_the_players_so_far(play, run):
     play([0, 0, 0, 1], [1, 1, 0, 1], [0, 0, 0, 0])
-    assert [(row.name, row.best, row.metrics["task_score"]) for row in rows(run)] == [
+    assert [(row.name, row.best, row.metrics["task_score"]) for row in player_rows(run)] == [
         ("start", False, 0.25),
         ("iteration 0", True, 0.75),
         ("iteration 1", False, 0.0),
@@ -534,41 +527,51 @@ def test_rows_are_the_players_so_far(play, run):
 def test_a_narrow_table_names_what_it_leaves_out(play, run):
     play([1, 1], [1, 0])
 
-    def shown(width: int) -> str:
+    def printed(width: int) -> str:
         console = Console(file=io.StringIO(), width=width)
         console.print(table(run, width))
         return console.file.getvalue()
 
-    assert "no room for" not in shown(100)
-    assert "no room for: unfinished, repeated" in " ".join(shown(50).split())
+    assert "no room for" not in printed(100)
+    assert "no room for: truncated, repeated" in " ".join(printed(50).split())
 
 
-def test_side_by_side_shows_prompts_where_the_answers_differ_first(play, run):
-    play([0, 0, 0], [1, 1, 1])
+def side_by_side(run: RunDir, prompts: int, **options: bool) -> list[tuple[str, str, list[tuple[str, str]]]]:
+    """The prompt, the real response, and each player with its response."""
+    return [
+        (shown.messages[-1]["content"], shown.real, [(player, text) for player, text, _ in shown.responses])
+        for shown in run_data(run).side_by_side(prompts, **options)
+    ]
+
+
+def test_side_by_side_shows_prompts_with_different_responses_first(play, run):
+    play([0, 0, 0], [1, 1, 1], [1, 1, 1])
     run.examples("heldout").parent.mkdir(exist_ok=True)
     with run.examples("heldout").open("w") as file:
         for key in "abc":
             file.write(json.dumps({"id": key, "messages": [{"content": f"prompt {key}"}], "response": key * 2}) + "\n")
-    for iteration, texts in ((START, "xyz"), (0, "xYz")):
-        answers = [answer(key, text=text) for key, text in zip("abc", texts, strict=True)]
-        run.heldout_greedy(iteration).write_text("".join(map(to_line, answers)))
-    assert side_by_side(run, prompts=2) == [
+    for iteration, texts in ((START, "xyz"), (0, "xYz"), (1, "XYZ")):
+        responses = [answer(key, text=text) for key, text in zip("abc", texts, strict=True)]
+        run.heldout_greedy(iteration).write_text("".join(map(to_line, responses)))
+    assert side_by_side(run, 2, all_players=False) == [
         ("prompt b", "bb", [("start", "y"), ("iteration 0", "Y")]),
         ("prompt a", "aa", [("start", "x"), ("iteration 0", "x")]),
     ]
+    (prompt, _, responses), *_ = side_by_side(run, 2)
+    assert (prompt, responses[-1]) == ("prompt b", ("iteration 1", "Y"))
 
 
-def test_an_answer_that_was_cut_off_says_so(play, run):
+def test_a_truncated_response_is_marked(play, run):
     play([0], [1])
     run.examples("heldout").parent.mkdir(exist_ok=True)
     run.examples("heldout").write_text(to_line(Example("a", [{"role": "user", "content": "p"}], "r", [1], [2], "f:1")))
     for iteration, finished in ((START, False), (0, True)):
         run.heldout_greedy(iteration).write_text(to_line(answer("a", text="on and on", finished=finished)))
-    (_, _, answers), *_ = side_by_side(run, prompts=1)
-    assert answers == [("start", "on and on … (cut off at 2 tokens)"), ("iteration 0", "on and on")]
+    (_, _, responses), *_ = side_by_side(run, 1)
+    assert responses == [("start", "on and on … (cut off at 2 tokens)"), ("iteration 0", "on and on")]
 
 
-def test_side_by_side_takes_text_with_other_ends_of_lines(play, run):
+def test_side_by_side_keeps_unusual_line_ends_in_texts(play, run):
     play([0], [1])
     text = "a\u2028b\u2029c\x85d\x1ce\r\nf"
     run.examples("heldout").parent.mkdir(exist_ok=True)
@@ -577,4 +580,4 @@ def test_side_by_side_takes_text_with_other_ends_of_lines(play, run):
     )
     for iteration in (START, 0):
         run.heldout_greedy(iteration).write_bytes(to_line(answer("a", text=text)).encode())
-    assert side_by_side(run, prompts=1) == [(text, text, [("start", text), ("iteration 0", text)])]
+    assert side_by_side(run, 1) == [(text, text, [("start", text), ("iteration 0", text)])]

@@ -19,7 +19,7 @@ from spinlm.utils.console import console, printable
 def status(run: RunPath, baseline: Baseline = None, as_json: AsJson = False) -> None:
     """Show the progress and the players of a run."""
     from spinlm.report import compare, summary
-    from spinlm.report.status import failure, run_status, stage_progress
+    from spinlm.report.status import last_error, run_status, stage_progress
 
     folder, _ = open_run(run)
     if as_json:
@@ -30,9 +30,9 @@ def status(run: RunPath, baseline: Baseline = None, as_json: AsJson = False) -> 
     out.print(str(state))
     if progress := stage_progress(folder, state):
         out.print(progress)
-    if error := failure(folder):
+    if error := last_error(folder):
         out.print(printable(f"The last attempt ended with: {error}"))
-    if summary.rows(folder):
+    if summary.player_rows(folder):
         out.print(summary.table(folder, out.width))
     out.print(summary.verdict(folder))
     if baseline is not None:
@@ -42,9 +42,9 @@ def status(run: RunPath, baseline: Baseline = None, as_json: AsJson = False) -> 
 def print_status(folder: RunDir, baseline: Path | None = None) -> None:
     """Print the status of a run as one JSON object."""
     from spinlm.report import compare
-    from spinlm.report.status import status as status_data
+    from spinlm.report.status import status_json
 
-    data = status_data(folder)
+    data = status_json(folder)
     if baseline is not None:
         comparison = compare.compare_runs(folder, RunDir(baseline))
         data["baseline"] = asdict(comparison) | {"result": comparison.result, "summary": str(comparison)}
@@ -59,9 +59,9 @@ def list_runs(
     from rich.box import SIMPLE
     from rich.table import Table
 
-    from spinlm.report.status import find_runs, status_of_all
+    from spinlm.report.status import find_runs, list_status_json
 
-    runs = status_of_all(find_runs(folder))
+    runs = list_status_json(find_runs(folder))
     if as_json:
         for run in runs:
             print(json.dumps(run))
@@ -91,12 +91,12 @@ def report(
     Works for a run that is unfinished or failed, too.
     """
     from spinlm.report.page import write_report
-    from spinlm.report.summary import rows
+    from spinlm.report.summary import player_rows
 
     folder = RunDir(run)
-    print(f"wrote {write_report(folder, output, other=None if baseline is None else RunDir(baseline))}")
-    if not rows(folder):
-        print("No player has been measured yet: the page shows the recipe, and what there is so far.")
+    print(f"wrote {write_report(folder, output, baseline=None if baseline is None else RunDir(baseline))}")
+    if not player_rows(folder):
+        print("No player has been evaluated yet.")
 
 
 def chat(

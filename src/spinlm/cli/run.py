@@ -141,12 +141,14 @@ def run_stage(name: str, path: Path, iteration: int) -> None:
 
 def print_result(folder: RunDir) -> None:
     """Print example responses, the table of players, the verdict, and commands to try next."""
-    from spinlm.report.summary import side_by_side, table, verdict
+    from spinlm.report.run_data import run_data
+    from spinlm.report.summary import table, verdict
 
     out = console(100)
-    for prompt, real, responses in side_by_side(folder, prompts=3):
+    for shown in run_data(folder).side_by_side(3, all_players=False):
         out.print()
-        for name, text in (("prompt", prompt), ("real", real), *responses):
+        responses = ((player, text) for player, text, _ in shown.responses)
+        for name, text in (("prompt", shown.messages[-1]["content"]), ("real", shown.real), *responses):
             out.print(f"{name:<11} " + printable(text).replace("\n", f"\n{'':12}"))
     out.print(table(folder, out.width))
     out.print(verdict(folder))
@@ -159,9 +161,10 @@ def print_result(folder: RunDir) -> None:
 
 def _next_commands(folder: RunDir) -> dict[str, str]:
     """Return commands that make sense after a run, each with its purpose."""
-    from spinlm.report.summary import is_control, start_from, system_prompt
+    from spinlm.report.run_data import run_data
+    from spinlm.report.summary import is_control, start_from
 
-    prompt = system_prompt(folder)  # `chat` needs the system prompt of the data
+    prompt = run_data(folder).system_prompt  # `chat` needs the system prompt of the data
     system = f" --system {shlex.quote(prompt)}" if prompt else ""
     run, recipe, control = (shlex.quote(f"{folder.root}{end}") for end in ("", "/recipe.yaml", "-control"))
     commands = {

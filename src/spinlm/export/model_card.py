@@ -11,7 +11,8 @@ from spinlm.data.sources import names_a_file
 from spinlm.errors import ModelError
 from spinlm.recipe.load import parse_yaml
 from spinlm.recipe.schema import Model, Recipe
-from spinlm.report.summary import cells, rows, system_prompt, verdict
+from spinlm.report.run_data import run_data
+from spinlm.report.summary import player_rows, table_cells, verdict
 from spinlm.rundir.layout import RunDir
 from spinlm.rundir.stage_graph import START, player_name
 from spinlm.utils.atomic import read_json
@@ -62,7 +63,7 @@ def full_card(recipe: Recipe, run: RunDir, iteration: int, *, merged: bool, lice
     commit = made.get("inputs", {}).get("model", {}).get("commit")
     counts = run.metadata("prepare", START)["counts"]
     own = f", {counts['warmup']} for the warm-up alone" if counts.get("sft") else ""
-    titles, body = cells(rows(run))
+    titles, body = table_cells(player_rows(run))
     table = [titles, ["---", *("---:" for _ in titles[1:])], *([name, *values] for name, *values in body)]
     with_base = f"over the base model {public_name(recipe.model.path)}"
     weights = f"a LoRA adapter {with_base}" if adapter else "a whole model"
@@ -80,7 +81,7 @@ def full_card(recipe: Recipe, run: RunDir, iteration: int, *, merged: bool, lice
             "## How to use\n",
             "```python",
             *_load(recipe.model, commit, adapter=adapter, in_4_bits=in_4_bits),
-            *_ask(recipe, _stop_ids(run, iteration), with_system=system_prompt(run) is not None),
+            *_ask(recipe, _stop_ids(run, iteration), with_system=run_data(run).system_prompt is not None),
             "```\n",
             "## Data\n",
             f"{public_name(recipe.data.path)}: {counts['train']} prompts for self-play{own}, and "

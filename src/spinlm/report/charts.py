@@ -1,4 +1,4 @@
-"""The charts of a report, as plotly.js takes them: traces and a layout. Colours are the page's, see page.js."""
+"""The charts of a report as plotly.js traces and layouts. page.js sets the colors."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -7,23 +7,23 @@ from typing import Any
 from spinlm.report.run_data import RunData
 from spinlm.rundir.stage_graph import STAGES, START, START_STAGES, player_name
 
-POINTS = 1500
-"""Most points of a curve: of longer ones every so many are shown."""
+MAX_POINTS = 1500
+"""Longer curves are thinned to at most this many points."""
 
-FEW = 30
-"""Points of a curve that are still shown as such."""
+MAX_MARKERS = 30
+"""Curves with at most this many points show a marker at each."""
 
 Trace = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Chart:
-    """One chart: what it shows, and how to read it."""
+    """One chart with its caption."""
 
     name: str
     section: str  # players, training or time
     title: str
-    note: str
+    caption: str
     traces: list[Trace]
     layout: dict[str, Any] = field(default_factory=dict)
 
@@ -31,168 +31,169 @@ class Chart:
         return {"traces": self.traces, "layout": self.layout}
 
 
-def charts(facts: RunData) -> list[Chart]:
-    """Those that a run has something for."""
-    return [chart for chart in (*_players(facts), *_training(facts), _time(facts)) if chart.traces]
+def charts(run: RunData) -> list[Chart]:
+    """Return the charts that have data."""
+    return [chart for chart in (*_player_charts(run), *_training_charts(run), _time_chart(run)) if chart.traces]
 
 
-def _players(facts: RunData) -> list[Chart]:
-    lengths = _measured(facts, "mean_tokens", "its answers, greedy")
-    opponents = [(player_name(iteration), noted["mean_tokens"]) for iteration, noted in facts.opponents]
+def _player_charts(run: RunData) -> list[Chart]:
+    lengths = _metric(run, "mean_tokens", "player, greedy")
+    opponents = [(player_name(iteration), recorded["mean_tokens"]) for iteration, recorded in run.opponents]
     if opponents:
-        lengths.append(_line("its opponent's, sampled", *zip(*opponents, strict=True)))
+        lengths.append(_line("opponent, sampled", *zip(*opponents, strict=True)))
     return [
         Chart(
             "task_score",
             "players",
             "Task score",
-            "Higher is better. Bars: 95% intervals over held-out prompts; seeds differ by more.",
-            _measured(facts, "task_score", "greedy") + _measured(facts, "sampled_task_score", "sampled"),
+            "Higher is better. Bars: 95% intervals over held-out prompts. Different seeds vary more.",
+            _metric(run, "task_score", "greedy") + _metric(run, "sampled_task_score", "sampled"),
         ),
         Chart(
             "heldout_nll",
             "players",
             "Held-out NLL",
-            "Nats per token of the real held-out responses. Lower is likelier; a collapse begins with a rise.",
-            _measured(facts, "heldout_nll", "NLL"),
+            "NLL of the real held-out responses, nats per token. Lower is better. A rise is an early sign of collapse.",
+            _metric(run, "heldout_nll", "NLL"),
         ),
         Chart(
-            "apart",
+            "real_vs_generated",
             "players",
-            "Told apart",
-            "How well real responses can be told from synthetic ones: 1 is always, 0.5 is guessing. By a linear probe, "
-            "from the player's own samples (AUC); by the player itself, from its opponent's (share of pairs).",
-            _measured(facts, "probe_auc", "real from its own (AUC)")
-            + _measured(facts, "pair_accuracy", "real from the opponent's"),
+            "Real vs generated",
+            "Probe AUC: a linear probe separates real responses from the player's own samples (0.5 = "
+            "indistinguishable). Pair accuracy: share of held-out pairs in which the player prefers the real response "
+            "over its opponent's.",
+            _metric(run, "probe_auc", "probe AUC") + _metric(run, "pair_accuracy", "pair accuracy"),
             {"shapes": [_level(0.5)]},
         ),
         Chart(
             "margins",
             "players",
             "Margins on held-out pairs",
-            "How much further the player has moved towards the real response than towards its opponent's, in nats. "
-            "One point for each pair.",
-            _distributions(facts),
+            "Log-probability gained by the real response minus that gained by the opponent's response, in nats. One "
+            "point per pair.",
+            _distributions(run),
             {"shapes": [_level(0.0)], "showlegend": False},
         ),
         Chart(
             "lengths",
             "players",
-            "Length of responses",
-            "Mean number of tokens. The dotted line is that of the real held-out responses.",
+            "Response length",
+            "Mean number of tokens. Dotted line: real held-out responses.",
             lengths,
-            {"shapes": [_level(facts.real_tokens)]} if facts.real_tokens else {},
+            {"shapes": [_level(run.real_tokens)]} if run.real_tokens else {},
         ),
         Chart(
             "kl_from_start",
             "players",
-            "Drift from the start",
-            "Estimated KL divergence from the starting player, nats per token of its own samples.",
-            _measured(facts, "kl_from_start", "kl_from_start"),
+            "KL from start",
+            "Estimated KL divergence from the start, nats per token of the player's own samples.",
+            _metric(run, "kl_from_start", "KL"),
         ),
         Chart(
-            "signs",
+            "collapse",
             "players",
-            "Signs of trouble",
-            "Shares of its greedy answers that are the real one word for word, do not end, or repeat themselves.",
+            "Signs of collapse",
+            "Greedy responses that equal the real one, that were truncated, and the share of repeated 4-grams.",
             [
-                *_measured(facts, "identical_rate", "identical"),
-                *_measured(facts, "truncated_rate", "unfinished"),
-                *_measured(facts, "repeated_4grams", "repeated"),
+                *_metric(run, "identical_rate", "identical"),
+                *_metric(run, "truncated_rate", "truncated"),
+                *_metric(run, "repeated_4grams", "repeated 4-grams"),
             ],
         ),
     ]
 
 
-def _training(facts: RunData) -> list[Chart]:
-    what = (
-        ("loss", "Loss", f"What is minimised.{_first_loss(facts.recipe)}"),
-        ("margin", "Margin", "Mean over a step's pairs, in nats."),
-        ("accuracy", "Accuracy", "Share of a step's pairs with a positive margin."),
-        ("real_nll", "NLL of the real responses", "Nats per token, on the prompts that are trained on."),
-        ("grad_norm", "Norm of the gradient", "Before it is scaled down to train.max_grad_norm."),
+def _training_charts(run: RunData) -> list[Chart]:
+    measures = (
+        ("loss", "Loss", f"The training objective.{_first_loss(run.recipe)}"),
+        ("margin", "Margin", "Mean over the pairs of a step, in nats."),
+        ("accuracy", "Accuracy", "Share of pairs with a positive margin."),
+        ("real_nll", "NLL of the real responses", "On training prompts, nats per token."),
+        ("grad_norm", "Gradient norm", "Before clipping to train.max_grad_norm."),
     )
     return [
-        Chart(f"step_{key}", "training", title, f"{note} By optimiser step.", _curves(facts, key))
-        for key, title, note in what
+        Chart(f"step_{key}", "training", title, f"{caption} By optimizer step.", _curves(run, key))
+        for key, title, caption in measures
     ]
 
 
 def _first_loss(recipe: dict[str, Any]) -> str:
-    """Where the loss of SPIN begins, as long as both players are the same."""
+    """State SPIN's loss at the first step, where player and opponent are equal."""
     objective = recipe["objective"]
     if objective["name"] != "spin" or objective["link"] != "logistic":
         return ""
-    term = f", and {objective['nll_weight']:g} × the NLL of the real responses" if objective["nll_weight"] else ""
-    return f" At the first step of an iteration it is ln 2 = 0.693{term}."
+    term = f" plus {objective['nll_weight']:g} × the NLL of the real responses" if objective["nll_weight"] else ""
+    return f" The first step of an iteration has ln 2 = 0.693{term}."
 
 
-def _time(facts: RunData) -> Chart:
+def _time_chart(run: RunData) -> Chart:
     traces = []
     for stage in dict.fromkeys((*START_STAGES, *STAGES)):
-        taken = {name: stages[stage] for name, stages in facts.times if stage in stages}
-        own = {name: one.seconds for name, one in taken.items() if not one.elsewhere}
-        spent = {name: seconds / 60 for name, seconds in own.items() if seconds is not None}
-        if spent:
-            traces.append({"type": "bar", "name": stage, "x": list(spent), "y": list(spent.values())})
+        times = {name: stages[stage] for name, stages in run.times if stage in stages}
+        own = {name: time.seconds for name, time in times.items() if not time.inherited}
+        minutes = {name: seconds / 60 for name, seconds in own.items() if seconds is not None}
+        if minutes:
+            traces.append({"type": "bar", "name": stage, "x": list(minutes), "y": list(minutes.values())})
     layout = {"barmode": "stack", "yaxis": {"title": {"text": "minutes"}}}
-    return Chart("time", "time", "Time of each stage", "Wall-clock time.", traces, layout)
+    return Chart("time", "time", "Time per stage", "Wall-clock time.", traces, layout)
 
 
-def _measured(facts: RunData, key: str, name: str) -> list[Trace]:
-    """A measure of every player that has it, with its interval."""
-    rows = [row for row in facts.players if key in row.metrics]
-    if not rows:
+def _metric(run: RunData, key: str, name: str) -> list[Trace]:
+    """Return a metric of every player that has it, with its interval."""
+    players = [player for player in run.players if key in player.metrics]
+    if not players:
         return []
-    values = [row.metrics[key] for row in rows]
-    trace = _line(name, [row.name for row in rows], values)
-    ends = [row.metrics["intervals"].get(key) for row in rows]
-    if all(ends):
-        above = [high - value for value, (_, high) in zip(values, ends, strict=True)]
-        below = [value - low for value, (low, _) in zip(values, ends, strict=True)]
+    values = [player.metrics[key] for player in players]
+    trace = _line(name, [player.name for player in players], values)
+    intervals = [player.metrics["intervals"].get(key) for player in players]
+    if all(intervals):
+        above = [high - value for value, (_, high) in zip(values, intervals, strict=True)]
+        below = [value - low for value, (low, _) in zip(values, intervals, strict=True)]
         trace["error_y"] = {"type": "data", "symmetric": False, "array": above, "arrayminus": below}
     return [trace]
 
 
-def _distributions(facts: RunData) -> list[Trace]:
+def _distributions(run: RunData) -> list[Trace]:
+    """Return the margins of each player as a violin."""
     traces = []
-    for row in facts.players:
-        answers = facts.answers[row.iteration].values()
-        margins = [margin for answer in answers for margin in answer.get("margins", ())]
-        if row.iteration != START and margins:
+    for player in run.players:
+        responses = run.responses[player.iteration].values()
+        margins = [margin for response in responses for margin in response.get("margins", ())]
+        if player.iteration != START and margins:
             style = {"type": "violin", "points": "all", "pointpos": 0, "jitter": 0.4, "meanline": {"visible": True}}
-            traces.append({**style, "name": row.name, "colour": _colour(row.iteration), "y": _thinned(margins)})
+            traces.append({**style, "name": player.name, "color": _color(player.iteration), "y": _thin(margins)})
     return traces
 
 
-def _curves(facts: RunData, key: str) -> list[Trace]:
-    """A measure of the steps, a curve for each stage that trains."""
+def _curves(run: RunData, key: str) -> list[Trace]:
+    """Return a measure of the optimizer steps, one curve per training stage."""
     curves: dict[int, list[tuple[int, float]]] = {}
-    for line in facts.steps:
+    for line in run.steps:
         if key in line:
             curves.setdefault(line["iteration"], []).append((line["step"], line[key]))
-    found = []
+    traces = []
     for iteration, points in curves.items():
-        steps, values = zip(*_thinned(points), strict=True)
-        name = "warm-up" if iteration == START else player_name(iteration)
-        found.append(_line(name, steps, values) | {"colour": _colour(iteration)})
-    return found
+        steps, values = zip(*_thin(points), strict=True)
+        name = "sft" if iteration == START else player_name(iteration)
+        traces.append(_line(name, steps, values) | {"color": _color(iteration)})
+    return traces
 
 
-def _colour(iteration: int) -> int:
-    """The number of the page's colour, from 1, for whatever is of one iteration."""
+def _color(iteration: int) -> int:
+    """Return the number, from 1, of an iteration's color in the page's palette."""
     return iteration - START + 1
 
 
 def _line(name: str, x: Sequence[Any], y: Sequence[float]) -> Trace:
-    mode = "lines+markers" if len(x) <= FEW else "lines"
+    mode = "lines+markers" if len(x) <= MAX_MARKERS else "lines"
     return {"type": "scatter", "mode": mode, "name": name, "x": list(x), "y": list(y)}
 
 
 def _level(value: float) -> dict[str, Any]:
-    """A line across."""
+    """Return a dotted horizontal line."""
     return {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": value, "y1": value, "line": {"dash": "dot"}}
 
 
-def _thinned(points: list[Any]) -> list[Any]:
-    return points[:: -(-len(points) // POINTS)]
+def _thin(points: list[Any]) -> list[Any]:
+    return points[:: -(-len(points) // MAX_POINTS)]

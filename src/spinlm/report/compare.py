@@ -1,7 +1,4 @@
-"""Two players on the same held-out prompts, by the difference on each of them: within a run, and of two runs.
-
-Reads run folders only; imports no torch.
-"""
+"""Compare two players, or two runs, by the paired difference on each held-out prompt. Imports no torch."""
 
 import json
 import statistics
@@ -9,7 +6,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from spinlm.errors import RunError
-from spinlm.report.summary import LIKELIHOOD_ONLY, METRIC_NAMES, format_lead, promotions, rows
+from spinlm.report.summary import (
+    METRIC_NAMES,
+    NLL_CAVEAT,
+    count_standard_errors,
+    format_lead,
+    player_rows,
+    promotions,
+)
 from spinlm.rundir.layout import RunDir
 from spinlm.rundir.provenance import differences, read_recipe
 from spinlm.rundir.stage_graph import START
@@ -19,116 +23,131 @@ from spinlm.utils.statistics import standard_error
 
 @dataclass(frozen=True)
 class RunComparison:
-    """How the players of two runs stand against each other after the same iteration. As text, one sentence."""
+    """The difference between the players of two runs after the same iteration. `str()` gives it in sentences."""
 
     run: str
-    other: str
+    baseline: str
     iteration: int
     metric: str
-    mean_difference: float  # mean of the paired differences; positive where `run` is better
-    standard_error: float
+    mean_difference: float  # over the held-out prompts; positive where `run` is better
+    standard_error: float  # of the mean difference
     prompts: int
-    standard_errors: float  # how many of them a lead has to exceed
-    later: dict[str, int]  # a run that has gone on, to its last iteration
+    min_standard_errors: float  # a difference below this many standard errors counts as none
+    later_iterations: dict[str, int]  # last iteration of each run that has evaluated more than `iteration`
 
     @property
     def result(self) -> str:
-        """`ahead`, `behind`, or `no difference beyond` so many standard errors."""
-        if abs(self.mean_difference) > self.standard_errors * self.standard_error:
+        """`ahead`, `behind`, or `no difference beyond N standard errors`."""
+        if abs(self.mean_difference) > self.min_standard_errors * self.standard_error:
             return "ahead" if self.mean_difference > 0 else "behind"
-        return f"no difference beyond {self.standard_errors:g} standard error{'' if self.standard_errors == 1 else 's'}"
+        return f"no difference beyond {count_standard_errors(self.min_standard_errors)}"
 
     def __str__(self) -> str:
-        later = "".join(f" {name} has gone on to iteration {last}." for name, last in self.later.items())
-        return (
-            f"{self.run} against {self.other}, both after iteration {self.iteration}: {self.result}; "
-            f"{METRIC_NAMES[self.metric]} {format_lead(self.metric, self.mean_difference)} ± {self.standard_error:.3f} (standard "
-            f"error of the paired difference on {self.prompts} held-out prompts; another seed may differ)."
-            + later
-            + ("" if self.metric == "task_score" else LIKELIHOOD_ONLY)
-        )
+        title = METRIC_NAMES[self.metric]
+        lead = f"{format_lead(self.metric, self.mean_difference)} ± {self.standard_error:.3f}"
+        sentences = [
+            f"{self.run} vs {self.baseline} after iteration {self.iteration}: {self.result}.",
+            f"{title[:1].upper()}{title[1:]} {lead} (mean paired difference ± standard error on "
+            f"{self.prompts} held-out prompts).",
+            "Another seed may differ.",
+            *(f"{name} has evaluated iteration {last}." for name, last in self.later_iterations.items()),
+            *([] if self.metric == "task_score" else [NLL_CAVEAT]),
+        ]
+        return " ".join(sentences)
 
 
-def compare_runs(run: RunDir, other: RunDir) -> RunComparison:
-    """Compare a run with another one, say its control, after the last iteration that both have played.
+def compare_runs(run: RunDir, baseline: RunDir) -> RunComparison:
+    """Compare a run with a baseline, such as its control, after the last iteration that both have evaluated.
 
-    Not by their best players: these were chosen on the same prompts, and by the run that has more of them more
-    favourably. Players that had collapsed are passed over, too.
+    The best players are not compared: each was selected on these prompts, and a run with more iterations has more
+    players to select from. Collapsed players are skipped.
 
     Raises:
-        RunError: there is no run, or no iteration that both have evaluated; their held-out prompts differ, or answers
-            were drawn or scored otherwise; or what they left is damaged.
+        RunError: a folder holds no run; the runs have no evaluated iteration in common; their held-out prompts or their
+            evaluation differ; or a file is damaged.
     """
-    ours, theirs = (read_recipe(one) for one in (run, other))
-    select = ours["selfplay"]["select"]
-    metric = metric_of(select["metric"], ours["evaluate"]["scorer"])
-    if metric == "task_score" and (unlike := differences(_measured_by(theirs), _measured_by(ours))):
+    recipe, baseline_recipe = read_recipe(run), read_recipe(baseline)
+    select = recipe["selfplay"]["select"]
+    metric = select_metric(select["metric"], recipe["evaluate"]["scorer"])
+    changes = differences(_scoring_settings(baseline_recipe), _scoring_settings(recipe))
+    if metric == "task_score" and changes:
         raise RunError(
-            f"{run.root} and {other.root} cannot be compared, as their answers were measured differently:\n"
-            + "\n".join(f"  {line}" for line in unlike)
+            f"{run.root} and {baseline.root} cannot be compared: their task scores were measured differently:\n"
+            + "\n".join(f"  {line}" for line in changes)
         )
-    iteration = _last_of_both(run, other)
-    mine, yours = (_by_example(one, iteration, metric) for one in (run, other))
-    both = [example for example in mine if example in yours]
-    if len(both) < 2 or 2 * len(both) < min(len(mine), len(yours)):
+    iteration = _last_common_iteration(run, baseline)
+    values, baseline_values = (_values_by_example(folder, iteration, metric) for folder in (run, baseline))
+    shared = [example for example in values if example in baseline_values]
+    if len(shared) < 2 or 2 * len(shared) < min(len(values), len(baseline_values)):
         raise RunError(
-            f"{run.root} and {other.root} cannot be compared: they have {len(both)} held-out examples in common, of "
-            f"{len(mine)} and {len(yours)}. Begin one of them with --start-from the other"
+            f"{run.root} and {baseline.root} cannot be compared: they share {len(shared)} held-out examples, of "
+            f"{len(values)} and {len(baseline_values)}. Start one of them with --start-from the other"
         )
-    sign = 1 if metric == "task_score" else -1
-    leads = [sign * (mine[example] - yours[example]) for example in both]
-    roots = [one.root.absolute() for one in (run, other)]
-    names = [root.name if roots[0].name != roots[1].name else str(root) for root in roots]
-    last = {name: rows(one)[-1].iteration for name, one in zip(names, (run, other), strict=True)}
+    leads = [lead(metric, values[example], baseline_values[example]) for example in shared]
+    names = _names(run, baseline)
+    last = {name: player_rows(folder)[-1].iteration for name, folder in zip(names, (run, baseline), strict=True)}
     return RunComparison(
         run=names[0],
-        other=names[1],
+        baseline=names[1],
         iteration=iteration,
         metric=metric,
         mean_difference=statistics.fmean(leads),
         standard_error=standard_error(leads),
         prompts=len(leads),
-        standard_errors=select["min_standard_errors"],
-        later={name: reached for name, reached in last.items() if reached > iteration},
+        min_standard_errors=select["min_standard_errors"],
+        later_iterations={name: number for name, number in last.items() if number > iteration},
     )
 
 
-def metric_of(chosen: str | None, scorer: str | None) -> str:
-    """What players are judged by: the metric that the recipe names, or else task score where there is a scorer."""
-    return chosen or ("task_score" if scorer else "heldout_nll")
+def select_metric(metric: str | None, scorer: str | None) -> str:
+    """Return the metric that decides which player is better: the recipe's, else by whether it has a scorer."""
+    return metric or ("task_score" if scorer else "heldout_nll")
 
 
-def values_of(run: RunDir, iteration: int, metric: str) -> dict[str, float]:
-    """By held-out example, what a player was measured at."""
+def player_values(folder: RunDir, iteration: int, metric: str) -> dict[str, float]:
+    """Return a player's task score or NLL on each held-out example, by the example's id."""
     key = "task_score" if metric == "task_score" else "nll"
-    return {answer["id"]: float(answer[key] or 0.0) for answer in read_json_lines(run.heldout_greedy(iteration))}
+    return {row["id"]: float(row[key] or 0.0) for row in read_json_lines(folder.heldout_greedy(iteration))}
 
 
-def _measured_by(recipe: dict[str, Any]) -> dict[str, Any]:
-    """What the task score of an answer depends on, besides the player."""
+def lead(metric: str, value: float, baseline: float) -> float:
+    """Return by how much a value is better than the baseline's. A lower NLL is better."""
+    return value - baseline if metric == "task_score" else baseline - value
+
+
+def _names(run: RunDir, baseline: RunDir) -> tuple[str, str]:
+    """Return the names of two runs: their folders' names, or whole paths where those names are equal."""
+    first, second = run.root.absolute(), baseline.root.absolute()
+    return (first.name, second.name) if first.name != second.name else (str(first), str(second))
+
+
+def _scoring_settings(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that a task score depends on, apart from the player."""
     limit = recipe["evaluate"]["max_new_tokens"] or recipe["opponent"]["max_new_tokens"]
     return {"evaluate": recipe["evaluate"] | {"max_new_tokens": limit}}
 
 
-def _last_of_both(run: RunDir, other: RunDir) -> int:
-    played = []
-    for one in (run, other):
-        collapsed = {judged["iteration"] for judged in promotions(one) if judged.get("collapse")}
-        played.append({row.iteration for row in rows(one)} - collapsed - {START})
-    if not (both := played[0] & played[1]):
+def _last_common_iteration(run: RunDir, baseline: RunDir) -> int:
+    """Return the last iteration that both runs have evaluated and that collapsed in neither."""
+    evaluated = []
+    for folder in (run, baseline):
+        collapsed = {item["iteration"] for item in promotions(folder) if item.get("collapse")}
+        evaluated.append({row.iteration for row in player_rows(folder)} - collapsed - {START})
+    common = evaluated[0] & evaluated[1]
+    if not common:
         raise RunError(
-            f"{run.root} and {other.root} cannot be compared yet: there is no iteration that both have evaluated and "
-            "that has not collapsed"
+            f"{run.root} and {baseline.root} cannot be compared yet: they have no evaluated iteration in common that "
+            "has not collapsed"
         )
-    return max(both)
+    return max(common)
 
 
-def _by_example(run: RunDir, iteration: int, metric: str) -> dict[str, float]:
-    """What a player was measured at, by the tokens of the held-out example: ids may be the same in other data."""
-    run.require("prepare", START)
-    run.require("evaluate", iteration)
-    values = values_of(run, iteration, metric)
+def _values_by_example(folder: RunDir, iteration: int, metric: str) -> dict[str, float]:
+    """Return a player's values by the tokens of the held-out example: two data sets may use the same ids."""
+    folder.require("prepare", START)
+    folder.require("evaluate", iteration)
+    values = player_values(folder, iteration, metric)
     return {
         json.dumps([row["prompt_ids"], row["response_ids"], row.get("rejected_ids")]): values[row["id"]]
-        for row in read_json_lines(run.examples("heldout"))
+        for row in read_json_lines(folder.examples("heldout"))
     }

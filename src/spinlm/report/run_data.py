@@ -1,4 +1,4 @@
-"""What a run folder says about its run, however far that came."""
+"""Everything the report shows of a run, read from its folder; the run may be unfinished."""
 
 import contextlib
 import json
@@ -12,208 +12,225 @@ from typing import Any
 
 from spinlm.evals.scores import Scores, read_scores, scores_of
 from spinlm.report.status import is_step, run_status, stages_of
-from spinlm.report.summary import COLUMNS, Row, rows, start_from, text_of, verdict
+from spinlm.report.summary import COLUMNS, PlayerRow, compared_player, display_text, player_rows, start_from, verdict
 from spinlm.rundir.layout import RunDir
 from spinlm.rundir.provenance import with_defaults
 from spinlm.rundir.stage_graph import START, player_name
 from spinlm.utils.atomic import read_json, read_json_lines
 
-SHOWN = 20
-"""Prompts whose answers are shown side by side."""
+REPORT_COLUMNS = (*COLUMNS, ("probe_auc", "probe AUC", "{:.2f}"), ("kl_from_start", "KL from start", "{:.3f}"))
+"""Columns of the report's table of players: metric, title, number format."""
+
+SIDE_BY_SIDE = 20
+"""Prompts whose responses the report shows side by side."""
 
 EXTREMES = 5
-"""Largest wins, and as many losses."""
+"""Largest wins shown, and largest losses."""
 
 
 @dataclass(frozen=True)
 class ResponseDiff:
-    """A held-out prompt on which a later player did much better or worse than the start."""
+    """A held-out prompt with the responses of the start and of a later player."""
 
-    by: float
+    gain: float  # of the later player over the start; positive is better
     prompt: str
     real: str
-    before: str
-    after: str
+    start: str
+    later: str
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """What the players answered to a held-out prompt."""
+class PromptResponses:
+    """A held-out prompt with the real response and the players' responses."""
 
-    prompt: list[dict[str, str]]  # messages
+    messages: list[dict[str, str]]  # the prompt
     real: str
-    answers: list[tuple[str, str, float | None]]  # player, text, task score
+    responses: list[tuple[str, str, float | None]]  # player, text, task score
 
 
 @dataclass(frozen=True)
-class Spent:
-    """Time by the clock; `at_least`, where a stage went on with what an interruption had left."""
+class StageTime:
+    """Wall-clock time of one stage or of several."""
 
-    seconds: float | None  # None where it was not kept
-    at_least: bool
-    elsewhere: bool = False  # by the run that the start was taken from
+    seconds: float | None  # None where it was not recorded
+    lower_bound: bool  # an interrupted stage was resumed; time before the interruption is not included
+    inherited: bool = False  # spent by the run whose start this run uses
 
 
 @dataclass(frozen=True)
 class RunData:
-    """A run, read once."""
+    """The contents of a run folder; each file is read once."""
 
-    run: RunDir
+    folder: RunDir
     recipe: dict[str, Any]
-    players: list[Row]
+    players: list[PlayerRow]
 
     @property
     def name(self) -> str:
-        return self.run.root.absolute().name
+        return self.folder.root.absolute().name
 
     @property
     def recipe_text(self) -> str:
-        path = self.run.readable_recipe
+        path = self.folder.readable_recipe
         return (
             path.read_text(encoding="utf-8", errors="replace") if path.exists() else json.dumps(self.recipe, indent=1)
         )
 
     @cached_property
     def verdict(self) -> str:
-        return verdict(self.run)
+        return verdict(self.folder)
+
+    @cached_property
+    def status(self) -> str:
+        return str(run_status(self.folder))
 
     @cached_property
     def provenance(self) -> dict[str, Any]:
-        return _read(self.run.provenance, {})
+        return _read_if_present(self.folder.provenance)
 
     @cached_property
     def skipped(self) -> dict[str, Any]:
-        return _read(self.run.skipped_rows, {})
+        """Counts of rows that `prepare` skipped, by reason."""
+        return _read_if_present(self.folder.skipped_rows)
 
     @cached_property
-    def times(self) -> list[tuple[str, dict[str, "Spent"]]]:
-        """What each complete stage took, by player."""
-        found: dict[str, dict[str, Spent]] = {}
-        source = start_from(self.run)
-        for stage, iteration in stages_of(self.run):
-            if self.run.marker(stage, iteration).exists():
-                noted = self.run.metadata(stage, iteration)
-                elsewhere = source is not None and iteration == START
-                spent = Spent(noted.get("seconds"), bool(noted.get("resumed")), elsewhere)
-                found.setdefault(player_name(iteration), {})[stage] = spent
-        return list(found.items())
+    def times(self) -> list[tuple[str, dict[str, StageTime]]]:
+        """The time of each complete stage, by player."""
+        times: dict[str, dict[str, StageTime]] = {}
+        source = start_from(self.folder)
+        for stage, iteration in stages_of(self.folder):
+            if self.folder.marker(stage, iteration).exists():
+                metadata = self.folder.metadata(stage, iteration)
+                inherited = source is not None and iteration == START
+                time = StageTime(metadata.get("seconds"), bool(metadata.get("resumed")), inherited)
+                times.setdefault(player_name(iteration), {})[stage] = time
+        return list(times.items())
 
     @cached_property
-    def spent(self) -> "Spent":
-        """What all complete stages of this run took."""
-        each = [spent for _, stages in self.times for spent in stages.values() if not spent.elsewhere]
-        return Spent(sum(one.seconds or 0.0 for one in each), any(one.at_least for one in each))
-
-    @cached_property
-    def state(self) -> str:
-        """How far the run has come, in a sentence."""
-        return str(run_status(self.run))
+    def total_time(self) -> StageTime:
+        """The time of all complete stages, without inherited ones."""
+        own = [time for _, stages in self.times for time in stages.values() if not time.inherited]
+        return StageTime(sum(time.seconds or 0.0 for time in own), any(time.lower_bound for time in own))
 
     @cached_property
     def opponents(self) -> list[tuple[int, dict[str, Any]]]:
-        """By iteration, what `score` noted of its opponent's responses."""
-        found = []
+        """What `reference_logprobs` recorded of the opponent's responses, by iteration."""
+        recorded = []
         for iteration in count(0):
-            if not self.run.marker("reference_logprobs", iteration).exists():
+            if not self.folder.marker("reference_logprobs", iteration).exists():
                 break
-            noted = self.run.metadata("reference_logprobs", iteration)
-            found.append((iteration, noted.get("train") or noted["heldout"]))
-        return found
+            metadata = self.folder.metadata("reference_logprobs", iteration)
+            recorded.append((iteration, metadata.get("train") or metadata["heldout"]))
+        return recorded
 
     @cached_property
     def benchmarks(self) -> list[Scores]:
-        """Benchmark scores, a table for each suite."""
-        measured = [row.iteration for row in self.players if self.run.benchmarks(row.iteration).exists()]
-        suites = dict.fromkeys(suite for iteration in measured for suite in read_scores(self.run, iteration))
-        return [scores_of(self.run, measured, suite) for suite in suites]
+        """Benchmark scores, one table per suite."""
+        measured = [row.iteration for row in self.players if self.folder.benchmarks(row.iteration).exists()]
+        suites = dict.fromkeys(suite for iteration in measured for suite in read_scores(self.folder, iteration))
+        return [scores_of(self.folder, measured, suite) for suite in suites]
 
     @cached_property
     def steps(self) -> list[dict[str, Any]]:
-        """Every optimiser step, as far as its line can be read: the last may still be written."""
-        return list(_steps(self.run.train_log))
+        """The log entries of all optimizer steps. A damaged or half-written line is skipped."""
+        return list(_steps(self.folder.train_log))
 
     @cached_property
     def examples(self) -> list[dict[str, Any]]:
         """The held-out examples."""
-        path = self.run.examples("heldout")
+        path = self.folder.examples("heldout")
         return list(read_json_lines(path)) if path.exists() else []
 
     @cached_property
-    def answers(self) -> dict[int, dict[str, dict[str, Any]]]:
-        """By player and prompt, what was answered to the held-out prompts."""
+    def responses(self) -> dict[int, dict[str, dict[str, Any]]]:
+        """The greedy responses to the held-out prompts, by iteration and example id."""
         return {
-            row.iteration: {one["id"]: one for one in read_json_lines(self.run.heldout_greedy(row.iteration))}
-            for row in self.players
+            player.iteration: {row["id"]: row for row in read_json_lines(self.folder.heldout_greedy(player.iteration))}
+            for player in self.players
         }
 
     @property
     def real_tokens(self) -> float | None:
-        """Mean length of the real held-out responses."""
-        return statistics.fmean(len(one["response_ids"]) for one in self.examples) if self.examples else None
+        """Mean number of tokens of the real held-out responses."""
+        return statistics.fmean(len(row["response_ids"]) for row in self.examples) if self.examples else None
 
     @property
-    def table(self) -> list[tuple[str, str, str]]:
-        """Which measures to show for each player: key, title, and the format of a number."""
-        columns = (*COLUMNS, ("probe_auc", "probe_auc", "{:.2f}"), ("kl_from_start", "kl_from_start", "{:.3f}"))
-        return [column for column in columns if any(column[0] in row.metrics for row in self.players)]
+    def columns(self) -> list[tuple[str, str, str]]:
+        """Columns of the table of players, without metrics that no player has."""
+        return [column for column in REPORT_COLUMNS if any(column[0] in player.metrics for player in self.players)]
 
-    @cached_property
-    def comparisons(self) -> list[Comparison]:
-        """Answers side by side; prompts on which the first and the last player differ come first."""
+    @property
+    def compared(self) -> PlayerRow | None:
+        return compared_player(self.players)
+
+    def side_by_side(self, prompts: int = SIDE_BY_SIDE, *, all_players: bool = True) -> list[PromptResponses]:
+        """Return the responses to some held-out prompts; those on which the compared players differ come first.
+
+        Args:
+            prompts: most prompts to return.
+            all_players: whether to include every player, or only the start and the player compared with it.
+        """
         if not self.players:
             return []
-        first, last = (self.answers[row.iteration] for row in (self.players[0], self.players[-1]))
-        order = sorted(self.examples, key=lambda one: first[one["id"]]["text"] == last[one["id"]]["text"])
+        first, second = self.players[0], self.compared or self.players[0]
+        shown = [player for player in self.players if all_players or player in (first, second)]
+        start, later = self.responses[first.iteration], self.responses[second.iteration]
+        order = sorted(self.examples, key=lambda example: start[example["id"]]["text"] == later[example["id"]]["text"])
         return [
-            Comparison(
-                one["messages"],
-                one["response"],
+            PromptResponses(
+                example["messages"],
+                example["response"],
                 [
-                    (row.name, text_of(answer), answer["task_score"])
-                    for row in self.players
-                    for answer in (self.answers[row.iteration][one["id"]],)
+                    (player.name, _response_text(response), response["task_score"])
+                    for player in shown
+                    for response in (self.responses[player.iteration][example["id"]],)
                 ],
             )
-            for one in order[:SHOWN]
+            for example in order[:prompts]
         ]
 
     @property
-    def compared(self) -> Row | None:
-        """Who is held against the start: the best player, or the last where the start is the best."""
-        later = self.players[1:]
-        return next((row for row in later if row.best), later[-1] if later else None)
-
-    @property
     def scored(self) -> bool:
-        """Whether the recipe names a scorer, so that answers have a task score."""
+        """Whether the recipe has a scorer, so that responses have a task score."""
         return bool(self.recipe["evaluate"]["scorer"])
 
     @cached_property
-    def changes(self) -> tuple[list[ResponseDiff], list[ResponseDiff]]:
-        """The largest wins and losses against the start: of task score, or else of the real response's NLL."""
+    def wins_and_losses(self) -> tuple[list[ResponseDiff], list[ResponseDiff]]:
+        """The largest gains and losses against the start: in task score, or without one in the real response's NLL."""
         if self.compared is None:
             return [], []
-        start, other = self.answers[START], self.answers[self.compared.iteration]
-        found = []
-        for one in self.examples:
-            before, after = start[one["id"]], other[one["id"]]
-            by = after["task_score"] - before["task_score"] if self.scored else before["nll"] - after["nll"]
-            found.append(
-                ResponseDiff(by, one["messages"][-1]["content"], one["response"], text_of(before), text_of(after))
-            )
-        found.sort(key=lambda change: change.by)
-        losses = [change for change in found[:EXTREMES] if change.by < 0]
-        wins = [change for change in found[::-1][:EXTREMES] if change.by > 0]
+        start, later = self.responses[START], self.responses[self.compared.iteration]
+        diffs = []
+        for example in self.examples:
+            old, new = start[example["id"]], later[example["id"]]
+            gain = new["task_score"] - old["task_score"] if self.scored else old["nll"] - new["nll"]
+            prompt = example["messages"][-1]["content"]
+            diffs.append(ResponseDiff(gain, prompt, example["response"], _response_text(old), _response_text(new)))
+        diffs.sort(key=lambda diff: diff.gain)
+        losses = [diff for diff in diffs[:EXTREMES] if diff.gain < 0]
+        wins = [diff for diff in diffs[::-1][:EXTREMES] if diff.gain > 0]
         return wins, losses
 
+    @property
+    def system_prompt(self) -> str | None:
+        """The system prompt of the first held-out example, if it has one."""
+        if not self.examples:
+            return None
+        first = self.examples[0]["messages"][0]
+        return str(first["content"]) if first["role"] == "system" else None
 
-def facts(run: RunDir) -> RunData:
-    """Read a run folder."""
-    return RunData(run, with_defaults(read_json(run.recipe)), rows(run))
+
+def run_data(folder: RunDir) -> RunData:
+    """Open a run folder for reading."""
+    return RunData(folder, with_defaults(read_json(folder.recipe)), player_rows(folder))
 
 
-def _read(path: Path, otherwise: Any) -> Any:
-    return read_json(path) if path.exists() else otherwise
+def _response_text(response: dict[str, Any]) -> str:
+    return display_text(response["text"], response["finished"], len(response["token_ids"]))
+
+
+def _read_if_present(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.exists() else {}
 
 
 def _steps(path: Path) -> Iterator[dict[str, Any]]:

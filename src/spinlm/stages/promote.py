@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from spinlm.evals.collapse import detect_collapse
 from spinlm.recipe.schema import Recipe
-from spinlm.report.compare import metric_of, values_of
+from spinlm.report.compare import lead, player_values, select_metric
 from spinlm.rundir.layout import RunDir
 from spinlm.rundir.stage_graph import START
 from spinlm.utils.atomic import read_json, write_json
@@ -20,8 +20,8 @@ class Comparison:
     """How far a player is ahead of the best so far, on the same held-out prompts."""
 
     metric: str
-    against: int
-    mean_difference: float  # of the paired differences; positive is better
+    baseline: int  # iteration of the best player so far
+    mean_difference: float  # paired, over the held-out prompts; positive is better
     standard_error: float
     better: bool
 
@@ -29,8 +29,8 @@ class Comparison:
 def promote(recipe: Recipe, run: RunDir, iteration: int) -> bool:
     """Point `best` at the best player so far; returns whether another iteration is worth it.
 
-    A player replaces the best only when it is ahead by more than `select.min_standard_errors` standard errors of
-    the paired difference, so the starting player stays best until one is better beyond the noise.
+    A player replaces the best only when it is ahead by more than `select.min_standard_errors` standard errors of the paired
+    difference, so the starting player stays best until one is better beyond the noise.
     """
     if run.done("promote", iteration):
         judged = run.metadata("promote", iteration)
@@ -54,7 +54,7 @@ def promote(recipe: Recipe, run: RunDir, iteration: int) -> bool:
         comparison.metric.replace("_", " "),
         f"{comparison.mean_difference:+z.4f}",
         comparison.standard_error,
-        "the start" if comparison.against == START else f"iteration {comparison.against}",
+        "the start" if comparison.baseline == START else f"iteration {comparison.baseline}",
         "better" if comparison.better else "not better beyond the noise",
     )
     if collapse:
@@ -70,7 +70,7 @@ def promote(recipe: Recipe, run: RunDir, iteration: int) -> bool:
         "best": best,
         "go_on": go_on,
         "metric": comparison.metric,
-        "against": comparison.against,
+        "baseline": comparison.baseline,
         "mean_difference": comparison.mean_difference,
         "standard_error": comparison.standard_error,
         "better": comparison.better,
@@ -81,12 +81,11 @@ def promote(recipe: Recipe, run: RunDir, iteration: int) -> bool:
     return go_on
 
 
-def compare(recipe: Recipe, run: RunDir, iteration: int, against: int) -> Comparison:
+def compare(recipe: Recipe, run: RunDir, iteration: int, baseline: int) -> Comparison:
     """Compare the players of two iterations on `select.metric`, prompt by prompt."""
     select = recipe.selfplay.select
-    metric = metric_of(select.metric, recipe.evaluate.scorer)
-    new, old = values_of(run, iteration, metric), values_of(run, against, metric)
-    sign = 1 if metric == "task_score" else -1
-    ahead = [sign * (new[key] - old[key]) for key in old]
+    metric = select_metric(select.metric, recipe.evaluate.scorer)
+    new, old = player_values(run, iteration, metric), player_values(run, baseline, metric)
+    ahead = [lead(metric, new[key], old[key]) for key in old]
     better = significantly_better(ahead, select.min_standard_errors)
-    return Comparison(metric, against, statistics.fmean(ahead), standard_error(ahead), better)
+    return Comparison(metric, baseline, statistics.fmean(ahead), standard_error(ahead), better)
