@@ -62,10 +62,10 @@ class Bench:
     ) -> list[list[int]]:
         import torch
 
-        from spinlm.model.fused import fuse
+        from spinlm.model.fused import fuse_layers
 
         model = self.players.model
-        self.players.logprobs.use_attention(tree=False)
+        self.players.logprobs.use_tree_attention(False)
         for layer in model.modules():
             vars(layer).pop("forward", None)  # PEFT's own
         torch.manual_seed(seed)
@@ -80,7 +80,7 @@ class Bench:
             ids = torch.tensor([[0] * (width - len(self.prompts[i])) + self.prompts[i] for i in batch])
             mask = torch.tensor([[0] * (width - len(self.prompts[i])) + [1] * len(self.prompts[i]) for i in batch])
             with torch.inference_mode():
-                out = self.players.logprobs.causal.generate(
+                out = self.players.logprobs.causal_lm.generate(
                     ids,
                     attention_mask=mask,
                     max_new_tokens=new or self.new,
@@ -91,7 +91,7 @@ class Bench:
             for index, row in zip(batch, out[:, width:].tolist(), strict=True):
                 ends = [place for place, token in enumerate(row) if token in self.stop_ids]
                 found[index] = row[: ends[0] + 1] if ends else row
-        fuse(model)
+        fuse_layers(model)
         return [found[index] for index in range(len(self.prompts))]
 
     def transformers_at_its_best(self, seed: int) -> list[list[int]]:

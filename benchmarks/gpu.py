@@ -87,7 +87,7 @@ def measure(
     register_tree_attention()
     player = _player(CONFIGS[model], Lora(r=rank, alpha=2 * rank), device, dtype, pieces)
     if checkpointed:
-        switch_checkpointing(player.causal, on=True)
+        switch_checkpointing(player.causal_lm, on=True)
     length = prompt + (1 + opponents) * response
     trees = max(1, budget // length)
     work = Work(prompt, response, opponents, trees * opponents, rank=rank)
@@ -134,7 +134,7 @@ def measure(
     return {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "torch": torch.__version__,
-        "flex_attention": player.uses_flex(device),
+        "flex_attention": player.uses_flex_attention(device),
         "tokens_in_a_micro_batch": trees * length,
         "seconds": seconds,
         "pairs_per_second_over_two_epochs": work.pairs / (EPOCHS * seconds["step"] + seconds["reference_logprobs"]),
@@ -157,7 +157,7 @@ def _player(config: dict[str, Any], lora: Any, device: Any, dtype: Any, pieces: 
     import torch
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-    from spinlm.model.fused import fuse
+    from spinlm.model.fused import fuse_layers
     from spinlm.model.loading import add_adapter
     from spinlm.model.logprobs import LogProbs
 
@@ -165,10 +165,10 @@ def _player(config: dict[str, Any], lora: Any, device: Any, dtype: Any, pieces: 
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[config["model_type"]](**settings), dtype=dtype)
     adapted = add_adapter(model, lora, 0)
-    fuse(adapted)
+    fuse_layers(adapted)
 
     class Pieces(LogProbs):
-        def uses_flex(self, device: Any) -> bool:
+        def uses_flex_attention(self, device: Any) -> bool:
             return False
 
     return (Pieces if pieces else LogProbs)(adapted.to(device))

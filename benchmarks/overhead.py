@@ -24,7 +24,7 @@ def main() -> None:
 
     from spinlm.generation import local
     from spinlm.model import fused, loading, players
-    from spinlm.model.decoding import RaggedRows
+    from spinlm.model.decoding import RaggedBatch
     from spinlm.model.logprobs import LogProbs
     from spinlm.recipe.load import load_recipe
     from spinlm.selfplay import run
@@ -51,14 +51,14 @@ def main() -> None:
 
     timed(LogProbs, "forward", "forward")
     timed(Accelerator, "backward", "backward")
-    timed(players, "parity_gap", "forward")
+    timed(players, "max_logprob_error", "forward")
     timed(players, "checkpoint_if_needed", "forward")
     timed(Accelerator, "clip_grad_norm_", "optimiser")
     timed(torch.optim.AdamW, "step", "optimiser")
-    timed(fused, "_merged", "decoding")
-    timed(fused, "pack", "decoding")
-    timed(RaggedRows, "admit", "decoding")
-    timed(RaggedRows, "step", "decoding")
+    timed(fused, "_merged_weight", "decoding")
+    timed(fused, "prepack", "decoding")
+    timed(RaggedBatch, "prefill", "decoding")
+    timed(RaggedBatch, "step", "decoding")
     timed(local, "sample", "sampling")
     timed(loading, "_unpack_gguf", "unpacking the .gguf file, once in a run's life")
     timed(players, "load_model", "loading the model")

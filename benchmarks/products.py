@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 
-from spinlm.model.kernels import linear, pack
+from spinlm.model.kernels import linear, prepack
 
 SHAPES = ((576, 1536), (1536, 576), (576, 49152))  # inputs, outputs
 ROWS = (32, 64, 192, 384)
@@ -36,7 +36,7 @@ def main() -> None:
         cells = []
         for rows in ROWS:
             x, flops = torch.randn(rows, inputs), 2.0 * rows * inputs * outputs
-            packed = [one for one in (pack(weight, rows) for weight in weights) if one is not None]
+            packed = [one for one in (prepack(weight, rows) for weight in weights) if one is not None]
             ways = [(torch.nn.functional.linear, weights), (linear, weights), (linear, packed or weights)]
             found = [rate(partial(how, x), given, flops) for how, given in ways]
             cells.append(" / ".join(f"{one:.0f}" for one in found))

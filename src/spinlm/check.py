@@ -19,7 +19,7 @@ from spinlm.model.loading import add_adapter, disable_dropout, load_model
 from spinlm.model.logprobs import LogProbs
 from spinlm.model.players import Players, seat
 from spinlm.model.prefix_trees import PrefixTree, micro_batches, pack_batch
-from spinlm.model.quantize import count
+from spinlm.model.quantize import count_parameters
 from spinlm.plan import make_plan, refusals
 from spinlm.recipe.schema import MEMORY_MARGIN, Objective, Recipe
 from spinlm.rundir.layout import RunDir
@@ -69,9 +69,9 @@ def check(recipe: Recipe) -> Iterator[str]:
         yield from _about_text(players, run)
         trained = sum(parameter.numel() for _, parameter in players.parameters())
         parameters = list(players.model.parameters())
-        in_four_bits = count(one for one in parameters if hasattr(one, "quant_state"))
+        in_four_bits = count_parameters(one for one in parameters if hasattr(one, "quant_state"))
         yield (
-            f"model: {count(parameters):,} parameters, {trained:,} of them trained, on {players.device} in "
+            f"model: {count_parameters(parameters):,} parameters, {trained:,} of them trained, on {players.device} in "
             f"{players.dtype}{f' and {in_four_bits:,} in 4 bits' if in_four_bits else ''}; "
             f"loaded in {time.monotonic() - began:.0f} s"
         )
@@ -298,7 +298,7 @@ def _about_precision(recipe: Recipe, players: Players, items: list[Item], prefix
 
 def _about_quantization(recipe: Recipe, players: Players, items: list[Item], prefix_sharing: bool) -> str:
     """How far the model in 4 bits is from itself as it came, which is loaded beside it where there is room."""
-    need = count(players.model.parameters()) * players.dtype.itemsize
+    need = count_parameters(players.model.parameters()) * players.dtype.itemsize
     free = free_bytes(players.device)
     if MEMORY_MARGIN * need > free:
         return (
@@ -346,15 +346,15 @@ def _about_memory(recipe: Recipe, players: Players, items: list[Item], prefix_sh
     checkpointing = "on" if players.make_room(prefix_sharing) else "off"
     players.logprobs.train()
     began = time.monotonic()
-    layout = pack_batch([item.tree for item in part], prefix_sharing).to(players.device)
-    objective(players.logprobs(layout), part).loss.backward()
+    batch = pack_batch([item.tree for item in part], prefix_sharing).to(players.device)
+    objective(players.logprobs(batch), part).loss.backward()
     seconds = time.monotonic() - began
     players.model.zero_grad()
     if players.device.type == "cuda":
         peak = torch.cuda.max_memory_allocated()
     else:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    tokens = layout.input_ids.numel()
+    tokens = batch.input_ids.numel()
     return (
         f"training: a micro-batch of {tokens} tokens took {seconds:.1f} s with gradient checkpointing {checkpointing}; "
         f"peak memory so far {peak / 1e9:.1f} GB"

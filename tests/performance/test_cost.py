@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from models import save_tiny_model, tiny_recipe
 from spinlm.generation import LocalEngine
 from spinlm.model import logprobs as logprobs_module
-from spinlm.model.kernels import BLOCK
+from spinlm.model.kernels import ROW_BLOCK
 from spinlm.model.players import Players
 from spinlm.model.prefix_trees import PrefixTree, pack_batch
 from spinlm.rundir.layout import RunDir
@@ -52,9 +52,9 @@ class Cost(TorchDispatchMode):
 
     def __init__(self, players: Players):
         super().__init__()
-        self.vocabulary = players.logprobs.causal.config.vocab_size
+        self.vocabulary = players.logprobs.causal_lm.config.vocab_size
         self.head_rows = self.largest = self.tokens = 0
-        self._layer = players.logprobs.causal.base_model.layers[1].mlp.gate_proj
+        self._layer = players.logprobs.causal_lm.base_model.layers[1].mlp.gate_proj
 
     def __enter__(self) -> "Cost":
         self._hook = self._layer.register_forward_pre_hook(self._count)
@@ -81,8 +81,8 @@ class Cost(TorchDispatchMode):
 
 def training(players: Players, part: list[Item], prefix_sharing: bool = True) -> None:
     players.logprobs.train()
-    layout = pack_batch([item.tree for item in part], prefix_sharing)
-    pair_objective(players.recipe, 0)(players.logprobs(layout), part).loss.backward()
+    batch = pack_batch([item.tree for item in part], prefix_sharing)
+    pair_objective(players.recipe, 0)(players.logprobs(batch), part).loss.backward()
     players.model.zero_grad()
 
 
@@ -97,9 +97,9 @@ def test_tokens_and_head_rows_of_a_tree(players: Players, work: Callable[..., No
     with Cost(players) as cost:
         work(players, items(3, opponents))
     tokens = 3 * (PROMPT + (REAL - 1) + opponents * (SYNTHETIC - 1))
-    assert tokens <= cost.tokens < tokens + BLOCK  # the row is padded to a whole block
+    assert tokens <= cost.tokens < tokens + ROW_BLOCK  # the row is padded to a whole block
     rows = REAL + opponents * SYNTHETIC
-    assert 3 * rows <= cost.head_rows < 3 * rows + BLOCK  # products are padded to a whole block
+    assert 3 * rows <= cost.head_rows < 3 * rows + ROW_BLOCK  # products are padded to a whole block
     with Cost(players) as cost:
         work(players, items(1, 1))
     assert cost.tokens == PROMPT + REAL - 1 + SYNTHETIC - 1  # fewer than a block
@@ -114,7 +114,7 @@ def test_what_is_counted_can_go_up(players: Players) -> None:
 
 
 def test_logits_are_held_a_chunk_at_a_time(players: Players, monkeypatch: pytest.MonkeyPatch) -> None:
-    vocabulary = players.logprobs.causal.config.vocab_size
+    vocabulary = players.logprobs.causal_lm.config.vocab_size
     monkeypatch.setattr(logprobs_module, "CHUNK_ELEMENTS", 16 * vocabulary)
     for work in (training, scoring):
         with Cost(players) as cost:
@@ -123,7 +123,7 @@ def test_logits_are_held_a_chunk_at_a_time(players: Players, monkeypatch: pytest
 
 
 def test_checkpointing_computes_every_token_once_more(players: Players) -> None:
-    model = players.logprobs.causal
+    model = players.logprobs.causal_lm
     switch_checkpointing(model, on=True)
     with Cost(players) as cost:
         training(players, items(2, 1))

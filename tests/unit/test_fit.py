@@ -143,7 +143,7 @@ def apart(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
 
 def plain_gradient(players: Players, loss: Callable[[Callable[[Sequence[int], Sequence[int]], Tensor]], Tensor]) -> Any:
     """Of a loss that is given a function from prompt and response to log p, computed from the model's own logits."""
-    players.logprobs.use_attention(tree=False)
+    players.logprobs.use_tree_attention(False)
 
     def logprob(prompt: Sequence[int], response: Sequence[int]) -> Tensor:
         logits = players.model(input_ids=torch.tensor([[*prompt, *response]])).logits[0, len(prompt) - 1 : -1]

@@ -11,8 +11,8 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.pytorch_utils import Conv1D
 
 from models import tiny_model
-from spinlm.model.fused import fuse, packed_adapters
-from spinlm.model.kernels import linear, pack
+from spinlm.model.fused import fuse_layers, prepacked_adapters
+from spinlm.model.kernels import linear, prepack
 from spinlm.model.loading import add_adapter, disable_dropout
 from spinlm.recipe.schema import Lora
 from spinlm.training.activation_checkpointing import switch_checkpointing
@@ -63,7 +63,7 @@ def test_a_fused_layer_computes_what_pefts_does(kind: str, dropout: float) -> No
         for layer in layers:
             vars(layer).pop("forward", None)
         expected = result(model, x)
-        assert fuse(model) == 2
+        assert fuse_layers(model) == 2
         for ours, theirs in zip(result(model, x), expected, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
@@ -73,7 +73,7 @@ def test_a_fused_layer_in_bfloat16_is_as_exact_as_bfloat16() -> None:
     exact, _ = adapted("plain")
     exact.load_state_dict({name: value.float() for name, value in model.state_dict().items()})
     x = torch.randn(2, 4, 7)
-    fuse(model)
+    fuse_layers(model)
     found = result(model, x.bfloat16())
     assert found[0].dtype == torch.bfloat16
     assert {parameter.dtype for layer in layers for parameter in (*layer.lora_A.parameters(),)} == {torch.float32}
@@ -84,13 +84,13 @@ def test_a_fused_layer_in_bfloat16_is_as_exact_as_bfloat16() -> None:
 def test_a_layer_that_is_not_plain_stays_as_it_is() -> None:
     model, layers = adapted("bias")
     layers[0].base_layer.weight.requires_grad_()
-    assert fuse(model) == 1
+    assert fuse_layers(model) == 1
     assert "forward" not in vars(layers[0])
 
 
 def test_an_adapter_that_is_switched_off_or_merged_is_left_out() -> None:
     model, layers = adapted("plain")
-    fuse(model)
+    fuse_layers(model)
     x = torch.randn(2, 4, 7)
     with torch.no_grad():
         expected = model(x)
@@ -130,7 +130,7 @@ def test_every_layer_of_a_model_is_fused(architecture: str, layers: int) -> None
         return [logits, *torch.autograd.grad(logits.float().square().mean(), trained)]
 
     expected = gradients()
-    assert fuse(model) == layers
+    assert fuse_layers(model) == layers
     found = [gradients()]
     switch_checkpointing(model.get_base_model(), on=True)
     found.append(gradients())
@@ -152,7 +152,7 @@ class ScaleShift(nn.Module):
 
 def test_what_only_looks_like_a_norm_stays_as_it_is() -> None:
     layer = type("OddRMSNorm", (ScaleShift,), {})()
-    assert fuse(nn.Sequential(layer)) == 0
+    assert fuse_layers(nn.Sequential(layer)) == 0
     assert torch.equal(layer(torch.ones(1, 4)), torch.full((1, 4), 2.0))
 
 
@@ -163,7 +163,7 @@ def test_what_only_looks_like_a_norm_stays_as_it_is() -> None:
 def test_only_a_frozen_float32_norm_is_one_operation(trained: bool, dtype: torch.dtype, fused: int) -> None:
     norm = LlamaRMSNorm(8).to(dtype).requires_grad_(trained)
     plain = copy.deepcopy(norm)
-    assert fuse(nn.Sequential(norm)) == fused
+    assert fuse_layers(nn.Sequential(norm)) == fused
     for other in (dtype, torch.bfloat16):  # of the input
         x = torch.randn(3, 8).to(other)
         y = norm(x)
@@ -192,19 +192,19 @@ def test_a_gated_mlp_keeps_neither_its_activation_nor_their_product() -> None:
         return sum(count == 8 * 64 for count in found.values())
 
     assert kept() == 4  # gate, up, activation, product
-    fuse(model)
+    fuse_layers(model)
     assert kept() == 2
 
 
 @pytest.mark.parametrize("kind", ["plain", "bias", "conv"])
 def test_packed_layers_compute_the_same_and_are_gone_after(kind: str) -> None:
     model, layers = adapted(kind)
-    fuse(model)
+    fuse_layers(model)
     x = torch.randn(2, 4, 7)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with torch.no_grad():
         expected = model(x)
-        with packed_adapters(model, 8):
+        with prepacked_adapters(model, 8):
             torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-6)
             layers[0].lora_B["default"].weight.zero_()  # not seen by the packed weight
             torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-6)
@@ -219,7 +219,7 @@ def test_packed_layers_compute_the_same_and_are_gone_after(kind: str) -> None:
 def test_products(rows: int, bias: bool) -> None:
     x, weight, offset = torch.randn(rows, 33), torch.randn(65, 33), torch.randn(65) if bias else None
     expected = nn.functional.linear(x.double(), weight.double(), None if offset is None else offset.double()).float()
-    packed: Any = pack(weight, rows)
+    packed: Any = prepack(weight, rows)
     for found in (
         linear(x, weight, offset),
         linear(x, packed, offset),
@@ -227,7 +227,7 @@ def test_products(rows: int, bias: bool) -> None:
     ):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
     assert linear(x.bfloat16(), weight.bfloat16()).dtype == torch.bfloat16
-    assert pack(weight.bfloat16(), rows) is None
+    assert prepack(weight.bfloat16(), rows) is None
 
 
 class Gated(nn.Module):
@@ -264,7 +264,7 @@ def test_a_gated_mlp_computes_what_it_did(bias: bool, dropout: float, training: 
     mlp = adapted_mlp(dropout, bias=bias).train(training)
     x = torch.randn(2, 4, 6)
     expected = result(mlp, x)
-    assert fuse(mlp) == 3 + 1 and mlp.training == training
+    assert fuse_layers(mlp) == 3 + 1 and mlp.training == training
     for ours, theirs in zip(result(mlp, x), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
     with torch.no_grad():
@@ -275,7 +275,7 @@ def test_a_gated_mlp_computes_what_it_did(bias: bool, dropout: float, training: 
 @pytest.mark.parametrize("state", ["switched off", "merged"])
 def test_a_gated_mlp_whose_adapter_is_switched_off_or_merged(state: str) -> None:
     mlp = adapted_mlp(bias=True)
-    fuse(mlp)
+    fuse_layers(mlp)
     x = torch.randn(2, 4, 6)
     with torch.no_grad():
         expected = Gated(bias=True)(x) if state == "switched off" else mlp(x)
@@ -288,7 +288,7 @@ def test_a_gated_mlp_whose_adapter_is_switched_off_or_merged(state: str) -> None
 def test_a_gated_mlp_in_bfloat16_is_as_exact_as_bfloat16() -> None:
     mlp, exact = adapted_mlp(dtype=torch.bfloat16), adapted_mlp()
     exact.load_state_dict({name: value.float() for name, value in mlp.state_dict().items()})
-    assert fuse(mlp) == 3 + 1
+    assert fuse_layers(mlp) == 3 + 1
     x = torch.randn(2, 4, 6)
     for ours, theirs in zip(result(mlp, x.bfloat16()), result(exact, x), strict=True):
         assert (ours.float() - theirs).norm() < 0.03 * theirs.norm()
@@ -296,5 +296,5 @@ def test_a_gated_mlp_in_bfloat16_is_as_exact_as_bfloat16() -> None:
 
 def test_what_only_looks_like_a_gated_mlp_stays_as_it_is() -> None:
     mlp = adapted_mlp(odd=True)
-    assert fuse(mlp) == 3
+    assert fuse_layers(mlp) == 3
     assert "forward" not in vars(mlp)

@@ -16,8 +16,8 @@ from spinlm.errors import ModelError
 from spinlm.model import logprobs as logprobs_module
 from spinlm.model import prefix_trees as trees_module
 from spinlm.model.attention import register_tree_attention
-from spinlm.model.fused import fuse
-from spinlm.model.logprobs import HeadShape, LogProbs, parity_gap
+from spinlm.model.fused import fuse_layers
+from spinlm.model.logprobs import LogitTransform, LogProbs, max_logprob_error
 from spinlm.model.players import Players
 from spinlm.model.prefix_trees import PrefixTree, pack_batch
 from spinlm.rundir.layout import RunDir
@@ -122,8 +122,8 @@ def test_gpt_neo_cannot_take_trees_but_pairs(prefix_sharing: bool) -> None:
     if not prefix_sharing:
         assert_parity(model, prefix_sharing)
     else:
-        with pytest.raises(ModelError, match="its attention cannot be exchanged"):
-            parity_gap(LogProbs(model), TREES, prefix_sharing)
+        with pytest.raises(ModelError, match="cannot be replaced"):
+            max_logprob_error(LogProbs(model), TREES, prefix_sharing)
 
 
 def with_adapter(architecture: str, **settings: Any) -> Any:
@@ -152,21 +152,21 @@ def test_fused_layers_have_the_plain_gradients(
     monkeypatch: pytest.MonkeyPatch, architecture: str, prefix_sharing: bool
 ) -> None:
     """In a row that is padded to a whole block, too."""
-    monkeypatch.setattr(trees_module, "BLOCK", 16)
+    monkeypatch.setattr(trees_module, "ROW_BLOCK", 16)
     padding = pack_batch(TREES, True).input_ids.shape[1] - sum(map(len, TREES))
     assert padding > 0
-    assert_parity(with_adapter(architecture), prefix_sharing, fuse)
+    assert_parity(with_adapter(architecture), prefix_sharing, fuse_layers)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_gradient_checkpointing_changes_nothing_to_the_bit(dropout: float) -> None:
     """A run that is continued may find less memory free than it began with."""
     model = with_adapter("llama", lora_dropout=dropout).train()
-    fuse(model)
+    fuse_layers(model)
     logprobs = LogProbs(model)
     found = []
     for on in (False, True, False):
-        switch_checkpointing(logprobs.causal, on=on)
+        switch_checkpointing(logprobs.causal_lm, on=on)
         torch.manual_seed(6)
         values = logprobs(pack_batch(TREES, True))
         found.append({"values": values.detach(), **gradients(model, values)})
@@ -239,19 +239,19 @@ def test_logits_are_never_held_but_for_one_chunk(
 
 def test_head_shape_by_hand() -> None:
     hidden, weight, bias = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 0.0], [0.0, 1.0]]), torch.tensor([1.0, 0.0])
-    assert HeadShape().logits(hidden, weight, bias).tolist() == [[4.0, 2.0]]
-    assert HeadShape(scale=0.5).logits(hidden, weight, bias).tolist() == [[2.0, 1.0]]
-    capped = HeadShape(scale=0.5, softcap=4.0).logits(hidden, weight, bias)
+    assert LogitTransform().logits(hidden, weight, bias).tolist() == [[4.0, 2.0]]
+    assert LogitTransform(scale=0.5).logits(hidden, weight, bias).tolist() == [[2.0, 1.0]]
+    capped = LogitTransform(scale=0.5, softcap=4.0).logits(hidden, weight, bias)
     assert capped[0].tolist() == pytest.approx([4 * math.tanh(0.5), 4 * math.tanh(0.25)])
 
 
 def test_tokens_add_up_to_responses() -> None:
     logprobs = LogProbs(tiny_model("llama", vocabulary=V))
-    layout = pack_batch(TREES, True)
-    length_normalize = logprobs.tokens(layout)
+    batch = pack_batch(TREES, True)
+    length_normalize = logprobs.token_logprobs(batch)
     assert length_normalize.shape == (sum(len(response) for _, response in RESPONSES),)
     sums = [part.sum() for part in length_normalize.split([len(response) for _, response in RESPONSES])]
-    torch.testing.assert_close(logprobs(layout), torch.stack(sums))
+    torch.testing.assert_close(logprobs(batch), torch.stack(sums))
 
 
 @pytest.mark.parametrize("prefix_sharing", SHARINGS)
@@ -260,9 +260,9 @@ def test_reading_gives_log_probabilities_and_the_mean_state_of_each_response(pre
     bodies = [model.model(torch.tensor([[*prompt, *response]])).last_hidden_state[0] for prompt, response in RESPONSES]
     states = [body[len(prompt) - 1 : -1].mean(dim=0) for body, (prompt, _) in zip(bodies, RESPONSES, strict=True)]
     logprobs = LogProbs(model)
-    layout = pack_batch(TREES, prefix_sharing)
-    values, features = logprobs.read(layout)
-    torch.testing.assert_close(values, logprobs(layout))
+    batch = pack_batch(TREES, prefix_sharing)
+    values, features = logprobs.logprobs_and_features(batch)
+    torch.testing.assert_close(values, logprobs(batch))
     torch.testing.assert_close(features, torch.stack(states), rtol=1e-4, atol=1e-5)
 
 
@@ -270,10 +270,10 @@ def test_reading_gives_log_probabilities_and_the_mean_state_of_each_response(pre
 def test_a_token_changes_only_what_follows_it_in_its_own_branch(architecture: str) -> None:
     """Per-token log-probabilities, to a rounding error."""
     logprobs = LogProbs(tiny_model(architecture, vocabulary=V))
-    before = logprobs.tokens(pack_batch(TREES, True))
+    before = logprobs.token_logprobs(pack_batch(TREES, True))
     first, second, third = TREES[0].responses
     other = [*second[:3], 3 + (second[3] - 2) % (V - 3), *second[4:]]
-    after = logprobs.tokens(pack_batch([PrefixTree(TREES[0].prompt, (first, other, third)), *TREES[1:]], True))
+    after = logprobs.token_logprobs(pack_batch([PrefixTree(TREES[0].prompt, (first, other, third)), *TREES[1:]], True))
 
     apart = (before - after).abs()
     start = len(first) + 3  # the changed token itself is predicted differently, and all that follow it
@@ -286,24 +286,24 @@ def test_computing_in_bfloat16_over_float32_weights() -> None:
     model = tiny_model("llama", vocabulary=V)
     exact, rough = LogProbs(model), LogProbs(model, autocast=torch.bfloat16)
     for prefix_sharing in SHARINGS:
-        layout = pack_batch(TREES, prefix_sharing)
-        gap = ((exact(layout) - rough(layout)).abs() / torch.tensor([len(r) for _, r in RESPONSES])).max()
+        batch = pack_batch(TREES, prefix_sharing)
+        gap = ((exact(batch) - rough(batch)).abs() / torch.tensor([len(r) for _, r in RESPONSES])).max()
         assert 1e-4 < gap < 0.15
-        assert {gradient.dtype for gradient in gradients(model, rough(layout)).values()} == {torch.float32}
+        assert {gradient.dtype for gradient in gradients(model, rough(batch)).values()} == {torch.float32}
 
 
 def test_a_head_with_a_bias_in_bfloat16_over_float32_weights() -> None:
     model = tiny_model("phi", vocabulary=V)
-    assert parity_gap(LogProbs(model, autocast=torch.bfloat16), TREES, False) < 0.15
+    assert max_logprob_error(LogProbs(model, autocast=torch.bfloat16), TREES, False) < 0.15
 
 
 def test_an_adapter_on_the_head_is_refused() -> None:
     config = LoraConfig(r=4, target_modules=["lm_head", "q_proj"], task_type="CAUSAL_LM")
-    with pytest.raises(ModelError, match=r"Leave the head out of lora\.target_modules"):
+    with pytest.raises(ModelError, match=r"lora\.target_modules: .*output head"):
         LogProbs(get_peft_model(tiny_model("llama", vocabulary=V), config))
 
 
-# Which layout a run uses
+# Which batch a run uses
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ def players(model: Path, folder: Path, **train: Any) -> Players:
 
 def test_the_plan_counts_what_is_kept(model: Path, tmp_path: Path) -> None:
     ours = players(model, tmp_path)
-    shape = shape_from_config(ours.logprobs.causal.config.to_dict())
+    shape = shape_from_config(ours.logprobs.causal_lm.config.to_dict())
     planned = shape.activation_bytes(4, 128, Lora(), checkpointing=False)
     assert planned / 1.5 < saved_activation_bytes(ours.logprobs, True, 128) < planned * 1.5
 
@@ -51,9 +51,9 @@ def test_checkpointing_keeps_less_and_leaves_nothing_behind(model: Path, tmp_pat
     for _ in range(2):
         assert ours.make_room(True) and on(ours)
     assert saved_activation_bytes(ours.logprobs, True, 100) < kept / 3
-    switch_checkpointing(ours.logprobs.causal, on=False)
+    switch_checkpointing(ours.logprobs.causal_lm, on=False)
     assert not on(ours) and saved_activation_bytes(ours.logprobs, True, 100) == kept
-    assert not ours.logprobs.causal.get_input_embeddings()._forward_hooks
+    assert not ours.logprobs.causal_lm.get_input_embeddings()._forward_hooks
 
 
 def bytes_needed(ours: Players, copy: int = 0) -> float:
@@ -84,7 +84,7 @@ def test_a_model_that_cannot_checkpoint_is_left_alone(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ours = players(model, tmp_path)
-    monkeypatch.setattr(ours.logprobs.causal, "supports_gradient_checkpointing", False)
+    monkeypatch.setattr(ours.logprobs.causal_lm, "supports_gradient_checkpointing", False)
     monkeypatch.setattr(activation_checkpointing, "free_memory", lambda: 0)
     assert not ours.make_room(True) and not on(ours)
 

@@ -17,8 +17,8 @@ from spinlm.generation import LocalEngine, local_engine
 from spinlm.generation.base import Progress, Response
 from spinlm.generation.local import sample
 from spinlm.model.attention import register_tree_attention
-from spinlm.model.decoding import RaggedRows
-from spinlm.model.fused import fuse
+from spinlm.model.decoding import RaggedBatch
+from spinlm.model.fused import fuse_layers
 from spinlm.model.loading import add_adapter
 from spinlm.model.logprobs import LogProbs
 from spinlm.model.players import Players
@@ -123,13 +123,13 @@ def test_a_row_that_is_free_is_taken_by_the_next_prompt(monkeypatch: pytest.Monk
     model = tiny_model("llama", vocabulary=V)
     sampling = Sampling(1.0, 1.0, 40, 1000, 8, tuple(range(30, 34)))
     steps: list[int] = []
-    step = RaggedRows.step
+    step = RaggedBatch.step
 
-    def counted(rows: RaggedRows, tokens: torch.Tensor) -> torch.Tensor:
+    def counted(rows: RaggedBatch, tokens: torch.Tensor) -> torch.Tensor:
         steps.append(len(tokens))
         return step(rows, tokens)
 
-    monkeypatch.setattr(RaggedRows, "step", counted)
+    monkeypatch.setattr(RaggedBatch, "step", counted)
     lengths = [len(one.token_ids) for given in answer(model, PROMPTS, sampling, batch_size=8) for one in given]
     assert sum(steps) == sum(lengths) - len(lengths)  # every token but the first of each: nothing is computed in vain
     waiting = sum(max(lengths[start : start + 8]) for start in range(0, len(lengths), 8))
@@ -188,11 +188,11 @@ def test_answers_are_the_current_players(tmp_path: Path, lora: Any) -> None:
 def test_answering_leaves_a_model_that_trains_and_scores() -> None:
     model = tiny_model("llama", vocabulary=V).train()
     logprobs = LogProbs(model)
-    layout = pack_batch([PrefixTree(ids(5, 1), (ids(4, 2), ids(3, 3)))], True)
-    before = logprobs(layout)
+    batch = pack_batch([PrefixTree(ids(5, 1), (ids(4, 2), ids(3, 3)))], True)
+    before = logprobs(batch)
     for prefix_sharing in (True, False):
         LocalEngine(logprobs, 4, prefix_sharing).generate(PROMPTS, FREE, 0, lambda ended, tokens: None)
-    after = logprobs(layout)
+    after = logprobs(batch)
     assert torch.equal(before, after)
     after.sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
@@ -286,7 +286,7 @@ def test_answers_of_an_adapted_player_are_those_of_peft(prefix_sharing: bool) ->
             torch.nn.init.normal_(parameter, std=0.2)
     expected = [generated(model.get_base_model(), prompt, [V + 1], 20) for prompt in PROMPTS]
     assert all(mine != theirs for mine, theirs in zip(plain, expected, strict=True))
-    fuse(model)
+    fuse_layers(model)
     found = answer(model, PROMPTS, Sampling(0.0, 1.0, 20, 1000, 1, ()), prefix_sharing=prefix_sharing)
     assert [one.token_ids for (one,) in found] == expected
 

@@ -134,7 +134,7 @@ def test_plain_peft_loads_a_saved_adapter(saved: Any, tmp_path: Path, prefix_sha
     change(players, 1)
     players.response_logprobs(TREES, prefix_sharing)  # whatever attention was last in use
     players.save(0)
-    players.logprobs.use_attention(tree=False)
+    players.logprobs.use_tree_attention(False)
 
     folder = tmp_path / "iteration-0" / "player"
     base = AutoModelForCausalLM.from_pretrained(saved())
@@ -155,11 +155,11 @@ def test_plain_transformers_loads_a_saved_model(
     change(players, 1)
     players.response_logprobs(TREES, prefix_sharing)
     players.save(0)
-    players.logprobs.use_attention(tree=False)
+    players.logprobs.use_tree_attention(False)
 
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "iteration-0" / "player")
     torch.testing.assert_close(logits_of(loaded), logits_of(players.model), rtol=0, atol=0)
-    assert loaded.config._attn_implementation == players.logprobs.plain_attention
+    assert loaded.config._attn_implementation == players.logprobs.default_attention
 
 
 def test_a_saved_player_is_prompted_as_it_was_here(saved: Any, tmp_path: Path) -> None:
@@ -237,11 +237,11 @@ DROPOUT: dict[str, dict[str, float]] = {
 def test_a_player_in_training_computes_what_it_computes_in_scoring(architecture: str) -> None:
     model = tiny_model(architecture, **DROPOUT[architecture])
     logprobs = LogProbs(model)
-    layout = pack_batch(TREES, False)
-    exact = logprobs(layout)
-    assert (logprobs.train()(layout) - exact).abs().max() > 1e-3  # there is dropout to silence
+    batch = pack_batch(TREES, False)
+    exact = logprobs(batch)
+    assert (logprobs.train()(batch) - exact).abs().max() > 1e-3  # there is dropout to silence
     disable_dropout(model)
-    assert torch.equal(logprobs.train()(layout), exact)
+    assert torch.equal(logprobs.train()(batch), exact)
 
 
 def test_all_architectures_have_their_dropout_tested() -> None:
@@ -378,7 +378,7 @@ def test_the_models_own_attention_is_restored(saved: Any, tmp_path: Path) -> Non
     players = Players(tiny_recipe(saved(), lora=LORA), RunDir(tmp_path))
     players.response_logprobs(TREES, True)
     players.response_logprobs(TREES, False)
-    assert players.logprobs.causal.config._attn_implementation == "sdpa"
+    assert players.logprobs.causal_lm.config._attn_implementation == "sdpa"
 
 
 def test_adapter_on_layers_that_do_not_exist() -> None:

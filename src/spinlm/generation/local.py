@@ -14,8 +14,8 @@ from torch import Tensor
 
 from spinlm.errors import ModelError
 from spinlm.generation.base import Progress, Response
-from spinlm.model.decoding import PaddedRows, RaggedRows, Rows
-from spinlm.model.fused import packed_adapters
+from spinlm.model.decoding import BatchState, PaddedBatch, RaggedBatch
+from spinlm.model.fused import prepacked_adapters
 from spinlm.model.logprobs import LogProbs
 from spinlm.rundir.records import Sampling
 from spinlm.utils.signals import check_interrupt
@@ -76,24 +76,24 @@ class LocalEngine:
         kind = self.logprobs.autocast
         autocast = torch.autocast(device.type, dtype=kind, enabled=kind is not None)
         try:
-            with autocast, packed_adapters(self.logprobs.causal, min(self.batch_size, len(replies))):
+            with autocast, prepacked_adapters(self.logprobs.causal_lm, min(self.batch_size, len(replies))):
                 self._decode(self._rows(prompts, replies), prompts, waiting, sampling, progress, show)
         finally:
-            self.logprobs.use_attention(tree=False)  # the model as others expect it
+            self.logprobs.use_tree_attention(False)  # the model as others expect it
         answers: list[list[Response]] = [[] for _ in prompts]
         for reply in replies:
             answers[reply.prompt].append(Response(reply.tokens, reply.finished, reply.logprob))
         return answers
 
-    def _rows(self, prompts: Sequence[Sequence[int]], replies: list[_Reply]) -> Rows:
+    def _rows(self, prompts: Sequence[Sequence[int]], replies: list[_Reply]) -> BatchState:
         if not self.prefix_sharing:
-            return PaddedRows(self.logprobs)
+            return PaddedBatch(self.logprobs)
         room = max((len(prompts[reply.prompt]) + reply.limit for reply in replies), default=0)
-        return RaggedRows(self.logprobs, min(self.batch_size, len(replies)), room)
+        return RaggedBatch(self.logprobs, min(self.batch_size, len(replies)), room)
 
     def _decode(
         self,
-        rows: Rows,
+        rows: BatchState,
         prompts: Sequence[Sequence[int]],
         waiting: deque[_Reply],
         sampling: Sampling,
@@ -106,9 +106,12 @@ class LocalEngine:
         while waiting or running:
             check_interrupt()
             free = self.batch_size - len(running)
-            if waiting and (not running or (rows.refills and free >= min(self.batch_size / REFILL, len(waiting)))):
+            if waiting and (
+                not running
+                or (rows.supports_continuous_batching and free >= min(self.batch_size / REFILL, len(waiting)))
+            ):
                 new = [waiting.popleft() for _ in range(min(free, len(waiting)))]
-                logits.append(rows.admit([prompts[reply.prompt] for reply in new]))
+                logits.append(rows.prefill([prompts[reply.prompt] for reply in new]))
                 running += new
             draws = torch.stack([reply.draws[len(reply.tokens)] for reply in running])
             chosen, logprob = sample(torch.cat(logits), sampling.temperature, sampling.top_p, draws)
@@ -121,7 +124,7 @@ class LocalEngine:
                 if not reply.finished and len(reply.tokens) < reply.limit:
                     kept.append(row)
             progress(len(running) - len(kept), len(running))
-            order = rows.keep(kept)
+            order = rows.compact(kept)
             running = [running[row] for row in order]
             logits = [rows.step(chosen[order])] if running else []
 

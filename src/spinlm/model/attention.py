@@ -1,15 +1,16 @@
-"""Attention over prompt trees and over responses that grow, for any model of transformers.
+"""Attention over prefix trees and over cached responses, for the models of transformers.
 
-Registered through transformers' `AttentionInterface`. The layout comes down as a keyword, and no block that nobody
-looks at is computed: on a CPU a row is cut into pieces that are plainly causal, on a GPU FlexAttention computes all of
-it at once under a block mask.
+The attention is registered in transformers' `AttentionInterface` and receives the structure of the batch as keyword
+arguments. No block of scores between two branches or two trees is computed. On a CPU a row is split into segments with
+causal attention; on a GPU FlexAttention computes the whole row under a block mask.
+
+Shapes: N rows, L tokens in a row, H query heads, G key-value heads, E head size, Q queries, K keys.
 """
 
 import functools
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,25 @@ from spinlm.model.prefix_trees import PrefixTree, TreeSpan, pack_batch
 log = logging.getLogger("spinlm")
 
 TREE_ATTENTION = "spinlm_tree"
-"""Name of the tree attention in transformers' `AttentionInterface`."""
+"""Name of `tree_attention` in transformers' `AttentionInterface`."""
+
+RECOMPILE_LIMIT = 64
+"""Compiled versions of FlexAttention per process, for row lengths, windows, training and scoring. PyTorch allows 8."""
+
+
+def register_tree_attention() -> None:
+    """Register `tree_attention` with transformers. Models build no attention mask for it."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(TREE_ATTENTION, tree_attention)
+
+
+class _Params(NamedTuple):
+    """What an attention layer does to its scores."""
+
+    scaling: float | None
+    softcap: float | None
+    sliding_window: int | None
 
 
 def tree_attention(
@@ -35,114 +54,162 @@ def tree_attention(
     softcap: float | None = None,
     sliding_window: int | None = None,
     spans: tuple[TreeSpan, ...] = (),
-    masks: "BlockMasks | None" = None,
-    behind: Tensor | None = None,
+    block_masks: "BlockMasks | None" = None,
+    key_distance: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attention over one row of trees that never computes a block between branches or between trees.
-
-    Or, with `behind`, of one new token in each of many rows that have been computed before; K is their longest.
+    """Compute attention over one row of prefix trees, or with `key_distance` of one new token per cached response.
 
     Args:
-        module: the attention layer that calls.
-        query: [1, heads, L, head size].
-        key: [1, key heads, L, head size].
+        module: the attention layer.
+        query: [1, H, L, E], or [N, H, 1, E] with `key_distance`.
+        key: [1, G, L, E], or [N, G, K, E] with `key_distance`.
         value: as key.
-        attention_mask: unused; the layout says who sees whom.
-        scaling: multiplies query · key; None is 1/√(head size).
-        dropout: unused; players are trained without attention dropout.
+        attention_mask: ignored; `spans` or `key_distance` define the mask.
+        scaling: factor of query · key; None means 1/√E.
+        dropout: ignored; players are trained without attention dropout.
         softcap: scores become softcap · tanh(score / softcap), as in Gemma 2.
-        sliding_window: a token sees this many positions, itself included.
-        spans: where the trees lie.
-        masks: of the same row, to compute it by FlexAttention.
-        behind: [rows, K] how far each key's position is behind that of its row's new token; negative where there is no
-            key. Then query is [rows, heads, 1, head size], and key and value are [rows, key heads, K, head size].
+        sliding_window: number of positions a token attends to, including its own.
+        spans: the trees in the row.
+        block_masks: masks of the same row for FlexAttention; None computes the row in segments.
+        key_distance: [N, K] position of the row's new token minus position of the key; negative for unused cache.
 
     Returns:
-        [1, L, heads, head size] or [rows, 1, heads, head size], and None for the attention weights.
+        [1, L, H, E] or [N, 1, H, E], and None in place of attention weights.
 
     Raises:
-        ModelError: the model has not passed the spans on.
+        ModelError: the model does not pass `spans` to its attention layers.
     """
-    attend = _Attend(scaling, softcap, sliding_window)
-    if behind is not None:
-        return attend.last(query, key, value, behind).transpose(1, 2), None
+    params = _Params(scaling, softcap, sliding_window)
+    if key_distance is not None:
+        return _decode_attention(query, key, value, key_distance, params).transpose(1, 2), None
     if not spans:
-        raise ModelError(f"{type(module).__name__}: does not hand the layout of prompt trees down to its attention")
-    if masks is not None:
-        return attend.blocks(query, key, value, masks).transpose(1, 2), None
-    pieces = _pieces(spans, query.shape[2])
-    queries, keys, values = (states.split([length for length, *_ in pieces], dim=2) for states in (query, key, value))
-    out = []
-    for number, (_length, trunk, prompt) in enumerate(pieces):
-        if trunk is None:
-            out.append(value.new_zeros(*queries[number].shape[:3], value.shape[3]))
-        elif trunk == number:
-            out.append(attend(queries[number], keys[number], values[number]))
+        raise ModelError(f"{type(module).__name__}: the model does not pass keyword arguments to its attention layers")
+    if block_masks is not None:
+        return _flex_row_attention(query, key, value, block_masks, params).transpose(1, 2), None
+    segments = _segments(spans, query.shape[2])
+    lengths = [segment.length for segment in segments]
+    queries, keys, values = (states.split(lengths, dim=2) for states in (query, key, value))
+    outputs = []
+    for index, (segment, q, k, v) in enumerate(zip(segments, queries, keys, values, strict=True)):
+        if segment.trunk is None:
+            output = value.new_zeros(*q.shape[:3], value.shape[3])
+        elif segment.trunk == index:
+            output = _causal_attention(q, k, v, params)
         else:
-            before = (of[trunk][:, :, :prompt] for of in (keys, values))
-            seen = [torch.cat([one, of[number]], dim=2) for one, of in zip(before, (keys, values), strict=True)]
-            out.append(attend(queries[number], seen[0], seen[1]))
-    return torch.cat([one.transpose(1, 2) for one in out], dim=1), None
+            prompt_k, prompt_v = (states[segment.trunk][:, :, : segment.prompt_length] for states in (keys, values))
+            output = _causal_attention(q, torch.cat([prompt_k, k], dim=2), torch.cat([prompt_v, v], dim=2), params)
+        outputs.append(output.transpose(1, 2))
+    return torch.cat(outputs, dim=1), None
 
 
-def _pieces(spans: Sequence[TreeSpan], total: int) -> list[tuple[int, int | None, int]]:
-    """A row cut up: for each piece its length, the piece that begins with its prompt, and the prompt's length.
+class _Segment(NamedTuple):
+    """A part of a row with plainly causal attention, after the prompt at the beginning of segment number `trunk`."""
 
-    A prompt and its first branch are adjacent and plainly causal: they are one piece, whose prompt is its own. What is
-    left of the row is padding, without a prompt.
-    """
-    pieces: list[tuple[int, int | None, int]] = []
+    length: int
+    trunk: int | None  # None for padding
+    prompt_length: int
+
+
+def _segments(spans: Sequence[TreeSpan], row_length: int) -> list[_Segment]:
+    """Split a row into segments. A prompt and its first branch are one segment, whose trunk is itself."""
+    segments: list[_Segment] = []
     for span in spans:
         first, *others = [length for _, length in span.branches] or [0]
-        trunk = len(pieces)
-        pieces.append((span.prompt + first, trunk, span.prompt))
-        pieces += [(length, trunk, span.prompt) for length in others if length]
-    padding = total - sum(length for length, *_ in pieces)
-    return [*pieces, (padding, None, 0)] if padding else pieces
+        trunk = len(segments)
+        segments.append(_Segment(span.prompt_length + first, trunk, span.prompt_length))
+        segments += [_Segment(length, trunk, span.prompt_length) for length in others if length]
+    padding = row_length - sum(segment.length for segment in segments)
+    return [*segments, _Segment(padding, None, 0)] if padding else segments
+
+
+def _causal_attention(query: Tensor, key: Tensor, value: Tensor, params: _Params) -> Tensor:
+    """Compute attention of the last Q of K positions: [1, H, Q, E], [1, G, K, E], [1, G, K, E] → [1, H, Q, E]."""
+    q, k = query.shape[2], key.shape[2]
+    window = params.sliding_window
+    if params.softcap is None and q == k and (window is None or k <= window):
+        return _sdpa(query, key, value, None, params)
+    key_distance = torch.arange(k - q, k, device=query.device)[:, None] - torch.arange(k, device=query.device)
+    mask = _visible(key_distance, window)  # [Q, K]
+    if params.softcap is None:
+        return _sdpa(query, key, value, mask, params)
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    return _explicit_attention(query, key, value, mask, params)
+
+
+def _decode_attention(query: Tensor, key: Tensor, value: Tensor, key_distance: Tensor, params: _Params) -> Tensor:
+    """Compute attention of one new token per row: [N, H, 1, E], [N, G, K, E], [N, G, K, E], [N, K] → [N, H, 1, E]."""
+    rows, heads, _, size = query.shape
+    mask = _visible(key_distance, params.sliding_window)[:, None, None]  # [N, 1, 1, K]
+    if query.dtype != torch.float32 and params.softcap is None:  # the kernel that scores, which rounds once
+        return _sdpa(query, key, value, mask, params)
+    # The heads that share a key are the rows of one product, so that keys are read once and not copied.
+    grouped = query.view(rows, key.shape[1], heads // key.shape[1], size)  # [N, G, H/G, E]
+    return _explicit_attention(grouped, key, value, mask, params).reshape(rows, heads, 1, -1)
+
+
+def _visible(key_distance: Tensor, window: int | None) -> Tensor:
+    """Whether a query attends to a key, from the query's position minus the key's."""
+    mask = key_distance >= 0
+    return mask if window is None else mask & (key_distance < window)
+
+
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, params: _Params) -> Tensor:
+    """Call PyTorch's attention; causal without a mask."""
+    grouped = query.shape[1] != key.shape[1]
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=mask is None, scale=params.scaling, enable_gqa=grouped
+    )
+
+
+def _explicit_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, params: _Params) -> Tensor:
+    """Compute attention by its formula: [N, G, Q, E], [N, G, K, E], [N, G, K, E] → [N, G, Q, E]."""
+    scores = query @ key.transpose(2, 3) * (params.scaling or query.shape[-1] ** -0.5)
+    if params.softcap is not None:
+        scores = params.softcap * torch.tanh(scores / params.softcap)
+    scores = scores.masked_fill(~mask, float("-inf"))
+    return torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype) @ value
 
 
 class BlockMasks:
-    """Who sees whom in a row of trees, as FlexAttention takes it: a block mask for each sliding window in the model."""
+    """FlexAttention's block masks of a row of trees, one per sliding window of the model."""
 
     def __init__(self, spans: Sequence[TreeSpan], position_ids: Tensor):
         """
         Args:
-            spans: where the trees lie.
-            position_ids: [1, L], on the device to compute on.
+            spans: the trees in the row.
+            position_ids: [1, L], on the compute device.
         """
         self.position = position_ids[0]
-        tree = torch.full((len(self.position),), len(spans))  # what is left of the row is padding, a tree of its own
-        branch = torch.zeros_like(tree)  # 0 is the prompt
+        tree = torch.full((len(self.position),), len(spans))  # padding gets the number after the last tree
+        branch = torch.zeros_like(tree)  # 0 for the prompt
         for number, span in enumerate(spans):
             tree[span.start : span.start + len(span)] = number
-            for place, (start, length) in enumerate(span.branches):
-                branch[start : start + length] = place + 1
+            for branch_number, (start, length) in enumerate(span.branches, start=1):
+                branch[start : start + length] = branch_number
         self.tree, self.branch = tree.to(self.position.device), branch.to(self.position.device)
-        self._made: dict[int | None, Any] = {}
+        self._cache: dict[int | None, Any] = {}
 
-    def allows(self, window: int | None) -> Callable[..., Tensor]:
-        """FlexAttention's `mask_mod`: whether the query at one place of the row sees the key at another."""
+    def mask_mod(self, window: int | None) -> Callable[..., Tensor]:
+        """Return FlexAttention's `mask_mod` under a sliding window."""
         tree, branch, position = self.tree, self.branch, self.position
 
-        def allowed(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            seen = (query >= key) & (tree[query] == tree[key])
-            seen &= (branch[key] == 0) | (branch[key] == branch[query])
-            return seen if window is None else seen & (position[query] - position[key] < window)
+        def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            mask = (query >= key) & (tree[query] == tree[key])
+            mask &= (branch[key] == 0) | (branch[key] == branch[query])
+            return mask if window is None else mask & (position[query] - position[key] < window)
 
-        return allowed
+        return visible
 
-    def of(self, window: int | None) -> Any:
-        """The block mask under a sliding window; made once."""
+    def get(self, window: int | None) -> Any:
+        """Return the `BlockMask` under a sliding window, built on first use."""
         from torch.nn.attention.flex_attention import create_block_mask
 
-        if window not in self._made:
+        if window not in self._cache:
             size, device = len(self.position), self.position.device
-            self._made[window] = create_block_mask(self.allows(window), None, None, size, size, device=device)
-        return self._made[window]
-
-
-RECOMPILATIONS = 64  # row lengths and windows, training and scoring: PyTorch's own limit is 8
+            self._cache[window] = create_block_mask(self.mask_mod(window), None, None, size, size, device=device)
+        return self._cache[window]
 
 
 @functools.cache
@@ -150,170 +217,101 @@ def _flex_attention() -> Callable[..., Tensor]:
     import torch._dynamo
     from torch.nn.attention.flex_attention import flex_attention
 
-    torch._dynamo.config.recompile_limit = max(RECOMPILATIONS, torch._dynamo.config.recompile_limit)
-    # In full, for what is not compiled would hold all scores at once.
+    torch._dynamo.config.recompile_limit = max(RECOMPILE_LIMIT, torch._dynamo.config.recompile_limit)
+    # fullgraph, because uncompiled FlexAttention holds all scores in memory.
     compiled: Callable[..., Tensor] = torch.compile(flex_attention, fullgraph=True)
     return compiled
 
 
-@dataclass(frozen=True, slots=True)
-class HeadSizes:
-    """What decides whether FlexAttention has a kernel for a model."""
+def _flex_row_attention(query: Tensor, key: Tensor, value: Tensor, masks: BlockMasks, params: _Params) -> Tensor:
+    """Call FlexAttention (arXiv 2412.05496) on a whole row: [1, H, L, E], [1, G, L, E] → [1, H, L, E]."""
+    return _flex_attention()(
+        query.to(value.dtype),  # rotary embeddings may return another precision
+        key.to(value.dtype),
+        value,
+        score_mod=None if params.softcap is None else _softcap_mod(params.softcap),
+        block_mask=masks.get(params.sliding_window),
+        scale=params.scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+
+
+def _softcap_mod(softcap: float) -> Callable[..., Tensor]:
+    def score_mod(score: Tensor, *_: Tensor) -> Tensor:
+        return softcap * torch.tanh(score / softcap)
+
+    return score_mod
+
+
+class AttentionShape(NamedTuple):
+    """The properties of a model that decide whether FlexAttention has a kernel for it."""
 
     heads: int
-    key_heads: int
-    size: int
+    kv_heads: int
+    head_size: int
     softcap: float | None
-    window: int | None
+    sliding_window: int | None
 
     @classmethod
-    def of(cls, config: Any) -> "HeadSizes":
-        """As the config of a model of transformers says."""
+    def from_config(cls, config: Any) -> "AttentionShape":
+        """Read the properties from a transformers config."""
         heads = getattr(config, "num_attention_heads", None) or 1
-        size = getattr(config, "head_dim", None) or config.hidden_size // heads
-        keys = getattr(config, "num_key_value_heads", None) or heads
+        head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
+        kv_heads = getattr(config, "num_key_value_heads", None) or heads
         softcap, window = (getattr(config, name, None) for name in ("attn_logit_softcapping", "sliding_window"))
-        return cls(heads, keys, size, softcap, window)
+        return cls(heads, kv_heads, head_size, softcap, window)
 
 
 @functools.cache
-def flex_works(device: torch.device, dtype: torch.dtype, sizes: HeadSizes) -> bool:
-    """Whether FlexAttention compiles for a model on a device, and gives there what attention piece by piece gives.
+def flex_attention_works(device: torch.device, dtype: torch.dtype, shape: AttentionShape) -> bool:
+    """Return whether FlexAttention compiles on a device and agrees with attention in segments, forward and backward.
 
-    Tried once in a process, on two rows of a few trees, forward and backward. Says so in the log where it does not: a
-    GPU that is too old, a compiler that is missing, heads that there is no kernel for.
+    Tested once per process on two rows of small trees. If False, the reason is logged: the GPU is too old, a compiler
+    is missing, or no kernel has these head sizes.
+
+    Raises:
+        torch.OutOfMemoryError: the test does not fit in GPU memory.
     """
     try:
-        # Whoever asks first may be sampling, in another mode than training.
+        # The caller may be in inference mode or under autocast.
         with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
-            close = all(
-                _flex_agrees(device, dtype, sizes, window, trees)
-                for window in dict.fromkeys((None, sizes.window))
-                for trees in (_PROBES, _PROBES[:1])
+            agrees = all(
+                _flex_agrees(device, dtype, shape, window, trees)
+                for window in dict.fromkeys((None, shape.sliding_window))
+                for trees in (_TEST_TREES, _TEST_TREES[:1])
             )
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # PyTorch's compiler, Triton and the C compiler behind it have no common family
-        log.warning(
-            "FlexAttention cannot be used: %s: %s", type(error).__name__, next(iter(str(error).splitlines()), "")
-        )
+    except Exception as error:  # the compilers of PyTorch, Triton and C share no exception class
+        reason = next(iter(str(error).splitlines()), "")
+        log.warning("FlexAttention is not used: %s: %s", type(error).__name__, reason)
         return False
-    if not close:
-        log.warning("FlexAttention gives other results on this device than plain attention, and is not used")
-    return close
+    if not agrees:
+        log.warning("FlexAttention is not used: its results on this device differ from those of plain attention")
+    return agrees
 
 
-_PROBES = (PrefixTree([0] * 200, ([0] * 150, [0] * 99)), PrefixTree([0] * 50, ([0] * 60,)))
+_TEST_TREES = (PrefixTree([0] * 200, ([0] * 150, [0] * 99)), PrefixTree([0] * 50, ([0] * 60,)))
 
 
 def _flex_agrees(
-    device: torch.device, dtype: torch.dtype, sizes: HeadSizes, window: int | None, trees: Sequence[PrefixTree]
+    device: torch.device, dtype: torch.dtype, shape: AttentionShape, window: int | None, trees: Sequence[PrefixTree]
 ) -> bool:
-    layout = pack_batch(trees, True).to(device)
-    assert layout.spans is not None
-    length, real = layout.input_ids.shape[1], sum(map(len, trees))
+    batch = pack_batch(trees, prefix_sharing=True).to(device)
+    assert batch.spans is not None
+    row_length, tokens = batch.input_ids.shape[1], sum(map(len, trees))
     generator = torch.Generator().manual_seed(0)
     query, key, value = inputs = [
-        torch.randn(1, heads, length, sizes.size, generator=generator).to(device, dtype).requires_grad_()
-        for heads in (sizes.heads, sizes.key_heads, sizes.key_heads)
+        torch.randn(1, heads, row_length, shape.head_size, generator=generator).to(device, dtype).requires_grad_()
+        for heads in (shape.heads, shape.kv_heads, shape.kv_heads)
     ]
-    found = []
-    for masks in (None, BlockMasks(layout.spans, layout.position_ids)):
-        out, _ = tree_attention(
-            torch.nn.Identity(),
-            query,
-            key,
-            value,
-            None,
-            softcap=sizes.softcap,
-            sliding_window=window,
-            spans=layout.spans,
-            masks=masks,
-        )
-        out = out[:, :real]  # of padding nothing is asked
-        found.append([out.detach(), *torch.autograd.grad(out.float().square().sum(), inputs)])
+    attend = functools.partial(
+        tree_attention, torch.nn.Identity(), query, key, value, None, spans=batch.spans, sliding_window=window
+    )
+    results = []
+    for block_masks in (None, BlockMasks(batch.spans, batch.position_ids)):
+        output, _ = attend(softcap=shape.softcap, block_masks=block_masks)
+        output = output[:, :tokens]  # without padding
+        results.append([output.detach(), *torch.autograd.grad(output.float().square().sum(), inputs)])
     tolerance = 1e-4 if dtype == torch.float32 else 0.05
-    return all(torch.allclose(ours, theirs, tolerance, tolerance) for ours, theirs in zip(*found, strict=True))
-
-
-@dataclass(frozen=True, slots=True)
-class _Attend:
-    """Causal attention of the last Q of K positions over all K."""
-
-    scaling: float | None
-    softcap: float | None
-    window: int | None
-
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """[1, H, Q, D], [1, G, K, D], [1, G, K, D] → [1, H, Q, D]."""
-        q, k = query.shape[2], key.shape[2]
-        windowed = self.window is not None and k > self.window
-        if self.softcap is None:
-            grouped = query.shape[1] != key.shape[1]
-            if q == k and not windowed:
-                return F.scaled_dot_product_attention(
-                    query, key, value, is_causal=True, scale=self.scaling, enable_gqa=grouped
-                )
-            mask = self._mask(q, k, query.device)
-            return F.scaled_dot_product_attention(
-                query, key, value, attn_mask=mask, scale=self.scaling, enable_gqa=grouped
-            )
-        groups = query.shape[1] // key.shape[1]
-        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-        return self._explicit(query, key, value, self._mask(q, k, query.device))
-
-    def last(self, query: Tensor, key: Tensor, value: Tensor, behind: Tensor) -> Tensor:
-        """The query of one token in each row: [B, H, 1, D], [B, G, K, D], `behind` [B, K] → [B, H, 1, D].
-
-        Heads that share a key go together as the rows of one product, so that keys are read once, where they are.
-        """
-        rows, heads, _, size = query.shape
-        mask = behind >= 0 if self.window is None else (behind >= 0) & (behind < self.window)
-        if query.dtype != torch.float32 and self.softcap is None:  # the kernels of scoring, which round once
-            allowed = mask[:, None, None]
-            return F.scaled_dot_product_attention(
-                query, key, value, attn_mask=allowed, scale=self.scaling, enable_gqa=heads != key.shape[1]
-            )
-        grouped = query.view(rows, key.shape[1], heads // key.shape[1], size)
-        return self._explicit(grouped, key, value, mask[:, None, None]).reshape(rows, heads, 1, -1)
-
-    def blocks(self, query: Tensor, key: Tensor, value: Tensor, masks: BlockMasks) -> Tensor:
-        """A whole row by FlexAttention (arXiv 2412.05496): [1, H, L, D], [1, G, L, D] → [1, H, L, D]."""
-        return _flex_attention()(
-            query.to(value.dtype),  # rotary positions may have left it in another precision
-            key.to(value.dtype),
-            value,
-            score_mod=None if self.softcap is None else _cap(self.softcap),
-            block_mask=masks.of(self.window),
-            scale=self.scaling,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
-
-    def _explicit(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
-        """By its formula: [B, G, Q, D], [B, G, K, D], [B, G, K, D] → [B, G, Q, D]."""
-        scores = query @ key.transpose(2, 3) * (self.scaling or query.shape[-1] ** -0.5)
-        if self.softcap is not None:
-            scores = self.softcap * torch.tanh(scores / self.softcap)
-        scores = scores.masked_fill(~mask, float("-inf"))
-        return torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype) @ value
-
-    def _mask(self, q: int, k: int, device: torch.device) -> Tensor:
-        behind = torch.arange(k - q, k, device=device)[:, None] - torch.arange(k, device=device)[None, :]
-        mask = behind >= 0
-        return mask if self.window is None else mask & (behind < self.window)
-
-
-def _cap(limit: float) -> Callable[..., Tensor]:
-    """FlexAttention's `score_mod` for a softcap."""
-
-    def capped(score: Tensor, *_: Tensor) -> Tensor:
-        return limit * torch.tanh(score / limit)
-
-    return capped
-
-
-def register_tree_attention() -> None:
-    """Make `tree_attention` known to transformers; the models' own mask code then builds no mask for it."""
-    from transformers import AttentionInterface
-
-    AttentionInterface.register(TREE_ATTENTION, tree_attention)
+    return all(torch.allclose(plain, flex, tolerance, tolerance) for plain, flex in zip(*results, strict=True))

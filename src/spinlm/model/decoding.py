@@ -1,14 +1,17 @@
-"""The state of responses that grow a token at a time, for models that take prompt trees and for those that do not.
+"""Batches of responses that are decoded one token at a time.
 
-Both kinds offer the same three acts: `admit` prompts, `step` every running response by one token, `keep` some of them.
-`RaggedRows` computes nothing for padding: prompts go through the model side by side in one row, as trees without
-responses, each response has a row of its own in the cache, and a new one can be admitted whenever a row is free.
-`PaddedRows`, for models with an attention of their own, pads on the left and starts anew only when all have ended.
+A `BatchState` has three operations: `prefill` prompts, `step` every running response by one token, `compact` the batch
+to the responses that continue. `RaggedBatch` computes no padding. Prompts are packed into one row, as trees without
+responses; each response has its own row in the cache; and a prompt can join whenever a row is free. `PaddedBatch` is
+for models whose attention cannot be replaced. It pads on the left, and takes new prompts only after all responses
+ended.
 
-Shapes: B running responses, T longest of them, H heads, G key heads, D head size, V vocabulary.
+Shapes: N running responses, L tokens in a row, K cached tokens of the longest response, G key-value heads, E head size,
+D hidden, V vocabulary.
 """
 
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any, Protocol
 
 import torch
@@ -18,195 +21,191 @@ from transformers import Cache, DynamicCache
 from spinlm.model.logprobs import LogProbs
 from spinlm.model.prefix_trees import PrefixTree, TreeSpan, pack_batch
 
-PREFILL_TOKENS = 2048  # of prompts in one forward pass
+PREFILL_TOKENS = 2048
+"""Prompt tokens per forward pass. A longer prompt is prefilled alone."""
 
 
-class Rows(Protocol):
-    """Responses in progress."""
+class BatchState(Protocol):
+    """Running responses and their cache."""
 
-    refills: bool
-    """Whether prompts can be admitted while others are running."""
+    supports_continuous_batching: bool
+    """Whether `prefill` may be called while responses are running."""
 
-    def admit(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """Begin responses, after those that are running; returns the logits [prompts, V] of their first tokens."""
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """Append responses to the batch; returns the logits of their first tokens: [number of prompts, V]."""
         ...
 
     def step(self, tokens: Tensor) -> Tensor:
-        """Continue every running response by its token [B]; returns the logits [B, V] of the next ones."""
+        """Append a token [N] to each running response; returns the logits of the next tokens: [N, V]."""
         ...
 
-    def keep(self, rows: list[int]) -> list[int]:
-        """Let go of all but these; returns them in the order they have from now on."""
+    def compact(self, rows: list[int]) -> list[int]:
+        """Remove all responses except those in `rows`; returns `rows` in their new order."""
         ...
 
 
 class RaggedCache(Cache):
-    """Keys and values of every layer, each row from its own beginning: [rows, G, room, D]."""
+    """Keys and values of all layers; each row begins at index 0: [max_rows, G, max_length, E] per layer."""
 
-    def __init__(self, rows: int, room: int):
+    def __init__(self, max_rows: int, max_length: int):
         super().__init__(layers=[])
-        self.rows, self.room = rows, room
-        self.buffers: dict[int, tuple[Tensor, Tensor]] = {}  # by layer
-        self.lengths: list[int] = []  # of the running responses, their prompts included
-        self._running = self._ends = torch.empty(0, dtype=torch.long)  # rows, and where their next token goes
-        self.prompts: list[tuple[TreeSpan, list[int]]] | None = None  # being admitted, and the rows each goes to
+        self.max_rows, self.max_length = max_rows, max_length
+        self.buffers: dict[int, tuple[Tensor, ...]] = {}  # by layer
+        self.lengths: list[int] = []  # [N] cached tokens of each running response, including its prompt
+        self.prefilling: list[tuple[TreeSpan, list[int]]] | None = None  # prompts, and the rows to copy each into
+        self._rows = self._positions = torch.empty(0, dtype=torch.long)  # [N] where `update` writes the next token
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
-        """Store what a layer has computed; returns what its attention is to see."""
+        """Store the keys and values of a layer; returns those that its attention reads."""
         if layer_idx not in self.buffers:
-            # Zeros, not whatever was there: a masked place still takes part in 0 · value.
-            shape = (self.rows, key_states.shape[1], self.room)
-            keys = key_states.new_zeros(*shape, key_states.shape[3])
-            self.buffers[layer_idx] = keys, value_states.new_zeros(*shape, value_states.shape[3])
+            # Zeros, because masked values are multiplied by 0 and must not be NaN.
+            self.buffers[layer_idx] = tuple(
+                states.new_zeros(self.max_rows, states.shape[1], self.max_length, states.shape[3])
+                for states in (key_states, value_states)
+            )
         buffers = self.buffers[layer_idx]
         for buffer, states in zip(buffers, (key_states, value_states), strict=True):
-            if self.prompts is None:
-                buffer[self._running, :, self._ends] = states[:, :, 0]
+            if self.prefilling is None:
+                buffer[self._rows, :, self._positions] = states[:, :, 0]
             else:
-                for span, rows in self.prompts:
-                    buffer[rows, :, : span.prompt] = states[:, :, span.start : span.start + span.prompt]
-        if self.prompts is not None:
+                for span, rows in self.prefilling:
+                    prompt = states[:, :, span.start : span.start + span.prompt_length]
+                    buffer[rows, :, : span.prompt_length] = prompt
+        if self.prefilling is not None:
             return key_states, value_states
-        running, longest = len(self.lengths), max(self.lengths)
-        return tuple(buffer[:running, :, :longest] for buffer in buffers)
+        return tuple(buffer[: len(self.lengths), :, : max(self.lengths)] for buffer in buffers)
 
-    def grow(self, device: torch.device) -> Tensor:
-        """Make room for one more token of each running response; returns its position: [B]."""
-        self._running = torch.arange(len(self.lengths), device=device)
-        self._ends = torch.tensor(self.lengths, device=device)
+    def extend(self, device: torch.device) -> Tensor:
+        """Add one token to the length of each running response; returns its position id: [N]."""
+        self._rows = torch.arange(len(self.lengths), device=device)
+        self._positions = torch.tensor(self.lengths, device=device)
         self.lengths = [length + 1 for length in self.lengths]
-        return self._ends
+        return self._positions
 
-    def move(self, source: list[int], target: list[int]) -> None:
-        """Copy rows over others."""
+    def copy_rows(self, source: list[int], target: list[int]) -> None:
+        """Copy the rows `source` to the rows `target`."""
         longest = max(self.lengths)
         for buffers in self.buffers.values():
             for buffer in buffers:
                 buffer[target, :, :longest] = buffer[source, :, :longest]
 
 
-class RaggedRows:
-    """Rows of different lengths without padding."""
+class RaggedBatch:
+    """Responses of different lengths without padding."""
 
-    refills = True
+    supports_continuous_batching = True
 
-    def __init__(self, logprobs: LogProbs, rows: int, room: int):
+    def __init__(self, logprobs: LogProbs, max_rows: int, max_length: int):
         """
         Args:
-            logprobs: the model, whose attention takes trees.
-            rows: how many responses run at most at once.
-            room: tokens in the longest of them, its prompt included.
+            logprobs: a model with tree attention.
+            max_rows: maximum number of running responses.
+            max_length: maximum length of a response with its prompt, in tokens.
         """
         self.logprobs = logprobs
         self.device = next(logprobs.parameters()).device
-        self.cache = RaggedCache(rows, room)
-        logprobs.use_attention(tree=True)
+        self.cache = RaggedCache(max_rows, max_length)
+        logprobs.use_tree_attention(True)
 
-    def admit(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """See `Rows`. A prompt that comes several times in succession is computed once."""
-        logits = []
-        for group in _groups(prompts):
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """See `BatchState`. Consecutive occurrences of the same prompt object are computed once."""
+        return torch.cat([self._prefill(group) for group in _prefill_groups(prompts)])
+
+    def _prefill(self, group: list[tuple[Sequence[int], int]]) -> Tensor:
+        """Prefill (prompt, number of responses) in one forward pass."""
+        batch = pack_batch([PrefixTree(prompt, ()) for prompt, _ in group], prefix_sharing=True).to(self.device)
+        assert batch.spans is not None
+        self.cache.prefilling = []
+        for span, (prompt, count) in zip(batch.spans, group, strict=True):
             first = len(self.cache.lengths)
-            distinct: list[Sequence[int]] = []
-            rows: list[list[int]] = []
-            for number, prompt in enumerate(group):
-                if not distinct or prompt is not distinct[-1]:
-                    distinct.append(prompt)
-                    rows.append([])
-                rows[-1].append(first + number)
-            layout = pack_batch([PrefixTree(prompt, ()) for prompt in distinct], True).to(self.device)
-            assert layout.spans is not None
-            self.cache.prompts = list(zip(layout.spans, rows, strict=True))
-            self.cache.lengths += [len(prompt) for prompt in group]
-            inputs = self.logprobs.attention_inputs(layout)
-            hidden = self._forward(layout.input_ids, layout.position_ids, **inputs)[0]
-            last = [span.start + span.prompt - 1 for span, rows in self.cache.prompts for _ in rows]
-            logits.append(self.logprobs.logits(hidden[last]))
-            self.cache.prompts = None
-        return torch.cat(logits)
+            self.cache.prefilling.append((span, list(range(first, first + count))))
+            self.cache.lengths += [len(prompt)] * count
+        hidden = self._forward(batch.input_ids, batch.position_ids, **self.logprobs.attention_kwargs(batch))[0]
+        last = [span.start + span.prompt_length - 1 for span, rows in self.cache.prefilling for _ in rows]
+        self.cache.prefilling = None
+        return self.logprobs.logits(hidden[last])
 
     def step(self, tokens: Tensor) -> Tensor:
-        """See `Rows`."""
-        ends = self.cache.grow(self.device)
-        behind = ends[:, None] - torch.arange(max(self.cache.lengths), device=self.device)
-        return self.logprobs.logits(self._forward(tokens[:, None], ends[:, None], behind=behind)[:, 0])
+        """See `BatchState`."""
+        positions = self.cache.extend(self.device)[:, None]  # [N, 1]
+        key_distance = positions - torch.arange(max(self.cache.lengths), device=self.device)  # [N, K]
+        return self.logprobs.logits(self._forward(tokens[:, None], positions, key_distance=key_distance)[:, 0])
 
-    def keep(self, rows: list[int]) -> list[int]:
-        """See `Rows`. The last responses move to the places that have become free."""
-        kept, count = set(rows), len(rows)
-        free = [row for row in range(count) if row not in kept]
-        last = [row for row in rows if row >= count]
+    def compact(self, rows: list[int]) -> list[int]:
+        """See `BatchState`. The last responses move to the rows that become free."""
+        count = len(rows)
+        free = sorted(set(range(count)) - set(rows))
+        moved = [row for row in rows if row >= count]
         if free:
-            self.cache.move(last, free)
-        taken = dict(zip(free, last, strict=True))
-        order = [taken.get(row, row) for row in range(count)]
+            self.cache.copy_rows(moved, free)
+        source = dict(zip(free, moved, strict=True))
+        order = [source.get(row, row) for row in range(count)]
         self.cache.lengths = [self.cache.lengths[row] for row in order]
         return order
 
-    def _forward(self, input_ids: Tensor, position_ids: Tensor, **layout: Any) -> Tensor:
-        output = self.logprobs.causal.base_model(
-            input_ids=input_ids, position_ids=position_ids, past_key_values=self.cache, use_cache=True, **layout
+    def _forward(self, input_ids: Tensor, position_ids: Tensor, **attention: Any) -> Tensor:
+        """Return the final hidden states: [rows, tokens, D]."""
+        output = self.logprobs.causal_lm.base_model(
+            input_ids=input_ids, position_ids=position_ids, past_key_values=self.cache, use_cache=True, **attention
         )
         states: Tensor = output.last_hidden_state
         return states
 
 
-def _groups(prompts: Sequence[Sequence[int]]) -> list[list[Sequence[int]]]:
-    """The prompts in order, in groups of few tokens; repeats of one in succession stay together."""
-    groups: list[list[Sequence[int]]] = []
-    room = 0
-    for number, prompt in enumerate(prompts):
-        if number and prompt is prompts[number - 1]:
-            groups[-1].append(prompt)
-            continue
-        if not groups or len(prompt) > room:
+def _prefill_groups(prompts: Sequence[Sequence[int]]) -> list[list[tuple[Sequence[int], int]]]:
+    """Count consecutive occurrences of a prompt and group the prompts, in order, by forward pass."""
+    groups: list[list[tuple[Sequence[int], int]]] = []
+    free = 0
+    for _, same in groupby(prompts, key=id):
+        prompt, *others = same
+        if not groups or len(prompt) > free:
             groups.append([])
-            room = PREFILL_TOKENS
-        groups[-1].append(prompt)
-        room -= len(prompt)
+            free = PREFILL_TOKENS
+        groups[-1].append((prompt, 1 + len(others)))
+        free -= len(prompt)
     return groups
 
 
-class PaddedRows:
-    """Rows padded on the left to one length, through transformers' own cache and masks."""
+class PaddedBatch:
+    """Responses padded on the left to one length, with the cache and masks of transformers."""
 
-    refills = False
+    supports_continuous_batching = False
 
     def __init__(self, logprobs: LogProbs):
-        self.model = logprobs.causal
+        self.model = logprobs.causal_lm
         self.device = next(logprobs.parameters()).device
-        logprobs.use_attention(tree=False)
+        logprobs.use_tree_attention(False)
 
-    def admit(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """See `Rows`. Nothing may be running."""
-        width = max(map(len, prompts))
-        pads = [width - len(prompt) for prompt in prompts]
-        ids = [[0] * pad + list(prompt) for pad, prompt in zip(pads, prompts, strict=True)]
-        mask = [[0] * pad + [1] * (width - pad) for pad in pads]
-        self.mask = torch.tensor(mask, device=self.device)  # [B, T]
-        self.position = (self.mask.cumsum(1) - 1).clamp(min=0)  # [B, new]
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """See `BatchState`. Replaces all responses."""
+        length = max(map(len, prompts))
+        padding = [length - len(prompt) for prompt in prompts]
+        ids = [[0] * pad + list(prompt) for pad, prompt in zip(padding, prompts, strict=True)]
+        mask = [[0] * pad + [1] * (length - pad) for pad in padding]
+        self.attention_mask = torch.tensor(mask, device=self.device)  # [N, K]
+        self.position_ids = (self.attention_mask.cumsum(1) - 1).clamp(min=0)  # [N, L] of the tokens fed in next
         self.cache = DynamicCache(config=self.model.config)
         return self._forward(torch.tensor(ids, device=self.device))
 
     def step(self, tokens: Tensor) -> Tensor:
-        """See `Rows`."""
-        self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], dim=1)
-        self.position = self.position[:, -1:] + 1
+        """See `BatchState`."""
+        self.attention_mask = torch.cat([self.attention_mask, self.attention_mask.new_ones(len(tokens), 1)], dim=1)
+        self.position_ids = self.position_ids[:, -1:] + 1
         return self._forward(tokens[:, None])
 
-    def keep(self, rows: list[int]) -> list[int]:
-        """See `Rows`."""
-        if 0 < len(rows) < len(self.mask):  # when all have ended, the next prompts begin anew
+    def compact(self, rows: list[int]) -> list[int]:
+        """See `BatchState`."""
+        if 0 < len(rows) < len(self.attention_mask):  # with no rows left, `prefill` replaces the state
             index = torch.tensor(rows, device=self.device)
-            self.mask, self.position = self.mask[index], self.position[index]
+            self.attention_mask, self.position_ids = self.attention_mask[index], self.position_ids[index]
             self.cache.batch_select_indices(index)
         return rows
 
     def _forward(self, input_ids: Tensor) -> Tensor:
         logits: Tensor = self.model(
             input_ids=input_ids,
-            attention_mask=self.mask,
-            position_ids=self.position,
+            attention_mask=self.attention_mask,
+            position_ids=self.position_ids,
             past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=1,

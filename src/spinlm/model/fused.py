@@ -1,12 +1,11 @@
-"""Layers that compute as one operation what would be many: LoRA layers, gated MLPs and RMS norms.
+"""Fused forward and backward passes for LoRA layers, gated MLPs and RMS norms.
 
-A linear layer with its LoRA update is y = x·Wᵀ + b + (α/r) (x·Aᵀ)·Bᵀ (LoRA, arXiv 2106.09685). PEFT's own layer adds
-the update in three more passes over an output-sized tensor, and autograd keeps a copy for each. Here both products are
-added in place, forward and backward, and only x and x·Aᵀ are kept. A gated MLP's inner act(g) ⊙ u is not kept but
-formed again from g and u, and a base in 4 bits is unpacked anew. The layers' parameters, names and files stay as they
-are.
+A linear layer with a LoRA update computes y = x·Wᵀ + b + (α/r) (x·Aᵀ)·Bᵀ (LoRA, arXiv 2106.09685). PEFT's layer needs
+three more passes over a tensor of the output's size, and autograd saves a copy for each. The fused layer adds both
+products in place, forward and backward, and saves only x and x·Aᵀ. A fused gated MLP recomputes act(g) ⊙ u from g and u
+in backward. A 4-bit weight is dequantized again in backward. Parameters, their names and saved files stay the same.
 
-Shapes: L tokens, D hidden size, I inputs, O outputs, R rank.
+Shapes: L tokens, D hidden, I inputs, O outputs, R rank. In code, x·Aᵀ [L, R] is `low_rank`.
 """
 
 import contextlib
@@ -18,78 +17,84 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from spinlm.model.kernels import linear, pack, tall
-from spinlm.model.quantize import is_quantised, product, unpack
+from spinlm.model.kernels import linear, matmul_tn, prepack
+from spinlm.model.quantize import dequantize, is_4bit, linear_4bit
 
-PACKED = "spinlm_packed"
-"""Attribute of a layer that holds base and adapter as one packed weight, while there is decoding."""
+PREPACKED = "spinlm_prepacked"
+"""Attribute of a LoRA layer that holds the merged and prepacked weight during decoding."""
 
 
-def fuse(model: nn.Module) -> int:
-    """Let layers compute as one operation each, where they can; returns how many do.
+def fuse_layers(model: nn.Module) -> int:
+    """Replace the forward of every layer that has a fused version, in place.
 
-    A LoRA layer stays as PEFT has it where its base is no linear layer, plain or in 4 bits, or is trained itself. A
-    gated MLP needs LoRA layers of that kind, and a norm a frozen float32 weight; both stay as they are where ours gives
-    something else for random inputs, since only the names of their parts say what they are.
+    LoRA layers are fused if the base layer is a frozen linear layer, plain or in 4 bits. A gated MLP is fused if its
+    three projections are fused LoRA layers, and an RMS norm if its weight is frozen and in float32. MLPs and norms are
+    recognized by the names of their parts, so they are fused only if both versions agree on random inputs.
+
+    Returns:
+        The number of fused layers.
     """
     layers: list[Any] = list(model.modules())
-    adapters = [layer for layer in layers if _is_plain_adapter(layer)]
+    adapters = [layer for layer in layers if _is_lora_linear(layer)]
     for layer in adapters:
-        _replace(layer, _adapted)
-    norms = [one for one in layers if _is_norm(one) and _try(one, _normed, one.weight)]
-    gated = [one for one in layers if _is_gated(one) and _try(one, _gated, _weight(one.gate_proj))]
-    return len(adapters) + len(norms) + len(gated)
+        _set_forward(layer, _lora_forward)
+    norms = [
+        layer for layer in layers if _is_rms_norm(layer) and _fuse_if_equal(layer, _rms_norm_forward, layer.weight)
+    ]
+    mlps = [
+        layer
+        for layer in layers
+        if _is_gated_mlp(layer) and _fuse_if_equal(layer, _gated_mlp_forward, _base_weight(layer.gate_proj))
+    ]
+    return len(adapters) + len(norms) + len(mlps)
 
 
 @contextlib.contextmanager
-def packed_adapters(model: nn.Module, rows: int) -> Iterator[None]:
-    """Within the block, fused LoRA layers have base and adapter merged into one weight, packed for so many rows.
+def prepacked_adapters(model: nn.Module, rows: int) -> Iterator[None]:
+    """Compute fused LoRA layers with one merged weight, prepacked for products with about `rows` rows.
 
-    That costs the memory of the merged weights, and is done in float32 on a CPU only: elsewhere nothing is gained, or
-    too much would be lost to rounding. A base in 4 bits is there to save that memory, and stays as it is. The base
-    itself is not touched.
+    Applies to float32 on a CPU only: elsewhere merging is no faster, or rounds too much. Costs the memory of the merged
+    weights, so 4-bit layers stay as they are. The base weights are not changed.
     """
-    layers: list[Any] = [layer for layer in model.modules() if _computes(layer, _adapted)]
+    layers: list[Any] = [layer for layer in model.modules() if _has_forward(layer, _lora_forward)]
     try:
         for layer in layers:
-            weight = _merged(layer) if layer.base_layer.weight.dtype == torch.float32 else None
-            packed = None if weight is None else pack(weight, rows)
-            if packed is not None:
-                vars(layer)[PACKED] = packed
+            if layer.base_layer.weight.dtype == torch.float32:
+                vars(layer)[PREPACKED] = prepack(_merged_weight(layer), rows)
         yield
     finally:
         for layer in layers:
-            vars(layer).pop(PACKED, None)
+            vars(layer).pop(PREPACKED, None)
 
 
-def _replace(layer: Any, forward: Callable[..., Tensor]) -> None:
-    layer.forward = MethodType(forward, layer)  # of this instance alone
+def _set_forward(layer: Any, forward: Callable[..., Tensor]) -> None:
+    layer.forward = MethodType(forward, layer)
 
 
-def _computes(layer: Any, forward: Callable[..., Tensor]) -> bool:
+def _has_forward(layer: Any, forward: Callable[..., Tensor]) -> bool:
     return getattr(vars(layer).get("forward"), "__func__", None) is forward
 
 
 @torch.no_grad()
-def _try(layer: Any, forward: Callable[..., Tensor], like: Tensor) -> bool:
-    """Replace a layer's computation if ours gives the same for random inputs [3, D], where `like` is [D] or [I, D]."""
-    x = torch.randn(3, like.shape[-1], generator=torch.Generator().manual_seed(0)).to(like)
+def _fuse_if_equal(layer: Any, forward: Callable[..., Tensor], weight: Tensor) -> bool:
+    """Replace the forward of a layer with weight [I] or [O, I] if both agree on random inputs [3, I]."""
+    x = torch.randn(3, weight.shape[-1], generator=torch.Generator().manual_seed(0)).to(weight)
     modes = [(module, module.training) for module in layer.modules()]
-    layer.eval()  # without dropout
+    layer.eval()  # disables dropout
     try:
-        ours, theirs = forward(layer, x), layer(x)
-    except (TypeError, ValueError, RuntimeError):  # other arguments or shapes than its parts' names say
+        fused, original = forward(layer, x), layer(x)
+    except (TypeError, ValueError, RuntimeError):  # the arguments or shapes differ from what the names suggest
         return False
     finally:
         for module, training in modes:
             module.training = training
-    if not torch.allclose(ours, theirs, rtol=1e-4 if like.dtype == torch.float32 else 1e-2, atol=1e-5):
+    if not torch.allclose(fused, original, rtol=1e-4 if weight.dtype == torch.float32 else 1e-2, atol=1e-5):
         return False
-    _replace(layer, forward)
+    _set_forward(layer, forward)
     return True
 
 
-def _is_plain_adapter(layer: Any) -> bool:
+def _is_lora_linear(layer: Any) -> bool:
     from peft.tuners.lora import Linear, LoraLayer
     from transformers.pytorch_utils import Conv1D
 
@@ -97,41 +102,23 @@ def _is_plain_adapter(layer: Any) -> bool:
         return False
     plain = isinstance(layer, Linear) and type(layer.base_layer) in (nn.Linear, Conv1D)
     return (
-        (plain or is_quantised(layer.base_layer))
+        (plain or is_4bit(layer.base_layer))
         and not layer.lora_variant
         and not layer.lora_bias.get("default")
         and not any(parameter.requires_grad for parameter in layer.base_layer.parameters())
     )
 
 
-def _merged(layer: Any) -> Tensor:
-    down, up = (weight.detach() for weight in _adapter(layer))
-    return torch.addmm(_weight(layer).detach(), up, down, alpha=_scale(layer))
-
-
-def _adapted(layer: Any, x: Tensor) -> Tensor:
-    """What a fused LoRA layer computes: [..., I] → [..., O]."""
-    if layer.disable_adapters or layer.merged:
-        plain: Tensor = type(layer).forward(layer, x)
-        return plain
-    base, dropout = layer.base_layer, layer.lora_dropout["default"]
-    if PACKED in vars(layer):
-        return linear(x.flatten(0, -2), vars(layer)[PACKED], base.bias).view(*x.shape[:-1], -1)
-    dropped = dropout(x) if layer.training and not isinstance(dropout, nn.Identity) else None
-    result: Tensor = _AdaptedLinear.apply(x, dropped, layer, *_adapter(layer))
-    return result
-
-
-def _weight(layer: Any) -> Tensor:
+def _base_weight(layer: Any) -> Tensor:
     """W of a LoRA layer: [O, I]."""
     base = layer.base_layer
-    if is_quantised(base):
-        return unpack(base)
+    if is_4bit(base):
+        return dequantize(base)
     weight: Tensor = base.weight.T if layer.fan_in_fan_out else base.weight
     return weight
 
 
-def _adapter(layer: Any) -> tuple[Tensor, Tensor]:
+def _lora_weights(layer: Any) -> tuple[Tensor, Tensor]:
     """A [R, I] and B [O, R]."""
     return layer.lora_A["default"].weight, layer.lora_B["default"].weight
 
@@ -141,118 +128,137 @@ def _scale(layer: Any) -> float:
     return float(layer.scaling["default"])
 
 
-class _AdaptedLinear(torch.autograd.Function):
-    """([..., I], [..., I]?, layer, [R, I], [O, R]) → [..., O] in the precision of x.
+def _has_dropout(layer: Any) -> bool:
+    return layer.training and not isinstance(layer.lora_dropout["default"], nn.Identity)
 
-    The second input is what the adapter sees, where dropout makes that differ from x. The layer's frozen weight is
-    asked for when it is needed, since it may have to be unpacked.
+
+def _merged_weight(layer: Any) -> Tensor:
+    """W + (α/r) B·A: [O, I]."""
+    lora_a, lora_b = (weight.detach() for weight in _lora_weights(layer))
+    return torch.addmm(_base_weight(layer).detach(), lora_b, lora_a, alpha=_scale(layer))
+
+
+def _lora_forward(layer: Any, x: Tensor) -> Tensor:
+    """Forward of a fused LoRA layer: [..., I] → [..., O]."""
+    if layer.disable_adapters or layer.merged:
+        plain: Tensor = type(layer).forward(layer, x)
+        return plain
+    if (weight := vars(layer).get(PREPACKED)) is not None:
+        return linear(x.flatten(0, -2), weight, layer.base_layer.bias).view(*x.shape[:-1], -1)
+    dropped = layer.lora_dropout["default"](x) if _has_dropout(layer) else None
+    result: Tensor = _LoraLinear.apply(x, dropped, layer, *_lora_weights(layer))
+    return result
+
+
+class _LoraLinear(torch.autograd.Function):
+    """([..., I], [..., I] or None, layer, A [R, I], B [O, R]) → [..., O] in the precision of x.
+
+    The second argument is the adapter's input if dropout makes it differ from x. The layer is an argument in place of
+    its frozen weight, which may have to be dequantized in forward and again in backward.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        dropped: Tensor | None,
-        layer: Any,
-        down: Tensor,
-        up: Tensor,
-    ) -> Tensor:
-        seen = (x if dropped is None else dropped.to(x.dtype)).flatten(0, -2)  # [L, I]
-        y, low = _product(x.flatten(0, -2), seen, layer, down, up)
-        ctx.layer, ctx.apart = layer, dropped is not None
-        ctx.save_for_backward(seen, low, down, up)
+    def forward(ctx: Any, x: Tensor, dropped: Tensor | None, layer: Any, lora_a: Tensor, lora_b: Tensor) -> Tensor:
+        adapter_input = (x if dropped is None else dropped.to(x.dtype)).flatten(0, -2)  # [L, I]
+        y, low_rank = _lora_products(x.flatten(0, -2), adapter_input, layer, lora_a, lora_b)
+        ctx.layer, ctx.has_dropout = layer, dropped is not None
+        ctx.save_for_backward(adapter_input, low_rank, lora_a, lora_b)
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        seen, low, down, up = ctx.saved_tensors
-        shape, grad = upstream.shape[:-1], upstream.flatten(0, -2)  # [L, O]
-        grad_low, grad_down, grad_up = _adapter_gradients(grad, seen, low, down, up, _scale(ctx.layer))
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        adapter_input, low_rank, lora_a, lora_b = ctx.saved_tensors
+        shape, grad = grad_y.shape[:-1], grad_y.flatten(0, -2)  # [L, O]
+        grad_low_rank, grad_a, grad_b = _lora_gradients(
+            grad, adapter_input, low_rank, lora_a, lora_b, _scale(ctx.layer)
+        )
         grad_x = grad_dropped = None
         if ctx.needs_input_grad[0]:
-            grad_x = linear(grad, _weight(ctx.layer).T)  # [L, I]
-            if not ctx.apart:
-                grad_x.addmm_(grad_low, down.to(grad.dtype))
+            grad_x = linear(grad, _base_weight(ctx.layer).T)  # [L, I]
+            if not ctx.has_dropout:
+                grad_x.addmm_(grad_low_rank, lora_a.to(grad.dtype))
             grad_x = grad_x.view(*shape, -1)
-        if ctx.apart and ctx.needs_input_grad[1]:
-            grad_dropped = (grad_low @ down.to(grad.dtype)).view(*shape, -1)
-        return grad_x, grad_dropped, None, grad_down, grad_up
+        if ctx.has_dropout and ctx.needs_input_grad[1]:
+            grad_dropped = (grad_low_rank @ lora_a.to(grad.dtype)).view(*shape, -1)
+        return grad_x, grad_dropped, None, grad_a, grad_b
 
 
-def _product(x: Tensor, seen: Tensor, layer: Any, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """y [L, O] and x·Aᵀ [L, R], where the adapter sees `seen` [L, I]."""
-    low, base = linear(seen, down.to(x.dtype)), layer.base_layer
-    if is_quantised(base):
-        y = product(base, x)
+def _lora_products(
+    x: Tensor, adapter_input: Tensor, layer: Any, lora_a: Tensor, lora_b: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return y [L, O] and x·Aᵀ [L, R]."""
+    low_rank, base = linear(adapter_input, lora_a.to(x.dtype)), layer.base_layer
+    if is_4bit(base):
+        y = linear_4bit(base, x)
     else:
-        y = linear(x, _weight(layer), None if base.bias is None else base.bias.to(x.dtype))
-    return y.addmm_(low, up.to(x.dtype).T, alpha=_scale(layer)), low
+        y = linear(x, _base_weight(layer), None if base.bias is None else base.bias.to(x.dtype))
+    return y.addmm_(low_rank, lora_b.to(x.dtype).T, alpha=_scale(layer)), low_rank
 
 
-def _adapter_gradients(
-    grad: Tensor, seen: Tensor, low: Tensor, down: Tensor, up: Tensor, scale: float
+def _lora_gradients(
+    grad_y: Tensor, adapter_input: Tensor, low_rank: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of x·Aᵀ [L, R], A and B, from that of y [L, O]."""
-    grad_low = linear(grad, up.to(grad.dtype).T).mul_(scale)
-    return grad_low, tall(grad_low, seen).to(down.dtype), tall(low, grad).to(up.dtype).mul_(scale).T
+    """Return the gradients of x·Aᵀ [L, R], A [R, I] and B [O, R]."""
+    grad_low_rank = linear(grad_y, lora_b.to(grad_y.dtype).T).mul_(scale)
+    grad_a = matmul_tn(grad_low_rank, adapter_input).to(lora_a.dtype)
+    grad_b = matmul_tn(low_rank, grad_y).to(lora_b.dtype).mul_(scale).T
+    return grad_low_rank, grad_a, grad_b
 
 
-def _is_gated(layer: Any) -> bool:
-    parts: list[Any] = [getattr(layer, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
-    adapted = all(part is not None and _computes(part, _adapted) for part in parts)
-    return adapted and hasattr(layer, "act_fn") and not parts[0].fan_in_fan_out
+def _is_gated_mlp(layer: Any) -> bool:
+    projections: list[Any] = [getattr(layer, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
+    fused = all(layer is not None and _has_forward(layer, _lora_forward) for layer in projections)
+    return fused and hasattr(layer, "act_fn") and not projections[0].fan_in_fan_out
 
 
-def _gated(layer: Any, x: Tensor) -> Tensor:
-    """down(act(gate(x)) ⊙ up(x)): [..., D] → [..., D]."""
-    gate, up, down = layer.gate_proj(x), layer.up_proj(x), layer.down_proj
-    dropout = layer.training and not isinstance(down.lora_dropout["default"], nn.Identity)
+def _gated_mlp_forward(layer: Any, x: Tensor) -> Tensor:
+    """down_proj(act(gate_proj(x)) ⊙ up_proj(x)): [..., D] → [..., D]."""
+    gate, up, down_proj = layer.gate_proj(x), layer.up_proj(x), layer.down_proj
     if not torch.is_grad_enabled():
-        result: Tensor = down(layer.act_fn(gate).mul_(up))
-    elif dropout or down.disable_adapters or down.merged:
-        result = down(layer.act_fn(gate) * up)
+        result: Tensor = down_proj(layer.act_fn(gate).mul_(up))
+    elif _has_dropout(down_proj) or down_proj.disable_adapters or down_proj.merged:
+        result = down_proj(layer.act_fn(gate) * up)
     else:
-        result = _GatedLinear.apply(gate, up, layer.act_fn, down, *_adapter(down))
+        result = _GatedLoraLinear.apply(gate, up, layer.act_fn, down_proj, *_lora_weights(down_proj))
     return result
 
 
-class _GatedLinear(torch.autograd.Function):
-    """As `_AdaptedLinear`, of x = act(gate) ⊙ up: ([..., I], [..., I], act, layer, …) → [..., O]."""
+class _GatedLoraLinear(torch.autograd.Function):
+    """`_LoraLinear` of x = act(gate) ⊙ up, without saving x.
+
+    (gate [..., I], up [..., I], act, layer, A [R, I], B [O, R]) → [..., O].
+    """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        gate: Tensor,
-        up_states: Tensor,
-        act: Callable[[Tensor], Tensor],
-        layer: Any,
-        down: Tensor,
-        up: Tensor,
+        ctx: Any, gate: Tensor, up: Tensor, act: Callable[[Tensor], Tensor], layer: Any, lora_a: Tensor, lora_b: Tensor
     ) -> Tensor:
-        x = (act(gate) * up_states).flatten(0, -2)
-        y, low = _product(x, x, layer, down, up)
+        x = (act(gate) * up).flatten(0, -2)
+        y, low_rank = _lora_products(x, x, layer, lora_a, lora_b)
         ctx.act, ctx.layer = act, layer
-        ctx.save_for_backward(gate, up_states, low, down, up)
+        ctx.save_for_backward(gate, up, low_rank, lora_a, lora_b)
         return y.view(*gate.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        gate, up_states, low, down, up = ctx.saved_tensors
-        grad = upstream.flatten(0, -2)
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        gate, up, low_rank, lora_a, lora_b = ctx.saved_tensors
+        grad = grad_y.flatten(0, -2)
         with torch.enable_grad():
-            get_path = gate.detach().requires_grad_()
-            activated = ctx.act(get_path)
-        seen = activated.detach() * up_states
-        grad_low, grad_down, grad_up = _adapter_gradients(grad, seen.flatten(0, -2), low, down, up, _scale(ctx.layer))
-        grad_x = linear(grad, _weight(ctx.layer).T).addmm_(grad_low, down.to(grad.dtype)).view_as(seen)
-        torch.mul(activated.detach(), grad_x, out=seen)  # from here on the gradient of `up_states`
-        (grad_gate,) = torch.autograd.grad(activated, get_path, grad_x.mul_(up_states))
-        return grad_gate, seen, None, None, grad_down, grad_up
+            gate_leaf = gate.detach().requires_grad_()
+            activated = ctx.act(gate_leaf)
+        x = activated.detach() * up
+        grad_low_rank, grad_a, grad_b = _lora_gradients(
+            grad, x.flatten(0, -2), low_rank, lora_a, lora_b, _scale(ctx.layer)
+        )
+        grad_x = linear(grad, _base_weight(ctx.layer).T).addmm_(grad_low_rank, lora_a.to(grad.dtype)).view_as(x)
+        grad_up = torch.mul(activated.detach(), grad_x, out=x)  # reuses the memory of x
+        (grad_gate,) = torch.autograd.grad(activated, gate_leaf, grad_x.mul_(up))
+        return grad_gate, grad_up, None, None, grad_a, grad_b
 
 
-def _is_norm(layer: Any) -> bool:
+def _is_rms_norm(layer: Any) -> bool:
     weight = getattr(layer, "weight", None)
     return (
         type(layer).__name__.endswith("RMSNorm")
@@ -264,7 +270,7 @@ def _is_norm(layer: Any) -> bool:
     )
 
 
-def _normed(layer: Any, x: Tensor) -> Tensor:
+def _rms_norm_forward(layer: Any, x: Tensor) -> Tensor:
     """x / √(mean x² + ε) ⊙ w (RMSNorm, arXiv 1910.07467): [..., D] → [..., D]."""
     if x.dtype != torch.float32:
         plain: Tensor = type(layer).forward(layer, x)
@@ -276,14 +282,14 @@ def _normed(layer: Any, x: Tensor) -> Tensor:
 
 
 def _rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-    """The result [..., D], and what x was multiplied by [..., 1]."""
+    """Return the normalized x [..., D] and 1 / √(mean x² + ε) [..., 1]."""
     norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     inverse = norm.square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()
     return (x * inverse).mul_(weight), inverse
 
 
 class _RmsNorm(torch.autograd.Function):
-    """([..., D], [D], ε) → [..., D] in float32, with a frozen weight. Keeps x and one number for each token."""
+    """([..., D], [D], ε) → [..., D] in float32, for a frozen weight. Saves x and one number per token."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -293,9 +299,9 @@ class _RmsNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, inverse = ctx.saved_tensors
-        grad = upstream * weight
+        grad = grad_y * weight
         # d/dx of x·r(x) with r = (mean x² + ε)^(-1/2): r·g − x · r³ · mean(g ⊙ x)
         along = torch.linalg.vecdot(grad, x).unsqueeze(-1).mul_(inverse.pow(3)).div_(-x.shape[-1])
         return grad.mul_(inverse).addcmul_(x, along), None, None

@@ -1,46 +1,47 @@
-"""Matrix products that autograd does not see.
+"""Matrix products outside of autograd.
 
-For float32 on a CPU that is oneDNN: PyTorch's own choice, MKL, took 1.0 to 1.6 times as long at the shapes of a 135M
-model on an AMD processor with AVX-512, and with a weight packed beforehand up to twice as long for the few rows of a
-decoding step (`benchmarks/products.py` measures it).
+For float32 on a CPU the products call oneDNN. PyTorch's default, MKL, took 1.0 to 1.6 times as long at the shapes of a
+135M model on an AMD processor with AVX-512, and up to twice as long as oneDNN with a prepacked weight for the few rows
+of a decoding step. `benchmarks/products.py` measures the three.
+
+Shapes: M rows, I inputs, O outputs, R rank.
 """
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear as plain_linear
-from torch.nn.functional import pad as pad_rows
+from torch.nn import functional as F
 
-BLOCK = 64
-"""More rows than this are padded to a multiple of it. oneDNN makes, and keeps, code for every number of rows it meets:
-without padding each micro-batch would cost a millisecond and hundreds of kilobytes for every layer."""
+ROW_BLOCK = 64
+"""Products with more rows than this are padded to a multiple of it. oneDNN compiles and caches code for every number of
+rows. Without padding, each micro-batch would cost a millisecond and hundreds of kilobytes per layer."""
 
 _ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x · weightᵀ + bias: [M, I], [O, I], [O]? → [M, O]. The weight may be one that `pack` returned."""
-    if not _packs(x):
-        return plain_linear(x, weight, bias)
+    """Compute x · weightᵀ + bias: [M, I], [O, I], [O] or None → [M, O]. `weight` may be a result of `prepack`."""
+    if not _uses_onednn(x):
+        return F.linear(x, weight, bias)
     rows = len(x)
-    if rows > BLOCK and rows % BLOCK:
-        x = pad_rows(x, (0, 0, 0, -rows % BLOCK))
+    if rows > ROW_BLOCK and rows % ROW_BLOCK:
+        x = F.pad(x, (0, 0, 0, -rows % ROW_BLOCK))
     result: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return result[:rows]
 
 
-def tall(left: Tensor, right: Tensor) -> Tensor:
-    """leftᵀ · right, over many rows: [M, R], [M, I] → [R, I]. With a small R this is the faster order of the two."""
-    whole_blocks = len(left) % BLOCK == 0  # else there would be code for every M again
-    return linear(left.T, right.T) if whole_blocks else left.T @ right
+def matmul_tn(left: Tensor, right: Tensor) -> Tensor:
+    """Compute leftᵀ · right: [M, R], [M, I] → [R, I]. For R < I this is faster than (rightᵀ · left)ᵀ."""
+    # M is the inner dimension, which `linear` does not pad: oneDNN would compile code for every M.
+    return linear(left.T, right.T) if len(left) % ROW_BLOCK == 0 else left.T @ right
 
 
-def pack(weight: Tensor, rows: int) -> Tensor | None:
-    """A copy of a weight [O, I] in the order that suits products with about so many rows; None where there is none."""
-    if not _packs(weight):
+def prepack(weight: Tensor, rows: int) -> Tensor | None:
+    """Copy a weight [O, I] into oneDNN's layout for products with about `rows` rows; None if oneDNN is not used."""
+    if not _uses_onednn(weight):
         return None
     packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
     return packed
 
 
-def _packs(tensor: Tensor) -> bool:
+def _uses_onednn(tensor: Tensor) -> bool:
     return _ONEDNN and tensor.device.type == "cpu" and tensor.dtype == torch.float32

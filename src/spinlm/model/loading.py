@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from spinlm.errors import ModelError
-from spinlm.model.quantize import bnb_config, check_quantization, patch_4bit_layers
+from spinlm.model.quantize import bnb_config, check_4bit_support, patch_4bit_layers
 from spinlm.recipe.schema import Lora, Model
 from spinlm.rundir.layout import RunDir
 from spinlm.utils.atomic import atomic_path, file_digest, read_json, write_json
@@ -157,7 +157,7 @@ def load_model(model: Model, path: str, dtype: torch.dtype, *, quantize: bool = 
     origin = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
     options: dict[str, Any] = {}
     if quantize:
-        check_quantization()
+        check_4bit_support()
         options["quantization_config"] = bnb_config(dtype)
     try:
         if getattr(AutoConfig.from_pretrained(path, **origin), "quantization_config", None):

@@ -1,11 +1,11 @@
-"""The one place that computes a log-probability of a response.
+"""The only module that computes log-probabilities of responses.
 
-The output head is applied only where a response token is predicted, in chunks, so memory for logits is one chunk
-times the vocabulary. With a frozen head the gradient of log p with respect to the hidden state, W[y] − p·W, is formed
-together with log p, and backward only scales it: logits are neither kept nor computed twice. With a trained head
+The output head is applied only where a response token is predicted, in chunks, so logits need the memory of one chunk.
+If the head is frozen, forward computes the gradient of log p with respect to the hidden state, W[y] − p·W, together
+with log p, and backward only scales the gradient: logits are neither kept nor computed twice. If the head is trained,
 backward computes each chunk again.
 
-Shapes: M predicted tokens, S responses, D hidden size, V vocabulary.
+Shapes: N rows, L tokens in a row, M predicted tokens, S responses, D hidden, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -17,220 +17,217 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from spinlm.errors import ModelError
-from spinlm.model.attention import TREE_ATTENTION, BlockMasks, HeadSizes, flex_works
-from spinlm.model.kernels import BLOCK, linear
+from spinlm.model.attention import TREE_ATTENTION, AttentionShape, BlockMasks, flex_attention_works
+from spinlm.model.kernels import ROW_BLOCK, linear
 from spinlm.model.prefix_trees import PackedBatch, PrefixTree, pack_batch
 
-CHUNK_ELEMENTS = 1 << 23  # of a chunk of logits: 32 MB in float32, which glibc still reuses without new pages
-GPU_CHUNKS = 8  # as large on a GPU, for fewer and larger products
+CHUNK_ELEMENTS = 1 << 23
+"""Logits per chunk on a CPU. In float32 this is 32 MB, the largest allocation that glibc reuses without new pages."""
+GPU_CHUNK_FACTOR = 8
+"""How much larger a chunk is on a GPU, for fewer and larger products."""
 
 
 @dataclass(frozen=True, slots=True)
-class HeadShape:
-    """What a model does to its logits after the linear layer: scale · logits, then softcap · tanh(logits / softcap)."""
+class LogitTransform:
+    """What a model applies to the output of its head: scale · x, then softcap · tanh(x / softcap)."""
 
     scale: float = 1.0
     softcap: float | None = None
 
     def logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """[M, D] → [M, V] in float32."""
+        """Compute the head and the transform: [M, D], [V, D], [V] or None → [M, V] in float32."""
         logits = linear(hidden, weight, bias).float()
         if self.scale != 1.0:
             logits *= self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
     def backward_(self, grad: Tensor, logits: Tensor) -> Tensor:
-        """From the gradient at the final logits to that at the linear layer's output, in place."""
+        """Convert the gradient of the logits [M, V] in place to the gradient of the head's output [M, V]."""
         if self.softcap is not None:
             grad *= 1 - (logits / self.softcap) ** 2
         return grad.mul_(self.scale) if self.scale != 1.0 else grad
 
 
 class LogProbs(nn.Module):
-    """Log-probabilities of the responses in a layout, as a module that can be wrapped for parallel training."""
+    """Log-probabilities of the responses in a packed batch. A module, so that DDP or FSDP can wrap it."""
 
     def __init__(self, model: nn.Module, autocast: torch.dtype | None = None):
         """
         Args:
-            model: a causal language model of transformers, with adapters or without.
-            autocast: compute in this precision over weights kept in another; None computes in the weights' own.
+            model: a causal language model of transformers, with or without a PEFT adapter.
+            autocast: precision to compute in if it differs from the weights'; None computes in the weights' precision.
 
         Raises:
-            ModelError: the model's output head is not a plain linear layer.
+            ModelError: the output head of the model is not a plain linear layer.
         """
         super().__init__()
         self.model = model
         self.autocast = autocast
-        causal = _without_adapter(model)
-        head = causal.get_output_embeddings()
-        if not isinstance(getattr(head, "weight", None), Tensor) or head.weight.dim() != 2 or hasattr(head, "lora_A"):
+        head = self.causal_lm.get_output_embeddings()
+        if hasattr(head, "lora_A"):
+            raise ModelError("lora.target_modules: the output head cannot have an adapter. Leave the output head out")
+        if not isinstance(getattr(head, "weight", None), Tensor) or head.weight.dim() != 2:
             raise ModelError(
-                f"{type(causal).__name__}: the output head must be a plain linear layer, found {type(head).__name__}. "
-                "Leave the head out of lora.target_modules"
+                f"{type(self.causal_lm).__name__}: the output head is a {type(head).__name__}, not a plain linear layer. "
+                "spinlm does not support this model"
             )
-        config = causal.config.get_text_config()
-        scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
-            getattr(config, "logits_scaling", None) or 1.0
-        )
-        self.shape = HeadShape(scale, getattr(config, "final_logit_softcapping", None))
-        self.plain_attention: str = causal.config._attn_implementation
+        config = self.causal_lm.config.get_text_config()
+        scale = getattr(config, "logit_scale", None) or 1.0
+        divisor = getattr(config, "logits_scaling", None) or 1.0
+        softcap = getattr(config, "final_logit_softcapping", None)
+        self.transform = LogitTransform(float(scale) / float(divisor), softcap)
+        self.default_attention: str = self.causal_lm.config._attn_implementation
 
     @property
-    def causal(self) -> Any:
-        """The causal language model itself, adapters in place."""
-        return _without_adapter(self.model)
+    def causal_lm(self) -> Any:
+        """The causal language model without the PEFT wrapper; adapter layers stay in place."""
+        model: Any = self.model
+        return model.get_base_model() if hasattr(model, "get_base_model") else model
 
-    def use_attention(self, tree: bool) -> None:
-        """Switch between the tree attention and the model's plain one.
+    def use_tree_attention(self, enabled: bool) -> None:
+        """Switch between the tree attention and the attention that the model was loaded with.
 
         Raises:
-            ModelError: the model keeps its own attention.
+            ModelError: the attention of the model cannot be replaced.
         """
-        wanted = TREE_ATTENTION if tree else self.plain_attention
-        if self.causal.config._attn_implementation != wanted:
-            self.causal.set_attn_implementation(wanted)
-        if tree and self.causal.config._attn_implementation != TREE_ATTENTION:
-            raise ModelError(f"{type(self.causal).__name__}: its attention cannot be exchanged, so no prompt trees")
+        implementation = TREE_ATTENTION if enabled else self.default_attention
+        if self.causal_lm.config._attn_implementation != implementation:
+            self.causal_lm.set_attn_implementation(implementation)
+        if enabled and self.causal_lm.config._attn_implementation != TREE_ATTENTION:
+            raise ModelError(f"{type(self.causal_lm).__name__}: attention cannot be replaced, so no prefix sharing")
 
-    def forward(self, layout: PackedBatch) -> Tensor:
-        """Log-probability of each response, summed over its tokens.
+    def forward(self, batch: PackedBatch) -> Tensor:
+        """Compute the log-probability of each response, summed over its tokens: [S] in float32."""
+        token_logprobs = self.token_logprobs(batch)
+        zeros = torch.zeros(batch.num_responses, device=token_logprobs.device)
+        return zeros.index_add(0, batch.response_indices, token_logprobs)
+
+    def token_logprobs(self, batch: PackedBatch) -> Tensor:
+        """Compute the log-probability of each predicted token: [M] in float32."""
+        return self._target_logprobs(self.hidden_states(batch), batch)
+
+    def logprobs_and_features(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+        """Compute the log-probability and a feature vector of each response.
 
         Returns:
-            [S] in float32.
+            Log-probabilities [S] as in `forward`, and features [S, D] in float32: the mean of the final hidden states
+            that predict the response's tokens.
         """
-        tokens = self.tokens(layout)
-        return torch.zeros(layout.responses, device=tokens.device).index_add(0, layout.response, tokens)
+        hidden = self.hidden_states(batch)  # [M, D]
+        zeros = hidden.new_zeros(batch.num_responses, dtype=torch.float32)
+        indices = batch.response_indices
+        logprobs = zeros.index_add(0, indices, self._target_logprobs(hidden, batch))
+        lengths = zeros.index_add(0, indices, torch.ones_like(indices, dtype=torch.float32))
+        sums = zeros[:, None].expand(-1, hidden.shape[1]).index_add(0, indices, hidden.float())
+        return logprobs, sums / lengths[:, None]
 
-    def tokens(self, layout: PackedBatch) -> Tensor:
-        """Log-probability of each predicted token: [M] in float32."""
-        return self._tokens(self.hidden(layout), layout)
-
-    def read(self, layout: PackedBatch) -> tuple[Tensor, Tensor]:
-        """What the model makes of each response: its log-probability, as `forward`, and one vector of features.
-
-        Returns:
-            [S], and [S, D] the mean of the final hidden states that predict the response's tokens, in float32.
-        """
-        hidden = self.hidden(layout)  # [M, D]
-        zeros = hidden.new_zeros(layout.responses, dtype=torch.float32)
-        logprobs = zeros.index_add(0, layout.response, self._tokens(hidden, layout))
-        counts = zeros.index_add(0, layout.response, torch.ones_like(layout.response, dtype=torch.float32))
-        sums = zeros[:, None].expand(-1, hidden.shape[1]).index_add(0, layout.response, hidden.float())
-        return logprobs, sums / counts[:, None]
-
-    def _tokens(self, hidden: Tensor, layout: PackedBatch) -> Tensor:
+    def _target_logprobs(self, hidden: Tensor, batch: PackedBatch) -> Tensor:
         weight, bias = self._head()
-        return _target_logprobs(hidden.to(weight.dtype), weight, bias, layout.targets, self.shape)
+        result: Tensor = _TargetLogProbs.apply(hidden.to(weight.dtype), weight, bias, batch.targets, self.transform)
+        return result
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits of a few final hidden states, for sampling: [M, D] → [M, V] in float32."""
+        """Compute logits of final hidden states for sampling: [M, D] → [M, V] in float32."""
         weight, bias = self._head()
-        return self.shape.logits(hidden.to(weight.dtype), weight, bias)
+        return self.transform.logits(hidden.to(weight.dtype), weight, bias)
 
     def _head(self) -> tuple[Tensor, Tensor | None]:
-        """Weight [V, D] and bias [V] of the output head, in the precision to compute in."""
-        head = self.causal.get_output_embeddings()
+        """Weight [V, D] and bias [V] of the output head, in the compute precision."""
+        head = self.causal_lm.get_output_embeddings()
         dtype, bias = self.autocast or head.weight.dtype, getattr(head, "bias", None)
         return head.weight.to(dtype), None if bias is None else bias.to(dtype)
 
-    def hidden(self, layout: PackedBatch) -> Tensor:
-        """Final hidden states at the positions that predict a response token: [M, D]."""
-        self.use_attention(layout.spans is not None)
-        device = layout.input_ids.device.type
-        # A weight is used once: kept casts would only be in the way of what is recomputed or gathered later.
+    def hidden_states(self, batch: PackedBatch) -> Tensor:
+        """Compute the final hidden states that predict a response token: [M, D]."""
+        self.use_tree_attention(batch.spans is not None)
+        device = batch.input_ids.device.type
+        # Each weight is used once, so cached casts would only take memory, or go stale when weights are gathered again.
         with torch.autocast(device, dtype=self.autocast, enabled=self.autocast is not None, cache_enabled=False):
-            states = self.causal.base_model(
-                input_ids=layout.input_ids,
-                position_ids=layout.position_ids,
+            states = self.causal_lm.base_model(
+                input_ids=batch.input_ids,
+                position_ids=batch.position_ids,
                 use_cache=False,
-                **self.attention_inputs(layout),
+                **self.attention_kwargs(batch),
             ).last_hidden_state  # [N, L, D]
-        return states.flatten(0, 1)[layout.predict]
+        return states.flatten(0, 1)[batch.logits_indices]
 
-    def attention_inputs(self, layout: PackedBatch) -> dict[str, Any]:
-        """What `tree_attention` is to be told of a layout, as keywords that the model hands down."""
-        if layout.spans is None:
+    def attention_kwargs(self, batch: PackedBatch) -> dict[str, Any]:
+        """Return the keyword arguments that the model passes on to `tree_attention`."""
+        if batch.spans is None:
             return {}
-        masks = BlockMasks(layout.spans, layout.position_ids) if self.uses_flex(layout.input_ids.device) else None
-        return {"spans": layout.spans, "masks": masks}
+        use_flex = self.uses_flex_attention(batch.input_ids.device)
+        return {"spans": batch.spans, "block_masks": BlockMasks(batch.spans, batch.position_ids) if use_flex else None}
 
-    def uses_flex(self, device: torch.device) -> bool:
-        """Whether prompt trees go through FlexAttention on a device."""
+    def uses_flex_attention(self, device: torch.device) -> bool:
+        """Return whether tree attention uses FlexAttention on a device."""
         if device.type != "cuda":
             return False
-        dtype = self.autocast or self.causal.get_output_embeddings().weight.dtype
-        return flex_works(device, dtype, HeadSizes.of(self.causal.config.get_text_config()))
-
-
-def _without_adapter(model: Any) -> Any:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+        dtype = self.autocast or self.causal_lm.get_output_embeddings().weight.dtype
+        return flex_attention_works(device, dtype, AttentionShape.from_config(self.causal_lm.config.get_text_config()))
 
 
 @torch.no_grad()
-def parity_gap(logprobs: LogProbs, trees: Sequence[PrefixTree], prefix_sharing: bool) -> float:
-    """Largest mean difference per token between a layout's log-probabilities and the model's own, over all responses.
+def max_logprob_error(logprobs: LogProbs, trees: Sequence[PrefixTree], prefix_sharing: bool) -> float:
+    """Compare packed log-probabilities with those from the model's full logits of one unpadded row per response.
 
-    The model's own come from its plain forward pass over one unpadded row with all logits.
+    Returns:
+        The largest absolute difference over all responses, in nats per token.
+
+    Raises:
+        ModelError: the attention of the model cannot be replaced.
     """
     logprobs.eval()
     device = next(logprobs.parameters()).device
     packed = logprobs(pack_batch(trees, prefix_sharing).to(device)).cpu()
-    logprobs.use_attention(tree=False)
-    gaps = []
+    logprobs.use_tree_attention(False)
+    errors = []
     responses = [(tree.prompt, response) for tree in trees for response in tree.responses]
-    for (prompt, response), ours in zip(responses, packed, strict=True):
+    for (prompt, response), value in zip(responses, packed, strict=True):
         ids = torch.tensor([[*prompt, *response]], device=device)
-        kind = device.type
-        with torch.autocast(kind, dtype=logprobs.autocast, enabled=logprobs.autocast is not None):
-            logits = logprobs.causal(input_ids=ids).logits[0, len(prompt) - 1 : -1]  # [R, V]
-        target = torch.tensor(response, device=device)
-        theirs = torch.log_softmax(logits.float(), dim=-1).gather(1, target[:, None]).sum().cpu()
-        gaps.append(abs(ours - theirs).item() / len(response))
-    return max(gaps)
-
-
-def _target_logprobs(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, shape: HeadShape) -> Tensor:
-    result: Tensor = _TargetLogProbs.apply(hidden, weight, bias, targets, shape)
-    return result
+        with torch.autocast(device.type, dtype=logprobs.autocast, enabled=logprobs.autocast is not None):
+            logits = logprobs.causal_lm(input_ids=ids).logits[0, len(prompt) - 1 : -1]  # [len(response), V]
+        targets = torch.tensor(response, device=device)
+        expected = torch.log_softmax(logits.float(), dim=-1).gather(1, targets[:, None]).sum().cpu()
+        errors.append(abs(value - expected).item() / len(response))
+    return max(errors)
 
 
 class _TargetLogProbs(torch.autograd.Function):
-    """log softmax(head(h))[y] for each row: ([M, D], [V, D], [V]?, [M]) → [M] in float32."""
+    """log softmax(head(hidden))[target] per row: ([M, D], W [V, D], b [V] or None, [M], transform) → [M] in float32."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, shape: HeadShape
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, transform: LogitTransform
     ) -> Tensor:
-        trained_head = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-        form_gradient = ctx.needs_input_grad[0] and not trained_head
+        head_is_trained = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+        ctx.has_gradient = ctx.needs_input_grad[0] and not head_is_trained
         logprobs = hidden.new_empty(len(hidden), dtype=torch.float32)
-        unit = torch.empty_like(hidden) if form_gradient else None
+        gradient = torch.empty_like(hidden) if ctx.has_gradient else None  # of log p with respect to hidden
         for rows in _chunks(hidden, len(weight)):
-            logits = shape.logits(hidden[rows], weight, bias)
-            scores = _Softmax(logits, targets[rows], shape, keep=form_gradient)
-            logprobs[rows] = scores.logprob
-            if unit is not None:
-                unit[rows] = linear(scores.gradient().to(weight.dtype), weight.t())
-        ctx.shape = shape
-        ctx.formed = form_gradient
-        ctx.save_for_backward(*((unit,) if unit is not None else (hidden, weight, bias, targets)))
+            logits = transform.logits(hidden[rows], weight, bias)
+            softmax = _TargetSoftmax(logits, targets[rows], transform, need_gradient=ctx.has_gradient)
+            logprobs[rows] = softmax.logprobs
+            if gradient is not None:
+                gradient[rows] = linear(softmax.gradient().to(weight.dtype), weight.t())
+        ctx.transform = transform
+        ctx.save_for_backward(*((gradient,) if gradient is not None else (hidden, weight, bias, targets)))
         return logprobs
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.formed:
-            (unit,) = ctx.saved_tensors
-            return unit * upstream[:, None].to(unit.dtype), None, None, None, None
+    def backward(ctx: Any, grad_logprobs: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.has_gradient:
+            (gradient,) = ctx.saved_tensors
+            return gradient * grad_logprobs[:, None].to(gradient.dtype), None, None, None, None
         hidden, weight, bias, targets = ctx.saved_tensors
-        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-        grad_hidden = torch.empty_like(hidden) if need_hidden else None
-        grad_weight = torch.zeros_like(weight) if need_weight else None
-        grad_bias = torch.zeros_like(bias) if need_bias else None
+        grad_hidden, grad_weight, grad_bias = (
+            None if not needed else torch.zeros_like(tensor)
+            for needed, tensor in zip(ctx.needs_input_grad, (hidden, weight, bias), strict=False)
+        )
         for rows in _chunks(hidden, len(weight)):
-            logits = ctx.shape.logits(hidden[rows], weight, bias)
-            grad = _Softmax(logits, targets[rows], ctx.shape, keep=True).gradient() * upstream[rows, None]
-            grad = grad.to(weight.dtype)
+            logits = ctx.transform.logits(hidden[rows], weight, bias)
+            softmax = _TargetSoftmax(logits, targets[rows], ctx.transform, need_gradient=True)
+            grad = (softmax.gradient() * grad_logprobs[rows, None]).to(weight.dtype)
             if grad_hidden is not None:
                 grad_hidden[rows] = grad @ weight
             if grad_weight is not None:
@@ -240,30 +237,31 @@ class _TargetLogProbs(torch.autograd.Function):
         return grad_hidden, grad_weight, grad_bias, None, None
 
 
-class _Softmax:
-    """log p(y) of each row of logits, and its gradient at the linear layer's output. Overwrites the logits.
+class _TargetSoftmax:
+    """log p(y) per row of logits [M, V], and its gradient with respect to the head's output. Overwrites the logits.
 
-    In place, since a second tensor of this size costs more in page faults than the arithmetic.
+    In place, because the page faults of a second tensor of this size cost more than the arithmetic.
     """
 
-    def __init__(self, logits: Tensor, targets: Tensor, shape: HeadShape, *, keep: bool):
-        self.at, self.shape = (torch.arange(len(logits), device=logits.device), targets), shape
-        self.capped = logits.clone() if keep and shape.softcap is not None else logits
+    def __init__(self, logits: Tensor, targets: Tensor, transform: LogitTransform, *, need_gradient: bool):
+        self._targets = torch.arange(len(logits), device=logits.device), targets
+        self._transform = transform
+        self._logits = logits.clone() if need_gradient and transform.softcap is not None else logits
         highest = logits.amax(dim=1, keepdim=True)
-        of_target = logits[self.at] - highest.squeeze(1)
-        self.exponentials = logits.sub_(highest).exp_()  # [M, V]
-        self.total = self.exponentials.sum(dim=1)
-        self.logprob = of_target - self.total.log()  # [M]
+        target_logits = logits[self._targets] - highest.squeeze(1)
+        self._exponentials = logits.sub_(highest).exp_()  # [M, V]
+        self._sums = self._exponentials.sum(dim=1)
+        self.logprobs = target_logits - self._sums.log()  # [M]
 
     def gradient(self) -> Tensor:
-        """one-hot(y) − p, through the head's shape: [M, V]."""
-        grad = self.exponentials.div_(-self.total[:, None])
-        grad[self.at] += 1
-        return self.shape.backward_(grad, self.capped)
+        """Compute one-hot(y) − p and convert it through the transform: [M, V]. Call at most once."""
+        grad = self._exponentials.div_(-self._sums[:, None])
+        grad[self._targets] += 1
+        return self._transform.backward_(grad, self._logits)
 
 
 def _chunks(hidden: Tensor, vocabulary: int) -> list[slice]:
     rows = len(hidden)
-    size = max(16, CHUNK_ELEMENTS * (GPU_CHUNKS if hidden.is_cuda else 1) // vocabulary)
-    size -= size % BLOCK if size > BLOCK else 0
+    size = max(16, CHUNK_ELEMENTS * (GPU_CHUNK_FACTOR if hidden.is_cuda else 1) // vocabulary)
+    size -= size % ROW_BLOCK if size > ROW_BLOCK else 0
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]

@@ -20,7 +20,7 @@ from spinlm.distributed import processes
 from spinlm.errors import MissingPackageError, ModelError, RecipeError
 from spinlm.export.model_card import card
 from spinlm.model.attention import register_tree_attention
-from spinlm.model.fused import fuse
+from spinlm.model.fused import fuse_layers
 from spinlm.model.loading import (
     add_adapter,
     compute_dtype,
@@ -33,7 +33,7 @@ from spinlm.model.loading import (
     save_stop_ids,
     stop_ids,
 )
-from spinlm.model.logprobs import LogProbs, parity_gap
+from spinlm.model.logprobs import LogProbs, max_logprob_error
 from spinlm.model.prefix_trees import PrefixTree, pack_batch
 from spinlm.recipe.schema import Recipe
 from spinlm.rundir.layout import RunDir
@@ -87,7 +87,7 @@ class Players:
         model = load_model(self.recipe.model, self.path, stored, quantize=self.recipe.model.load_in_4bit)
         if lora is not None:
             model = add_adapter(model, lora, self.recipe.seed, self.recipe.model.revision)
-            fuse(model)
+            fuse_layers(model)
         disable_dropout(model)
         model.to(self.device)
         return LogProbs(model, autocast=self.dtype if full and self.dtype != stored else None)
@@ -215,7 +215,7 @@ class Players:
     def read(self, trees: Sequence[PrefixTree], prefix_sharing: bool) -> tuple[list[float], np.ndarray]:
         """As `response_logprobs`, and beside them features of each response: [S, D]."""
         self.logprobs.eval()
-        logprobs, features = self.logprobs.read(pack_batch(trees, prefix_sharing).to(self.device))
+        logprobs, features = self.logprobs.logprobs_and_features(pack_batch(trees, prefix_sharing).to(self.device))
         values = logprobs.tolist()
         self._check(values)
         return values, features.cpu().numpy()
@@ -239,10 +239,10 @@ class Players:
         if path.exists():
             return bool(read_json(path)["prefix_sharing"])
         wanted = self.recipe.train.prefix_sharing
-        rows, shared = parity_gap(self.logprobs, trees, False), math.inf
+        rows, shared = max_logprob_error(self.logprobs, trees, False), math.inf
         if wanted != "never":
             try:
-                shared = parity_gap(self.logprobs, trees, True)
+                shared = max_logprob_error(self.logprobs, trees, True)
             except ModelError as error:
                 log.info("%s", error)
         if not math.isfinite(rows):

@@ -1,8 +1,8 @@
-"""A frozen base in 4 bits (QLoRA, arXiv 2305.14314): NF4, its scales quantised once more, by bitsandbytes.
+"""Frozen weights in 4 bits (QLoRA, arXiv 2305.14314): NF4 with double quantization, by bitsandbytes.
 
-A layer's weight is unpacked for its product, and again for the product's gradient; it is never kept. bitsandbytes' own
-layers do the same, but not on CPUs with AVX-512 BF16: there they compute in bfloat16 outside of training, and change
-their weights in place to do so. The model that scores would be another than the one that is trained.
+Each product dequantizes the weight, forward and again backward; the dequantized weight is never kept. The layers of
+bitsandbytes do the same, except on CPUs with AVX-512 BF16. There they compute in bfloat16 outside of training and
+convert their weights in place, so the model that scores would differ from the model that is trained.
 
 Shapes: L tokens, I inputs, O outputs.
 """
@@ -21,40 +21,41 @@ from spinlm.errors import MissingPackageError, ModelError
 from spinlm.model.kernels import linear
 
 
-def check_quantization() -> None:
-    """Make sure that this machine can compute with weights in 4 bits, by trying it.
+def check_4bit_support() -> None:
+    """Quantize and dequantize a small weight on this machine's device.
 
     Raises:
         MissingPackageError: bitsandbytes is not installed.
-        ModelError: it has nothing for this machine.
+        ModelError: bitsandbytes does not support this device.
     """
     if importlib.util.find_spec("bitsandbytes") is None:
         raise MissingPackageError(
-            "model.load_in_4bit needs a package that is not installed. Run: pip install 'spinlm[bitsandbytes]'"
+            "model.load_in_4bit: bitsandbytes is not installed. Run: pip install 'spinlm[bitsandbytes]'"
         )
-    # It tells of a kernel that it would like to download and that is not used here.
+    # bitsandbytes warns that a CPU kernel cannot be downloaded; spinlm does not use that kernel.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     import bitsandbytes
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    version = f"bitsandbytes {bitsandbytes.__version__}"
     weight = torch.linspace(-1, 1, 128, device=device).view(2, 64)
     try:
         packed, state = bitsandbytes.functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
         error = (bitsandbytes.functional.dequantize_4bit(packed, state) - weight).abs().max().item()
-    except (RuntimeError, NotImplementedError, AttributeError, ValueError) as failure:  # each device has its own
+    except (RuntimeError, NotImplementedError, AttributeError, ValueError) as failure:  # depends on the device
         raise ModelError(
-            f"model.load_in_4bit: bitsandbytes {bitsandbytes.__version__} cannot compute in 4 bits on this machine's "
-            f"{device}: {failure}. Upgrade it, or leave model.load_in_4bit out"
+            f"model.load_in_4bit: {version} does not work on this machine's {device}: {failure}. "
+            "Upgrade bitsandbytes, or set model.load_in_4bit: false"
         ) from failure
-    if not error < 0.2:  # half of the widest step is 0.15
+    if not error < 0.2:  # half of the widest NF4 step is 0.15
         raise ModelError(
-            f"model.load_in_4bit: on this machine's {device}, bitsandbytes {bitsandbytes.__version__} does not give "
-            "back the weights that it was given. Upgrade it, or leave model.load_in_4bit out"
+            f"model.load_in_4bit: {version} dequantizes to wrong values on this machine's {device}. "
+            "Upgrade bitsandbytes, or set model.load_in_4bit: false"
         )
 
 
 def bnb_config(dtype: torch.dtype) -> Any:
-    """What transformers is to be told, to quantise while it loads and to compute in a precision."""
+    """Return the `BitsAndBytesConfig` to load a model in NF4 and compute in `dtype`."""
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(
@@ -66,53 +67,53 @@ def bnb_config(dtype: torch.dtype) -> Any:
 
 
 def patch_4bit_layers(model: nn.Module) -> None:
-    """Let every quantised layer compute as `product` does."""
+    """Replace the forward of every 4-bit layer with `linear_4bit` and its gradient."""
     for layer in model.modules():
-        if is_quantised(layer):
+        if is_4bit(layer):
             layer.forward = MethodType(_forward, layer)
 
 
-def is_quantised(layer: Any) -> bool:
-    """Whether a layer's own weight is in 4 bits. A LoRA layer shows its base's as if it were its own."""
+def is_4bit(layer: Any) -> bool:
+    """Return whether the layer itself holds a 4-bit weight. False for a LoRA layer, whose `weight` is its base's."""
     return isinstance(layer, nn.Module) and hasattr(layer._parameters.get("weight"), "quant_state")
 
 
-def count(parameters: Iterable[Tensor]) -> int:
-    """How many numbers parameters stand for: those in 4 bits are stored two in a byte."""
-    return sum(one.quant_state.shape.numel() if hasattr(one, "quant_state") else one.numel() for one in parameters)
+def count_parameters(parameters: Iterable[Tensor]) -> int:
+    """Count the elements of parameters. A 4-bit parameter stores two elements per byte."""
+    return sum(p.quant_state.shape.numel() if hasattr(p, "quant_state") else p.numel() for p in parameters)
 
 
-def unpack(layer: Any) -> Tensor:
-    """The weight of a quantised layer in the precision to compute in: [O, I]."""
+def dequantize(layer: Any) -> Tensor:
+    """Return the weight of a 4-bit layer in its compute precision: [O, I]."""
     from bitsandbytes.functional import dequantize_4bit
 
     weight: Tensor = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
     return weight
 
 
-def product(layer: Any, x: Tensor) -> Tensor:
-    """What a quantised layer computes, outside of autograd: [L, I] → [L, O]."""
-    if x.is_cuda:  # has kernels for few rows, which read 4 bits instead of 16
+def linear_4bit(layer: Any, x: Tensor) -> Tensor:
+    """Compute a 4-bit layer outside of autograd: [L, I] → [L, O]."""
+    if x.is_cuda:  # for few rows, the CUDA kernels read 4 bits per weight instead of 16
         y: Tensor = type(layer).forward(layer, x)
         return y
-    return linear(x, unpack(layer), None if layer.bias is None else layer.bias.to(x.dtype))
+    return linear(x, dequantize(layer), None if layer.bias is None else layer.bias.to(x.dtype))
 
 
 def _forward(layer: Any, x: Tensor) -> Tensor:
-    result: Tensor = _QuantisedLinear.apply(x, layer)
+    result: Tensor = _Linear4bit.apply(x, layer)
     return result
 
 
-class _QuantisedLinear(torch.autograd.Function):
-    """([..., I], layer) → [..., O], for a layer without an adapter."""
+class _Linear4bit(torch.autograd.Function):
+    """A 4-bit layer without an adapter: ([..., I], layer) → [..., O]."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: Any) -> Tensor:
         ctx.layer = layer
-        return product(layer, x.flatten(0, -2)).view(*x.shape[:-1], -1)
+        return linear_4bit(layer, x.flatten(0, -2)).view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        grad = linear(upstream.flatten(0, -2), unpack(ctx.layer).T)
-        return grad.view(*upstream.shape[:-1], -1), None
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        grad_x = linear(grad_y.flatten(0, -2), dequantize(ctx.layer).T)
+        return grad_x.view(*grad_y.shape[:-1], -1), None

@@ -20,7 +20,7 @@ from spinlm.evals.scorers import get_scorer
 from spinlm.generation.vllm import check_vllm
 from spinlm.model.loading import ensure_base, hub_commit
 from spinlm.model.players import check_trackers, seat
-from spinlm.model.quantize import check_quantization
+from spinlm.model.quantize import check_4bit_support
 from spinlm.recipe.schema import Recipe
 from spinlm.rundir.layout import RunDir
 from spinlm.rundir.provenance import verify_inputs
@@ -118,7 +118,7 @@ def _check_names(recipe: Recipe) -> None:
     if recipe.opponent.engine == "vllm":
         check_vllm(recipe)
     if recipe.model.load_in_4bit:
-        check_quantization()
+        check_4bit_support()
 
 
 _ORDER = ("train", "heldout", "sft")

@@ -30,17 +30,17 @@ def checkpoint_if_needed(logprobs: LogProbs, recipe: Recipe, prefix_sharing: boo
     """
     wanted = recipe.train.gradient_checkpointing
     if wanted == "auto":
-        switch_checkpointing(logprobs.causal, on=False)
+        switch_checkpointing(logprobs.causal_lm, on=False)
         tokens = recipe.max_micro_batch_tokens(prefix_sharing)
         need = MEMORY_MARGIN * tokens * saved_activation_bytes(logprobs, prefix_sharing, recipe.train.max_length)
         free = free_bytes(next(logprobs.parameters()).device) - _still_to_come(logprobs, recipe)
-        wanted = any(processes.all_gather(need > free and bool(logprobs.causal.supports_gradient_checkpointing)))
+        wanted = any(processes.all_gather(need > free and bool(logprobs.causal_lm.supports_gradient_checkpointing)))
         if wanted:
             log.info(
                 "gradient checkpointing is on: %d tokens would keep %.1f GB until the backward pass; %.1f GB are free",
                 *(tokens, need / 1e9, free / 1e9),
             )
-    switch_checkpointing(logprobs.causal, on=wanted)
+    switch_checkpointing(logprobs.causal_lm, on=wanted)
     return wanted
 
 
@@ -80,10 +80,10 @@ def _kept(logprobs: LogProbs, prefix_sharing: bool, tokens: int) -> int:
         return tensor
 
     half = [0] * (tokens // 2)
-    layout = pack_batch([PrefixTree(half, ([*half, 0],))], prefix_sharing).to(next(logprobs.parameters()).device)
+    batch = pack_batch([PrefixTree(half, ([*half, 0],))], prefix_sharing).to(next(logprobs.parameters()).device)
     logprobs.train()
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), torch.enable_grad():
-        values = logprobs(layout)
+        values = logprobs(batch)
     del values  # not before: what is kept must not be freed and counted again under the same address
     return sum(kept.values())
 

@@ -104,8 +104,8 @@ class Sharded(Parallel):
         """
         from torch.distributed.fsdp import fully_shard
 
-        layers = set(getattr(logprobs.causal, "_no_split_modules", None) or ())
-        for module in logprobs.causal.modules():
+        layers = set(getattr(logprobs.causal_lm, "_no_split_modules", None) or ())
+        for module in logprobs.causal_lm.modules():
             if type(module).__name__ in layers:
                 fully_shard(module, reshard_after_forward=again)
         # The rest (embeddings, head, last norm) is one group, gathered for the whole of forward and backward: the head

@@ -27,7 +27,7 @@ class SeatedModel(HFLM):
             players: seated.
             batch_size: requests that run at once.
         """
-        players.logprobs.use_attention(tree=False)
+        players.logprobs.use_tree_attention(False)
         tokenizer = copy.deepcopy(players.tokenizer)  # the harness may give it a padding token
         tokenizer.chat_template = players.renderer.template
         super().__init__(
