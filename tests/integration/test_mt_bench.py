@@ -1,4 +1,4 @@
-"""MT-Bench on a tiny run, judged by a scripted server on this machine, which misbehaves in every way."""
+"""MT-Bench on a tiny run. A scripted server on this machine is the judge."""
 
 import contextlib
 import json
@@ -11,18 +11,20 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from runs import assert_whole, read_rows, write_rows
 
 import spinlm.utils.http
 from spinlm.errors import DataError, RunError, SpinError
-from spinlm.evals.mt_bench.bench import mt_bench
-from spinlm.evals.mt_bench.judge import REMINDER, Judge, JudgeError, read_mark, read_options
+from spinlm.evals.mt_bench.grading import parse_rating
+from spinlm.evals.mt_bench.judge import DEFAULT_PROMPTS, REMINDER, Judge, JudgeError
+from spinlm.evals.mt_bench.run import run_mt_bench
 from spinlm.evals.scores import comparable, read_scores
 from spinlm.recipe.load import parse_recipe
 from spinlm.rundir.layout import RunDir
@@ -35,18 +37,18 @@ QUESTIONS = [
     {"question_id": 2, "category": "math", "turns": ["Is it beta?", "And now?"]},
     {"question_id": 3, "category": "writing", "turns": ["Is it gamma?"]},
 ]
-MARKS = {("alpha", 1): 4, ("alpha", 2): 8, ("beta", 1): 6, ("beta", 2): 2, ("gamma", 1): 10}
+RATINGS = {("alpha", 1): 4, ("alpha", 2): 8, ("beta", 1): 6, ("beta", 2): 2, ("gamma", 1): 10}
 GREETING = "Are you there?"
 
 Reply = str | tuple[int, dict[str, str], str] | None
-"""What a model says, or status, headers and body, or None for a connection that breaks."""
+"""The model's text; or status, headers and body; or None for a connection that breaks."""
 
 
 @dataclass
 class Endpoint:
-    """An endpoint whose answers come from a script: a function of what is asked and of how often that was asked."""
+    """An endpoint that replies with a script: a function of the last message and of the number of its requests."""
 
-    script: Callable[[str, int], Reply] = lambda asked, times: "[[5]]"
+    script: Callable[[str, int], Reply] = lambda request, times: "[[5]]"
     bodies: list[dict[str, Any]] = field(default_factory=list)
     keys: list[str | None] = field(default_factory=list)
     busiest: int = 0  # most requests at once
@@ -55,17 +57,17 @@ class Endpoint:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
-    def asked(self) -> list[str]:
-        """The last message of every request but greetings."""
+    def requests(self) -> list[str]:
+        """The last messages of all requests, without the greetings."""
         texts = [body["messages"][-1]["content"] for body in self.bodies]
         return [text for text in texts if text != GREETING]
 
-    def answer(self, body: dict[str, Any], key: str | None) -> Reply:
+    def reply(self, body: dict[str, Any], key: str | None) -> Reply:
         text = body["messages"][-1]["content"]
         with self._lock:
             self.bodies.append(body)
             self.keys.append(key)
-            times = self.asked.count(text)
+            times = self.requests.count(text)
             self._busy += 1
             self.busiest = max(self.busiest, self._busy)
         try:
@@ -86,7 +88,7 @@ def endpoint(monkeypatch) -> Iterator[Endpoint]:
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            reply = scripted.answer(body, self.headers.get("Authorization"))
+            reply = scripted.reply(body, self.headers.get("Authorization"))
             if reply is None:
                 self.connection.shutdown(socket.SHUT_RDWR)
                 return
@@ -95,7 +97,7 @@ def endpoint(monkeypatch) -> Iterator[Endpoint]:
             status, headers, text = reply
             if self.path != "/v1/chat/completions":
                 status, text = 404, '{"error": {"message": "no such path"}}'
-            with contextlib.suppress(ConnectionError):  # nobody waited for it
+            with contextlib.suppress(ConnectionError):  # the client is gone
                 self.send_response(status)
                 for name, value in headers.items():
                     self.send_header(name, value)
@@ -118,7 +120,7 @@ def endpoint(monkeypatch) -> Iterator[Endpoint]:
 
 @pytest.fixture
 def judge(endpoint) -> Judge:
-    return Judge.of(endpoint.url, "scripted", parallel=1)
+    return Judge(url=endpoint.url, model="scripted", max_concurrency=1)
 
 
 @dataclass(frozen=True)
@@ -128,10 +130,12 @@ class Bench:
     run: RunDir
     questions: Path
 
-    def __call__(self, judge: Judge, *players: int, questions: Path | None = None, **how: Any) -> list[str]:
+    def __call__(self, judge: Judge, *players: int, questions: Path | None = None, **options: Any) -> list[str]:
         recipe = parse_recipe(read_json(self.run.recipe), "recipe")
-        how = {"max_new_tokens": 8, **how}
-        return mt_bench(recipe, self.run, players or (START,), judge, questions or self.questions, **how)
+        settings = self.questions.with_name("judge.yaml")
+        settings.write_text(yaml.safe_dump(judge.model_dump(mode="json")))
+        options = {"max_new_tokens": 8, **options}
+        return run_mt_bench(recipe, self.run, players or (START,), settings, questions or self.questions, **options)
 
     def overall(self, player: int = START) -> Any:
         return read_scores(self.run, player)["mt-bench"]["overall"]
@@ -143,9 +147,9 @@ class Bench:
     def files(self, pattern: str, player: int = START) -> list[Path]:
         return sorted((self.run.iteration(player) / "mt-bench").glob(pattern))
 
-    def set_answers(self, player: int, text: str, same: Sequence[int] = ()) -> None:
-        """Put words into a player's mouth; to some questions the same for all."""
-        (path,) = self.files("answers-*", player)
+    def set_responses(self, player: int, text: str, same: Sequence[int] = ()) -> None:
+        """Replace a player's responses; those to the questions in `same` are equal for all players."""
+        (path,) = self.files("responses-*", player)
         rows = read_rows(path)
         for row in rows:
             turns = row["choices"][0]["turns"]
@@ -161,27 +165,31 @@ def bench(reference, tmp_path) -> Bench:
     return Bench(RunDir(tmp_path / "run"), write_rows(tmp_path / "question.jsonl", QUESTIONS))
 
 
-def turn_of(asked: str) -> tuple[str, int]:
-    """Which question, and which turn of it, a judge is asked about."""
-    word = next(name for name in ("alpha", "beta", "gamma") if name in asked)
-    return word, 2 if "<message 2>" in asked else 1
+def changed(judge: Judge, **settings: Any) -> Judge:
+    return Judge(**(judge.model_dump(exclude_unset=True) | settings))
 
 
-def by_rule(asked: str, times: int = 1) -> str:
-    return f"I see. [[{MARKS[turn_of(asked)]}]]"
+def turn_of(request: str) -> tuple[str, int]:
+    """Return the question's word and the turn that the judge has to decide on."""
+    word = next(name for name in ("alpha", "beta", "gamma") if name in request)
+    return word, 2 if "<message 2>" in request else 1
+
+
+def by_rule(request: str, times: int = 1) -> str:
+    return f"I see. [[{RATINGS[turn_of(request)]}]]"
 
 
 # Scores
 
 
-def test_scores_of_a_judge_with_a_known_rule(bench, judge, endpoint, tmp_path):
+def test_ratings_by_a_known_rule(bench, judge, endpoint, tmp_path):
     endpoint.script = by_rule
     references = write_rows(
         tmp_path / "references.jsonl", [{"question_id": 2, "choices": [{"turns": ["So true", "No"]}]}]
     )
     bench(judge, references=references)
     scores = read_scores(bench.run, START)["mt-bench"]
-    # Sums 12, 8, 10 of 2, 2, 1 marks: mean 6, and √(3/2 · (0² + 4² + 4²)) / 5.
+    # Sums 12, 8, 10 of 2, 2, 1 ratings: mean 6, and √(3/2 · (0² + 4² + 4²)) / 5.
     assert (scores["overall"].value, scores["overall"].standard_error) == (6.0, pytest.approx(48**0.5 / 5))
     assert (scores["turn 1"].value, scores["turn 1"].standard_error) == pytest.approx((20 / 3, 28**0.5 / 3))
     assert (scores["turn 2"].value, scores["turn 2"].standard_error) == pytest.approx((5.0, 3.0))
@@ -192,43 +200,37 @@ def test_scores_of_a_judge_with_a_known_rule(bench, judge, endpoint, tmp_path):
     settings, counts = scores["overall"].settings, scores["overall"].counts
     asked_for = {"judge": "scripted", "endpoint": judge.host, "limit": None, "max_new_tokens": 8}
     assert settings.items() >= {**asked_for, "without_reference": 0}.items()
-    assert counts.items() >= {"unparsable": 0, "unanswered": 0, "asked_again": 0}.items()
+    assert counts.items() >= {"unparsable": 0, "missing_responses": 0, "reminded": 0}.items()
 
-    assert len(endpoint.asked) == len(set(endpoint.asked)) == 5
+    assert len(endpoint.requests) == len(set(endpoint.requests)) == 5
     for body in endpoint.bodies:
         assert (body["model"], body["temperature"]) == ("scripted", 0)
-    assert {turn_of(text) for text in endpoint.asked if "So true" in text} == {("beta", 1), ("beta", 2)}
-    answers = {row["question_id"]: row for row in bench.rows("answers-*")}
-    for text in endpoint.asked:
+    assert {turn_of(text) for text in endpoint.requests if "So true" in text} == {("beta", 1), ("beta", 2)}
+    rows = {row["question_id"]: row for row in bench.rows("responses-*")}
+    for text in endpoint.requests:
         word, turn = turn_of(text)
-        answer = answers[{"alpha": 1, "beta": 2, "gamma": 3}[word]]["choices"][0]["turns"]
-        assert all(f"\n{given}\n" in text for given in answer[:turn])
+        responses = rows[{"alpha": 1, "beta": 2, "gamma": 3}[word]]["choices"][0]["turns"]
+        assert all(f"\n{response}\n" in text for response in responses[:turn])
 
 
-def test_options_are_sent_and_belong_to_what_was_asked(bench, judge, endpoint):
+def test_extra_body_is_sent_and_makes_other_requests(bench, judge, endpoint):
     bench(judge)
-    before = len(endpoint.asked)
-    options = read_options('{"grammar": "root ::= digit", "temperature": null, "max_tokens": 7}')
-    bench(replace(judge, options=options))
-    assert len(endpoint.asked) == 2 * before  # verdicts of before were asked for otherwise
+    before = len(endpoint.requests)
+    extra_body = {"grammar": "root ::= digit", "temperature": None, "max_tokens": 7}
+    bench(changed(judge, extra_body=extra_body))
+    assert len(endpoint.requests) == 2 * before
     assert endpoint.bodies[-1].keys() == {"model", "messages", "max_tokens", "grammar"}
     assert (endpoint.bodies[-1]["max_tokens"], endpoint.bodies[-1]["grammar"]) == (7, "root ::= digit")
 
 
-@pytest.mark.parametrize("text", ["{", "[1]", '{"model": "other"}'])
-def test_options_that_cannot_be_sent(text):
-    with pytest.raises(JudgeError, match="--judge-options"):
-        read_options(text)
-
-
-def test_the_second_turn_sees_the_first_answer(bench, judge, endpoint):
-    """Greedy answers, as the model gives them to these very conversations."""
+def test_the_second_turn_sees_the_first_response(bench, judge, endpoint):
+    """The responses are the model's greedy ones to these conversations."""
     from spinlm.generation import local_engine
     from spinlm.model.players import seat
     from spinlm.rundir.records import Sampling
 
     bench(judge)
-    (row,) = [row for row in bench.rows("answers-*") if row["category"] == "math"]
+    (row,) = [row for row in bench.rows("responses-*") if row["category"] == "math"]
     recipe = parse_recipe(read_json(bench.run.recipe), "recipe")
     players = seat(recipe, bench.run)
     players.become(START)
@@ -242,96 +244,98 @@ def test_the_second_turn_sees_the_first_answer(bench, judge, endpoint):
         messages.append({"role": "assistant", "content": given})
 
 
-def test_how_players_compare(bench, judge, endpoint):
+def test_paired_difference_of_two_players(bench, judge, endpoint):
     bench(judge, START, 0)
     ours, theirs = (read_scores(bench.run, player)["mt-bench"] for player in (START, 0))
     assert all(comparable(score, theirs[task]) for task, score in ours.items())
-    bench.set_answers(START, "plain")
-    bench.set_answers(0, "better")
-    endpoint.script = lambda asked, times: f"[[{MARKS[turn_of(asked)] - 1 + ('better' in asked)}]]"
-    remarks = bench(judge, START, 0)
-    assert "iteration 0 − start: +1.00 ± 0.00 points, paired over 3 questions" in remarks
+    bench.set_responses(START, "plain")
+    bench.set_responses(0, "better")
+    endpoint.script = lambda request, times: f"[[{RATINGS[turn_of(request)] - 1 + ('better' in request)}]]"
+    notes = bench(judge, START, 0)
+    assert "iteration 0 − start: +1.00 ± 0.00 points, paired over 3 questions" in notes
     assert (bench.overall().value, bench.overall(0).value) == (5.0, 6.0)
 
 
-# Pairs
+# Pairwise
 
 
-def test_a_judge_that_always_says_a_finds_no_winner(bench, judge, endpoint):
+def test_a_judge_that_always_chooses_a_finds_no_winner(bench, judge, endpoint):
     bench(judge, START, 1)
-    bench.set_answers(START, "one")
-    bench.set_answers(1, "other")
+    bench.set_responses(START, "one")
+    bench.set_responses(1, "other")
     endpoint.bodies.clear()
-    endpoint.script = lambda asked, times: "[[A]]"
-    remarks = bench(judge, START, 1, pairwise=True)
+    endpoint.script = lambda request, times: "[[A]]"
+    notes = bench(judge, START, 1, pairwise=True)
     score = read_scores(bench.run, 1)["mt-bench pairwise"]["against start"]
     assert (score.value, score.standard_error, score.metric) == (0.5, 0.0, "win rate")
-    assert score.counts["orders_differ"] == 5
+    assert score.counts["inconsistent"] == 5
     assert (score.counts["chose_first"], score.counts["chose_second"]) == (10, 0)
-    assert len(endpoint.asked) == len(set(endpoint.asked)) == 10
-    assert any("contradicted itself in 5 of 5 games" in line for line in remarks)
-    assert "mt-bench" in read_scores(bench.run, 1)  # the marks of before are still there
+    assert len(endpoint.requests) == len(set(endpoint.requests)) == 10
+    assert any("contradicted itself in 5 of 5 comparisons" in line for line in notes)
+    assert "mt-bench" in read_scores(bench.run, 1)  # the ratings are still there
 
 
-def test_win_rate_of_a_judge_with_a_known_rule(bench, judge, endpoint):
-    """Question 1: won, lost. Question 2: won, one order unreadable. Question 3: tied. Mean of 1, 0; 1; ½: 2.5 / 4."""
+def test_win_rate_by_a_known_rule(bench, judge, endpoint):
+    """Question 1: win, loss. Question 2: win, one verdict unparsable. Question 3: tie. Mean of 1, 0; 1; ½: 2.5 / 4."""
     bench(judge, START, 1)
-    bench.set_answers(START, "base")
-    bench.set_answers(1, "challenger")
+    bench.set_responses(START, "base")
+    bench.set_responses(1, "challenger")
 
-    def script(asked: str, times: int) -> str:
-        if asked == REMINDER:
+    def script(request: str, times: int) -> str:
+        if request == REMINDER:
             return "who knows"
-        ours, theirs = "AB" if asked.index("challenger") < asked.index("base") else "BA"
-        if turn_of(asked) == ("beta", 2) and ours == "B":
+        ours, theirs = "AB" if request.index("challenger") < request.index("base") else "BA"
+        if turn_of(request) == ("beta", 2) and ours == "B":
             return "who knows"
-        return {"alpha": f"[[{ours if turn_of(asked)[1] == 1 else theirs}]]", "beta": f"[[{ours}]]"}.get(
-            turn_of(asked)[0], "[[C]]"
+        return {"alpha": f"[[{ours if turn_of(request)[1] == 1 else theirs}]]", "beta": f"[[{ours}]]"}.get(
+            turn_of(request)[0], "[[C]]"
         )
 
     endpoint.script = script
-    remarks = bench(judge, START, 1, pairwise=True)
+    notes = bench(judge, START, 1, pairwise=True)
     score = read_scores(bench.run, 1)["mt-bench pairwise"]["against start"]
     assert score.value == 2.5 / 4
-    # Sums 1, 1, ½ of 2, 1, 1 games: deviations −¼, ⅜, −⅛.
+    # Sums 1, 1, ½ of 2, 1, 1 comparisons: deviations −¼, ⅜, −⅛.
     assert score.standard_error == pytest.approx((1.5 * (1 / 16 + 9 / 64 + 1 / 64)) ** 0.5 / 4)
-    counted = {name: score.counts[name] for name in ("wins", "ties", "losses", "unparsable", "orders_differ")}
-    assert counted == {"wins": 2, "ties": 1, "losses": 1, "unparsable": 1, "orders_differ": 0}
-    assert "iteration 1 against start: 1 of 10 verdicts could not be read and do not count" in remarks
+    counted = {name: score.counts[name] for name in ("wins", "ties", "losses", "unparsable", "inconsistent")}
+    assert counted == {"wins": 2, "ties": 1, "losses": 1, "unparsable": 1, "inconsistent": 0}
+    assert "iteration 1 against start: 1 of 10 verdicts could not be parsed and are not counted" in notes
 
 
-def test_equal_answers_are_a_tie_that_nobody_is_asked_about(bench, judge, endpoint):
+def test_identical_responses_are_a_tie_without_a_request(bench, judge, endpoint):
     bench(judge, START, 1)
-    bench.set_answers(START, "same")
-    bench.set_answers(1, "same")
+    bench.set_responses(START, "same")
+    bench.set_responses(1, "same")
     endpoint.bodies.clear()
     bench(judge, START, 1, pairwise=True)
     score = read_scores(bench.run, 1)["mt-bench pairwise"]["against start"]
     assert (score.value, score.counts["identical"], endpoint.bodies) == (0.5, 5, [])
 
 
-# Going on
+# Resume
 
 
-def test_nothing_is_asked_twice_after_an_error(bench, judge, endpoint):
-    def script(asked: str, times: int) -> Reply:
-        return by_rule(asked) if len(endpoint.asked) <= 3 else (400, {}, '{"error": {"message": "too long for me"}}')
+def test_no_request_is_sent_twice_after_an_error(bench, judge, endpoint):
+    def script(request: str, times: int) -> Reply:
+        return (
+            by_rule(request) if len(endpoint.requests) <= 3 else (400, {}, '{"error": {"message": "too long for me"}}')
+        )
 
     endpoint.script = script
     with pytest.raises(JudgeError, match=r"refuses the request \(400: too long for me\)"):
         bench(judge)
     assert read_scores(bench.run, START) == {}
-    (answers,), (judgements,) = bench.files("answers-*"), bench.files("judgements-*")
-    before = answers.read_bytes()
-    kept = endpoint.asked[:3]
-    with judgements.open("a") as file:
-        file.write('{"question_id": 3, "tu')  # as the power going out would leave it
+    (responses,), (judgments,) = bench.files("responses-*"), bench.files("single-*")
+    before = responses.read_bytes()
+    recorded = endpoint.requests[:3]
+    with judgments.open("a") as file:
+        file.write('{"question_id": 3, "tu')  # as a power failure leaves it
     endpoint.bodies.clear()
     endpoint.script = by_rule
     bench(judge)
-    assert len(endpoint.asked) == 2
-    assert not set(endpoint.asked) & set(kept)
-    assert answers.read_bytes() == before
+    assert len(endpoint.requests) == 2
+    assert not set(endpoint.requests) & set(recorded)
+    assert responses.read_bytes() == before
     assert_whole(bench.run.root)
     assert bench.overall().value == 6.0
     endpoint.bodies.clear()
@@ -340,75 +344,73 @@ def test_nothing_is_asked_twice_after_an_error(bench, judge, endpoint):
     assert bench.overall().value == 6.0
 
 
-def test_nothing_is_asked_twice_after_ctrl_c(bench, endpoint, cli, tmp_path):
+def test_no_request_is_sent_twice_after_ctrl_c(bench, endpoint, cli, tmp_path):
     held = threading.Event()
 
-    def script(asked: str, times: int) -> str:
-        if len(endpoint.asked) == 3:
+    def script(request: str, times: int) -> str:
+        if len(endpoint.requests) == 3:
             held.wait(20)
-        return by_rule(asked)
+        return by_rule(request)
 
     endpoint.script = script
-    command = ("mt-bench", bench.run.root, "--iteration", "start", "--max-new-tokens", "8")
-    how = ("--judge-url", endpoint.url, "--judge-model", "scripted", "--judge-parallel", "1")
-    process = cli.start(*command, *how, "--questions", bench.questions, folder=tmp_path)
-    process.wait_until(lambda: len(endpoint.asked) == 3)
+    command = ("mt-bench", bench.run.root, "--iteration", "start", "--max-new-tokens", "8", "--judge", "judge.yaml")
+    (tmp_path / "judge.yaml").write_text(f"url: {endpoint.url}\nmodel: scripted\nmax_concurrency: 1\n")
+    process = cli.start(*command, "--questions", bench.questions, folder=tmp_path)
+    process.wait_until(lambda: len(endpoint.requests) == 3)
     process.send(signal.SIGINT)
     stopped = process.wait()
-    assert (stopped.code, stopped.message) == (130, "stopped as asked; run the same command again to continue")
+    assert (stopped.code, "run the same command again" in stopped.message) == (130, True)
     held.set()
-    first = endpoint.asked[:2]
+    first = endpoint.requests[:2]
     endpoint.bodies.clear()
     endpoint.script = by_rule
-    done = cli(*command, *how, "--questions", bench.questions, folder=tmp_path)
-    assert len(endpoint.asked) == 3
-    assert not set(endpoint.asked) & set(first)
+    done = cli(*command, "--questions", bench.questions, folder=tmp_path)
+    assert len(endpoint.requests) == 3
+    assert not set(endpoint.requests) & set(first)
     assert "overall" in done.out
     assert "6.000 ± 1.386" in done.out
-    assert "no reference answer to 1 of the questions (math): there the judge is on its own" in done.out
+    assert "1 questions (math) have no reference answer" in done.out
 
 
 def test_more_questions_add_to_what_is_there(bench, judge, endpoint):
     endpoint.script = by_rule
     bench(judge, limit=2)
-    assert {row["question_id"] for row in bench.rows("answers-*")} == {1, 2}
+    assert {row["question_id"] for row in bench.rows("responses-*")} == {1, 2}
     assert bench.overall().examples == 2
-    few = bench.rows("answers-*")
+    few = bench.rows("responses-*")
     endpoint.bodies.clear()
     bench(judge)
-    assert [turn_of(text) for text in endpoint.asked] == [("gamma", 1)]
-    assert bench.rows("answers-*")[:2] == few
+    assert [turn_of(text) for text in endpoint.requests] == [("gamma", 1)]
+    assert bench.rows("responses-*")[:2] == few
     shutil.rmtree(bench.run.iteration(START) / "mt-bench")
     bench(judge)
-    given = {row["question_id"]: row["choices"] for row in bench.rows("answers-*")}
+    given = {row["question_id"]: row["choices"] for row in bench.rows("responses-*")}
     assert {row["question_id"]: row["choices"] for row in few}.items() <= given.items()
     bench(judge, limit=1)
     assert read_scores(bench.run, START)["mt-bench"].keys() == {"overall", "turn 1", "turn 2", "writing"}
 
 
-@pytest.mark.parametrize("change", ["judge", "prompts", "judge_tokens"])
-def test_another_judge_is_asked_anew(bench, judge, endpoint, change):
+@pytest.mark.parametrize("change", ["model", "prompts_file", "max_tokens"])
+def test_another_judge_gets_all_requests(bench, judge, endpoint, change, tmp_path):
     bench(judge)
-    (old,) = bench.files("judgements-*")
+    (old,) = bench.files("single-*")
     before = old.read_bytes()
     endpoint.bodies.clear()
-    endpoint.script = lambda asked, times: "[[9]]"
-    prompt = replace(judge.prompts["single-v1"], system="Be strict.")
-    other = {
-        "judge": replace(judge, model="other/model"),
-        "prompts": replace(judge, prompts={**judge.prompts, "single-v1": prompt}),
-        "judge_tokens": replace(judge, max_tokens=99),
-    }[change]
-    bench(other)
-    assert len(endpoint.asked) == 5
-    assert len(bench.files("judgements-*")) == 2
-    assert len(bench.files("answers-*")) == 1
+    endpoint.script = lambda request, times: "[[9]]"
+    strict = [row | {"system_prompt": "Be strict."} for row in read_rows(DEFAULT_PROMPTS)]
+    write_rows(tmp_path / "prompts.jsonl", strict)
+    bench(
+        changed(judge, **{change: {"model": "other/model", "prompts_file": "prompts.jsonl", "max_tokens": 99}[change]})
+    )
+    assert len(endpoint.requests) == 5
+    assert len(bench.files("single-*")) == 2
+    assert len(bench.files("responses-*")) == 1
     assert old.read_bytes() == before
     assert bench.overall().value == 9.0
 
 
 @pytest.mark.parametrize("change", ["max_new_tokens", "questions"])
-def test_other_answers_are_other_files(bench, judge, endpoint, change, tmp_path):
+def test_other_responses_are_other_files(bench, judge, endpoint, change, tmp_path):
     bench(judge)
     endpoint.bodies.clear()
     if change == "questions":
@@ -416,24 +418,24 @@ def test_other_answers_are_other_files(bench, judge, endpoint, change, tmp_path)
         bench(judge, questions=write_rows(tmp_path / "other.jsonl", changed))
     else:
         bench(judge, max_new_tokens=5)
-    assert len(bench.files("answers-*")) == len(bench.files("judgements-*")) == 2
-    assert len(endpoint.asked) == (4 if change == "questions" else 5)
+    assert len(bench.files("responses-*")) == len(bench.files("single-*")) == 2
+    assert len(endpoint.requests) == (4 if change == "questions" else 5)
 
 
-def test_an_answer_that_changed_is_judged_anew(bench, judge, endpoint):
+def test_a_changed_response_is_judged_again(bench, judge, endpoint):
     bench(judge)
-    bench.set_answers(START, "edited")
+    bench.set_responses(START, "edited")
     endpoint.bodies.clear()
     bench(judge)
-    assert len(endpoint.asked) == 5
-    assert all("edited" in text for text in endpoint.asked)
+    assert len(endpoint.requests) == 5
+    assert all("edited" in text for text in endpoint.requests)
 
 
-# An endpoint that misbehaves
+# Endpoint failures
 
 
 @pytest.mark.parametrize(
-    "trouble",
+    "failure",
     [
         (429, {"Retry-After": "0"}, "slow down"),
         (500, {}, "oops"),
@@ -442,26 +444,28 @@ def test_an_answer_that_changed_is_judged_anew(bench, judge, endpoint):
         "late",
     ],
 )
-def test_trouble_that_passes(judge, endpoint, trouble):
-    def script(asked: str, times: int) -> Reply:
+def test_transient_failures(judge, endpoint, failure):
+    def script(request: str, times: int) -> Reply:
         if times > 2:
             return "[[7]]"
-        if trouble == "late":
+        if failure == "late":
             time.sleep(0.5)
-        return trouble
+        return failure
 
     endpoint.script = script
     verdicts = []
-    judge = replace(judge, timeout=0.2)
-    judge.ask([[{"role": "user", "content": "?"}]], read_mark, lambda number, verdict: verdicts.append(verdict.value))
+    judge = changed(judge, timeout=0.2)
+    judge.ask(
+        [[{"role": "user", "content": "?"}]], parse_rating, lambda number, verdict: verdicts.append(verdict.value)
+    )
     assert verdicts == [7.0]
-    assert len(endpoint.asked) == 3
+    assert len(endpoint.requests) == 3
 
 
 def test_retry_after_is_honoured(judge, endpoint):
-    endpoint.script = lambda asked, times: "[[7]]" if times > 1 else (429, {"Retry-After": "0.4"}, "")
+    endpoint.script = lambda request, times: "[[7]]" if times > 1 else (429, {"Retry-After": "0.4"}, "")
     begun = time.monotonic()
-    judge.ask([[{"role": "user", "content": "?"}]], read_mark, lambda number, verdict: None)
+    judge.ask([[{"role": "user", "content": "?"}]], parse_rating, lambda number, verdict: None)
     assert 0.4 <= time.monotonic() - begun < 3
 
 
@@ -475,7 +479,7 @@ def test_retry_after_is_honoured(judge, endpoint):
         ((403, {}, ""), "refuses the key", 1),
         (
             (404, {}, '{"error": {"message": "no model"}}'),
-            "not found .*no model.* scripted .*--judge-model",
+            "not found .*no model.* scripted .*model in judge.yaml",
             1,
         ),
         ((400, {}, "\x1b[31mbad\n request"), r"refuses the request \(400: \[31mbad request\)", 1),
@@ -487,64 +491,70 @@ def test_retry_after_is_honoured(judge, endpoint):
         ((200, {}, '{"choices": [{"text": "[[7]]"}]}'), "no choices", 1),
     ],
 )
-def test_trouble_that_stays(judge, endpoint, reply, message, requests):
-    endpoint.script = lambda asked, times: reply
+def test_permanent_failures(judge, endpoint, reply, message, requests):
+    endpoint.script = lambda request, times: reply
     with pytest.raises(JudgeError, match=message) as caught:
-        judge.ask([[{"role": "user", "content": "?"}]], read_mark, lambda number, verdict: None)
+        judge.ask([[{"role": "user", "content": "?"}]], parse_rating, lambda number, verdict: None)
     assert str(caught.value).startswith(f"{endpoint.url}/chat/completions: ")
-    assert len(endpoint.asked) == requests
+    assert len(endpoint.requests) == requests
     assert len(str(caught.value)) < 500
 
 
-def test_nobody_there(bench, monkeypatch):
+def test_unreachable_endpoint(bench, monkeypatch):
     monkeypatch.setattr("spinlm.utils.http.BACKOFF_SECONDS", 0.01)
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{unused.getsockname()[1]}/v1"
         begun = time.monotonic()
-        with pytest.raises(JudgeError, match=r"cannot be reached .* Is the server running, and is --judge-url right\?"):
-            bench(Judge.of(url, "m"))
+        with pytest.raises(
+            JudgeError, match=r"cannot be reached .* Is the server running, and is url in judge.yaml right\?"
+        ):
+            bench(Judge(url=url, model="m"))
     assert time.monotonic() - begun < 5
-    assert bench.files("*") == []  # told before anything is answered
+    assert bench.files("*") == []  # the check comes before the responses
 
 
 def test_a_silent_endpoint(judge, endpoint):
-    endpoint.script = lambda asked, times: time.sleep(0.3)
-    with pytest.raises(JudgeError, match=r"no reply within 0\.05 seconds; --judge-timeout allows more"):
-        replace(judge, timeout=0.05).ask([[{"role": "user", "content": "?"}]], read_mark, lambda number, verdict: None)
+    endpoint.script = lambda request, times: time.sleep(0.3)
+    with pytest.raises(JudgeError, match=r"no reply within 0\.05 seconds; timeout in judge.yaml"):
+        changed(judge, timeout=0.05).ask(
+            [[{"role": "user", "content": "?"}]], parse_rating, lambda number, verdict: None
+        )
 
 
-def test_requests_at_once(judge, endpoint):
-    def script(asked: str, times: int) -> str:
+def test_max_concurrency(judge, endpoint):
+    def script(request: str, times: int) -> str:
         time.sleep(0.05)
-        return f"[[{int(asked) % 9 + 1}]]"
+        return f"[[{int(request) % 9 + 1}]]"
 
     endpoint.script = script
-    found: dict[int, float | None] = {}
+    ratings: dict[int, float | None] = {}
     conversations = [[{"role": "user", "content": str(number)}] for number in range(12)]
-    replace(judge, parallel=3).ask(conversations, read_mark, lambda n, verdict: found.update({n: verdict.value}))
+    changed(judge, max_concurrency=3).ask(
+        conversations, parse_rating, lambda n, verdict: ratings.update({n: verdict.value})
+    )
     assert endpoint.busiest == 3
-    assert found == {number: number % 9 + 1 for number in range(12)}
+    assert ratings == {number: number % 9 + 1 for number in range(12)}
 
 
-# Verdicts that cannot be read
+# Unparsable judgments
 
 
-def test_a_verdict_that_cannot_be_read_is_asked_for_once_more(bench, judge, endpoint):
-    def script(asked: str, times: int) -> str:
-        if asked == REMINDER:
+def test_the_judge_gets_one_reminder(bench, judge, endpoint):
+    def script(request: str, times: int) -> str:
+        if request == REMINDER:
             earlier = endpoint.bodies[-1]["messages"]
             assert [message["role"] for message in earlier] == ["user", "assistant", "user"]
             return "[[3]]" if "alpha" in earlier[0]["content"] else "no"
-        return "[[7]]" if "gamma" in asked else "Hm."
+        return "[[7]]" if "gamma" in request else "Hm."
 
     endpoint.script = script
-    remarks = bench(judge)
-    assert endpoint.asked.count(REMINDER) == 4
+    notes = bench(judge)
+    assert endpoint.requests.count(REMINDER) == 4
     score = bench.overall()
     assert score.value == (3 + 3 + 7) / 3
-    assert (score.counts["unparsable"], score.counts["asked_again"], score.examples) == (2, 4, 2)
-    assert "start: 2 of 5 verdicts could not be read and do not count" in remarks
+    assert (score.counts["unparsable"], score.counts["reminded"], score.examples) == (2, 4, 2)
+    assert "start: 2 of 5 verdicts could not be parsed and are not counted" in notes
     assert "math" not in read_scores(bench.run, START)["mt-bench"]
     endpoint.bodies.clear()
     bench(judge)
@@ -552,26 +562,26 @@ def test_a_verdict_that_cannot_be_read_is_asked_for_once_more(bench, judge, endp
 
 
 @pytest.mark.parametrize("pairwise", [False, True])
-def test_no_verdict_can_be_read(bench, judge, endpoint, pairwise):
-    """Not even where two players gave the same answer to one question: ties alone are no verdict."""
+def test_no_score_without_a_verdict(bench, judge, endpoint, pairwise):
+    """A tie of identical responses is not a verdict."""
     bench(judge, START, 1)
     for player in (START, 1):
-        bench.set_answers(player, f"by {player}", same=[3])
+        bench.set_responses(player, f"by {player}", same=[3])
         bench.run.benchmarks(player).unlink()
-    endpoint.script = lambda asked, times: "As a tiny model, I cannot say."
-    with pytest.raises(JudgeError, match=r"could not be read.*As a tiny model.*stronger judge"):
+    endpoint.script = lambda request, times: "As a tiny model, I cannot say."
+    with pytest.raises(JudgeError, match=r"could be parsed.*As a tiny model.*stronger judge"):
         bench(judge, START, 1, pairwise=pairwise)
     assert read_scores(bench.run, 1) == {}
 
 
-def test_a_reply_without_text_is_no_verdict(judge, endpoint):
-    endpoint.script = lambda asked, times: (200, {}, '{"choices": [{"message": {"content": null}}]}')
+def test_an_empty_judgment_is_not_a_verdict(judge, endpoint):
+    endpoint.script = lambda request, times: (200, {}, '{"choices": [{"message": {"content": null}}]}')
     verdicts = []
-    judge.ask([[{"role": "user", "content": "?"}]], read_mark, lambda number, verdict: verdicts.append(verdict))
-    assert (verdicts[0].value, verdicts[0].replies) == (None, ("", ""))
+    judge.ask([[{"role": "user", "content": "?"}]], parse_rating, lambda number, verdict: verdicts.append(verdict))
+    assert (verdicts[0].value, verdicts[0].judgments) == (None, ("", ""))
 
 
-# Questions that a player cannot answer
+# Questions that a player cannot respond to
 
 
 def test_a_question_longer_than_the_context_is_counted(bench, judge, endpoint, tmp_path):
@@ -579,13 +589,12 @@ def test_a_question_longer_than_the_context_is_counted(bench, judge, endpoint, t
     later = {"question_id": 5, "category": "math", "turns": ["alpha?", "beta " * 300]}
     control = {"question_id": 6, "category": "math", "turns": ["alpha <|im_end|>"]}
     path = write_rows(tmp_path / "long.jsonl", [*QUESTIONS, long, later, control])
-    remarks = bench(judge, questions=path)
-    assert bench.overall().counts["unanswered"] == 4
-    assert len(endpoint.asked) == 6
-    (line,) = [line for line in remarks if "could not be answered to the end" in line]
-    assert line.startswith("start: 3 of 6 questions could not be answered to the end; question 4: turn 1: it has ")
-    assert line.endswith(" tokens with what comes before it, and the model has 256 positions")
-    with pytest.raises(DataError, match=r"start can answer none of these questions. Of question 4: turn 1: it has"):
+    notes = bench(judge, questions=path)
+    assert bench.overall().counts["missing_responses"] == 4
+    assert len(endpoint.requests) == 6
+    (line,) = [line for line in notes if "no complete response" in line]
+    assert line.startswith("start: 3 of 6 questions") and "question 4: turn 1" in line and "256 positions" in line
+    with pytest.raises(DataError, match=r"start cannot respond .* Question 4: turn 1"):
         bench(judge, questions=write_rows(tmp_path / "only.jsonl", [long]))
 
 
@@ -595,20 +604,20 @@ def test_a_question_longer_than_the_context_is_counted(bench, judge, endpoint, t
 def test_the_key_is_sent_and_kept_nowhere(bench, judge, endpoint, monkeypatch, capfd):
     monkeypatch.setenv("SPINLM_JUDGE_KEY", f"{KEY}\n")
     monkeypatch.setenv("OPENAI_API_KEY", "another")
-    endpoint.script = lambda asked, times: f"You sent {KEY}. [[7]]"
-    remarks = bench(judge)
+    endpoint.script = lambda request, times: f"You sent {KEY}. [[7]]"
+    notes = bench(judge)
     assert set(endpoint.keys) == {f"Bearer {KEY}"}
-    endpoint.script = lambda asked, times: (400, {}, json.dumps({"error": {"message": f"bad key {KEY}"}}))
+    endpoint.script = lambda request, times: (400, {}, json.dumps({"error": {"message": f"bad key {KEY}"}}))
     with pytest.raises(SpinError, match=r"bad key \[key\]") as caught:
-        bench(replace(judge, model="other"))
-    shown = "".join(capfd.readouterr()) + "".join(remarks) + str(caught.value) + repr(judge)
+        bench(changed(judge, model="other"))
+    shown = "".join(capfd.readouterr()) + "".join(notes) + str(caught.value) + repr(judge)
     assert KEY not in shown
     written = [path for path in bench.run.root.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
     assert written == []
-    assert "[key]" in bench.rows("judgements-scripted-*")[0]["replies"][0]
+    assert "[key]" in bench.rows("single-scripted-*")[0]["judgments"][0]
 
 
-def test_the_key_of_openai_is_taken_where_there_is_no_other(judge, endpoint, monkeypatch):
+def test_the_key_of_openai_is_the_fallback(judge, endpoint, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "another")
     judge.check()
     monkeypatch.delenv("OPENAI_API_KEY")
@@ -616,9 +625,9 @@ def test_the_key_of_openai_is_taken_where_there_is_no_other(judge, endpoint, mon
     assert endpoint.keys == ["Bearer another", None]
 
 
-def test_a_key_that_is_none(judge, monkeypatch):
+def test_invalid_key(judge, monkeypatch):
     monkeypatch.setenv("SPINLM_JUDGE_KEY", "one\ntwo")
-    with pytest.raises(JudgeError, match="SPINLM_JUDGE_KEY.*characters that no key has") as caught:
+    with pytest.raises(JudgeError, match=r"SPINLM_JUDGE_KEY.*characters that no key has") as caught:
         judge.check()
     assert "two" not in str(caught.value)
 
@@ -626,13 +635,13 @@ def test_a_key_that_is_none(judge, monkeypatch):
 # The command
 
 
-def test_the_command_tells_a_refused_key_before_it_loads_a_model(bench, endpoint):
-    """And without the key, whatever the server says."""
-    endpoint.script = lambda asked, times: ""
-    command = [sys.executable, "-m", "spinlm", "mt-bench", bench.run.root, "--judge-model", "m"]
-    command += ["--judge-url", f"{endpoint.url}/wrong", "--questions", bench.questions]
+def test_the_command_checks_the_endpoint_first(bench, endpoint, tmp_path):
+    """No model is loaded, and no message contains the key."""
+    endpoint.script = lambda request, times: ""
+    (tmp_path / "judge.yaml").write_text(f"url: {endpoint.url}/wrong\nmodel: m\n")
+    command = [sys.executable, "-m", "spinlm", "mt-bench", bench.run.root, "--judge", tmp_path / "judge.yaml"]
     environment = os.environ | {"SPINLM_JUDGE_KEY": KEY}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run([*command, "--questions", bench.questions], env=environment, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.startswith(f"spinlm: {endpoint.url}/wrong/chat/completions: not found (404: no such path)")
     assert done.stderr.count("\n") == 1
@@ -641,35 +650,32 @@ def test_the_command_tells_a_refused_key_before_it_loads_a_model(bench, endpoint
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("settings", "options", "message"),
     [
-        ({"--questions": None}, "no questions: name MT-Bench's question.jsonl"),
-        ({"--questions": "nothing.jsonl"}, "--questions: nothing.jsonl cannot be read (No such file or directory)"),
-        ({"--questions": "bad.jsonl"}, "bad.jsonl, line 2: not a question: turns is missing"),
-        ({"--questions": "empty.jsonl"}, "--questions: empty.jsonl is empty: it has no questions"),
-        ({"--references": "nothing.jsonl"}, "--references: nothing.jsonl cannot be read"),
-        ({"--judge-prompts": "nothing.jsonl"}, "--judge-prompts: nothing.jsonl cannot be read"),
-        ({"--judge-prompts": "empty.jsonl"}, "--judge-prompts: the file has no prompt named single-v1"),
-        ({"--judge-url": None}, "no judge: name an OpenAI-compatible endpoint with --judge-url"),
-        ({"--judge-model": None}, "no judge: name the model that the endpoint is to use with --judge-model"),
-        ({"--iteration": "1", "--pairwise": ""}, "--pairwise compares players, and here is only one: iteration 1"),
-        ({}, "http://127.0.0.1:1/v1/chat/completions: cannot be reached"),
+        ({}, {"--questions": "nothing.jsonl"}, "--questions: nothing.jsonl cannot be read (No such file or directory)"),
+        ({}, {"--questions": "bad.jsonl"}, "bad.jsonl, line 2: turns: "),
+        ({}, {"--questions": "empty.jsonl"}, "--questions: empty.jsonl is empty"),
+        ({}, {"--references": "nothing.jsonl"}, "--references: nothing.jsonl cannot be read"),
+        ({}, {"--judge": "nothing.yaml"}, "--judge: nothing.yaml cannot be read"),
+        ({"prompts_file": "nothing.jsonl"}, {}, "prompts_file in judge.yaml: nothing.jsonl cannot be read"),
+        ({"prompts_file": "empty.jsonl"}, {}, "empty.jsonl: the prompt single-v1 is missing"),
+        ({"url": "localhost"}, {}, "judge.yaml: url: localhost is not an address"),
+        ({}, {"--iteration": "1", "--pairwise": ""}, "--pairwise compares players, and iteration 1 is the only one"),
+        ({}, {}, "http://127.0.0.1:1/v1/chat/completions: cannot be reached"),
     ],
 )
-def test_what_the_command_refuses(bench, cli, tmp_path, changes, message):
+def test_what_the_command_refuses(bench, cli, tmp_path, settings, options, message):
     write_rows(tmp_path / "bad.jsonl", [QUESTIONS[0], {"question_id": 2, "category": "math"}])
     (tmp_path / "empty.jsonl").touch()
-    options = {
-        **{"--questions": "question.jsonl", "--judge-url": "http://127.0.0.1:1/v1", "--judge-model": "m"},
-        **{"--iteration": "start,1", "--max-new-tokens": "8"},
-        **changes,
-    }
-    given = [text for name, value in options.items() if value is not None for text in (name, value) if text]
-    refused = cli("mt-bench", bench.run.root, *given, folder=tmp_path, code=2)
+    (tmp_path / "judge.yaml").write_text(yaml.safe_dump({"url": "http://127.0.0.1:1/v1", "model": "m"} | settings))
+    files = {"--judge": "judge.yaml", "--questions": "question.jsonl"}
+    options = files | {"--iteration": "start,1", "--max-new-tokens": "8"} | options
+    arguments = [text for option in options.items() for text in option if text]
+    refused = cli("mt-bench", bench.run.root, *arguments, folder=tmp_path, code=2)
     assert refused.message.startswith(message)
     assert bench.files("*") == []
 
 
 def test_pairwise_needs_two_players(bench, judge):
-    with pytest.raises(RunError, match=r"only one: start\. Name two of them with --iteration"):
+    with pytest.raises(RunError, match="start is the only one"):
         bench(judge, START, pairwise=True)

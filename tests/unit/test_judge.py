@@ -1,4 +1,4 @@
-"""What is asked of a judge, how its verdicts are read, and what they add up to."""
+"""The judge's settings and prompts, the verdicts in its judgments, and MT-Bench's files."""
 
 import json
 import subprocess
@@ -7,24 +7,23 @@ import sys
 import pytest
 
 from spinlm.errors import DataError
-from spinlm.evals.mt_bench.games import outcome
-from spinlm.evals.mt_bench.judge import Judge, JudgeError, read_choice, read_mark
-from spinlm.evals.mt_bench.prompts import FIELDS, OWN_PROMPTS, prompt_name, read_prompts
+from spinlm.evals.mt_bench.grading import comparison_result, parse_choice, parse_rating
+from spinlm.evals.mt_bench.judge import Judge, JudgeError, default_prompts, prompt_name, read_prompts
 from spinlm.evals.mt_bench.questions import Question, read_questions, read_references
-from spinlm.evals.mt_bench.sitting import mean_and_error
+from spinlm.utils.statistics import clustered_mean
 
 # Verdicts
 
 
 @pytest.mark.parametrize(
-    ("reply", "mark"),
+    ("judgment", "rating"),
     [
         ("Good. [[7]]", 7.0),
         ("Good. [[7.5]]\n", 7.5),
         ("[[ 10 ]]", 10.0),
         ("[[1]]", 1.0),
         ("Good. [7]", 7.0),
-        ("As [2] says, not bad: [[6]]", 6.0),  # one bracket counts only where there are no two
+        ("As [2] says, not bad: [[6]]", 6.0),  # single brackets count only without double ones
         ("[[MARK]]: [[6]]", 6.0),
         ("[[6]] … so I say [[6.0]]", 6.0),
         ("[[3]] or rather [[8]]", None),  # it contradicts itself
@@ -39,12 +38,12 @@ from spinlm.evals.mt_bench.sitting import mean_and_error
         ("", None),
     ],
 )
-def test_marks(reply, mark):
-    assert read_mark(reply) == mark
+def test_parse_rating(judgment, rating):
+    assert parse_rating(judgment) == rating
 
 
 @pytest.mark.parametrize(
-    ("reply", "choice"),
+    ("judgment", "choice"),
     [
         ("[[A]]", "A"),
         ("Both fine. [[ C ]]", "C"),
@@ -57,8 +56,8 @@ def test_marks(reply, mark):
         ("", None),
     ],
 )
-def test_choices(reply, choice):
-    assert read_choice(reply) == choice
+def test_parse_choice(judgment, choice):
+    assert parse_choice(judgment) == choice
 
 
 @pytest.mark.parametrize(
@@ -70,16 +69,16 @@ def test_choices(reply, choice):
     ],
 )
 def test_a_win_needs_both_orders(first, second, result):
-    assert outcome(first, second) == result
+    assert comparison_result(first, second) == result
 
 
-def test_mean_and_error_over_questions():
-    """Two turns of a question count as one observation, however alike they are."""
-    assert mean_and_error([[4.0], [6.0], [8.0]]) == (6.0, pytest.approx(2 / 3**0.5))
-    assert mean_and_error([[4.0, 4.0], [6.0, 6.0], [8.0, 8.0]]) == (6.0, pytest.approx(2 / 3**0.5))
+def test_clustered_mean():
+    """Two turns of a question count as one observation."""
+    assert clustered_mean([[4.0], [6.0], [8.0]]) == (6.0, pytest.approx(2 / 3**0.5))
+    assert clustered_mean([[4.0, 4.0], [6.0, 6.0], [8.0, 8.0]]) == (6.0, pytest.approx(2 / 3**0.5))
     # sums 12, 8, 10 of sizes 2, 2, 1: mean 6, deviations 0, −4, 4, so √(3/2 · 32) / 5
-    assert mean_and_error([[4.0, 8.0], [6.0, 2.0], [10.0]]) == (6.0, pytest.approx(48**0.5 / 5))
-    assert mean_and_error([[3.0, 5.0]]) == (4.0, None)
+    assert clustered_mean([[4.0, 8.0], [6.0, 2.0], [10.0]]) == (6.0, pytest.approx(48**0.5 / 5))
+    assert clustered_mean([[3.0, 5.0]]) == (4.0, None)
 
 
 # Prompts
@@ -96,22 +95,36 @@ def test_prompt_names():
     assert prompt_name(pairwise=True, turn=2, reference=True) == "pair-math-v1-multi-turn"
 
 
-def test_own_prompts_show_the_judge_all_it_needs():
-    """And no verdict that a judge might repeat, or a parser take for its own."""
-    assert OWN_PROMPTS.keys() == FIELDS.keys()
-    for name, prompt in OWN_PROMPTS.items():
-        fields = FIELDS[name] if "multi-turn" in name else FIELDS[name] - {"ref_answer_2"}
-        texts = {field: f"<text of {field}>" for field in fields}
+COMMON = {
+    "single-v1": {"question", "answer"},
+    "single-v1-multi-turn": {"question_1", "answer_1", "question_2", "answer_2"},
+    "pair-v2": {"question", "answer_a", "answer_b"},
+    "pair-v2-multi-turn": {"question_1", "question_2", "answer_a_1", "answer_a_2", "answer_b_1", "answer_b_2"},
+}
+FIELDS = COMMON | {
+    "single-math-v1": {"question", "answer", "ref_answer_1"},
+    "single-math-v1-multi-turn": COMMON["single-v1-multi-turn"] | {"ref_answer_1", "ref_answer_2"},
+    "pair-math-v1": {"question", "answer_a", "answer_b", "ref_answer_1"},
+    "pair-math-v1-multi-turn": COMMON["pair-v2-multi-turn"] | {"ref_answer_1", "ref_answer_2"},
+}
+
+
+def test_default_prompts_show_every_field_once():
+    """And no verdict that a judge may repeat, or that can be parsed."""
+    prompts = default_prompts()
+    assert {name: prompt.fields for name, prompt in prompts.items()} == FIELDS
+    for name, prompt in prompts.items():
+        texts = {field: f"<text of {field}>" for field in FIELDS[name]}
         ((message),) = prompt.messages(texts)
         assert message["role"] == "user"
         assert all(message["content"].count(text) == 1 for text in texts.values()), name
         assert "{" not in message["content"]
-        assert read_mark(message["content"]) is None
-        assert read_choice(message["content"]) is None
+        assert parse_rating(message["content"]) is None
+        assert parse_choice(message["content"]) is None
 
 
-def test_texts_with_braces_are_shown_as_they_are():
-    (message,) = OWN_PROMPTS["single-v1"].messages({"question": "{answer}", "answer": "{'a': {0}}"})
+def test_braces_in_texts_stay():
+    (message,) = default_prompts()["single-v1"].messages({"question": "{answer}", "answer": "{'a': {0}}"})
     assert "{answer}" in message["content"]
     assert "{'a': {0}}" in message["content"]
 
@@ -135,14 +148,14 @@ def test_prompts_of_a_file(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "line 2: not a judge prompt"),
-        ("[]", "line 2: not a judge prompt"),
-        (json.dumps({"name": "single-v1"}), "line 2: not a judge prompt .*system_prompt"),
-        (prompt_row(system_prompt=3), "line 2: system_prompt and prompt_template of single-v1 must be texts"),
-        (prompt_row(prompt_template="{answer} {reference}"), "unknown field {reference}; it may use answer, question"),
+        ("{", "line 2: Invalid JSON"),
+        ("[]", "line 2: .*object"),
+        (json.dumps({"name": "single-v1"}), "line 2: system_prompt: .*; prompt_template: "),
+        (prompt_row(system_prompt=3), "line 2: system_prompt: "),
+        (prompt_row(prompt_template="{answer} {reference}"), "unknown field {reference}; known: answer, question"),
         (prompt_row(prompt_template="{answer.__class__}"), "unknown field {answer.__class__}"),
         (prompt_row(prompt_template="{answer} {"), "line 2: prompt_template of single-v1: .*brace"),
-        (prompt_row(prompt_template="{question}"), "does not show {answer}"),
+        (prompt_row(prompt_template="{question}"), "{answer} is missing"),
     ],
 )
 def test_prompts_that_cannot_be_used(tmp_path, line, message):
@@ -155,35 +168,55 @@ def test_prompts_that_cannot_be_used(tmp_path, line, message):
 # The judge
 
 
-def test_address_of_a_judge():
-    judge = Judge.of("http://127.0.0.1:8000/v1/chat/completions/", "m")
-    assert judge.url == "http://127.0.0.1:8000/v1"
-    assert judge.host == "127.0.0.1:8000"
-    assert judge.prompts == OWN_PROMPTS
+def write_settings(tmp_path, text):
+    path = tmp_path / "judge.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_settings_of_a_judge(tmp_path):
+    (tmp_path / "prompts.jsonl").write_text(prompt_row())
+    text = "url: http://127.0.0.1:8000/v1/chat/completions/\nmodel: m\nprompts_file: prompts.jsonl\ntimeout: 60\n"
+    judge = Judge.load(write_settings(tmp_path, text + "extra_body: {temperature: null}\n"))
+    assert (judge.url, judge.host, judge.timeout) == ("http://127.0.0.1:8000/v1", "127.0.0.1:8000", 60.0)
+    assert (judge.max_tokens, judge.max_concurrency, judge.extra_body) == (2048, 4, {"temperature": None})
+    assert judge.prompts.keys() == {"single-v1"}
+    judge = Judge.load(write_settings(tmp_path, "url: http://a/v1\nmodel: m\n"))
+    assert judge.prompts == default_prompts()
+
+
+def test_every_setting_is_documented():
+    assert all(field.description for field in Judge.model_fields.values())
 
 
 @pytest.mark.parametrize(
-    ("url", "model", "message"),
+    ("text", "message"),
     [
-        (None, "m", "no judge: .*--judge-url"),
-        ("http://a/v1", None, "no judge: .*--judge-model"),
-        ("localhost:8000/v1", "m", "begins with http"),
-        ("ftp://a/v1", "m", "begins with http"),
-        ("http:///v1", "m", "begins with http"),
-        ("http://a:b:c", "m", "not an address"),
-        ("http://me:secret@a/v1", "m", "without a password"),
-        ("http://a/v1?key=secret", "m", "without a password"),
+        ("model: m", "url: Field required"),
+        ("url: http://a/v1", "model: Field required"),
+        ("url: http://a/v1\nmodel: ''", "model: "),
+        ("- url", ".*dictionary"),
+        ("url: localhost:8000/v1\nmodel: m", "url: .*begins with http"),
+        ("url: ftp://a/v1\nmodel: m", "url: .*begins with http"),
+        ("url: http:///v1\nmodel: m", "url: .*begins with http"),
+        ("url: http://a:b:c\nmodel: m", "url: .*not an address"),
+        ("url: http://me:secret@a/v1\nmodel: m", "url: .*without a password"),
+        ("url: http://a/v1?key=secret\nmodel: m", "url: .*without a password"),
+        ("url: http://a/v1\nmodel: m\nkey: secret", "key: .*settings of a judge are url, model"),
+        ("url: http://a/v1\nmodel: m\nmax_tokens: 0", "max_tokens: "),
+        ("url: http://a/v1\nmodel: m\nextra_body: [1]", "extra_body: "),
+        ("url: http://a/v1\nmodel: m\nextra_body: {model: other}", "extra_body: model cannot be set"),
     ],
 )
-def test_judges_that_cannot_be(url, model, message):
-    with pytest.raises(JudgeError, match=message) as caught:
-        Judge.of(url, model)
+def test_wrong_settings(tmp_path, text, message):
+    with pytest.raises(JudgeError, match=f"judge.yaml: {message}") as caught:
+        Judge.load(write_settings(tmp_path, text))
     assert "secret" not in str(caught.value)
 
 
-def test_a_judge_is_known_without_torch_and_transformers():
+def test_importing_mt_bench_loads_no_heavy_package():
     code = (
-        "import sys, spinlm.evals.mt_bench.bench\n"
+        "import sys, spinlm.evals.mt_bench.run\n"
         "print(sorted({'torch', 'transformers', 'datasets', 'httpx'} & set(sys.modules)))"
     )
     printed = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
@@ -202,23 +235,23 @@ def write(path, *lines):
     return path
 
 
-def test_questions_come_from_the_categories_in_turn(tmp_path):
+def question(number, category, *turns):
+    return Question(question_id=number, category=category, turns=turns)
+
+
+def test_questions_take_the_categories_in_turn(tmp_path):
     lines = [question_row(number, category) for number, category in enumerate(["a", "a", "a", "b", "b", "c"])]
     questions = read_questions(write(tmp_path / "q.jsonl", *lines))
-    assert [(question.category, question.id) for question in questions] == [
+    assert [(question.category, question.question_id) for question in questions] == [
         *(("a", 0), ("b", 3), ("c", 5)),
         *(("a", 1), ("b", 4), ("a", 2)),
     ]
 
 
 def test_temperatures():
-    found = {
-        name: Question(1, name, ("?",)).temperature for name in ("writing", "roleplay", "math", "stem", "humanities")
-    }
-    assert found == {"writing": 0.7, "roleplay": 0.7, "math": 0.0, "stem": 0.1, "humanities": 0.1}
-    assert [Question(1, name, ("?",)).temperature for name in ("extraction", "coding", "reasoning", "else")] == [
-        *(0.0, 0.0, 0.0, 0.7)
-    ]
+    temperatures = {"writing": 0.7, "roleplay": 0.7, "math": 0.0, "stem": 0.1, "humanities": 0.1}
+    temperatures |= {"extraction": 0.0, "coding": 0.0, "reasoning": 0.0, "other": 0.7}
+    assert {name: question(1, name, "?").temperature for name in temperatures} == temperatures
 
 
 @pytest.mark.parametrize(
@@ -226,15 +259,16 @@ def test_temperatures():
     [
         ((), "q.jsonl is empty"),
         (("", " "), "q.jsonl is empty"),
-        ((question_row(1), "{"), "q.jsonl, line 2: not JSON"),
-        ((question_row(1), "[]"), "q.jsonl, line 2: not a JSON object"),
-        ((question_row(1), '{"question_id": 2}'), "q.jsonl, line 2: not a question: category is missing"),
-        ((question_row(1), question_row(2, category=3)), "line 2: not a question: category is not a text"),
-        ((question_row(1), question_row(2, turns="One?")), "line 2: not a question: turns is not a list of texts"),
-        ((question_row(1), question_row(2, turns=[])), "line 2: not a question: turns must be one or two texts"),
-        ((question_row(1), question_row(2, turns=["a", " "])), "line 2: not a question: turns must be one or two"),
-        ((question_row(1), question_row(2, turns=["a"] * 3)), "line 2: not a question: turns must be one or two"),
-        ((question_row(1), question_row(1)), "line 2: question_id 1 is that of .*line 1, too"),
+        ((question_row(1), "{"), "q.jsonl, line 2: Invalid JSON"),
+        ((question_row(1), "[]"), "q.jsonl, line 2: .*object"),
+        ((question_row(1), '{"question_id": 2}'), "q.jsonl, line 2: category: "),
+        ((question_row(1), question_row(None)), "line 2: question_id.*: "),
+        ((question_row(1), question_row(2, category=3)), "line 2: category: "),
+        ((question_row(1), question_row(2, turns="One?")), "line 2: turns: "),
+        ((question_row(1), question_row(2, turns=[])), "line 2: turns: "),
+        ((question_row(1), question_row(2, turns=["a", " "])), "line 2: turns.1: "),
+        ((question_row(1), question_row(2, turns=["a"] * 3)), "line 2: turns: "),
+        ((question_row(1), question_row(1)), "line 2: question_id 1 repeats .*line 1"),
     ],
 )
 def test_questions_that_cannot_be_used(tmp_path, lines, message):
@@ -242,8 +276,8 @@ def test_questions_that_cannot_be_used(tmp_path, lines, message):
         read_questions(write(tmp_path / "q.jsonl", *lines))
 
 
-def test_references_of_categories_that_want_them(tmp_path):
-    questions = [Question(1, "math", ("a", "b")), Question(2, "writing", ("a",)), Question(3, "arena-hard-200", ("a",))]
+def test_references_of_categories_that_use_them(tmp_path):
+    questions = [question(1, "math", "a", "b"), question(2, "writing", "a"), question(3, "arena-hard-200", "a")]
     rows = [{"question_id": number, "choices": [{"index": 0, "turns": ["x", "y"]}]} for number in (1, 2, 3, 4)]
     path = write(tmp_path / "r.jsonl", *map(json.dumps, rows))
     assert read_references(path, questions) == {1: ("x", "y"), 3: ("x", "y")}
@@ -253,13 +287,13 @@ def test_references_of_categories_that_want_them(tmp_path):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"question_id": 1}, "line 1: not a reference answer"),
-        ({"question_id": 1, "choices": []}, "line 1: not a reference answer"),
-        ({"question_id": 1, "choices": [{"turns": [1, 2]}]}, "line 1: the turns of a reference answer must be texts"),
-        ({"question_id": 1, "choices": [{"turns": ["x"]}]}, "line 1: 1 answers to the 2 turns"),
-        ({"question_id": "1", "choices": [{"turns": ["x", "y"]}]}, "answers none of these questions"),
+        ({"question_id": 1}, "line 1: choices: "),
+        ({"question_id": 1, "choices": []}, "line 1: choices: "),
+        ({"question_id": 1, "choices": [{"turns": [1, 2]}]}, "line 1: choices.0.turns.0: "),
+        ({"question_id": 1, "choices": [{"turns": ["x"]}]}, "line 1: 1 answers"),
+        ({"question_id": "1", "choices": [{"turns": ["x", "y"]}]}, "no answer with a question_id"),
     ],
 )
 def test_references_that_cannot_be_used(tmp_path, row, message):
     with pytest.raises(DataError, match=message):
-        read_references(write(tmp_path / "r.jsonl", json.dumps(row)), [Question(1, "math", ("a", "b"))])
+        read_references(write(tmp_path / "r.jsonl", json.dumps(row)), [question(1, "math", "a", "b")])

@@ -1,7 +1,7 @@
 """Commands that measure players on public benchmarks."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -48,39 +48,30 @@ def benchmark(
 
 def mt_bench(
     run: RunPath,
-    iteration: PlayersOption = "start,best",
-    questions: Annotated[Path | None, typer.Option(help="Read questions from MT-Bench's question.jsonl.")] = None,
+    judge: Annotated[Path, typer.Option(help="Read the judge's settings from this YAML file.", show_default=False)],
+    questions: Annotated[Path, typer.Option(help="Read questions from MT-Bench's question.jsonl.", show_default=False)],
     references: Annotated[Path | None, typer.Option(help="Read reference answers from this .jsonl file.")] = None,
-    judge_url: Annotated[str | None, typer.Option(help="Send requests to this OpenAI-compatible endpoint.")] = None,
-    judge_model: Annotated[str | None, typer.Option(help="Name the model of the judge.")] = None,
-    judge_prompts: Annotated[Path | None, typer.Option(help="Read the judge's prompts from this file.")] = None,
-    judge_tokens: Annotated[int, typer.Option(min=1, help="Limit the judge's response to this length.")] = 2048,
-    judge_parallel: Annotated[int, typer.Option(min=1, help="Send this number of requests at once.")] = 4,
-    judge_timeout: Annotated[float, typer.Option(min=1, help="Wait this number of seconds for the judge.")] = 300,
-    judge_options: Annotated[str | None, typer.Option(help="Add these fields (JSON) to each request.")] = None,
+    iteration: PlayersOption = "start,best",
+    pairwise: Annotated[bool, typer.Option("--pairwise", help="Compare players with the first one.")] = False,
     limit: Annotated[int | None, typer.Option(min=1, help="Use at most this number of questions.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Limit a player's response to this length.")] = 1024,
-    pairwise: Annotated[bool, typer.Option("--pairwise", help="Compare players with the first one.")] = False,
     quiet: Quiet = False,
 ) -> None:
     """Measure players with MT-Bench and a judge."""
     from spinlm.evals import scores
-    from spinlm.evals.mt_bench import bench, games
-    from spinlm.evals.mt_bench.judge import Judge, read_options
+    from spinlm.evals.mt_bench.run import run_mt_bench, suite_name
     from spinlm.utils.signals import graceful_shutdown
 
     folder, recipe = open_run(run)
     players = parse_players(folder, iteration)
     with folder.locked(), graceful_shutdown():
-        fields: dict[str, Any] = {"max_tokens": judge_tokens, "parallel": judge_parallel, "timeout": judge_timeout}
-        judge = Judge.of(judge_url, judge_model, judge_prompts, options=read_options(judge_options), **fields)
-        notes = bench.mt_bench(
+        notes = run_mt_bench(
             *(recipe, folder, players, judge, questions, references),
             limit=limit,
             pairwise=pairwise,
             max_new_tokens=max_new_tokens,
         )
     out = console(200)
-    out.print(scores.table(folder, players, games.SUITE if pairwise else "mt-bench"))
+    out.print(scores.table(folder, players, suite_name(pairwise)))
     for note in notes:
         out.print(printable(note))

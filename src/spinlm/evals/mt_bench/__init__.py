@@ -1,1 +1,1 @@
-"""MT-Bench (arXiv 2306.05685): players answer questions of two turns, and a judge marks or compares the answers."""
+"""MT-Bench (arXiv 2306.05685): players answer two-turn questions, and a judge rates or compares the responses."""

@@ -1,19 +1,24 @@
-"""A judge: a language model behind any OpenAI-compatible chat endpoint, and the verdicts in what it writes."""
+"""The judge: a language model behind an OpenAI-compatible chat endpoint, its settings (judge.yaml) and its prompts."""
 
-import json
-import re
+import string
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Annotated, Any, Generic, TypeVar
 
-from spinlm.errors import SpinError
-from spinlm.evals.mt_bench.prompts import OWN_PROMPTS, JudgePrompt, read_prompts
+from pydantic import AfterValidator, Field, ValidationError
+
+from spinlm.errors import DataError, SpinError
+from spinlm.evals.mt_bench.questions import Row, describe_errors, read_rows, read_text
+from spinlm.recipe.load import parse_yaml
+from spinlm.recipe.schema import Count, Options, Positive, Section
 from spinlm.rundir.records import Message
 from spinlm.utils.atomic import short_digest
 from spinlm.utils.http import Endpoint, ErrorContext, gather_bounded, open_client, redact, run_async, url_fault
 
-PATH = "/chat/completions"
+CHAT_PATH = "/chat/completions"
+DEFAULT_PROMPTS = Path(__file__).with_name("judge_prompts.jsonl")
 
 REMINDER = (
     "Your reply has no decision in the form that was asked for. Write it now and nothing else: what you decided, "
@@ -24,79 +29,135 @@ Value = TypeVar("Value", float, str)
 
 
 class JudgeError(SpinError, RuntimeError):
-    """A judge cannot be reached, refuses, or is of no use."""
+    """The judge's settings are wrong, or the judge cannot be reached, refuses, or writes no verdict."""
 
 
 ERRORS = ErrorContext(
     error=JudgeError,
-    url_setting="--judge-url",
-    model_setting="--judge-model",
-    timeout_setting="--judge-timeout",
+    url_setting="url in judge.yaml",
+    model_setting="model in judge.yaml",
+    timeout_setting="timeout in judge.yaml",
     key_variables=("SPINLM_JUDGE_KEY", "OPENAI_API_KEY"),
     resume_hint="The verdicts so far are kept: run the same command again to continue",
 )
 
 
-def read_mark(reply: str) -> float | None:
-    """The mark, 1 to 10, that a reply gives as [[7]], [[7.5]] or, where there is none such, [7].
+class JudgePrompt(Row):
+    """A prompt in the format of FastChat's judge_prompts.jsonl; the template is one of `str.format`."""
 
-    None where it gives none, one out of range, or several that differ.
+    name: str
+    system_prompt: str  # empty: no system message
+    prompt_template: str
+
+    @property
+    def fields(self) -> set[str]:
+        """Names of the fields in the template; ValueError if its braces do not match."""
+        return {field for _, field, _, _ in string.Formatter().parse(self.prompt_template) if field is not None}
+
+    def messages(self, texts: Mapping[str, str]) -> list[Message]:
+        """Return the conversation to send to the judge."""
+        user = {"role": "user", "content": self.prompt_template.format_map(texts)}
+        return [{"role": "system", "content": self.system_prompt}, user] if self.system_prompt else [user]
+
+
+def prompt_name(*, pairwise: bool, turn: int, reference: bool) -> str:
+    """Return FastChat's name of the prompt for a turn (from 1), with or without a reference answer."""
+    kind = ("pair-math-v1" if reference else "pair-v2") if pairwise else "single-math-v1" if reference else "single-v1"
+    return kind if turn == 1 else f"{kind}-multi-turn"
+
+
+def default_prompts() -> dict[str, JudgePrompt]:
+    return {prompt.name: prompt for _, prompt in read_rows(DEFAULT_PROMPTS, "default prompts", JudgePrompt)}
+
+
+def read_prompts(path: Path) -> dict[str, JudgePrompt]:
+    """Read the prompts of a file by name. A prompt may have the fields of the default prompt of its name.
+
+    Prompts with other names are ignored.
+
+    Raises:
+        DataError: the file cannot be read, or a prompt cannot be used.
     """
-    reply = _spoken(reply)
-    number = r"\s*(\d+(?:\.\d+)?)\s*"
-    marks = {float(mark) for mark in re.findall(rf"\[\[{number}\]\]", reply) or re.findall(rf"\[{number}\]", reply)}
-    return marks.pop() if len(marks) == 1 and 1 <= min(marks) <= 10 else None
+    allowed = {name: prompt.fields for name, prompt in default_prompts().items()}
+    prompts = {}
+    for where, prompt in read_rows(path, "prompts_file in judge.yaml", JudgePrompt):
+        if prompt.name in allowed:
+            _check_fields(prompt, allowed[prompt.name], f"{where}: prompt_template of {prompt.name}")
+            prompts[prompt.name] = prompt
+    return prompts
 
 
-def read_choice(reply: str) -> str | None:
-    """A, B or C as a reply gives it in [[A]]; None where it gives none of them, or several."""
-    choices = set(re.findall(r"\[\[\s*([ABC])\s*\]\]", _spoken(reply)))
-    return choices.pop() if len(choices) == 1 else None
+def _check_fields(prompt: JudgePrompt, allowed: set[str], where: str) -> None:
+    hint = "Write a literal brace twice"
+    try:
+        fields = prompt.fields
+    except ValueError as error:
+        raise DataError(f"{where}: {error}. {hint}") from error
+    if unknown := fields - allowed:
+        raise DataError(f"{where}: unknown field {{{min(unknown)}}}; known: {', '.join(sorted(allowed))}. {hint}")
+    if missing := {field for field in allowed if field.startswith("answer")} - fields:
+        raise DataError(f"{where}: the field {{{min(missing)}}} is missing, so the judge would not see that response")
 
 
-def _spoken(reply: str) -> str:
-    """A reply without the thoughts that some models write before it."""
-    return reply.rpartition("</think>")[2]
+def _endpoint_url(url: str) -> str:
+    if fault := url_fault(url):
+        raise ValueError(fault)
+    return url.strip().rstrip("/").removesuffix(CHAT_PATH)
+
+
+def _extra_body(options: Options) -> Options:
+    if reserved := options.keys() & {"model", "messages", "stream", "n"}:
+        raise ValueError(f"{min(reserved)} cannot be set here")
+    return options
 
 
 @dataclass(frozen=True)
 class Verdict(Generic[Value]):
-    """What a judge decided; None where no reply could be read. It is asked a second time where the first could not."""
+    """The judge's decision on one request."""
 
-    value: Value | None
-    replies: tuple[str, ...]
+    value: Value | None  # None: no judgment could be parsed
+    judgments: tuple[str, ...]  # the judge's texts; the second one follows the reminder
 
 
-@dataclass(frozen=True)
-class Judge:
-    """A model behind an endpoint, and how it is asked."""
+class Judge(Section):
+    """The settings in judge.yaml. The endpoint's key comes from the environment variable SPINLM_JUDGE_KEY."""
 
-    url: str  # up to /chat/completions
-    model: str
-    prompts: Mapping[str, JudgePrompt]
-    max_tokens: int = 2048  # of a reply
-    parallel: int = 4  # requests at once
-    timeout: float = 300.0  # seconds until a reply has to be there
-    options: Mapping[str, Any] = field(default_factory=dict)  # further fields of a request; None leaves one out
+    url: Annotated[str, AfterValidator(_endpoint_url)]
+    """Address of an OpenAI-compatible endpoint, for example http://127.0.0.1:8000/v1."""
+    model: Annotated[str, Field(min_length=1)]
+    """Name of the judge's model at the endpoint."""
+    prompts_file: str | None = None
+    """File with other prompts, in the format of FastChat's judge_prompts.jsonl. The path is relative to judge.yaml."""
+    max_tokens: Count = 2048
+    """Maximum length of a judgment, in tokens."""
+    max_concurrency: Count = 4
+    """Maximum number of requests at the same time."""
+    timeout: Positive = 300.0
+    """Maximum time for a request, in seconds."""
+    extra_body: Annotated[Options, AfterValidator(_extra_body)] = Field(default_factory=dict)
+    """More fields of a request, such as a grammar; null removes a field: `{temperature: null}`."""
 
     @classmethod
-    def of(cls, url: str | None, model: str | None, prompts: Path | None = None, **how: Any) -> "Judge":
-        """A judge from what the command line says; `how` are further fields.
+    def load(cls, path: Path) -> "Judge":
+        """Read judge.yaml.
 
         Raises:
-            JudgeError: something is missing or no address.
-            DataError: the prompts cannot be used.
+            DataError: the file cannot be read.
+            JudgeError: a setting is missing or wrong.
+            RecipeError: the file is not YAML.
         """
-        if not url:
-            raise JudgeError(
-                "no judge: name an OpenAI-compatible endpoint with --judge-url, for example http://127.0.0.1:8000/v1"
-            )
-        if not model:
-            raise JudgeError("no judge: name the model that the endpoint is to use with --judge-model")
-        if fault := url_fault(url):
-            raise JudgeError(f"--judge-url: {fault}")
-        address = url.strip().rstrip("/").removesuffix("/chat/completions")
-        return cls(address, model, read_prompts(prompts) if prompts else OWN_PROMPTS, **how)
+        try:
+            judge = cls.model_validate(parse_yaml(read_text(path, "--judge"), str(path)))
+        except ValidationError as error:
+            known = ", ".join(cls.model_fields)
+            raise JudgeError(f"{path}: {describe_errors(error)}. The settings of a judge are {known}") from None
+        prompts_file = judge.prompts_file and str(path.parent / judge.prompts_file)
+        return judge.model_copy(update={"prompts_file": prompts_file})
+
+    @cached_property
+    def prompts(self) -> dict[str, JudgePrompt]:
+        """The prompts by name; DataError if the file cannot be used."""
+        return read_prompts(Path(self.prompts_file)) if self.prompts_file else default_prompts()
 
     @property
     def host(self) -> str:
@@ -105,81 +166,66 @@ class Judge:
 
     @property
     def prompts_digest(self) -> str:
-        """What stands for the wording of the prompts."""
-        return short_digest({name: [prompt.system, prompt.template] for name, prompt in self.prompts.items()})
+        texts = {name: [prompt.system_prompt, prompt.prompt_template] for name, prompt in self.prompts.items()}
+        return short_digest(texts)
+
+    @property
+    def fingerprint(self) -> list[Any]:
+        """Everything that a verdict depends on, except the request."""
+        return [self.host, self.model, self.max_tokens, self.prompts_digest, self.extra_body]
 
     def check(self) -> None:
-        """Find out, with one short request, whether the endpoint, the key and the model are good.
+        """Send one short request, to check the endpoint, the key and the model.
 
         Raises:
-            JudgeError: they are not.
+            JudgeError: the request failed.
         """
         question: list[Message] = [{"role": "user", "content": "Are you there?"}]
-        replace(self, max_tokens=16).ask([question], lambda reply: 1.0, lambda number, verdict: None)
+        self.model_copy(update={"max_tokens": 16}).ask([question], lambda judgment: 1.0, lambda index, verdict: None)
 
     def ask(
         self,
         conversations: Sequence[list[Message]],
-        read: Callable[[str], Value | None],
+        parse: Callable[[str], Value | None],
         record: Callable[[int, Verdict[Value]], None],
     ) -> None:
-        """Have each conversation answered, `parallel` at once.
+        """Get a verdict on each conversation, with `max_concurrency` requests at the same time.
 
         Args:
-            conversations: what to ask.
-            read: finds the decision in a reply. Where it finds none the judge is reminded, once.
-            record: called with the number of a conversation and its verdict, as soon as that is there.
+            conversations: the requests.
+            parse: returns the decision in a judgment. If it returns None, the judge gets one reminder.
+            record: called with the index of a conversation and its verdict, as soon as the verdict is there.
 
         Raises:
-            JudgeError: the endpoint cannot be reached, refuses, or does not answer as such an endpoint does.
+            JudgeError: the endpoint cannot be reached, refuses, or is not OpenAI-compatible.
             StoppedError: the user asked to stop.
         """
-        run_async(self._ask(conversations, read, record))
 
-    async def _ask(
-        self,
-        conversations: Sequence[list[Message]],
-        read: Callable[[str], Value | None],
-        record: Callable[[int, Verdict[Value]], None],
-    ) -> None:
-        async with open_client([self.url], self.timeout, self.parallel) as client:
-            endpoint = Endpoint([self.url], self.model, client, self.timeout, ERRORS)
-            await gather_bounded(
-                conversations, lambda messages: self._judge(endpoint, messages, read), record, self.parallel
-            )
+        async def ask_all() -> None:
+            async with open_client([self.url], self.timeout, self.max_concurrency) as client:
+                endpoint = Endpoint([self.url], self.model, client, self.timeout, ERRORS)
+                await gather_bounded(
+                    conversations,
+                    lambda messages: self._verdict(endpoint, messages, parse),
+                    record,
+                    self.max_concurrency,
+                )
 
-    async def _judge(
-        self, endpoint: Endpoint, messages: list[Message], read: Callable[[str], Value | None]
+        run_async(ask_all())
+
+    async def _verdict(
+        self, endpoint: Endpoint, messages: list[Message], parse: Callable[[str], Value | None]
     ) -> Verdict[Value]:
-        first = await self._reply(endpoint, messages)
-        if (value := read(first)) is not None:
+        first = await self._judgment(endpoint, messages)
+        if (value := parse(first)) is not None:
             return Verdict(value, (first,))
-        reminded = [*messages, {"role": "assistant", "content": first}, {"role": "user", "content": REMINDER}]
-        second = await self._reply(endpoint, reminded)
-        return Verdict(read(second), (first, second))
+        reminder: list[Message] = [{"role": "assistant", "content": first}, {"role": "user", "content": REMINDER}]
+        second = await self._judgment(endpoint, [*messages, *reminder])
+        return Verdict(parse(second), (first, second))
 
-    async def _reply(self, endpoint: Endpoint, messages: list[Message]) -> str:
-        """What the model says to a conversation."""
-        asked = {"model": self.model, "messages": messages, "temperature": 0, "max_tokens": self.max_tokens}
-        body = {name: value for name, value in (asked | dict(self.options)).items() if value is not None}
-        content = await endpoint.request(
-            PATH, body, lambda reply: reply["choices"][0]["message"]["content"], "choices[0].message.content"
-        )
-        return redact(content, ERRORS) if isinstance(content, str) else ""
-
-
-def read_options(text: str | None) -> dict[str, Any]:
-    """Further fields of a request, from a JSON object.
-
-    Raises:
-        JudgeError: it is none, or names what has a place of its own.
-    """
-    if not text:
-        return {}
-    try:
-        options = json.loads(text)
-    except ValueError as error:
-        raise JudgeError(f"--judge-options: not JSON ({error}). Write it like '{{\"seed\": 1}}'") from error
-    if not isinstance(options, dict) or options.keys() & {"model", "messages", "stream", "n"}:
-        raise JudgeError("--judge-options: write a JSON object, without model, messages, stream or n")
-    return options
+    async def _judgment(self, endpoint: Endpoint, messages: list[Message]) -> str:
+        fields = {"model": self.model, "messages": messages, "temperature": 0, "max_tokens": self.max_tokens}
+        body = {name: value for name, value in (fields | self.extra_body).items() if value is not None}
+        field = "choices[0].message.content"
+        text = await endpoint.request(CHAT_PATH, body, lambda reply: reply["choices"][0]["message"]["content"], field)
+        return redact(text, ERRORS) if isinstance(text, str) else ""

@@ -1,137 +1,299 @@
-"""MT-Bench's files: questions of one or two turns, and reference answers to them, in FastChat's formats."""
+"""The questions and reference answers of MT-Bench, in FastChat's formats, and a player's responses to the questions."""
 
-import json
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
-from spinlm.errors import DataError
-from spinlm.evals.mt_bench.prompts import read_text
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
-TURNS = 2
+from spinlm.data.renderer import Renderer
+from spinlm.distributed.progress import Advance, track
+from spinlm.errors import DataError, RowError
+from spinlm.recipe.schema import Recipe
+from spinlm.rundir.journal import Journal
+from spinlm.rundir.layout import RunDir
+from spinlm.rundir.records import Message, Sampling
+from spinlm.rundir.stage_graph import START, player_name
+from spinlm.utils.atomic import short_digest
+from spinlm.utils.seeds import derive_seed
 
 TEMPERATURES = {
     **dict.fromkeys(("writing", "roleplay"), 0.7),
     **dict.fromkeys(("extraction", "math", "coding", "reasoning"), 0.0),
     **dict.fromkeys(("stem", "humanities"), 0.1),
 }
-"""What players sample with, by category, as MT-Bench has it; other categories take `OTHER_TEMPERATURE`."""
-OTHER_TEMPERATURE = 0.7
+"""Sampling temperature by category, as in FastChat."""
+DEFAULT_TEMPERATURE = 0.7  # of all other categories
 
-REFERENCED = ("math", "reasoning", "coding", "arena-hard")
-"""Categories, by how they begin, that are judged beside a reference answer where there is one."""
+REFERENCE_CATEGORIES = ("math", "reasoning", "coding", "arena-hard")
+"""Prefixes of the categories that the judge grades with a reference answer, if there is one."""
+
+BATCH_SIZE = 32  # questions; the responses to a batch are written to disk together
+
+QuestionId = int | str
+References = dict[QuestionId, tuple[str, ...]]
+"""Reference answers to the turns of a question, by the question's id."""
 
 
-@dataclass(frozen=True)
-class Question:
-    """What a user writes: a message, and a second one once the first is answered."""
+class Row(BaseModel):
+    """One line of a file in one of FastChat's formats. Other keys are ignored."""
 
-    id: int | str
+    model_config = ConfigDict(frozen=True, strict=True, extra="ignore")
+
+
+class Question(Row):
+    question_id: QuestionId
     category: str
-    turns: tuple[str, ...]
+    turns: Annotated[tuple[Annotated[str, StringConstraints(pattern=r"\S")], ...], Field(min_length=1, max_length=2)]
 
     @property
     def temperature(self) -> float:
-        return TEMPERATURES.get(self.category, OTHER_TEMPERATURE)
-
-    def plain(self) -> list[int | str]:
-        """All of it, as JSON."""
-        return [self.id, self.category, *self.turns]
+        return TEMPERATURES.get(self.category, DEFAULT_TEMPERATURE)
 
     @property
-    def wants_reference(self) -> bool:
-        return self.category.startswith(REFERENCED)
+    def uses_reference(self) -> bool:
+        return self.category.startswith(REFERENCE_CATEGORIES)
+
+    @property
+    def fingerprint(self) -> list[QuestionId]:
+        return [self.question_id, self.category, *self.turns]
 
 
-References = dict[int | str, tuple[str, ...]]
-"""Reference answers to the turns of a question, by its id."""
+class Choice(Row):
+    turns: tuple[str, ...]
 
 
-def read_questions(path: Path | None) -> list[Question]:
-    """The questions of a file: JSON lines with question_id, category and turns.
+class ReferenceAnswer(Row):
+    question_id: QuestionId
+    choices: Annotated[tuple[Choice, ...], Field(min_length=1)]
 
-    They come from the categories in turn, so that the first few of them are of many kinds.
+
+RowType = TypeVar("RowType", bound=Row)
+
+
+def read_text(path: Path, option: str) -> str:
+    """Read a UTF-8 text file; `option` names the setting in messages.
 
     Raises:
-        DataError: the file cannot be read, has no questions, or a line is none.
+        DataError: the file cannot be read.
     """
-    if path is None:
-        raise DataError("no questions: name MT-Bench's question.jsonl, or a file like it, with --questions")
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or "not UTF-8 text"
+        raise DataError(f"{option}: {path} cannot be read ({reason})") from error
+
+
+def read_rows(path: Path, option: str, row_type: type[RowType]) -> Iterator[tuple[str, RowType]]:
+    """Yield the rows of a JSON-lines file, each with its file and line for messages.
+
+    Raises:
+        DataError: the file cannot be read, or a line is not such a row.
+    """
+    for number, line in enumerate(read_text(path, option).split("\n"), start=1):
+        if line.strip():
+            where = f"{path}, line {number}"
+            try:
+                yield where, row_type.model_validate_json(line)
+            except ValidationError as error:
+                raise DataError(f"{where}: {describe_errors(error)}") from error
+
+
+def describe_errors(error: ValidationError) -> str:
+    """Describe each wrong field, without its value."""
+    problems = []
+    for item in error.errors(include_url=False, include_input=False):
+        message = str(item["ctx"]["error"]) if item["type"] == "value_error" else item["msg"]
+        problems.append(": ".join(filter(None, (".".join(map(str, item["loc"])), message))))
+    return "; ".join(problems)
+
+
+def read_questions(path: Path) -> list[Question]:
+    """Read questions. The order takes one question of each category in turn, so that a limit keeps many categories.
+
+    Raises:
+        DataError: the file cannot be read, is empty, or a line is not a question.
+    """
     by_category: dict[str, list[Question]] = defaultdict(list)
-    seen: dict[int | str, str] = {}
-    for where, row in _rows(path, "--questions"):
-        question = _question(row, where)
-        if question.id in seen:
-            raise DataError(f"{where}: question_id {question.id!r} is that of {seen[question.id]}, too")
-        seen[question.id] = where
+    lines: dict[QuestionId, str] = {}
+    for where, question in read_rows(path, "--questions", Question):
+        if question.question_id in lines:
+            raise DataError(f"{where}: question_id {question.question_id!r} repeats {lines[question.question_id]}")
+        lines[question.question_id] = where
         by_category[question.category].append(question)
-    if not seen:
-        raise DataError(f"--questions: {path} is empty: it has no questions")
-    return [question for some in zip_longest(*by_category.values()) for question in some if question is not None]
+    if not lines:
+        raise DataError(f"--questions: {path} is empty")
+    return [question for group in zip_longest(*by_category.values()) for question in group if question is not None]
 
 
 def read_references(path: Path | None, questions: Sequence[Question]) -> References:
-    """The reference answers of a file to those of these questions that are judged beside one; none without a file.
+    """Read the reference answers to the questions that use one. Without a file there are none.
 
     Raises:
-        DataError: the file cannot be read, a line is no answer, or it has none to any of these questions.
+        DataError: the file cannot be read, a line is not a reference answer, or no line belongs to these questions.
     """
     if path is None:
         return {}
-    answers = {}
-    for where, row in _rows(path, "--references"):
-        try:
-            turns = tuple(row["choices"][0]["turns"])
-            answers[row["question_id"]] = (where, turns)
-        except (KeyError, IndexError, TypeError) as error:
-            raise DataError(
-                f"{where}: not a reference answer ({error!r}). A line is a JSON object with question_id and "
-                "choices[0].turns, a list of texts"
-            ) from error
-        if not all(isinstance(turn, str) for turn in turns):
-            raise DataError(f"{where}: the turns of a reference answer must be texts")
+    rows = {row.question_id: (where, row) for where, row in read_rows(path, "--references", ReferenceAnswer)}
+    known = [question for question in questions if question.question_id in rows]
+    if not known:
+        raise DataError(f"--references: {path} has no answer with a question_id of these questions")
     references = {}
-    for question in questions:
-        if question.id not in answers or not question.wants_reference:
-            continue
-        where, turns = answers[question.id]
-        if len(turns) < len(question.turns):
-            raise DataError(f"{where}: {len(turns)} answers to the {len(question.turns)} turns of the question")
-        references[question.id] = turns
-    if not any(question.id in answers for question in questions):
-        raise DataError(f"--references: {path} answers none of these questions: their question_ids are others")
+    for question in known:
+        where, row = rows[question.question_id]
+        turns = row.choices[0].turns
+        if question.uses_reference:
+            if len(turns) < len(question.turns):
+                raise DataError(f"{where}: {len(turns)} answers for a question of {len(question.turns)} turns")
+            references[question.question_id] = turns
     return references
 
 
-def _rows(path: Path, option: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The objects of a file of JSON lines, each with where it stands."""
-    for number, line in enumerate(read_text(path, option).split("\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{where}: not JSON ({error})") from error
-        if not isinstance(row, dict):
-            raise DataError(f"{where}: not a JSON object")
-        yield where, row
+@dataclass(frozen=True)
+class TurnResponses:
+    """A player's responses to the turns of one question."""
+
+    turns: tuple[str, ...] = ()  # fewer than the question has, if a turn could not be asked
+    finished: tuple[bool, ...] = ()  # False: the response was truncated at the length limit
+    problem: str | None = None  # why a turn could not be asked
 
 
-def _question(row: dict[str, Any], where: str) -> Question:
-    """A question, if the row is one."""
-    for name, kind, say in (
-        ("question_id", (int, str), "a number or a text"),
-        ("category", str, "a text"),
-        ("turns", list, "a list of texts"),
+class ResponseSet:
+    """A player's responses to the questions, kept in a journal.
+
+    The name of the journal contains a digest of everything that the responses depend on.
+    """
+
+    def __init__(
+        self, recipe: Recipe, folder: RunDir, player: int, all_questions: Sequence[Question], max_new_tokens: int
     ):
-        if not isinstance(row.get(name), kind):
-            problem = "is missing" if name not in row else f"is not {say}"
-            raise DataError(f"{where}: not a question: {name} {problem}")
-    turns = row["turns"]
-    if not 1 <= len(turns) <= TURNS or not all(isinstance(turn, str) and turn.strip() for turn in turns):
-        raise DataError(f"{where}: not a question: turns must be one or two texts that are not empty")
-    return Question(row["question_id"], row["category"], tuple(turns))
+        self.recipe, self.run, self.player, self.name = recipe, folder, player, player_name(player)
+        self.max_new_tokens = max_new_tokens
+        self.folder = folder.iteration(player) / "mt-bench"
+        self.fingerprint: dict[str, Any] = {
+            "player": folder.player_digest(player),
+            "questions": [question.fingerprint for question in all_questions],
+            "temperatures": [TEMPERATURES, DEFAULT_TEMPERATURE],
+            "max_new_tokens": max_new_tokens,
+            "batch": BATCH_SIZE,
+            "seed": recipe.seed,
+        }
+        self._journal = Journal(self.folder / f"responses-{short_digest(self.fingerprint)}.jsonl")
+        self._responses = {
+            row["question_id"]: TurnResponses(tuple(row["choices"][0]["turns"]), tuple(row["finished"]), row["problem"])
+            for row in self._journal.records
+        }
+
+    def __getitem__(self, question: Question) -> TurnResponses:
+        return self._responses[question.question_id]
+
+    def missing(self, questions: Sequence[Question]) -> list[Question]:
+        """Return the questions without responses."""
+        return [question for question in questions if question.question_id not in self._responses]
+
+    def generate(self, questions: Sequence[Question]) -> None:
+        """Generate the missing responses. Each batch is written to disk as soon as it is complete.
+
+        Raises:
+            DataError: the player cannot respond to any of the questions.
+            StoppedError: the user asked to stop.
+        """
+        if self.missing(questions):
+            with track(f"{self.name}: respond", 2 * len(questions)) as advance:
+                for number, batch in _batches(questions):
+                    if missing := self.missing(batch):
+                        responses = self._respond(number, batch, advance)  # to all: the seeds depend on the batch
+                        new = {question.question_id: responses[batch.index(question)] for question in missing}
+                        self._journal.add(*(self._row(question, new[question.question_id]) for question in missing))
+                        self._responses |= new
+                    else:
+                        advance(2 * len(batch))
+        if not any(self[question].turns for question in questions):
+            raise DataError(
+                f"{self.name} cannot respond to any of these questions. Question {questions[0].question_id}: "
+                f"{self[questions[0]].problem}"
+            )
+
+    def notes(self, questions: Sequence[Question]) -> Iterator[str]:
+        """Describe responses that are missing or truncated."""
+        incomplete = [question for question in questions if self[question].problem]
+        finished = [value for question in questions for value in self[question].finished]
+        if incomplete:
+            yield (
+                f"{self.name}: {len(incomplete)} of {len(questions)} questions have no complete response; question "
+                f"{incomplete[0].question_id}: {self[incomplete[0]].problem}"
+            )
+        if truncated := finished.count(False):
+            yield (
+                f"{self.name}: {truncated} of {len(finished)} responses were truncated at the length limit, and graded "
+                "as they are"
+            )
+
+    def _respond(self, number: int, batch: Sequence[Question], advance: Advance) -> list[TurnResponses]:
+        """Generate the responses to all turns of a batch of questions."""
+        from spinlm.generation import local_engine
+        from spinlm.model.players import seat
+
+        players = seat(self.recipe, self.run)
+        players.become(self.player)
+        engine = local_engine(self.recipe, players, self.run.metadata("sft", START)["prefix_sharing"])
+        max_length = getattr(players.model.config, "max_position_embeddings", None) or self.recipe.train.max_length
+        stop_ids, temperature = players.renderer.stop_ids, batch[0].temperature
+        sampling = Sampling(temperature, 1.0, self.max_new_tokens, max_length, samples=1, stop_ids=stop_ids)
+        responses = [TurnResponses() for _ in batch]
+        for turn in range(max(len(question.turns) for question in batch)):
+            prompts: dict[int, list[int]] = {}
+            for index, question in enumerate(batch):
+                if turn < len(question.turns) and responses[index].problem is None:
+                    try:
+                        prompts[index] = _prompt_ids(players.renderer, question, responses[index].turns, max_length)
+                    except RowError as error:
+                        responses[index] = replace(responses[index], problem=f"turn {turn + 1}: {error}")
+            # All players get the same seed, so that only the players differ.
+            seed = derive_seed(self.recipe.seed, "exam", turn, str(temperature), number)
+            generated = engine.generate(list(prompts.values()), sampling, seed, advance)
+            for index, (response,) in zip(prompts, generated, strict=True):
+                text, before = players.renderer.decode(response.token_ids), responses[index]
+                responses[index] = TurnResponses((*before.turns, text), (*before.finished, response.finished))
+        return responses
+
+    def _row(self, question: Question, responses: TurnResponses) -> dict[str, Any]:
+        """Return a row in the format of FastChat's model answers; finished and problem are spinlm's."""
+        return {
+            "question_id": question.question_id,
+            "model_id": f"{self.run.root.resolve().name}/{self.run.iteration(self.player).name}",
+            "category": question.category,
+            "temperature": question.temperature,
+            "choices": [{"index": 0, "turns": list(responses.turns)}],
+            "finished": list(responses.finished),
+            "problem": responses.problem,
+        }
+
+
+def _batches(questions: Sequence[Question]) -> Iterator[tuple[int, list[Question]]]:
+    """Yield numbered batches of questions of one temperature. A limit does not move a question to another batch."""
+    groups: dict[float, list[Question]] = defaultdict(list)
+    for question in questions:
+        groups[question.temperature].append(question)
+    for group in groups.values():
+        for number, first in enumerate(range(0, len(group), BATCH_SIZE)):
+            yield number, group[first : first + BATCH_SIZE]
+
+
+def _prompt_ids(renderer: Renderer, question: Question, responses: Sequence[str], max_length: int) -> list[int]:
+    """Return the tokens of the conversation up to the turn that follows these responses.
+
+    Raises:
+        RowError: the conversation cannot be rendered, or leaves no room for a response.
+    """
+    messages: list[Message] = []
+    for text, response in zip(question.turns, responses, strict=False):
+        messages += [{"role": "user", "content": text}, {"role": "assistant", "content": response}]
+    ids = renderer.prompt_ids([*messages, {"role": "user", "content": question.turns[len(responses)]}])
+    if len(ids) >= max_length:
+        problem = f"the conversation has {len(ids)} tokens, and the model has {max_length} positions"
+        raise RowError("prompt_too_long", problem)
+    return ids

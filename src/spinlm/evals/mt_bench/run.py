@@ -1,0 +1,103 @@
+"""Run MT-Bench on the players of a run."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from spinlm.errors import DataError, RunError
+from spinlm.evals.mt_bench.grading import PAIRWISE_SUITE, SUITE, JudgeRun, grade_pairwise, grade_single
+from spinlm.evals.mt_bench.judge import Judge, prompt_name
+from spinlm.evals.mt_bench.questions import Question, References, ResponseSet, read_questions, read_references
+from spinlm.recipe.schema import Recipe
+from spinlm.rundir.layout import RunDir
+from spinlm.rundir.stage_graph import player_name
+from spinlm.utils.atomic import short_digest
+
+
+def suite_name(pairwise: bool) -> str:
+    """Return the suite of the scores that `run_mt_bench` keeps."""
+    return PAIRWISE_SUITE if pairwise else SUITE
+
+
+def run_mt_bench(
+    recipe: Recipe,
+    folder: RunDir,
+    players: Sequence[int],
+    judge: Path,
+    questions: Path,
+    references: Path | None = None,
+    *,
+    limit: int | None = None,
+    pairwise: bool = False,
+    max_new_tokens: int = 1024,
+) -> list[str]:
+    """Measure players with MT-Bench, and keep their scores as benchmarks of the run.
+
+    Args:
+        recipe: the run's recipe.
+        folder: the run folder.
+        players: iterations whose players are measured, `START` for θ_0.
+        judge: judge.yaml, the judge's settings.
+        questions: MT-Bench's question.jsonl, or a file in its format.
+        references: file with reference answers.
+        limit: maximum number of questions.
+        pairwise: compare every other player with the first one, instead of rating each response.
+        max_new_tokens: maximum length of a response.
+
+    Returns:
+        Notes to show after the scores: what they leave out, and how the players compare.
+
+    Raises:
+        DataError: the questions, references or prompts cannot be used.
+        JudgeError: the judge cannot be used or reached, refuses, or none of its judgments can be parsed.
+        RunError: `pairwise` with fewer than two players.
+        StoppedError: the user asked to stop.
+    """
+    if pairwise and len(players) < 2:
+        raise RunError(
+            f"--pairwise compares players, and {player_name(players[0])} is the only one. Name two players with "
+            "--iteration; `start` and `best` may be the same one"
+        )
+    loaded = Judge.load(judge)
+    all_questions = read_questions(questions)
+    known = read_references(references, all_questions)
+    chosen = all_questions[:limit]
+    _check_prompts(loaded, chosen, known, pairwise)
+    response_sets = {player: ResponseSet(recipe, folder, player, all_questions, max_new_tokens) for player in players}
+    if any(response_set.missing(chosen) for response_set in response_sets.values()):
+        loaded.check()  # before the responses, which may take hours
+    for response_set in response_sets.values():
+        response_set.generate(chosen)
+    without = [q.category for q in chosen if q.uses_reference and q.question_id not in known]
+    settings = {
+        "judge": loaded.model,
+        "endpoint": loaded.host,
+        "prompts": loaded.prompts_digest,
+        "judge_max_tokens": loaded.max_tokens,
+        "judge_extra_body": loaded.extra_body,
+        "questions": short_digest([question.fingerprint for question in all_questions]),
+        "references": short_digest(sorted((str(key), turns) for key, turns in known.items())) if known else None,
+        "without_reference": len(without),
+        "limit": limit,
+        "max_new_tokens": max_new_tokens,
+        "seed": recipe.seed,
+    }
+    notes = [note for response_set in response_sets.values() for note in response_set.notes(chosen)]
+    if without:
+        names = ", ".join(sorted(set(without)))
+        notes.append(f"{len(without)} questions ({names}) have no reference answer: the judge decides without one")
+    judge_run = JudgeRun(loaded, chosen, known, response_sets, settings, notes)
+    if pairwise:
+        for player in players[1:]:
+            grade_pairwise(judge_run, player, players[0])
+    else:
+        grade_single(judge_run, players)
+    return notes
+
+
+def _check_prompts(judge: Judge, questions: Sequence[Question], references: References, pairwise: bool) -> None:
+    """Raise DataError if the judge has no prompt of a name that a question needs."""
+    for question in questions:
+        for turn in range(1, len(question.turns) + 1):
+            name = prompt_name(pairwise=pairwise, turn=turn, reference=question.question_id in references)
+            if name not in judge.prompts:
+                raise DataError(f"{judge.prompts_file}: the prompt {name} is missing, and these questions need it")
