@@ -27,7 +27,7 @@ ELSEWHERE = {
     r"^spinlm init gsm8k\.yaml": "as `spinlm init recipe.yaml`, which runs",
     r"--(suite|tasks) ": "data from the hub, or a judge: test_lm_eval.py, test_mt_bench.py",
     r"^vllm |^transformers serve|sglang": "another program, which serves",
-    r"--judge-url": "a judge: test_mt_bench.py",
+    r"--judge": "a judge: test_mt_bench.py",
     r"^tensorboard ": "serves until it is stopped: test_trackers.py reads what it would show",
     r"convert_hf_to_gguf": "llama.cpp's: test_gguf.py, where that is at hand",
 }

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -185,8 +186,13 @@ def test_settings_of_a_judge(tmp_path):
     assert judge.prompts == default_prompts()
 
 
-def test_every_setting_is_documented():
+def test_every_setting_is_documented(tmp_path):
     assert all(field.description for field in Judge.model_fields.values())
+    page = (Path(__file__).parents[2] / "docs" / "mt-bench.md").read_text(encoding="utf-8")
+    example = page.partition('```yaml title="judge.yaml"\n')[2].partition("```")[0]
+    judge = Judge.load(write_settings(tmp_path, example))
+    assert judge.model_fields_set == Judge.model_fields.keys()
+    assert judge == Judge(url=judge.url, model=judge.model)
 
 
 @pytest.mark.parametrize(
