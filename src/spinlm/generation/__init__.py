@@ -13,7 +13,7 @@ from spinlm.recipe.schema import Recipe
 def open_engine(recipe: Recipe, players: Players, iteration: int, prefix_sharing: bool) -> Iterator[Engine]:
     """The recipe's engine with the opponent of an iteration; `prefix_sharing` says whether its attention takes prefix trees."""
     match recipe.opponent.engine:
-        case "transformers":
+        case "local":
             players.become(iteration - 1)
             yield local_engine(recipe, players, prefix_sharing)
         case "server":
