@@ -86,13 +86,14 @@ def predict(overrides: list[str]) -> tuple[dict[str, float], dict[str, float]]:
 def measure(folder: Path) -> tuple[dict[str, float], dict[str, float]]:
     """The same of a finished run, from its folder."""
     from spinlm.rundir.layout import RunDir
+    from spinlm.rundir.provenance import read_recipe
     from spinlm.rundir.records import Example, Generation, HeldoutGreedy, HeldoutSampled, read_lines, read_pairs
     from spinlm.rundir.stage_graph import START
     from spinlm.utils.atomic import read_json
 
     run = RunDir(folder)
-    epochs = read_json(run.recipe)["train"]["epochs"]
-    warm = read_json(run.recipe)["sft"]["epochs"]
+    recipe = read_recipe(run)
+    epochs, warm = recipe["train"]["epochs"], recipe["sft"]["epochs"]
     found: dict[str, float] = defaultdict(float)
     seconds: dict[str, float] = defaultdict(float)
     examples = {split: list(read_lines(run.examples(split), Example)) for split in ("train", "heldout", "sft")}
@@ -137,7 +138,7 @@ def measure(folder: Path) -> tuple[dict[str, float], dict[str, float]]:
 
 def _part(path: Path) -> str:
     kinds = {"player": "players", **{name: name for name in ("generations", "pairs")}}
-    if path.suffix == ".done":
+    if path.parts[0] == ".spinlm":
         return "measurements and markers"
     known = [kinds[part] for part in path.parts if part in kinds]
     return known[0] if known else path.parts[0] if path.parts[0] in ("base", "examples") else "measurements and markers"

@@ -51,12 +51,12 @@ def stage(name: str, folder: Path, rows: int) -> None:
     from spinlm.model.players import seat
     from spinlm.recipe.load import parse_recipe
     from spinlm.rundir.layout import RunDir
-    from spinlm.rundir.provenance import claim_recipe
+    from spinlm.rundir.resume import claim_recipe
 
     torch.set_num_threads(1)
     parsed, run = parse_recipe(recipe(folder, rows)), RunDir(folder / f"run-{rows}")
     if name == "prepare":
-        claim_recipe(run, parsed.model_dump(mode="json"), ())
+        claim_recipe(run, parsed)
     _ = seat(parsed, run).model
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak of loading
     before = _peak()

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spinlm.rundir.layout import RunDir
+from spinlm.rundir.provenance import read_recipe
 from spinlm.rundir.stage_graph import START, player_name
 from spinlm.utils.atomic import read_json, read_json_lines
 from spinlm.utils.statistics import significantly_better
@@ -43,7 +44,7 @@ class Run:
 
     @cached_property
     def recipe(self) -> dict[str, Any]:
-        return dict(read_json(self.run.recipe))
+        return read_recipe(self.run)
 
     @property
     def ended(self) -> bool:

@@ -13,10 +13,11 @@ from spinlm.distributed.processes import all_gather, is_main_process, on_rank_ze
 from spinlm.errors import PeerError, RecipeError, RunError, SpinError, StoppedError
 from spinlm.model.loading import ensure_base
 from spinlm.model.players import stand_up
-from spinlm.recipe.schema import MUTABLE_FIELDS, Recipe
+from spinlm.recipe.fingerprint import differences
+from spinlm.recipe.schema import Recipe
 from spinlm.rundir.fork import check_source, fork_from
 from spinlm.rundir.layout import RunDir
-from spinlm.rundir.provenance import claim_recipe, differences
+from spinlm.rundir.resume import claim_recipe
 from spinlm.rundir.stage_graph import START
 from spinlm.stages.evaluate import evaluate
 from spinlm.stages.generate import generate
@@ -103,7 +104,7 @@ def _see(folder: RunDir) -> None:
 def _lay_out(recipe: Recipe, folder: RunDir, source: RunDir | None, overwrite: bool) -> None:
     if overwrite:
         folder.clear()
-    claim_recipe(folder, recipe.model_dump(mode="json"), MUTABLE_FIELDS)
+    claim_recipe(folder, recipe)
     if source is not None:
         fork_from(recipe, folder, source)
 

@@ -93,8 +93,10 @@ def rewind(tmp_path) -> Callable[..., Path]:
         shutil.copytree(reference, run, symlinks=True)
         for later in range(iteration + 1, ITERATIONS):
             shutil.rmtree(run / f"iteration-{later}")
+            shutil.rmtree(run / ".spinlm" / f"iteration-{later}")
         stages = ("generate", "reference_logprobs", "train", "evaluate", "promote")
         for undone in stages[stages.index(stage) :]:
+            (run / ".spinlm" / f"iteration-{iteration}" / f"{undone}.done").unlink()
             for name in UNDO[undone]:
                 path = run / f"iteration-{iteration}" / name
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -103,7 +105,7 @@ def rewind(tmp_path) -> Callable[..., Path]:
         write_rows(run / "train_log.jsonl", before + kept)
         (run / "best").unlink()
         if iteration > 0:
-            best = json.loads((run / f"iteration-{iteration - 1}" / "promote.done").read_text())["best"]
+            best = json.loads((run / ".spinlm" / f"iteration-{iteration - 1}" / "promote.done").read_text())["best"]
             (run / "best").symlink_to("start" if best < 0 else f"iteration-{best}")
         return run
 
@@ -132,9 +134,9 @@ def stopped_in_training(world, cli, rewound) -> Path:
 
 
 UNDO = {
-    "generate": ("generations", "generate.done"),
-    "reference_logprobs": ("pairs", "reference_logprobs.done"),
-    "train": ("player", "train.done"),
-    "evaluate": ("heldout_greedy.jsonl", "heldout_sampled.jsonl", "eval.json", "evaluate.done"),
-    "promote": ("selection.json", "promote.done"),
+    "generate": ("generations",),
+    "reference_logprobs": ("pairs",),
+    "train": ("player",),
+    "evaluate": ("heldout_greedy.jsonl", "heldout_sampled.jsonl", "eval.json"),
+    "promote": ("selection.json",),
 }

@@ -10,7 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spinlm.rundir.layout import VOLATILE_KEYS, RunDir
+from spinlm.recipe.load import as_yaml
+from spinlm.rundir.layout import RunDir
+from spinlm.rundir.markers import VOLATILE_KEYS
+from spinlm.rundir.provenance import read_recipe
 from spinlm.rundir.stage_graph import START
 
 RECIPE = """\
@@ -82,8 +85,18 @@ def steps(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
+def change_recipe(run: Path, **changes: dict[str, Any]) -> None:
+    """Change values of a run's recipe, as if the run had begun with them."""
+    folder = RunDir(run)
+    recipe = read_recipe(folder)
+    for section, values in changes.items():
+        recipe[section] |= values
+    folder.recipe.write_text(as_yaml(recipe), encoding="utf-8")
+    folder.record_digest(folder.recipe)
+
+
 def change_marker(path: Path, **facts: Any) -> None:
-    """Give a marker other facts, as if its stage had come to them."""
+    """Give a marker other values, as if its stage had written them."""
     kept = without(json.loads(path.read_text(encoding="utf-8")), "sum")
     path.write_text(json.dumps(kept | facts), encoding="utf-8")
 
@@ -113,7 +126,7 @@ def contents(run: Path) -> dict[str, str]:
             found[name] = f"-> {path.readlink()}"
         elif path.suffix == ".done":
             found[name] = json.dumps(without(json.loads(path.read_text(encoding="utf-8")), *VOLATILE_KEYS))
-        elif path.is_file() and name not in ("lock", "provenance.json", "train_log.jsonl", "error.txt"):
+        elif path.is_file() and name not in (".spinlm/lock", "provenance.json", "train_log.jsonl", "error.txt"):
             found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
     timeless = [without(line, "tokens_per_second") for line in steps(run)]
     return found | {"train_log.jsonl": json.dumps(timeless)}
@@ -124,7 +137,7 @@ def assert_whole(run: Path) -> None:
     from safetensors.torch import load_file
 
     for path in run.rglob("*"):
-        if path.is_dir() or any(part.startswith(".") for part in path.relative_to(run).parts):
+        if path.is_dir() or any(part.startswith(".") for part in path.relative_to(run).parts if part != ".spinlm"):
             continue
         if path.suffix == ".jsonl":
             text = path.read_text(encoding="utf-8")

@@ -14,14 +14,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from commands import Cli, Result
-from runs import SAVE_STEPS, World, assert_whole, change_marker, contents, rows, steps, without, write_rows
+from runs import SAVE_STEPS, World, assert_whole, change_marker, contents, rows, steps, write_rows
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from models import save_tiny_model
 from spinlm.errors import RunError
-from spinlm.rundir.layout import VOLATILE_KEYS
+from spinlm.rundir.layout import RunDir
 from spinlm.rundir.records import Generation, read_lines, read_pairs
 
 Refused = Callable[..., str]
@@ -32,7 +33,7 @@ def refused(cli: Cli, world: World, tmp_path: Path) -> Refused:
     """Runs the recipe with changes, in vain; returns the message. What was not done is not marked as done."""
 
     def refused(
-        *changes: str, failed: str = "examples/prepare.done", run: Path | None = None, whole: bool = True
+        *changes: str, failed: str = ".spinlm/start/prepare.done", run: Path | None = None, whole: bool = True
     ) -> str:
         run = run or tmp_path / "run"
         result = cli("run", world.recipe, *changes, "--run-dir", run, folder=world.folder, code=2)
@@ -50,7 +51,7 @@ def stage_refused(cli: Cli, world: World) -> Refused:
 
     def refused(stage: str, run: Path, iteration: int = 1) -> str:
         result = cli(stage.replace("_", "-"), run, "--iteration", str(iteration), folder=world.folder, code=2)
-        assert not (run / f"iteration-{iteration}" / f"{stage}.done").exists()
+        assert not (run / ".spinlm" / f"iteration-{iteration}" / f"{stage}.done").exists()
         return result.message
 
     return refused
@@ -59,7 +60,7 @@ def stage_refused(cli: Cli, world: World) -> Refused:
 def goes_on(cli: Cli, world: World, run: Path, *changes: str) -> None:
     """The same command works once the cause is gone."""
     cli("run", world.recipe, *changes, "--run-dir", run, folder=world.folder)
-    assert (run / "iteration-1" / "promote.done").exists()
+    assert (run / ".spinlm" / "iteration-1" / "promote.done").exists()
     assert_whole(run)
 
 
@@ -94,7 +95,7 @@ def test_recipe_is_not_there(cli, tmp_path):
 def assert_nothing_made(run: Path) -> None:
     """A slip of the pen is told at once, not after hours of work."""
     made = {path.name for path in run.iterdir()}
-    assert made == {".seals", "lock", "recipe.resolved.json", "recipe.yaml", "error.txt"}
+    assert made == {".spinlm", "recipe.yaml", "error.txt"}
 
 
 def test_unknown_optimizer(refused, tmp_path):
@@ -260,9 +261,9 @@ def test_provenance_that_is_damaged_or_gone(cli, world, reference, tmp_path):
 def test_recipe_of_a_run_that_is_damaged(stage_refused, rewound):
     """A stage by hand has no other."""
     run = rewound(1, "train")
-    path = run / "recipe.resolved.json"
-    path.write_text(path.read_text().replace('"learning_rate": 0.002', '"learning_rate": 0.003'))
-    assert stage_refused("train", run).startswith(f"{path}: has changed since it was written. `spinlm run` with")
+    path = run / "recipe.yaml"
+    path.write_text(path.read_text().replace("learning_rate: 0.002", "learning_rate: 0.003"))
+    assert stage_refused("train", run).startswith(f"{path}: has changed since the run began")
 
 
 def test_relative_paths_mean_the_same_from_any_folder(cli, world, reference, tmp_path):
@@ -271,7 +272,7 @@ def test_relative_paths_mean_the_same_from_any_folder(cli, world, reference, tmp
     before = contents(run)
     cli("run", os.path.relpath(world.recipe, tmp_path), "--run-dir", "run", folder=tmp_path)
     assert contents(run) == before
-    resolved = json.loads((run / "recipe.resolved.json").read_text())
+    resolved = yaml.safe_load((run / "recipe.yaml").read_text())
     assert (resolved["model"]["path"], resolved["data"]["path"]) == (str(world.model), str(world.folder / "data.jsonl"))
 
 
@@ -300,7 +301,7 @@ def test_model_without_weights(refused, world, tmp_path):
 def test_model_whose_weights_are_cut_off(refused, world, tmp_path):
     folder = shutil.copytree(world.model, tmp_path / "model")
     cut(folder / "model.safetensors", 0.5)
-    message = refused(f"model.path={folder}", failed="start/sft.done")
+    message = refused(f"model.path={folder}", failed=".spinlm/start/sft.done")
     assert message.startswith(f"{folder}: the model cannot be loaded: ")
 
 
@@ -342,9 +343,11 @@ def test_model_with_a_weight_that_is_not_a_number(refused, world, tmp_path):
         model.model.layers[1].mlp.up_proj.weight[3, 5] = torch.nan
     folder = shutil.copytree(world.model, tmp_path / "model")
     model.save_pretrained(folder)
-    message = refused(f"model.path={folder}", failed="start/sft.done")
+    message = refused(f"model.path={folder}", failed=".spinlm/start/sft.done")
     assert "nan" in message.lower() or "not finite" in message
-    message = refused(f"model.path={folder}", *few(), failed="iteration-0/train.done", run=tmp_path / "without warm-up")
+    message = refused(
+        f"model.path={folder}", *few(), failed=".spinlm/iteration-0/train.done", run=tmp_path / "without warm-up"
+    )
     assert str(folder) in message
     assert "nan" in message.lower() or "not finite" in message
 
@@ -354,7 +357,7 @@ def test_model_with_a_weight_that_is_not_a_number(refused, world, tmp_path):
 
 def test_loss_that_is_not_finite(refused, tmp_path):
     changes = few("train.learning_rate=1e30", "train.save_steps=1", "train.batch_size=1", "train.warmup_ratio=0.0")
-    message = refused(*changes, failed="iteration-0/train.done")
+    message = refused(*changes, failed=".spinlm/iteration-0/train.done")
     run = tmp_path / "run"
     done = len(steps(run))
     assert f"iteration 0: train, step {done + 1}: the loss is " in message
@@ -368,14 +371,14 @@ def test_loss_that_is_not_finite(refused, tmp_path):
 
 def test_run_folder_in_use(cli, world, reference, tmp_path):
     run = shutil.copytree(reference, tmp_path / "run", symlinks=True)
-    (run / "lock").write_text("pid 12345 on elsewhere")
+    (run / ".spinlm" / "lock").write_text("pid 12345 on elsewhere")
     commands = [
         ("run", world.recipe, "--run-dir", run),
         ("run", world.recipe, "--overwrite", "--run-dir", run),
         *((stage, run, "--iteration", "1") for stage in ("generate", "reference-logprobs", "train", "evaluate")),
     ]
     before = contents(run)
-    with (run / "lock").open() as file:
+    with (run / ".spinlm" / "lock").open() as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         for command in commands:
             assert cli(*command, folder=world.folder, code=2).message == (
@@ -393,7 +396,7 @@ def test_fresh_deletes_no_folder_that_is_no_run(cli, world, tmp_path):
     message = cli("run", world.recipe, "--overwrite", "--run-dir", mine, folder=world.folder, code=2).message
     assert message == f"{mine}: holds files but no spinlm run. Choose another --run-dir"
     assert (mine / "thesis.txt").read_text() == "years of work"
-    assert {path.name for path in mine.iterdir()} <= {"thesis.txt", "lock"}
+    assert [path.name for path in mine.iterdir()] == ["thesis.txt"]
 
 
 def test_run_does_not_move_into_a_folder_of_somebody_else(cli, world, tmp_path):
@@ -401,10 +404,9 @@ def test_run_does_not_move_into_a_folder_of_somebody_else(cli, world, tmp_path):
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "recipe.yaml").write_text("mine")
-    (mine / "lock").write_text("mine")
     message = cli("run", world.recipe, *few(), "--run-dir", mine, folder=world.folder, code=2).message
     assert message == f"{mine}: holds files but no spinlm run. Choose another --run-dir"
-    assert {path.name: path.read_text() for path in mine.iterdir()} == {"recipe.yaml": "mine", "lock": "mine"}
+    assert {path.name: path.read_text() for path in mine.iterdir()} == {"recipe.yaml": "mine"}
 
 
 @pytest.mark.parametrize("below", ["", "run"])
@@ -471,11 +473,12 @@ def cut(path: Path, share: float) -> None:
     path.write_bytes(data[: int(len(data) * share)])
 
 
-CHANGED, MISSING = "has changed since it was written", "is missing"
+CHANGED, MISSING = "has changed", "is missing"
 
 
-def remake(path: Path, marker: Path, what: str) -> str:
-    return f"{path}: {what}. Delete it and {marker}, then run again to make it anew"
+def assert_names(message: str, path: Path, stage: str, problem: str) -> None:
+    """The message names the damaged file, and the marker to delete."""
+    assert message.startswith(f"{path}: {problem}") and f"{stage}.done" in message
 
 
 def drop_a_line(path: Path) -> None:
@@ -493,7 +496,7 @@ def test_generations_that_are_damaged(stage_refused, rewound, iteration, damage,
     folder = run / f"iteration-{iteration}"
     path = folder / "generations" / "train-00002.jsonl"
     damage(path)
-    assert stage_refused("reference_logprobs", run) == remake(path, folder / "generate.done", what)
+    assert_names(stage_refused("reference_logprobs", run), path, "generate", what)
     assert not (run / "iteration-1" / "pairs").exists()
 
 
@@ -532,7 +535,7 @@ def test_pairs_that_are_damaged(stage_refused, rewound, damage, what):
     run = rewound(1, "train")
     path = run / "iteration-1" / "pairs" / "train-00002.arrow"
     damage(path)
-    assert stage_refused("train", run) == remake(path, run / "iteration-1" / "reference_logprobs.done", what)
+    assert_names(stage_refused("train", run), path, "reference_logprobs", what)
 
 
 @pytest.mark.parametrize(
@@ -551,22 +554,22 @@ def test_damaged_file_can_be_made_again_as_the_message_says(
     folder = run / "iteration-1"
     with (folder / name).open("ab") as file:
         file.write(b"\0")
-    message = refused(run=run, failed=f"iteration-1/{follows}.done", whole=False)
-    assert message == remake(folder / name, folder / f"{stage}.done", CHANGED)
+    message = refused(run=run, failed=f".spinlm/iteration-1/{follows}.done", whole=False)
+    assert_names(message, folder / name, stage, CHANGED)
     (folder / name).unlink()
-    (folder / f"{stage}.done").unlink()
+    (run / ".spinlm" / "iteration-1" / f"{stage}.done").unlink()
     others = {path: path.stat().st_ino for path in (folder / name).parent.glob("train-*")}
     goes_on(cli, world, run)
     assert {path: path.stat().st_ino for path in others} == others  # the other shards are kept
     assert (folder / name).read_bytes() == (reference / "iteration-1" / name).read_bytes()
-    again, first = (json.loads((run / "iteration-1" / f"{stage}.done").read_text()) for run in (run, reference))
-    assert without(again, *VOLATILE_KEYS) == without(first, *VOLATILE_KEYS)
+    repeated, first = (RunDir(folder).reproducible_metadata(stage, 1) for folder in (run, reference))
+    assert repeated == first
 
 
 @pytest.mark.parametrize("text", ["", "{", "{}", "[]", "null"])
 def test_marker_that_is_damaged(stage_refused, rewound, text):
     run = rewound(1, "train")
-    marker = run / "iteration-1" / "reference_logprobs.done"
+    marker = run / ".spinlm" / "iteration-1" / "reference_logprobs.done"
     marker.write_text(text)
     message = stage_refused("train", run)
     assert message.startswith(f"{marker}: damaged (")
@@ -590,17 +593,15 @@ def test_player_that_is_cut(stage_refused, rewound):
     run = rewound(1)
     path = run / "iteration-0" / "player" / "adapter_model.safetensors"
     cut(path, 0.5)
-    assert stage_refused("generate", run) == remake(path, run / "iteration-0" / "train.done", CHANGED)
+    assert_names(stage_refused("generate", run), path, "train", CHANGED)
 
 
 def test_stage_that_was_redone_with_another_result(refused, rewound):
     run = rewound(1, "train")
-    change_marker(run / "iteration-1" / "generate.done", digest="0" * 64)
-    message = refused(run=run, failed="iteration-1/train.done")
-    assert message.startswith(
-        f"{run}/iteration-1/reference_logprobs.done: this stage was made from another result of generate"
-    )
-    assert "or start again with --overwrite" in message
+    change_marker(run / ".spinlm" / "iteration-1" / "generate.done", digest="0" * 64)
+    message = refused(run=run, failed=".spinlm/iteration-1/train.done")
+    assert message.startswith(f"{run}/.spinlm/iteration-1/reference_logprobs.done: ")
+    assert "another result of generate" in message
 
 
 # A full disk
@@ -612,14 +613,14 @@ def test_disk_that_is_full(refused, cli, world, reference, rewound):
     for name in (
         "generations/.train-00001.jsonl.tmp",
         "pairs/.train-00001.arrow.tmp",
-        ".train.done.tmp",
+        "../.spinlm/iteration-1/.train.done.tmp",
         ".heldout_greedy.jsonl.tmp",
-        ".promote.done.tmp",
+        "../.spinlm/iteration-1/.promote.done.tmp",
     ):
         full = run / "iteration-1" / name
         full.parent.mkdir(parents=True, exist_ok=True)
         full.symlink_to("/dev/full")
-        message = refused(run=run, failed="iteration-1/promote.done")
+        message = refused(run=run, failed=".spinlm/iteration-1/promote.done")
         assert "the disk is full (" in message
         assert "No space left on device" in message
         assert "run folder" in message or str(run) in message
@@ -656,7 +657,7 @@ def test_disk_that_gets_full_while_training(cli, world, reference, rewound, tmp_
         pytest.skip("cannot mount a small disk here")
     trained = [line for line in steps(kept) if (line["stage"], line["iteration"]) == ("train", 1)]
     assert len(trained) == SAVE_STEPS
-    assert not (kept / "iteration-1" / "train.done").exists()
+    assert not (kept / ".spinlm" / "iteration-1" / "train.done").exists()
     assert_whole(kept)
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr

@@ -11,7 +11,7 @@ import datasets
 import pytest
 import torch
 import yaml
-from runs import HELDOUT, read_pairs, read_rows, write_rows
+from runs import HELDOUT, change_recipe, read_pairs, read_rows, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from models import load_player
@@ -21,6 +21,7 @@ from spinlm.export.pairs import export_pairs
 from spinlm.export.player import export, push
 from spinlm.recipe.schema import Model, Recipe
 from spinlm.rundir.layout import RunDir
+from spinlm.rundir.provenance import read_recipe
 from spinlm.rundir.stage_graph import START
 from spinlm.utils.atomic import read_json, write_json
 from spinlm.utils.model_path import resolve_model
@@ -128,7 +129,7 @@ def test_what_is_pushed_names_no_folder_of_this_machine(world, reference, monkey
 
     monkeypatch.setattr("huggingface_hub.HfApi", Hub)
     run = RunDir(reference)
-    recipe = Recipe.model_validate(read_json(run.recipe))
+    recipe = Recipe.model_validate(read_recipe(run))
     export(recipe, run, 1, tmp_path / "new")
     assert push(tmp_path / "new", "a/b", recipe) == "https://hub/a/b"
     assert json.loads(given["adapter_config.json"])["base_model_name_or_path"] == "model"
@@ -139,10 +140,7 @@ def test_what_is_pushed_names_no_folder_of_this_machine(world, reference, monkey
 def test_a_card_where_the_model_and_the_data_are_gone(reference, cli, tmp_path):
     """As on the machine at home, after a run elsewhere: their places are nobody's business."""
     run = shutil.copytree(reference, tmp_path / "run", symlinks=True)
-    resolved = json.loads((run / "recipe.resolved.json").read_text())
-    resolved["model"]["path"], resolved["data"]["path"] = "/home/alice/clients/acme/model", "/data.jsonl"
-    (run / "recipe.resolved.json").write_text(json.dumps(resolved))
-    RunDir(run).record_digest(run / "recipe.resolved.json")
+    change_recipe(run, model={"path": "/home/alice/clients/acme/model"}, data={"path": "/data.jsonl"})
     cli("export", run, "--output", "new", folder=tmp_path)
     matter, text = card_of(tmp_path / "new")
     assert "alice" not in text and "base_model" not in matter and "datasets" not in matter
@@ -198,7 +196,7 @@ def test_card_of_an_exported_player(world, cli, reference, tmp_path):
     (row,) = [line for line in text.splitlines() if line.startswith("| iteration 1")]
     assert f"| {metrics['heldout_nll']:.3f} |" in row
     recipe = yaml.safe_load(text.split("```yaml")[1].split("```")[0])
-    resolved = json.loads((reference / "recipe.resolved.json").read_text())
+    resolved = yaml.safe_load((reference / "recipe.yaml").read_text())
     assert recipe["train"]["learning_rate"] == resolved["train"]["learning_rate"]
     assert recipe["model"]["path"] == "model" and recipe["data"]["path"] == "data.jsonl"
     assert str(world.folder) not in text
@@ -206,7 +204,7 @@ def test_card_of_an_exported_player(world, cli, reference, tmp_path):
 
 
 def test_card_of_a_start(world, reference):
-    recipe = Recipe.model_validate(read_json(reference / "recipe.resolved.json"))
+    recipe = Recipe.model_validate(read_recipe(RunDir(reference)))
     told = full_card(recipe, RunDir(reference), START, merged=False)
     assert "Made by supervised fine-tuning, the warm-up before self-play" in told and "- spin" not in told
     plain = recipe.model_copy(update={"sft": None, "data": recipe.data.model_copy(update={"path": "hub/data"})})
@@ -221,7 +219,7 @@ def test_a_card_asks_with_a_system_prompt_where_the_data_have_one(reference, tmp
     rows = read_rows(run / "examples" / "heldout.jsonl")
     rows[0]["messages"] = [*([{"role": "system", "content": "s"}] if system else []), {"role": "user", "content": "u"}]
     write_rows(run / "examples" / "heldout.jsonl", rows)
-    recipe = Recipe.model_validate(read_json(run / "recipe.resolved.json"))
+    recipe = Recipe.model_validate(read_recipe(RunDir(run)))
     assert ("THE SYSTEM PROMPT OF YOUR TASK" in full_card(recipe, RunDir(run), 0, merged=False)) == system
     (run / "examples" / "heldout.jsonl").unlink()
     assert "THE SYSTEM PROMPT" not in full_card(recipe, RunDir(run), 0, merged=False)
@@ -372,7 +370,7 @@ def test_pairs_for_trl(world, reference, exported):
 def test_pairs_do_not_depend_on_how_many_are_written_at_once(reference, exported, tmp_path, monkeypatch):
     monkeypatch.setattr("spinlm.preferences.ROWS_AT_ONCE", 3)
     run = RunDir(reference)
-    export_pairs(Recipe.model_validate(read_json(run.recipe)), run, 1, tmp_path / "few", "trl")
+    export_pairs(Recipe.model_validate(read_recipe(run)), run, 1, tmp_path / "few", "trl")
     few, all_ = (datasets.load_dataset(str(folder)) for folder in (tmp_path / "few", exported[0] / "trl"))
     assert {name: list(rows) for name, rows in few.items()} == {name: list(rows) for name, rows in all_.items()}
 

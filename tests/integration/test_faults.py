@@ -21,13 +21,16 @@ from safetensors.torch import load_file, save_file
 from test_bad_input import assert_told_of_full_disk, run_until_full
 from test_kill import assert_same_result, between_checkpoints, catch
 
+from spinlm.recipe.fingerprint import recipe_fingerprint
+from spinlm.recipe.load import parse_recipe
 from spinlm.rundir.layout import RunDir
+from spinlm.rundir.provenance import read_recipe
 from spinlm.rundir.records import read_pairs
 from spinlm.utils.atomic import file_digest, short_digest
 
 pytestmark = pytest.mark.slow
 
-LOGS = ("lock", "train_log.jsonl")  # from which nothing is made
+LOGS = ("lock", "train_log.jsonl")  # nothing is made from these files
 KILLS, SEEDS = 20, 5
 LONGEST = 5.0  # seconds until a run is killed: longer than a whole one takes on a quiet machine
 
@@ -107,7 +110,7 @@ def test_a_flipped_bit_in_a_shard_of_an_unfinished_stage(start, reference, rewou
     run, chance = RunDir(rewound(1, stage)), random.Random(stage)
     shards = run.iteration(1) / folder
     source = reference / "iteration-1" / folder
-    run.begin(stage, 1, shards)
+    run.begin(stage, 1, recipe_fingerprint(parse_recipe(read_recipe(run)), 1))
     written = sorted(path.name for path in source.glob("[!.]*"))[:5]
     for damaged in (None, *written):
         kept = Path(shutil.copytree(run.root, run.root.with_name("kept"), symlinks=True))
@@ -200,7 +203,7 @@ def assert_numbers(folder: Path) -> None:
 
 def made(run: Path) -> dict[str, str]:
     """What the last iteration has made, without markers: they know what it was made of."""
-    return {name: is_ for name, is_ in contents(run / "iteration-1").items() if not name.endswith((".done", ".begun"))}
+    return contents(run / "iteration-1")
 
 
 @pytest.mark.parametrize("kind", ["adapter", "whole model"])
@@ -223,7 +226,7 @@ def test_a_weight_of_a_player_that_is_no_number(cli, world, rewind, tmp_path, ki
                     silent += 1
                 else:
                     assert "not finite" in result.message
-                    assert not (run / "iteration-1" / "promote.done").exists()
+                    assert not (run / ".spinlm" / "iteration-1" / "promote.done").exists()
                     told += 1
                 weights.unlink()
                 assert_numbers(run)

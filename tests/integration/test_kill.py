@@ -13,6 +13,7 @@ from commands import Cli, Process, asleep, state
 from runs import PROMPTS, SAVE_STEPS, World, assert_whole, fifo, held_by, read_rows, steps
 
 LAST = "iteration-1"
+MARKER = "../.spinlm/iteration-1/.{}.done.tmp"
 STOPPED = "stopped as asked; run the same command again to continue"
 
 
@@ -76,9 +77,9 @@ def catch(
     [
         ("generate", "generations/.train-00003.jsonl.tmp", "generations/train-00002.jsonl"),
         ("reference_logprobs", "pairs/.train-00003.arrow.tmp", "pairs/train-00002.arrow"),
-        ("evaluate", ".heldout_greedy.jsonl.tmp", "train.done"),
-        ("evaluate", ".evaluate.done.tmp", "eval.json"),
-        ("train", ".train.done.tmp", "player"),  # the player is in place, the marker is not
+        ("evaluate", ".heldout_greedy.jsonl.tmp", "player"),
+        ("evaluate", MARKER.format("evaluate"), "eval.json"),
+        ("train", MARKER.format("train"), "player"),  # the player is in place, the marker is not
     ],
 )
 def test_killed_while_writing(start, reference, rewound, stage, held, when):
@@ -87,7 +88,7 @@ def test_killed_while_writing(start, reference, rewound, stage, held, when):
         process = start(run)
         process.wait_until(lambda: (run / LAST / when).exists() and asleep(process.pid))
         process.kill()
-    assert not (run / LAST / f"{stage}.done").exists()
+    assert not (run / ".spinlm" / LAST / f"{stage}.done").exists()
     assert_whole(run)
     (run / LAST / held).write_text('{"half a li')  # what a process leaves that is killed in the middle of a write
     assert start(run).wait().code == 0
@@ -97,7 +98,7 @@ def test_killed_while_writing(start, reference, rewound, stage, held, when):
 def test_killed_in_training(start, reference, rewound):
     run, process = catch(start, lambda: rewound(1), lambda run: between_checkpoints(run, "train", 1))
     process.kill()
-    assert not (run / LAST / "train.done").exists()
+    assert not (run / ".spinlm" / LAST / "train.done").exists()
     done = count_steps(run, "train", 1)
     assert done % SAVE_STEPS
     assert_whole(run)
@@ -120,7 +121,7 @@ def test_killed_in_warmup(start, reference, tmp_path):
     epoch = PROMPTS // 4
     run, process = catch(start, lambda: tmp_path / "run", lambda run: between_checkpoints(run, "sft", -1, epoch))
     process.kill()
-    assert not (run / "start" / "sft.done").exists()
+    assert not (run / ".spinlm" / "start" / "sft.done").exists()
     assert not (run / "iteration-0").exists()
     again = start(run).wait()
     assert "resuming after step" in again.err
@@ -131,7 +132,8 @@ def test_killed_in_warmup(start, reference, tmp_path):
     for name in ("player/adapter_model.safetensors", "heldout_greedy.jsonl", "eval.json"):
         assert (run / "start" / name).read_bytes() == (reference / "start" / name).read_bytes(), name
     curves = [
-        json.loads((folder / "start" / "sft.done").read_text())["heldout_nll_by_epoch"] for folder in (run, reference)
+        json.loads((folder / ".spinlm" / "start" / "sft.done").read_text())["heldout_nll_by_epoch"]
+        for folder in (run, reference)
     ]
     assert curves[0] == curves[1]
     assert list(curves[0]) == ["0", "1", "2", "3"]
@@ -172,7 +174,7 @@ def test_interrupted_in_training(start, reference, rewound, number):
     assert done <= after <= done + 1, "a step that was under way is finished or dropped, and no other begun"
     (checkpoint,) = (run / LAST / "checkpoints").iterdir()
     assert checkpoint.name == f"step-{after:06d}"
-    assert not (run / LAST / "train.done").exists()
+    assert not (run / ".spinlm" / LAST / "train.done").exists()
     assert_whole(run)
     again = start(run).wait()
     assert f"resuming after step {after}" in again.err
@@ -189,7 +191,7 @@ def test_interrupted_in_generation(start, reference, rewound):
     stopped = process.wait()
     assert stopped.code == 130
     assert stopped.message == STOPPED
-    assert not (run / LAST / "generate.done").exists()
+    assert not (run / ".spinlm" / LAST / "generate.done").exists()
     assert_whole(run)
     kept = {path: path.stat().st_mtime_ns for path in (run / LAST / "generations").glob("*.jsonl")}
     assert start(run).wait().code == 0

@@ -14,6 +14,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+import yaml
 from runs import (
     HELDOUT,
     ITERATIONS,
@@ -84,18 +85,17 @@ def test_run_folder(reference):
     player_of = ("start", "iteration-0", "iteration-1")
     expected = {
         "recipe.yaml",
-        "recipe.resolved.json",
         "provenance.json",
-        "lock",
+        ".spinlm/lock",
+        ".spinlm/prefix_sharing.json",
         "best",
         "train_log.jsonl",
         "examples",
-        *(f"examples/{name}" for name in ("train.jsonl", "heldout.jsonl", "skipped_rows.json", "prepare.done")),
+        *(f"examples/{name}" for name in ("train.jsonl", "heldout.jsonl", "skipped_rows.json")),
         *(f"{folder}/{name}" for folder in player_of for name in ("player", "heldout_greedy.jsonl", "eval.json")),
-        "start/sft.done",
-        "start/evaluate.done",
+        *(f".spinlm/start/{stage}.done" for stage in ("prepare", "sft", "evaluate")),
         *(
-            f"iteration-{iteration}/{stage}.done"
+            f".spinlm/iteration-{iteration}/{stage}.done"
             for iteration in range(2)
             for stage in ("generate", "reference_logprobs", "train", "evaluate", "promote")
         ),
@@ -109,7 +109,7 @@ def test_run_folder(reference):
 
 def test_run_folder_says_what_it_was_made_from(world, reference):
     assert load_recipe(reference / "recipe.yaml") == load_recipe(world.recipe)
-    assert json.loads((reference / "recipe.resolved.json").read_text())["train"]["batch_size"] == 4
+    assert yaml.safe_load((reference / "recipe.yaml").read_text())["train"]["batch_size"] == 4
     provenance = json.loads((reference / "provenance.json").read_text())
     assert {"spinlm", "commit", "device", "packages", "inputs"} <= provenance.keys()
     assert provenance["packages"]["torch"] == torch.__version__
@@ -124,7 +124,7 @@ def test_adapter_config_is_the_same_from_process_to_process(reference):
 
 
 def test_best_is_a_link_to_the_chosen_player(reference):
-    best = json.loads((reference / "iteration-1" / "promote.done").read_text())["best"]
+    best = json.loads((reference / ".spinlm" / "iteration-1" / "promote.done").read_text())["best"]
     assert (reference / "best").readlink() == Path("start" if best < 0 else f"iteration-{best}")
     assert (reference / "best" / "player" / "adapter_model.safetensors").is_file()
 
@@ -152,7 +152,8 @@ def test_stages_by_hand_give_what_run_gives(world, cli, reference, rewound):
     assert again.out == "train of iteration 1: already complete\n"
     assert contents(run).keys() == contents(reference).keys() - {
         "best",
-        *(f"iteration-{i}/{name}" for i in range(2) for name in ("promote.done", "selection.json")),
+        *(f"iteration-{i}/selection.json" for i in range(2)),
+        *(f".spinlm/iteration-{i}/promote.done" for i in range(2)),
     }
     cli("run", world.recipe, "--run-dir", run, folder=world.folder)
     assert contents(run) == contents(reference)
@@ -172,7 +173,7 @@ def test_fresh_starts_again(world, cli, reference, tmp_path):
     run = shutil.copytree(reference, tmp_path / "run", symlinks=True)
     cli("run", world.recipe, "selfplay.iterations=1", "--overwrite", "--run-dir", run, folder=world.folder)
     assert not (run / "iteration-1").exists()
-    assert json.loads((run / "recipe.resolved.json").read_text())["selfplay"]["iterations"] == 1
+    assert yaml.safe_load((run / "recipe.yaml").read_text())["selfplay"]["iterations"] == 1
     first, again = contents(reference), contents(run)
     same = [name for name in again if name.startswith(("start/", "iteration-0/"))]
     assert len(same) > 40
@@ -192,10 +193,7 @@ def test_pairs_are_counted_as_in_the_paper(reference):
     expected = [PROMPTS - identical[0], 2 * PROMPTS - sum(identical)]
     assert [len(read_pairs(reference, i, "train")) for i in range(2)] == expected
     for iteration in range(2):
-        folder = reference / f"iteration-{iteration}"
-        scored, trained = (
-            json.loads((folder / f"{stage}.done").read_text()) for stage in ("reference_logprobs", "train")
-        )
+        scored, trained = (RunDir(reference).metadata(stage, iteration) for stage in ("reference_logprobs", "train"))
         assert scored["train"]["pairs"] == trained["pairs"] == expected[iteration]
         assert scored["train"]["identical_rate"] == identical[iteration] / PROMPTS
     sources = [pair["source_iteration"] for pair in read_pairs(reference, 1, "train")]
@@ -400,7 +398,7 @@ def test_a_collapse_ends_training_after_its_epoch_and_the_run_after_its_iteratio
     assert lines[-1]["epoch"] == 1 and lines[-1]["step"] == len(lines) < lines[-1]["steps"]
     assert (run / "best").readlink().name == "start" and not (run / "iteration-1").exists()
     assert (run / "iteration-0" / "player").is_dir() and (run / "iteration-0" / "eval.json").exists()
-    curve = json.loads((run / "iteration-0" / "train.done").read_text())["heldout_nll_by_epoch"]
+    curve = json.loads((run / ".spinlm" / "iteration-0" / "train.done").read_text())["heldout_nll_by_epoch"]
     ended = json.loads((run / "iteration-0" / "eval.json").read_text())["heldout_nll"]
     assert curve == {"1": pytest.approx(ended, rel=1e-4)}
     before = contents(run)
@@ -411,7 +409,7 @@ def test_a_collapse_ends_training_after_its_epoch_and_the_run_after_its_iteratio
 def test_a_finished_run_keeps_no_checkpoints(reference):
     """They are what an interruption needs, and may be most of what is on the disk."""
     assert not list(reference.glob("*/checkpoints"))
-    assert {path.name for path in reference.glob("*/*.begun")} == {"generate.begun", "reference_logprobs.begun"}
+    assert {path.name for path in reference.glob(".spinlm/*/*.begun")} == {"generate.begun", "reference_logprobs.begun"}
     assert len(list(reference.glob("*/player"))) == 4  # of the start, of two iterations, and by the link
 
 
@@ -525,7 +523,7 @@ def test_model_whose_attention_takes_no_trees_plays_one_response_per_row(world, 
     said = cli("run", world.recipe, *changes, "--run-dir", "run", folder=tmp_path)
     run = tmp_path / "run"
     assert "prefix sharing: off" in said.err
-    assert json.loads((run / "start" / "sft.done").read_text())["prefix_sharing"] is False
+    assert json.loads((run / ".spinlm" / "start" / "sft.done").read_text())["prefix_sharing"] is False
     theta = load_player(tmp_path / "gpt-neo", run / "start" / "player")
     for pair in read_pairs(run, 0, "train"):
         synthetic = naive_logprob(theta, pair["prompt_ids"], pair["synthetic_ids"])

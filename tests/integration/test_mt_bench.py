@@ -28,8 +28,8 @@ from spinlm.evals.mt_bench.run import run_mt_bench
 from spinlm.evals.scores import comparable, read_scores
 from spinlm.recipe.load import parse_recipe
 from spinlm.rundir.layout import RunDir
+from spinlm.rundir.provenance import read_recipe
 from spinlm.rundir.stage_graph import START
-from spinlm.utils.atomic import read_json
 
 KEY = "sk-very-secret/1+2"
 QUESTIONS = [
@@ -131,7 +131,7 @@ class Bench:
     questions: Path
 
     def __call__(self, judge: Judge, *players: int, questions: Path | None = None, **options: Any) -> list[str]:
-        recipe = parse_recipe(read_json(self.run.recipe), "recipe")
+        recipe = parse_recipe(read_recipe(self.run), "recipe")
         settings = self.questions.with_name("judge.yaml")
         settings.write_text(yaml.safe_dump(judge.model_dump(mode="json")))
         options = {"max_new_tokens": 8, **options}
@@ -231,7 +231,7 @@ def test_the_second_turn_sees_the_first_response(bench, judge, endpoint):
 
     bench(judge)
     (row,) = [row for row in bench.rows("responses-*") if row["category"] == "math"]
-    recipe = parse_recipe(read_json(bench.run.recipe), "recipe")
+    recipe = parse_recipe(read_recipe(bench.run), "recipe")
     players = seat(recipe, bench.run)
     players.become(START)
     sampling = Sampling(0.0, 1.0, 8, 256, 1, players.renderer.stop_ids)

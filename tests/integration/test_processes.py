@@ -175,7 +175,7 @@ def test_all_weights_divided(full, world, cli, play, tmp_path):
     [
         ("generate", "generations/.train-00003.jsonl.tmp", "generations/train-00002.jsonl"),
         ("reference_logprobs", "pairs/.train-00003.arrow.tmp", "pairs/train-00002.arrow"),
-        ("evaluate", ".heldout_greedy.jsonl.tmp", "train.done"),
+        ("evaluate", ".heldout_greedy.jsonl.tmp", "player"),
     ],
 )
 def test_a_killed_process_ends_the_others(play, together, rewind, stage, held, when, lost):
@@ -186,7 +186,7 @@ def test_a_killed_process_ends_the_others(play, together, rewind, stage, held, w
         processes[lost].kill()
         (message,) = told([processes[1 - lost]])  # also of one that is itself held there, and cannot end by itself
     assert "run the same command again" in message
-    assert not (run / LAST / f"{stage}.done").exists()
+    assert not (run / ".spinlm" / LAST / f"{stage}.done").exists()
     assert_whole(run)
     assert [process.wait().code for process in play(run)] == [0, 0]
     assert_same(run, together)

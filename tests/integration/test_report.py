@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import HELDOUT, ITERATIONS, change_marker, read_jsons, write_rows
+from runs import HELDOUT, ITERATIONS, change_marker, change_recipe, read_jsons, write_rows
 
 from spinlm.evals.scores import Score, add_scores
 from spinlm.rundir.layout import RunDir
@@ -120,8 +120,11 @@ def test_a_run_that_stopped(rewound, cli, tmp_path, stage):
 
 def test_a_run_that_has_hardly_begun(run, cli, tmp_path):
     for entry in run.iterdir():
-        if entry.name not in ("recipe.resolved.json", "lock"):
+        if entry.name not in ("recipe.yaml", ".spinlm"):
             shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+    for entry in (run / ".spinlm").iterdir():
+        if entry.name not in ("digests", "lock"):
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
     cli("report", run, folder=tmp_path)
     page = Page(run / "report.html")
     assert "prepare is not complete" in page.text and "No player has been evaluated yet." in page.text
@@ -133,9 +136,7 @@ def test_a_run_without_a_scorer_and_without_margins(run, cli, tmp_path):
     for folder in run.glob("*/heldout_greedy.jsonl"):
         rows = read_jsons(folder.parent, folder.name)
         write_rows(folder, [{key: value for key, value in row.items() if key != "margins"} for row in rows])
-    recipe = json.loads((run / "recipe.resolved.json").read_text())
-    recipe["evaluate"]["scorer"] = None
-    (run / "recipe.resolved.json").write_text(json.dumps(recipe))
+    change_recipe(run, evaluate={"scorer": None})
     cli("report", run, folder=tmp_path)
     page = Page(run / "report.html")
     assert "margins" not in page.charts
@@ -152,7 +153,7 @@ def test_a_run_under_way(rewound, cli, tmp_path):
     run = rewound(1, "train")
     with (run / "train_log.jsonl").open("a") as file:
         file.write('{"stage": "train", "iterat')  # a line that is being written
-    with (run / "lock").open("a") as held:
+    with (run / ".spinlm" / "lock").open("a") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         cli("report", run, folder=tmp_path)
     assert "The run is in progress: train of iteration 1." in Page(run / "report.html").text
@@ -176,10 +177,7 @@ def poison(run: Path) -> None:
     skipped = json.loads((run / "examples" / "skipped_rows.json").read_text())
     skipped |= {"skipped": {HOSTILE: 1}, "skipped_rows": [HOSTILE]}
     (run / "examples" / "skipped_rows.json").write_text(json.dumps(skipped))
-    recipe = json.loads((run / "recipe.resolved.json").read_text())
-    recipe["data"]["path"] = HOSTILE
-    (run / "recipe.resolved.json").write_text(json.dumps(recipe))
-    (run / "recipe.yaml").write_text(HOSTILE)
+    change_recipe(run, data={"path": HOSTILE})
 
 
 def test_what_data_and_models_wrote_stays_text(run, cli, tmp_path):
@@ -251,7 +249,7 @@ def test_what_is_damaged_and_not_needed_is_left_out(run, cli, tmp_path):
 
 
 def test_times_of_stages_that_went_on_with_others_work(run, cli, tmp_path):
-    change_marker(run / "iteration-1" / "train.done", resumed=True, seconds=90.0)
+    change_marker(run / ".spinlm" / "iteration-1" / "train.done", resumed=True, seconds=90.0)
     cli("report", run, folder=tmp_path)
     page = Page(run / "report.html")
     assert "train at least 1 min 30 s" in page.text

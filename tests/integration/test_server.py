@@ -54,7 +54,7 @@ def generations(run: Path, iteration: int) -> dict[str, Any]:
 
 
 def facts(run: Path, iteration: int) -> dict[str, Any]:
-    marker = run / f"iteration-{iteration}" / "reference_logprobs.done"
+    marker = run / ".spinlm" / f"iteration-{iteration}" / "reference_logprobs.done"
     return dict(json.loads(marker.read_text(encoding="utf-8"))["train"])
 
 

@@ -5,9 +5,7 @@ import json
 import shutil
 
 import pytest
-from runs import change_marker, read_jsons
-
-from spinlm.rundir.layout import RunDir
+from runs import change_marker, change_recipe, read_jsons
 
 
 def test_a_finished_run(reference, cli, tmp_path):
@@ -49,7 +47,7 @@ def test_how_far_a_stage_is_that_trains_nothing(rewound, cli, tmp_path):
         for shard in ("train-00000", "heldout-00000", "heldout-00002", ".train-00001", "train-00000.copy-2", "a-b-c"):
             (run / "iteration-1" / folder / f"{shard}.{kind}").write_text("")
         assert "\n10/34 prompts done" in cli("status", run, folder=tmp_path).out
-        (run / "iteration-1" / f"{stage}.done").write_text("{}")
+        (run / ".spinlm" / "iteration-1" / f"{stage}.done").write_text("{}")
     assert "Last step" not in cli("status", run, folder=tmp_path).out
 
 
@@ -101,7 +99,7 @@ def test_a_run_under_way(rewound, cli, tmp_path):
     complete = read_jsons(run, "train_log.jsonl")[-1]
     with (run / "train_log.jsonl").open("a") as file:
         file.write('{"stage": "tra')  # being written
-    with (run / "lock").open("a") as held:
+    with (run / ".spinlm" / "lock").open("a") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         values = json.loads(cli("status", run, "--json", folder=tmp_path).out)
     assert (values["state"], values["stage"]) == ("running", "train")
@@ -110,11 +108,8 @@ def test_a_run_under_way(rewound, cli, tmp_path):
 
 def test_a_run_that_promotion_ended(reference, cli, tmp_path):
     run = shutil.copytree(reference, tmp_path / "run", symlinks=True)
-    change_marker(run / "iteration-1" / "promote.done", go_on=False)
-    recipe = json.loads((run / "recipe.resolved.json").read_text())
-    recipe["selfplay"]["iterations"] = 4
-    (run / "recipe.resolved.json").write_text(json.dumps(recipe))
-    RunDir(run).record_digest(run / "recipe.resolved.json")
+    change_marker(run / ".spinlm" / "iteration-1" / "promote.done", go_on=False)
+    change_recipe(run, selfplay={"iterations": 4})
     assert cli("status", run, folder=tmp_path).out.startswith("The run is finished.")
 
 

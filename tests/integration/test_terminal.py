@@ -95,7 +95,7 @@ def test_the_recipe_of_init_runs_as_it_is(world, cli, tmp_path):
     model = f"model.path={world.model}"
     done = cli("run", "recipe.yaml", model, *small, "lora.r=2", folder=tmp_path)
     assert "Next:" in done.out
-    assert (tmp_path / "runs" / "recipe" / "iteration-0" / "promote.done").exists()
+    assert (tmp_path / "runs" / "recipe" / ".spinlm" / "iteration-0" / "promote.done").exists()
 
 
 def test_init_leaves_data_alone(cli, tmp_path):
@@ -127,7 +127,7 @@ def test_a_damaged_run_hides_no_other(reference, cli, tmp_path):
     for name in ("a", "b", "c"):
         shutil.copytree(reference, tmp_path / "runs" / name, symlinks=True)
     (tmp_path / "runs" / "a" / "iteration-1" / "eval.json").unlink()
-    (tmp_path / "runs" / "b" / "recipe.resolved.json").write_text("{}")
+    (tmp_path / "runs" / "b" / "recipe.yaml").write_text("{}")
     told = [json.loads(line) for line in cli("list", "--json", folder=tmp_path).out.splitlines()]
     assert [one["state"] for one in told] == ["damaged", "damaged", "finished"]
     assert "runs/a/iteration-1/eval.json: is missing" in told[0]["verdict"]

@@ -216,6 +216,7 @@ def play(run: RunDir) -> Callable[..., list[tuple[int, bool]]]:
         chosen = recipe(metric, scorer="exact_match" if metric == "task_score" else None, **select)
         run.root.mkdir(parents=True, exist_ok=True)
         write_json(run.recipe, chosen.model_dump(mode="json"))
+        run.record_digest(run.recipe)
         field = "task_score" if metric == "task_score" else "nll"
         decisions = []
         for iteration, values in enumerate([start, *players], start=START):
@@ -364,6 +365,7 @@ def test_verdict_of_the_control(play, run):
     play([0, 0, 0, 1], [1, 1, 0, 1])
     recipe = json.loads(run.recipe.read_text())
     write_json(run.recipe, recipe | {"objective": {"name": "sft"}})
+    run.record_digest(run.recipe)
     assert verdict(run).startswith("More supervised fine-tuning helped: task score 0.250 at the start")
 
 

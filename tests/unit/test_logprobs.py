@@ -364,6 +364,6 @@ def test_bfloat16_does_not_stand_in_the_way_of_trees(saved: Any, tmp_path: Path)
 def test_prefix_sharing_is_decided_once_for_a_run(saved: Any, tmp_path: Path) -> None:
     recipe = tiny_recipe(saved("llama"), lora={"r": 4})
     assert Players(recipe, RunDir(tmp_path)).measure_prefix_sharing(TREES) is True
-    noted = tmp_path / "prefix_sharing.json"
+    noted = RunDir(tmp_path).prefix_sharing
     noted.write_text(noted.read_text().replace('"prefix_sharing": true', '"prefix_sharing": false'))
     assert Players(recipe, RunDir(tmp_path)).measure_prefix_sharing(TREES) is False

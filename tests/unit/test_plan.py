@@ -23,6 +23,7 @@ from spinlm.recipe.load import load_recipe, parse_recipe
 from spinlm.recipe.schema import Lora, Objective, Opponent, Recipe, Server, Train
 from spinlm.rundir.layout import RunDir
 from spinlm.rundir.records import Example, to_line
+from spinlm.rundir.resume import claim_recipe
 from spinlm.rundir.stage_graph import START
 from spinlm.utils.atomic import write_json, write_text
 
@@ -706,10 +707,10 @@ def test_finished_stages_and_a_changed_recipe_are_shown(tmp_path: Path) -> None:
         write_text(run.marker(stage, iteration), "{}")
     plan = make_plan(recipe(), run)
     assert plan.finished == ("prepare", "sft", "generate 0", "train 1")
-    assert "done already, will not be repeated: prepare, warmup, generate 0, train 1" in text(plan)
+    assert "done already, will not be repeated: prepare, sft, generate 0, train 1" in text(plan)
     assert "The run has begun: lengths below are those of its examples" in text(plan)
     assert "The run has begun" not in text(make_plan(recipe()))
-    write_json(run.recipe, recipe().model_dump(mode="json"))
+    claim_recipe(run, recipe())
     assert make_plan(recipe(), run).changed == ()
     changed = make_plan(recipe(seed=1), run)
     assert changed.changed == ("seed: was 0, is 1",)
@@ -737,6 +738,7 @@ def test_what_a_run_has_seen_goes_before_estimates(tmp_path: Path) -> None:
     assert (plan.lengths.real, plan.lengths.synthetic, plan.work[1].answered.tokens) == (10, 21, 21)
     assert fact(plan, "synthetic response") == ("21 tokens", "mean of iteration 0's")
     write_json(run.recipe, recipe(seed=1).model_dump(mode="json"))
+    run.record_digest(run.recipe)
     assert make_plan(recipe(), run).lengths.limits, "another recipe's run tells nothing"
 
 

@@ -43,7 +43,7 @@ def test_what_was_done_before_says_nothing_about_the_rate(
     caplog.set_level(logging.INFO)
     with progress.track("reference_logprobs", 100, already=90) as advance:
         advance(5, 50)
-    assert caplog.messages == ["score 95/100, 5 tokens/s, 10 s left"]
+    assert caplog.messages == ["reference_logprobs 95/100, 5 tokens/s, 10 s left"]
 
 
 def test_nothing_is_said_to_whom_wants_quiet(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from spinlm import load_recipe
 from spinlm.rundir.layout import RunDir
+from spinlm.utils.atomic import write_json
 
 HERE = Path(__file__).resolve().parents[2] / "benchmarks" / "replication"
 sys.path.insert(0, str(HERE))
@@ -27,13 +28,17 @@ def write_run(folder: Path, scores: list[list[float]], *, iterations: int | None
         (folder / name).mkdir(parents=True)
         rows = [{"id": chr(97 + place), "task_score": value, "nll": 1.0} for place, value in enumerate(values)]
         (folder / name / "heldout_greedy.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        (folder / name / "evaluate.done").touch()
+        markers = folder / ".spinlm" / name
+        markers.mkdir(parents=True)
+        (markers / "evaluate.done").touch()
         if name != "start":
-            (folder / name / "train.done").write_text('{"steps": 3}')
-            (folder / name / "promote.done").write_text(json.dumps({"go_on": go_on}))
+            (markers / "train.done").write_text('{"steps": 3}')
+            (markers / "promote.done").write_text(json.dumps({"go_on": go_on}))
     play = {"iterations": iterations or len(scores) - 1, "select": {"min_standard_errors": 2.0}}
-    (folder / "recipe.resolved.json").write_text(json.dumps({"selfplay": play}))
-    return Run(RunDir(folder))
+    run = RunDir(folder)
+    write_json(run.recipe, {"selfplay": play})  # JSON is YAML
+    run.record_digest(run.recipe)
+    return Run(run)
 
 
 def test_interval_of_a_difference() -> None:

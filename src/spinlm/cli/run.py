@@ -177,7 +177,7 @@ def _next_commands(folder: RunDir) -> dict[str, str]:
         sft = f"run {recipe} 'objective={{name: sft}}' --start-from {run} --run-dir {control}"
         return {sft: "train a control: does fine-tuning alone gain as much?", **commands}
     source = start_from(folder)
-    if source and RunDir(Path(source)).recipe.exists():
+    if source and RunDir(Path(source)).is_run():
         path = Path(source).relative_to(Path.cwd()) if Path(source).is_relative_to(Path.cwd()) else source
         compare = f"status {shlex.quote(str(path))} --baseline {run}"
         return {compare: "compare that run with this one", **commands}

@@ -15,8 +15,7 @@ from typing import Any
 from spinlm.errors import RunError
 from spinlm.recipe.schema import Recipe
 from spinlm.rundir.layout import RunDir
-from spinlm.rundir.records import Example, Generation, read_lines, read_pairs
-from spinlm.rundir.shards import RecordFile
+from spinlm.rundir.records import Example, Generation, RecordFile, read_lines, read_pairs
 from spinlm.rundir.stage_graph import START
 from spinlm.utils.atomic import atomic_path, write_json
 

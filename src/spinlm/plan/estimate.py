@@ -9,9 +9,9 @@ from spinlm.plan.devices import CPU, DEVICES, GPU, TOKENISER_SPEED, Device
 from spinlm.plan.lengths import Lengths, Tokens, find_lengths
 from spinlm.plan.lookup import find_shape
 from spinlm.plan.model_shape import Shape, UnknownShapeError
-from spinlm.recipe.schema import MEMORY_MARGIN, MUTABLE_FIELDS, Recipe, optimizer_bytes, value_at
+from spinlm.recipe.schema import MEMORY_MARGIN, Recipe, optimizer_bytes, value_at
 from spinlm.rundir.layout import RunDir
-from spinlm.rundir.provenance import incompatible_changes
+from spinlm.rundir.resume import recipe_changes
 from spinlm.rundir.stage_graph import START, stages
 
 UNKNOWN_PROMPTS = 1000
@@ -312,11 +312,7 @@ def make_plan(recipe: Recipe, run: RunDir | None = None, processes: int = 1) -> 
         shape, source = find_shape(recipe.model)
     except UnknownShapeError as missing:
         source = str(missing)
-    changed = (
-        incompatible_changes(run, recipe.model_dump(mode="json"), MUTABLE_FIELDS)
-        if run and run.recipe.exists() and run.has_results()
-        else []
-    )
+    changed = recipe_changes(run, recipe) if run else []
     lengths = find_lengths(recipe, run if not changed else None)
     return Plan(recipe, lengths, shape, source, _finished(recipe, run) if run else (), tuple(changed), processes)
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from spinlm.errors import RunError
+from spinlm.recipe.fingerprint import differences
 from spinlm.report.summary import (
     METRIC_NAMES,
     NLL_CAVEAT,
@@ -15,7 +16,7 @@ from spinlm.report.summary import (
     promotions,
 )
 from spinlm.rundir.layout import RunDir
-from spinlm.rundir.provenance import differences, read_recipe
+from spinlm.rundir.provenance import read_recipe
 from spinlm.rundir.stage_graph import START
 from spinlm.utils.atomic import read_json_lines
 from spinlm.utils.statistics import standard_error

@@ -34,7 +34,7 @@ def write_report(folder: RunDir, output: Path | None = None, *, baseline: RunDir
     Raises:
         RunError: the folder holds no run, one of its files is damaged, or the output path is a folder.
     """
-    if not folder.recipe.exists():
+    if not folder.is_run():
         raise RunError(f"{folder.root}: no run here. `spinlm run RECIPE` makes one")
     path = output or folder.root
     path = path / "report.html" if path.is_dir() else path

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from spinlm.evals.scores import Scores, read_scores, scores_of
+from spinlm.recipe.fingerprint import with_defaults
 from spinlm.report.status import is_step, run_status, stages_of
 from spinlm.report.summary import COLUMNS, PlayerRow, compared_player, display_text, player_rows, start_from, verdict
 from spinlm.rundir.layout import RunDir
-from spinlm.rundir.provenance import with_defaults
+from spinlm.rundir.provenance import read_recipe
 from spinlm.rundir.stage_graph import START, player_name
 from spinlm.utils.atomic import read_json, read_json_lines
 
@@ -71,10 +72,7 @@ class RunData:
 
     @property
     def recipe_text(self) -> str:
-        path = self.folder.readable_recipe
-        return (
-            path.read_text(encoding="utf-8", errors="replace") if path.exists() else json.dumps(self.recipe, indent=1)
-        )
+        return self.folder.recipe.read_text(encoding="utf-8")
 
     @cached_property
     def verdict(self) -> str:
@@ -222,7 +220,7 @@ class RunData:
 
 def run_data(folder: RunDir) -> RunData:
     """Open a run folder for reading."""
-    return RunData(folder, with_defaults(read_json(folder.recipe)), player_rows(folder))
+    return RunData(folder, with_defaults(read_recipe(folder)), player_rows(folder))
 
 
 def _response_text(response: dict[str, Any]) -> str:

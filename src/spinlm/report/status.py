@@ -9,6 +9,7 @@ from typing import Any
 from spinlm.errors import SpinError
 from spinlm.report.summary import is_control, outcome, player_rows, promotions, start_from, verdict
 from spinlm.rundir.layout import RunDir
+from spinlm.rundir.provenance import read_recipe
 from spinlm.rundir.stage_graph import START, Stage, stage_label, stages
 from spinlm.utils.atomic import finite, read_json
 
@@ -73,7 +74,7 @@ def stage_progress(folder: RunDir, status: RunStatus) -> str | None:
         return None
     if status.stage in ("generate", "reference_logprobs") and folder.marker("prepare", START).exists():
         prompts = folder.metadata("prepare", START)["counts"]
-        shard_size = read_json(folder.recipe)["opponent"]["shard_size"]
+        shard_size = read_recipe(folder)["opponent"]["shard_size"]
         splits = ("heldout",) if is_control(folder) else ("train", "heldout")
         shards = [shard for shard in folder.shards_on_disk(status.stage, status.iteration) if shard[0] in splits]
         done = sum(max(0, min(shard_size, prompts[split] - number * shard_size)) for split, number in shards)
@@ -127,12 +128,12 @@ def list_status_json(folders: list[RunDir]) -> list[dict[str, Any]]:
 
 def find_runs(parent: Path) -> list[RunDir]:
     """Return the runs in a folder, sorted by name."""
-    return [RunDir(path.parent) for path in sorted(parent.glob(f"*/{RunDir(parent).recipe.name}"))]
+    return [run for path in sorted(parent.glob("*")) if (run := RunDir(path)).is_run()]
 
 
 def stages_of(folder: RunDir) -> Iterator[Stage]:
     """Return the stages of a run in order."""
-    return stages(read_json(folder.recipe)["selfplay"]["iterations"])
+    return stages(read_recipe(folder)["selfplay"]["iterations"])
 
 
 def _own_markers(folder: RunDir) -> Iterator[Path]:

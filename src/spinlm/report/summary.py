@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from spinlm.errors import RunError
 from spinlm.recipe.schema import CONTROL
 from spinlm.rundir.layout import RunDir
+from spinlm.rundir.provenance import read_recipe
 from spinlm.rundir.stage_graph import START, player_name
 from spinlm.utils.atomic import read_json
 
@@ -118,7 +119,7 @@ def verdict(folder: RunDir) -> str:
     judged = promotions(folder)
     if not judged:
         return "No iteration has been evaluated yet."
-    recipe, last = read_json(folder.recipe), judged[-1]
+    recipe, last = read_recipe(folder), judged[-1]
     method = "Self-play"
     if is_control(folder):
         method = "More supervised fine-tuning"
@@ -220,7 +221,7 @@ def start_from(folder: RunDir) -> str | None:
 
 def is_control(folder: RunDir) -> bool:
     """Return whether a run is the control: supervised fine-tuning on the real responses, without self-play."""
-    return bool(read_json(folder.recipe)["objective"]["name"] == CONTROL)
+    return bool(read_recipe(folder)["objective"]["name"] == CONTROL)
 
 
 def promotions(folder: RunDir) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Branch: begin a run with the start of another one, so that both are compared from the same player."""
+"""Fork: begin a run with the start of another run, so that both are compared from the same player."""
 
 import contextlib
 import logging
@@ -7,16 +7,16 @@ import shutil
 from pathlib import Path
 
 from spinlm.errors import RunError
+from spinlm.recipe.fingerprint import differences, with_defaults
 from spinlm.recipe.schema import MUTABLE_FIELDS, Recipe
 from spinlm.rundir.layout import RunDir
-from spinlm.rundir.provenance import differences, with_defaults
+from spinlm.rundir.provenance import provenance, read_recipe
 from spinlm.rundir.stage_graph import START, START_STAGES
-from spinlm.stages.prepare import provenance
 from spinlm.utils.atomic import atomic_path, read_json, write_json
 
 log = logging.getLogger("spinlm")
 
-AFTER_THE_START = (
+FIELDS_AFTER_START = (
     "selfplay",
     "objective",
     "train.epochs",
@@ -29,52 +29,50 @@ AFTER_THE_START = (
     "opponent.shard_size",
     *MUTABLE_FIELDS,
 )
-"""Sections and fields that nothing before iteration 0 reads: in these a branch may differ from the run it leaves."""
+"""Sections and fields that no stage of the start reads. A fork may change them."""
 
 
 def fork_from(recipe: Recipe, folder: RunDir, source: RunDir) -> None:
-    """Take examples, starting player and its evaluation from another run. A folder that has them is left as it is.
+    """Copy examples, starting player and its evaluation from another run. A folder that has them is left unchanged.
 
     Raises:
-        RunError: as `check_source`; or the folder has begun with another start.
+        RunError: as `check_source`; or the folder has another start.
     """
     check_source(recipe, folder, source)
     if folder.has_results():
-        _check_came_from(folder, source)
+        _check_same_start(folder, source)
         if folder.done("evaluate", START):
             return
-    markers = {source.marker(stage, START) for stage in START_STAGES}
     for part in (source.base, source.prefix_sharing, source.examples("train").parent, source.iteration(START)):
         for path in (path for path in [part, *part.rglob("*")] if path.is_file()):
-            if path not in markers and source.checkpoints(START) not in path.parents:
+            if source.checkpoints(START) not in path.parents:
                 _copy_or_link(path, folder.root / path.relative_to(source.root), link=part == source.base)
     inputs = read_json(source.provenance)["inputs"]
     write_json(folder.provenance, {"inputs": inputs, **provenance(), "start_from": str(source.root.absolute())})
-    for stage in START_STAGES:  # last, and in order: what a marker stands for is there
+    for stage in START_STAGES:  # markers last: everything they stand for is in place
         _copy_or_link(source.marker(stage, START), folder.marker(stage, START))
-    log.info("the start is that of %s", source.root)
+    log.info("copied the start from %s", source.root)
 
 
 def check_source(recipe: Recipe, folder: RunDir, source: RunDir) -> None:
-    """Make sure that a run's start can be taken.
+    """Make sure that the start of another run can be copied.
 
     Raises:
-        RunError: the run is the folder itself, has no complete start, or one that this recipe would not give.
+        RunError: the other run is the folder itself, its start is not complete, or this recipe would make another one.
     """
     if source.root.resolve() == folder.root.resolve():
         raise RunError(f"--start-from {source.root}: is the run folder itself. Choose another --run-dir")
     for stage in START_STAGES:
         if not source.marker(stage, START).exists():
             raise RunError(
-                f"--start-from {source.root}: no starting player that has been measured is there yet. Play that run "
-                f"first: `spinlm run RECIPE --run-dir {source.root}`"
+                f"--start-from {source.root}: has no evaluated starting player yet. Run it first: "
+                f"`spinlm run RECIPE --run-dir {source.root}`"
             )
         source.require(stage, START)
-    theirs = with_defaults(read_json(source.recipe))
     changes = [
         line
-        for line in differences(theirs, recipe.model_dump(mode="json"))
-        if not line.startswith(tuple(f"{name}{end}" for name in AFTER_THE_START for end in (":", ".")))
+        for line in differences(with_defaults(read_recipe(source)), recipe.model_dump(mode="json"))
+        if not line.startswith(tuple(f"{name}{end}" for name in FIELDS_AFTER_START for end in (":", ".")))
     ]
     if changes:
         raise RunError(
@@ -84,19 +82,17 @@ def check_source(recipe: Recipe, folder: RunDir, source: RunDir) -> None:
         )
 
 
-def _check_came_from(folder: RunDir, source: RunDir) -> None:
-    for stage in START_STAGES:
-        if folder.marker(stage, START).exists() and folder.reproducible_metadata(
-            stage, START
-        ) != source.reproducible_metadata(stage, START):
+def _check_same_start(folder: RunDir, source: RunDir) -> None:
+    for stage in (stage for stage in START_STAGES if folder.marker(stage, START).exists()):
+        if folder.reproducible_metadata(stage, START) != source.reproducible_metadata(stage, START):
             raise RunError(
-                f"{folder.root}: has begun with another start than that of {source.root}. Choose another --run-dir, "
-                "or start again with --overwrite (this deletes what is there)"
+                f"{folder.root}: has another start than {source.root}. Choose another --run-dir, or start again with "
+                "--overwrite (this deletes what is there)"
             )
 
 
 def _copy_or_link(path: Path, to: Path, *, link: bool = False) -> None:
-    """A copy of a file; or where that is possible the same file under another name, for one that nobody will change."""
+    """Copy a file. With `link`, make a hard link if the file system allows it."""
     to.parent.mkdir(parents=True, exist_ok=True)
     to.unlink(missing_ok=True)
     if link:

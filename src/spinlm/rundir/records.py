@@ -1,16 +1,19 @@
-"""The things that are written to a run folder: what they hold, and how they are stored.
+"""Records in a run folder, and their file formats.
 
-Examples and generations are JSON lines, one record a line, so that a person can read them. Pairs are an Arrow stream,
-so that training reads them from disk without holding them as Python objects; `datasets.Dataset.from_file` opens one.
+Examples, generations and held-out responses are JSON lines, which people can read. Pairs are an Arrow stream, which
+training reads from disk without making Python objects; `datasets.Dataset.from_file` opens one. A journal is a
+JSON-lines file that grows record by record.
 """
 
 import errno
 import json
+import math
 import os
+from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from spinlm.errors import RunError
 
@@ -25,36 +28,36 @@ PAIR_SPLITS = ("train", "heldout")
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A prompt and the human-written response to it, rendered and tokenised once."""
+    """A prompt and its human-written response, rendered and tokenized."""
 
     id: str
     messages: list[Message]  # the prompt: everything before the response
     response: str
     prompt_ids: list[int]  # exactly what the opponent sees
-    response_ids: list[int]  # ends with the end-of-turn token, unless it was cut at the length limit
-    source: str  # file and row, for messages to the user
-    rejected_ids: list[int] | None = None  # a worse response, where the data are preferences
+    response_ids: list[int]  # with the end-of-turn token, unless it was cut at the length limit
+    source: str  # file and row, for messages
+    rejected_ids: list[int] | None = None  # the rejected response of preference data
 
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """One response an opponent gave to the prompt of an example."""
+    """An opponent's response to the prompt of an example."""
 
-    id: str  # the example's
+    id: str  # of the example
     iteration: int
     sample: int
-    token_ids: list[int]  # with the end-of-turn token if there was one
+    token_ids: list[int]  # with the end-of-turn token, if the response ended
     text: str
-    finished: bool  # ended by an end-of-turn token, not by the limit
-    logprob: float | None  # sum over tokens, as the sampler saw it; None where it does not say, or the data gave it
-    retokenised: bool = False  # the engine gave text, which may have had other tokens
+    finished: bool  # ended by an end-of-turn token, not by the length limit
+    logprob: float | None  # sum over tokens, by the sampler; None if the engine gives none
+    retokenised: bool = False  # the engine gave text; its own tokens may have been others
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
     """A real and a synthetic response to one prompt, with the opponent's log-probabilities of both."""
 
-    id: str  # the example's
+    id: str  # of the example
     source_iteration: int  # the iteration whose opponent wrote the synthetic response
     sample: int
     prompt_ids: list[int]
@@ -62,62 +65,62 @@ class Pair:
     synthetic_ids: list[int]
     opponent_real: float  # log p_θt(y|x), sum over tokens
     opponent_synthetic: float  # log p_θt(y'|x), sum over tokens
-    initial_ids: list[int] | None = None  # θ_0's response y₀, where the objective asks for it
+    initial_ids: list[int] | None = None  # θ_0's response y₀, if the objective uses it
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How an opponent answers. One record for every engine."""
+    """Sampling parameters, the same for every engine."""
 
     temperature: float
     top_p: float
     max_new_tokens: int
     max_length: int  # prompt and response together
     samples: int
-    stop_ids: tuple[int, ...]  # any of these ends a response
+    stop_ids: tuple[int, ...]  # each of them ends a response
 
 
 @dataclass(frozen=True, slots=True)
 class HeldoutGreedy:
-    """A player's answer to a held-out prompt, and what was measured on that prompt."""
+    """A player's greedy response to a held-out prompt, with its metrics."""
 
-    id: str  # the example's
+    id: str  # of the example
     token_ids: list[int]
     text: str
     finished: bool
-    identical: bool  # token for token the real response
-    repeated_4grams: float  # share of its 4-grams of tokens that occurred before in it
-    nll: float  # of the real response, nats per token
-    task_score: float | None  # from 0 to 1, where the recipe names a scorer
-    margins: list[float] = field(default_factory=list)  # of the real response over the opponent's, in nats
+    identical: bool  # equal to the real response, token for token
+    repeated_4grams: float  # share of 4-grams of tokens that occurred earlier in the response
+    nll: float  # of the real response, in nats per token
+    task_score: float | None  # from 0 to 1, if the recipe names a scorer
+    margins: list[float] = field(default_factory=list)  # real response over opponent's, in nats
 
 
 @dataclass(frozen=True, slots=True)
 class HeldoutSampled:
-    """A response to a held-out prompt from a player's own distribution (temperature 1, all tokens)."""
+    """A player's response to a held-out prompt, sampled at temperature 1 from all tokens."""
 
-    id: str  # the example's
+    id: str  # of the example
     token_ids: list[int]
     text: str
     finished: bool
-    logprob: float  # sum over tokens under the player itself
-    start_logprob: float  # and under θ_0
-    task_score: float | None  # from 0 to 1, where the recipe names a scorer
+    logprob: float  # sum over tokens, under the player
+    start_logprob: float  # sum over tokens, under θ_0
+    task_score: float | None  # from 0 to 1, if the recipe names a scorer
 
 
 Record = TypeVar("Record", Example, Generation, HeldoutGreedy, HeldoutSampled)
 
 
 def to_line(record: Example | Generation | HeldoutGreedy | HeldoutSampled) -> str:
-    """One record as one line of JSON."""
+    """Encode a record as one line of JSON."""
     return json.dumps(asdict(record), ensure_ascii=False, separators=(",", ":")) + "\n"
 
 
 def read_lines(path: Path, kind: type[Record]) -> Iterator[Record]:
-    """Read records of one kind from a JSON-lines file this program wrote.
+    """Read records of one kind from a JSON-lines file that spinlm wrote.
 
     Raises:
-        RunError: a line is not such a record (the file was cut off or edited).
+        RunError: a line is not such a record, because the file was cut off or edited.
     """
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
@@ -125,18 +128,100 @@ def read_lines(path: Path, kind: type[Record]) -> Iterator[Record]:
 
 
 def read_line(line: bytes, kind: type[Record], path: Path, number: int) -> Record:
-    """The record on a line of a file.
+    """Decode one line of a file.
 
     Raises:
-        RunError: it is not such a record (the file was cut off or edited).
+        RunError: the line is not such a record, because the file was cut off or edited.
     """
     try:
         return kind(**json.loads(line))
     except (ValueError, TypeError) as error:
         raise RunError(
-            f"{path}, line {number}: not a valid {kind.__name__} ({error}). The file was damaged after it was "
-            "written; delete it and the markers (*.done) of its iteration, then run again"
+            f"{path}, line {number}: not a valid {kind.__name__} ({error}). The file was changed after it was written. "
+            "Delete it and the markers of its iteration (.spinlm/*/*.done), then run again"
         ) from error
+
+
+def count_records(path: Path) -> int:
+    """Number of records in a JSON-lines file."""
+    with path.open("rb") as file:
+        return sum(1 for _ in file)
+
+
+def count_shards(path: Path, size: int) -> int:
+    """Number of shards of `size` records in a file; the last shard may be smaller."""
+    return math.ceil(count_records(path) / size)
+
+
+class RecordFile(Generic[Record]):
+    """Random access to the records of a JSON-lines file, without holding them in memory."""
+
+    def __init__(self, path: Path, kind: type[Record]):
+        self.path = path
+        self.kind: type[Record] = kind
+        self._offsets = array("q")  # of each line, in bytes
+        offset = 0
+        with path.open("rb") as file:
+            for line in file:
+                self._offsets.append(offset)
+                offset += len(line)
+
+    def __len__(self) -> int:
+        return len(self._offsets)
+
+    def __getitem__(self, index: int) -> Record:
+        """Read one record. Raises RunError if the line is not such a record."""
+        return self._read(index, index + 1)[0]
+
+    def shards(self, size: int) -> int:
+        """Number of shards of `size` records; the last shard may be smaller."""
+        return math.ceil(len(self) / size)
+
+    def shard(self, number: int, size: int) -> list[Record]:
+        """Read the records of one shard."""
+        return self._read(number * size, min((number + 1) * size, len(self)))
+
+    def _read(self, first: int, end: int) -> list[Record]:
+        with self.path.open("rb") as file:
+            file.seek(self._offsets[first])
+            return [read_line(file.readline(), self.kind, self.path, index + 1) for index in range(first, end)]
+
+
+class Journal:
+    """A JSON-lines file that grows. If the process dies, at most the records being added are lost.
+
+    `records` holds what the file holds. Opening a journal removes a last line that was cut off.
+
+    Raises:
+        RunError: another line is damaged.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.records: list[dict[str, Any]] = []
+        if not path.exists():
+            return
+        content = path.read_bytes()
+        complete = content[: content.rfind(b"\n") + 1]
+        for number, line in enumerate(complete.splitlines(), start=1):
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise RunError(f"{path}, line {number}: damaged ({error}). Delete the line and run again") from error
+            if not isinstance(record, dict):
+                raise RunError(f"{path}, line {number}: not a JSON object. Delete the line and run again")
+            self.records.append(record)
+        if complete != content:
+            os.truncate(path, len(complete))
+
+    def add(self, *records: dict[str, Any]) -> None:
+        """Append records and write them to disk."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(record) + "\n" for record in records)
+            file.flush()
+            os.fsync(file.fileno())
+        self.records += records
 
 
 def _pair_schema() -> Any:
@@ -172,7 +257,7 @@ def read_pairs(paths: Iterable[Path]) -> Any:
     """Open pair files as one memory-mapped Arrow table (columns as in `Pair`).
 
     Raises:
-        RunError: a file is not a complete Arrow stream, or there are more files than a process can map.
+        RunError: a file is not a complete Arrow stream, or the process cannot map so many files.
     """
     import pyarrow as pa
 
@@ -182,13 +267,13 @@ def read_pairs(paths: Iterable[Path]) -> Any:
             with pa.ipc.open_stream(pa.memory_map(str(path))) as reader:
                 tables.append(reader.read_all())
         except (pa.ArrowInvalid, OSError) as error:
-            if os.strerror(errno.ENOMEM) in str(error):  # Arrow gives no number
+            if os.strerror(errno.ENOMEM) in str(error):  # Arrow gives no errno
                 raise RunError(
-                    f"{path}: cannot be mapped beside {len(tables)} others: the system allows a process no more. Raise "
+                    f"{path}: cannot be mapped into memory: the system allows this process {len(tables)} maps. Raise "
                     "vm.max_map_count, or run with a larger opponent.shard_size in another --run-dir"
                 ) from error
             raise RunError(
-                f"{path}: not a readable pair file ({error}). Delete it and reference_logprobs.done beside it, then run again"
+                f"{path}: not a readable pair file ({error}). Delete it and the marker reference_logprobs.done of its "
+                "iteration in .spinlm, then run again"
             ) from error
-    # A shard of an older version lacks the newest column; null there.
-    return pa.concat_tables(tables, promote_options="default") if tables else _pair_schema().empty_table()
+    return pa.concat_tables(tables) if tables else _pair_schema().empty_table()

@@ -8,70 +8,73 @@ START = -1
 """The iteration number of the starting player θ_0."""
 
 START_STAGES = ("prepare", "sft", "evaluate")
-"""The stages of the start."""
+"""The stages that make and measure the starting player."""
 
 STAGES = ("generate", "reference_logprobs", "train", "evaluate", "promote")
-"""Those of an iteration."""
+"""The stages of an iteration."""
 
 
 def stages(iterations: int) -> Iterator[Stage]:
-    """The stages of a run of so many iterations, in order."""
+    """Yield the stages of a run in order."""
     yield from ((stage, START) for stage in START_STAGES)
-    yield from ((stage, iteration) for iteration in range(iterations) for stage in STAGES)
+    yield from ((stage, t) for t in range(iterations) for stage in STAGES)
 
 
-def player_name(iteration: int) -> str:
-    """How messages and tables call the player that an iteration made; `START` is the starting player."""
-    return "start" if iteration == START else f"iteration {iteration}"
+def player_folder(t: int) -> str:
+    """Name of the folder that holds an iteration's player; `START` is the starting player."""
+    return "start" if t == START else f"iteration-{t}"
 
 
-def parent_stage(stage: str, iteration: int) -> Stage | None:
-    """The stage whose result a stage is made from."""
+def player_name(t: int) -> str:
+    """Name of an iteration's player in messages and tables; `START` is the starting player."""
+    return "start" if t == START else f"iteration {t}"
+
+
+def player_stage(t: int) -> Stage:
+    """The stage that makes an iteration's player."""
+    return ("sft", START) if t == START else ("train", t)
+
+
+def parent_stage(stage: str, t: int) -> Stage | None:
+    """The stage whose result a stage is made from; None for prepare."""
     match stage:
         case "prepare":
             return None
         case "sft":
             return ("prepare", START)
         case "generate":
-            return ("sft", START) if iteration == 0 else ("train", iteration - 1)
+            return player_stage(t - 1)
         case "reference_logprobs":
-            return ("generate", iteration)
+            return ("generate", t)
         case "train":
-            return ("reference_logprobs", iteration)
+            return ("reference_logprobs", t)
         case "evaluate":
-            return ("sft", START) if iteration == START else ("train", iteration)
+            return player_stage(t)
         case "promote":
-            return ("evaluate", iteration)
+            return ("evaluate", t)
     raise AssertionError(f"unknown stage {stage}")
 
 
-def inputs_of(stage: str, iteration: int) -> list[Stage]:
+def inputs_of(stage: str, t: int) -> list[Stage]:
     """The stages whose files a stage reads."""
-
-    def player(iteration: int) -> Stage:
-        return ("sft", START) if iteration == START else ("train", iteration)
-
+    inputs: list[Stage] = [] if stage in ("prepare", "promote") else [("prepare", START)]
     match stage:
         case "generate":
-            also = [player(iteration - 1)]
+            inputs += [player_stage(t - 1)]
         case "reference_logprobs" | "train":
-            also = [player(iteration - 1), player(START)]
+            inputs += [player_stage(t - 1), player_stage(START)]
         case "evaluate":
-            also = [player(iteration), player(START)] + (
-                [("reference_logprobs", iteration)] if iteration != START else []
-            )
-        case _:
-            also = []
-    before = parent_stage(stage, iteration)
-    data: list[Stage] = [] if stage in ("prepare", "promote") else [("prepare", START)]
-    return list(dict.fromkeys([*data, *also, *([] if before is None else [before])]))
+            inputs += [player_stage(t), player_stage(START)]
+            inputs += [("reference_logprobs", t)] if t != START else []
+    parent = parent_stage(stage, t)
+    return list(dict.fromkeys([*inputs, *([] if parent is None else [parent])]))
 
 
 def stage_label(stage: Stage | None) -> str:
-    """How messages call a stage."""
+    """Name of a stage in messages."""
     if stage is None:
         return "nothing"
-    name, iteration = stage
-    if iteration != START:
-        return f"{name} of iteration {iteration}"
-    return {"sft": "warm-up", "evaluate": "evaluate of the start"}.get(name, name)
+    name, t = stage
+    if t != START:
+        return f"{name} of iteration {t}"
+    return "evaluate of the start" if name == "evaluate" else name

@@ -22,10 +22,19 @@ from spinlm.evals.scorers import get_scorer
 from spinlm.generation import local_engine
 from spinlm.generation.base import Response
 from spinlm.model.players import Players, seat
+from spinlm.recipe.fingerprint import recipe_fingerprint
 from spinlm.recipe.schema import Recipe
 from spinlm.rundir.layout import RunDir
-from spinlm.rundir.records import Example, HeldoutGreedy, HeldoutSampled, Sampling, read_pairs, to_line
-from spinlm.rundir.shards import RecordFile, count_records
+from spinlm.rundir.records import (
+    Example,
+    HeldoutGreedy,
+    HeldoutSampled,
+    RecordFile,
+    Sampling,
+    count_records,
+    read_pairs,
+    to_line,
+)
 from spinlm.rundir.stage_graph import START, player_name
 from spinlm.training.step_log import tracker
 from spinlm.utils.atomic import atomic_file, write_json
@@ -52,7 +61,7 @@ def evaluate(recipe: Recipe, run: RunDir, iteration: int) -> None:
     """
     if processes.on_rank_zero(run.done, "evaluate", iteration):
         return
-    processes.on_rank_zero(run.begin, "evaluate", iteration)
+    processes.on_rank_zero(run.begin, "evaluate", iteration, recipe_fingerprint(recipe, iteration))
     players = seat(recipe, run)
     players.become(iteration)
     size, heldout = recipe.opponent.shard_size, RecordFile(run.examples("heldout"), Example)

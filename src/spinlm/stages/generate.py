@@ -10,10 +10,10 @@ from spinlm.distributed.progress import Advance, track
 from spinlm.generation import open_engine
 from spinlm.generation.base import Engine
 from spinlm.model.players import Players, seat
+from spinlm.recipe.fingerprint import recipe_fingerprint
 from spinlm.recipe.schema import Recipe
 from spinlm.rundir.layout import RunDir
-from spinlm.rundir.records import PAIR_SPLITS, Example, Generation, Sampling, to_line
-from spinlm.rundir.shards import RecordFile
+from spinlm.rundir.records import PAIR_SPLITS, Example, Generation, RecordFile, Sampling, to_line
 from spinlm.rundir.stage_graph import START
 from spinlm.utils.atomic import atomic_file
 from spinlm.utils.seeds import derive_seed
@@ -33,7 +33,7 @@ def generate(recipe: Recipe, run: RunDir, iteration: int) -> None:
     """
     if processes.on_rank_zero(run.done, "generate", iteration):
         return
-    processes.on_rank_zero(run.begin, "generate", iteration, run.generations(iteration, "train", 0).parent)
+    processes.on_rank_zero(run.begin, "generate", iteration, recipe_fingerprint(recipe, iteration))
     players = seat(recipe, run)
     prefix_sharing = run.metadata("sft", START)["prefix_sharing"]
     sampling = opponent_sampling(recipe, players)

@@ -1,30 +1,25 @@
 """Prepare: draw the examples, and write down what the run is made of."""
 
 import contextlib
-import datetime
-import importlib.metadata
 import logging
 import os
-import platform
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 from spinlm.data.columns import check_layout
 from spinlm.data.examples import select_examples
 from spinlm.data.sources import names_a_file
-from spinlm.distributed import processes
 from spinlm.errors import DataError, RecipeError
 from spinlm.evals.scorers import get_scorer
 from spinlm.generation.vllm import check_vllm
 from spinlm.model.loading import ensure_base, hub_commit
 from spinlm.model.players import check_trackers, seat
 from spinlm.model.quantize import check_4bit_support
+from spinlm.recipe.fingerprint import recipe_fingerprint
 from spinlm.recipe.schema import Recipe
 from spinlm.rundir.layout import RunDir
-from spinlm.rundir.provenance import verify_inputs
+from spinlm.rundir.provenance import provenance
 from spinlm.rundir.records import SPLITS, Example, to_line
+from spinlm.rundir.resume import verify_inputs
 from spinlm.rundir.stage_graph import START
 from spinlm.training.optimizers import check_optimizer
 from spinlm.utils.atomic import atomic_file, file_digest, write_json
@@ -33,7 +28,6 @@ from spinlm.utils.model_path import existing_path, resolve_model
 log = logging.getLogger("spinlm")
 
 MODEL_FILES = (".safetensors", ".bin", ".json", ".jinja", ".model")
-PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "numpy")
 
 
 def prepare(recipe: Recipe, run: RunDir) -> None:
@@ -48,7 +42,7 @@ def prepare(recipe: Recipe, run: RunDir) -> None:
     inputs = {"data": _data_fingerprint(recipe), "model": _model_fingerprint(recipe)}
     verify_inputs(run, inputs)
     if not run.done("prepare", START):
-        run.begin("prepare", START)
+        run.begin("prepare", START, recipe_fingerprint(recipe, START))
         write_json(run.provenance, {"inputs": inputs, **provenance()})
         _examples(recipe, run, inputs["data"])
     elif not run.provenance.exists():  # without it, nobody would notice other inputs
@@ -143,32 +137,3 @@ def _model_fingerprint(recipe: Recipe) -> dict[str, Any]:
         return {"id": recipe.model.path, "commit": hub_commit(recipe.model)}
     files = [path] if path.is_file() else [file for file in sorted(path.iterdir()) if file.suffix in MODEL_FILES]
     return {file.name: file_digest(file) for file in files}
-
-
-def provenance() -> dict[str, Any]:
-    """What a run is carried out with: versions, command, machine."""
-    import torch
-
-    return {
-        "spinlm": importlib.metadata.version("spinlm"),
-        "commit": _commit(),
-        "command": sys.argv,
-        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "device": torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else f"CPU, {torch.get_num_threads()} threads",
-        "processes": processes.world_size(),
-        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
-    }
-
-
-def _commit() -> str | None:
-    """The commit of spinlm itself, where it runs from a checkout."""
-    here = Path(__file__).parent
-    try:
-        asked = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty"], capture_output=True, text=True)
-    except OSError:
-        return None
-    return asked.stdout.strip() or None

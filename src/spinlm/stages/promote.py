@@ -5,6 +5,7 @@ import statistics
 from dataclasses import dataclass
 
 from spinlm.evals.collapse import detect_collapse
+from spinlm.recipe.fingerprint import recipe_fingerprint
 from spinlm.recipe.schema import Recipe
 from spinlm.report.compare import lead, player_values, select_metric
 from spinlm.rundir.layout import RunDir
@@ -37,7 +38,7 @@ def promote(recipe: Recipe, run: RunDir, iteration: int) -> bool:
         run.set_best(judged["best"])
         return bool(judged["go_on"])
     run.require("evaluate", START)
-    run.begin("promote", iteration)
+    run.begin("promote", iteration, recipe_fingerprint(recipe, iteration))
     # The best before this iteration comes from the markers, not the link, so that a rerun decides the same.
     best = run.metadata("promote", iteration - 1)["best"] if iteration > 0 else START
     run.require("evaluate", best)

@@ -12,10 +12,19 @@ from spinlm.distributed import processes
 from spinlm.distributed.progress import Advance, track
 from spinlm.model.players import Players, seat
 from spinlm.model.prefix_trees import PrefixTree, micro_batches
+from spinlm.recipe.fingerprint import recipe_fingerprint
 from spinlm.recipe.schema import Recipe
 from spinlm.rundir.layout import RunDir
-from spinlm.rundir.records import PAIR_SPLITS, Example, Generation, Pair, read_lines, read_pairs, write_pairs
-from spinlm.rundir.shards import RecordFile
+from spinlm.rundir.records import (
+    PAIR_SPLITS,
+    Example,
+    Generation,
+    Pair,
+    RecordFile,
+    read_lines,
+    read_pairs,
+    write_pairs,
+)
 from spinlm.rundir.stage_graph import START
 from spinlm.stages.generate import splits
 from spinlm.utils.atomic import atomic_path
@@ -34,7 +43,7 @@ def score(recipe: Recipe, run: RunDir, iteration: int) -> None:
     """
     if processes.on_rank_zero(run.done, "reference_logprobs", iteration):
         return
-    processes.on_rank_zero(run.begin, "reference_logprobs", iteration, run.pairs(iteration, "train", 0).parent)
+    processes.on_rank_zero(run.begin, "reference_logprobs", iteration, recipe_fingerprint(recipe, iteration))
     initial = recipe.objective.name == "t-spin"
     earlier = range(max(0, iteration - recipe.selfplay.replay), iteration)
     for source in {*earlier, *((0,) if initial and iteration else ())}:

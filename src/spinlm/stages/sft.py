@@ -6,6 +6,7 @@ from spinlm.distributed import processes
 from spinlm.evals.heldout_nll import Curve
 from spinlm.model.players import seat
 from spinlm.model.prefix_trees import PrefixTree
+from spinlm.recipe.fingerprint import recipe_fingerprint
 from spinlm.recipe.schema import Recipe
 from spinlm.rundir.layout import RunDir
 from spinlm.rundir.records import Example, read_lines
@@ -23,7 +24,7 @@ def warmup(recipe: Recipe, run: RunDir) -> None:
     if processes.on_rank_zero(run.done, "sft", START):
         processes.on_rank_zero(run.remove_checkpoints, "sft", START)
         return
-    processes.on_rank_zero(run.begin, "sft", START, run.checkpoints(START))
+    processes.on_rank_zero(run.begin, "sft", START, recipe_fingerprint(recipe, START))
     players = seat(recipe, run)
     heldout = list(read_lines(run.examples("heldout"), Example))
     prefix_sharing = players.measure_prefix_sharing(_probe(heldout, recipe.train.max_length))

@@ -7,9 +7,10 @@ from spinlm.distributed import processes
 from spinlm.evals.collapse import detect_collapse
 from spinlm.evals.heldout_nll import Curve
 from spinlm.model.players import seat
+from spinlm.recipe.fingerprint import recipe_fingerprint
 from spinlm.recipe.schema import Recipe, value_at
 from spinlm.rundir.layout import RunDir
-from spinlm.rundir.shards import count_shards
+from spinlm.rundir.records import count_shards
 from spinlm.rundir.stage_graph import START
 from spinlm.training.batches import PairItems, SftItems, pair_objective, sft_objective
 from spinlm.training.step_log import step_recorder
@@ -29,7 +30,7 @@ def train(recipe: Recipe, run: RunDir, iteration: int) -> None:
     if processes.on_rank_zero(run.done, "train", iteration):
         processes.on_rank_zero(run.remove_checkpoints, "train", iteration)
         return
-    processes.on_rank_zero(run.begin, "train", iteration, run.checkpoints(iteration))
+    processes.on_rank_zero(run.begin, "train", iteration, recipe_fingerprint(recipe, iteration))
     players = seat(recipe, run)
     players.become(iteration - 1)
     settings = recipe.train

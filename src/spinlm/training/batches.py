@@ -11,8 +11,7 @@ from torch import Tensor
 
 from spinlm.model.prefix_trees import PrefixTree
 from spinlm.recipe.schema import Recipe, value_at
-from spinlm.rundir.records import Example, read_lines, read_pairs
-from spinlm.rundir.shards import RecordFile
+from spinlm.rundir.records import Example, RecordFile, read_lines, read_pairs
 from spinlm.training import objectives
 from spinlm.training.trainer import Item, Total
 

@@ -135,6 +135,11 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def text_digest(text: str) -> str:
+    """SHA-256 of a text in UTF-8."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def short_digest(value: Any) -> str:
     """Twelve hexadecimal digits that stand for a JSON value."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False)

@@ -15,8 +15,7 @@ from spinlm.errors import DataError
 from spinlm.evals.mt_bench.judge import Judge, JudgeError, Value, Verdict, prompt_name
 from spinlm.evals.mt_bench.questions import Question, QuestionId, References, ResponseSet
 from spinlm.evals.scores import Score, add_scores
-from spinlm.rundir.journal import Journal
-from spinlm.rundir.records import Message
+from spinlm.rundir.records import Journal, Message
 from spinlm.utils.atomic import short_digest
 from spinlm.utils.statistics import clustered_mean
 

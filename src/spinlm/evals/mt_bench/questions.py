@@ -13,9 +13,8 @@ from spinlm.data.renderer import Renderer
 from spinlm.distributed.progress import Advance, track
 from spinlm.errors import DataError, RowError
 from spinlm.recipe.schema import Recipe
-from spinlm.rundir.journal import Journal
 from spinlm.rundir.layout import RunDir
-from spinlm.rundir.records import Message, Sampling
+from spinlm.rundir.records import Journal, Message, Sampling
 from spinlm.rundir.stage_graph import START, player_name
 from spinlm.utils.atomic import short_digest
 from spinlm.utils.seeds import derive_seed

@@ -9,15 +9,21 @@ import pytest
 from runs import change_marker, contents
 
 from spinlm import load_recipe
-from spinlm.rundir.fork import fork_from as take_start
+from spinlm.rundir.fork import fork_from
 from spinlm.rundir.layout import RunDir
 
 
 def played(run):
     """What the iterations of a run left, and its starting player."""
     found = contents(run)
-    kept = {name: digest for name, digest in found.items() if name.startswith(("iteration-", "examples/", "base/"))}
-    start = {name: found[name] for name in ("start/heldout_greedy.jsonl", "start/eval.json", "start/evaluate.done")}
+    kept = {
+        name: digest
+        for name, digest in found.items()
+        if name.startswith(("iteration-", "examples/", "base/", ".spinlm/iteration-"))
+    }
+    start = {
+        name: found[name] for name in ("start/heldout_greedy.jsonl", "start/eval.json", ".spinlm/start/evaluate.done")
+    }
     return kept | start
 
 
@@ -50,10 +56,10 @@ def test_the_control_that_a_run_names_can_be_run(world, cli, reference, tmp_path
     command = shlex.split(line, comments=True)
     command = command[command.index("run") :]  # after `spinlm` or `python -m spinlm`
     said = cli(*command, "selfplay.iterations=1", folder=tmp_path).out
-    assert (tmp_path / "a run-control" / "iteration-0" / "promote.done").exists()
+    assert (tmp_path / "a run-control" / ".spinlm" / "iteration-0" / "promote.done").exists()
     assert "More supervised fine-tuning" in said and "objective=" not in said
     told = json.loads(cli("status", "a run-control", "--json", folder=tmp_path).out)
-    markers = (tmp_path / "a run-control" / "iteration-0").glob("*.done")
+    markers = (tmp_path / "a run-control" / ".spinlm" / "iteration-0").glob("*.done")
     assert told["seconds"] == pytest.approx(sum(json.loads(path.read_text())["seconds"] for path in markers))
     cli("report", "a run-control", folder=tmp_path)
     page = (tmp_path / "a run-control" / "report.html").read_text()
@@ -98,9 +104,10 @@ def test_a_branch_that_was_cut_short_is_completed(branch, reference, tmp_path):
     branch("selfplay.iterations=1")
     run = tmp_path / "branch"
     shutil.rmtree(run / "iteration-0")
+    shutil.rmtree(run / ".spinlm" / "iteration-0")
     (run / "best").unlink()
-    for name in ("evaluate.done", "sft.done", "heldout_greedy.jsonl"):
-        (run / "start" / name).unlink()
+    for name in (".spinlm/start/evaluate.done", ".spinlm/start/sft.done", "start/heldout_greedy.jsonl"):
+        (run / name).unlink()
     branch()
     assert played(run) == played(reference)
 
@@ -121,7 +128,7 @@ def test_a_run_without_a_start_is_refused(branch, tmp_path):
 def test_a_folder_that_has_another_start_is_refused(branch, world, cli, reference, tmp_path):
     source = shutil.copytree(reference, tmp_path / "source", symlinks=True)
     branch("selfplay.iterations=1")
-    change_marker(tmp_path / "branch" / "start" / "sft.done", prefix_sharing=False)
+    change_marker(tmp_path / "branch" / ".spinlm" / "start" / "sft.done", prefix_sharing=False)
     assert "has begun with another start than that of" in branch(source=source, code=2).message
 
 
@@ -145,7 +152,7 @@ def test_an_unpacked_model_is_not_copied_where_it_can_be_linked(reference, world
         folder = RunDir(tmp_path / f"branch-{refuse}")
         if refuse:
             monkeypatch.setattr("os.link", Mock(side_effect=OSError("another file system")))
-        take_start(load_recipe(world.recipe), folder, source)
+        fork_from(load_recipe(world.recipe), folder, source)
         assert (folder.base / "model.safetensors").read_bytes() == b"weights"
         inodes.append((folder.base / "model.safetensors").stat().st_ino)
         assert not any(path.name.endswith(".tmp") for path in folder.root.rglob("*"))

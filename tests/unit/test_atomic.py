@@ -1,4 +1,4 @@
-"""A file is whole or not there."""
+"""A file is complete or does not exist."""
 
 import errno
 import os
@@ -34,7 +34,7 @@ def test_exception_leaves_the_old_file(tmp_path, error):
         file.write("half of the ne")
         raise error
     assert path.read_text() == "old"
-    write_json(path, "new")  # what was left does not stand in the way
+    write_json(path, "new")  # the temporary file does no harm
     assert read_json(path) == "new"
     assert names(tmp_path) == ["file.txt"]
 
@@ -48,7 +48,7 @@ def test_exception_leaves_the_old_folder(tmp_path):
         (temporary / "new.txt").write_text("new")
         raise ValueError
     assert names(path) == ["old.txt"]
-    with atomic_path(path) as temporary:  # the temporary folder that was left is not mixed in
+    with atomic_path(path) as temporary:  # replaces the temporary folder that was left
         temporary.mkdir()
         (temporary / "newer.txt").write_text("newer")
     assert names(path) == ["newer.txt"]
@@ -56,7 +56,7 @@ def test_exception_leaves_the_old_folder(tmp_path):
 
 
 def test_file_is_replaced_not_rewritten(tmp_path):
-    """Who has the old file open goes on reading the old one, and a hard link to it keeps its content."""
+    """An open file and a hard link keep the old content."""
     path = tmp_path / "file.txt"
     path.write_text("old")
     os.link(path, tmp_path / "link.txt")
@@ -69,27 +69,27 @@ def test_file_is_replaced_not_rewritten(tmp_path):
     "raised", [RuntimeError("I/O error: No space left on device (os error 28)"), OSError(28, "Full")]
 )
 def test_full_disk_names_the_file(tmp_path, raised):
-    """Whatever library noticed it."""
+    """Each library reports a full disk in its own way."""
     with pytest.raises(OSError) as caught, atomic_path(tmp_path / "weights"):
         raise raised
     assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(tmp_path / "weights"))
 
 
 @pytest.mark.parametrize("number", STORAGE_ERRNOS)
-def test_whatever_is_wrong_with_a_disk_names_the_file(tmp_path, number):
+def test_storage_error_names_the_file(tmp_path, number):
     with pytest.raises(OSError) as caught, atomic_path(tmp_path / "weights"):
         raise RuntimeError(f"I/O error: {os.strerror(number)} (os error {number})")
     assert (caught.value.errno, caught.value.filename) == (number, str(tmp_path / "weights"))
 
 
-def test_a_name_that_is_for_the_time_being_is_told_to_nobody(tmp_path):
+def test_error_does_not_name_the_temporary_file(tmp_path):
     (tmp_path / ".weights.tmp").symlink_to(tmp_path / "nowhere" / "weights")
     with pytest.raises(OSError) as caught, atomic_file(tmp_path / "weights"):
         pass
     assert str(caught.value.filename) == str(tmp_path / "weights")
 
 
-def test_other_errors_stay_as_they_are(tmp_path):
+def test_other_errors_are_unchanged(tmp_path):
     for error in (RuntimeError("no such layer"), FileNotFoundError(errno.ENOENT, "gone", "elsewhere")):
         with pytest.raises(type(error)) as caught, atomic_path(tmp_path / "weights"):
             raise error
@@ -97,12 +97,12 @@ def test_other_errors_stay_as_they_are(tmp_path):
         assert getattr(error, "filename", "elsewhere") == "elsewhere"
 
 
-def test_files_can_be_read_by_whom_the_umask_allows(tmp_path):
+def test_file_modes_follow_the_umask(tmp_path):
     umask = os.umask(0)
     os.umask(umask)
     with atomic_path(tmp_path / "player") as temporary:
         temporary.mkdir()
-        (temporary / "weights").touch(mode=0o600)  # as safetensors has it
+        (temporary / "weights").touch(mode=0o600)  # like safetensors
     write_json(tmp_path / "file.json", 1)
     for path in (tmp_path / "player" / "weights", tmp_path / "file.json"):
         assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~umask

@@ -1,0 +1,83 @@
+"""What a resumed run may change: later iterations and a few settings of the recipe, but neither model nor data."""
+
+from typing import Any
+
+from spinlm.errors import RunError
+from spinlm.recipe.fingerprint import differences, incompatible_changes
+from spinlm.recipe.load import as_yaml
+from spinlm.recipe.schema import Recipe
+from spinlm.rundir.layout import RunDir
+from spinlm.rundir.provenance import read_recipe
+from spinlm.utils.atomic import read_json, text_digest, write_text
+
+
+def claim_recipe(folder: RunDir, recipe: Recipe) -> None:
+    """Write the recipe of a run. Once a stage is complete, refuse a recipe that would have given other results.
+
+    Args:
+        folder: the run folder, held by this process.
+        recipe: the recipe to run.
+
+    Raises:
+        RunError: the folder belongs to an incompatible recipe (the message lists the changes), or recipe.yaml was
+            edited.
+    """
+    text, recorded = as_yaml(recipe.model_dump(mode="json")), folder.digest_file(folder.recipe)
+    same = recorded.exists() and recorded.read_bytes() == text_digest(text).encode()
+    if not same and (changes := recipe_changes(folder, recipe)):
+        raise RunError(
+            f"{folder.root}: was made with a different recipe:\n"
+            + "\n".join(f"  {change}" for change in changes)
+            + "\nChoose another --run-dir, or start again with --overwrite (this deletes what is there)"
+        )
+    if not (same and folder.recipe.exists() and folder.is_unchanged(folder.recipe)):
+        write_text(folder.recipe, text)
+        folder.record_digest(folder.recipe)
+
+
+def recipe_changes(folder: RunDir, recipe: Recipe) -> list[str]:
+    """List what an incompatible recipe changes, a line for each field. Empty before the first stage is complete.
+
+    Raises:
+        RunError: the folder's own recipe.yaml was edited.
+    """
+    if not (folder.is_run() and folder.has_results()):
+        return []
+    return incompatible_changes(read_recipe(folder), recipe.model_dump(mode="json"), _hub_commit(folder))
+
+
+def verify_inputs(folder: RunDir, inputs: dict[str, Any]) -> None:
+    """Once a stage is complete, check that model and data are those that the run began with.
+
+    Args:
+        folder: the run folder.
+        inputs: digests of model and data, as in provenance.json.
+
+    Raises:
+        RunError: model or data have changed. The message lists the changes.
+    """
+    if not folder.provenance.exists() or not folder.has_results():
+        return
+    provenance = read_json(folder.provenance)
+    if not isinstance(provenance, dict) or "inputs" not in provenance:
+        raise RunError(f"{folder.provenance}: damaged: no digests of model and data. Start again with --overwrite")
+    changes = differences(provenance["inputs"], inputs)
+    # A commit is null if the hub could not be asked.
+    changes = [line for line in changes if not line.startswith('model.commit: was null, is "')]
+    changes = [line for line in changes if not (line.startswith("model.commit: was ") and line.endswith(", is null"))]
+    if changes:
+        commit = _hub_commit(folder)
+        pin = commit and "model.commit: " in changes[0]
+        remedy = f"Set model.revision={commit}" if pin else "Restore the original files"
+        raise RunError(
+            f"{folder.root}: the model or data has changed since this run began:\n"
+            + "\n".join(f"  {line}" for line in changes)
+            + f"\n{remedy}, choose another --run-dir, or start again with --overwrite"
+        )
+
+
+def _hub_commit(folder: RunDir) -> str | None:
+    """Commit of the Hugging Face model that the run began with; None for a local model or an unknown commit."""
+    provenance = read_json(folder.provenance) if folder.provenance.exists() else {}
+    model = provenance.get("inputs", {}).get("model", {}) if isinstance(provenance, dict) else {}
+    return model.get("commit")
