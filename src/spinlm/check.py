@@ -275,7 +275,7 @@ def _about_precision(recipe: Recipe, players: Players, items: list[Item], prefix
         return "precision: float32, nothing to lose"
     if recipe.lora is None:
         return f"precision: {players.dtype}; its margin error is measured for LoRA only"
-    exact = load_model(recipe.model, players.path, torch.float32, quantize=recipe.model.load_in_4bit)
+    exact = load_model(recipe.model, players.path, torch.float32, load_in_4bit=recipe.model.load_in_4bit)
     exact = add_adapter(exact, recipe.lora, recipe.seed).to(players.device)
     disable_dropout(exact)
     reference = LogProbs(exact).eval()

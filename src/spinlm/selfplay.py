@@ -11,7 +11,7 @@ from pathlib import Path
 
 from spinlm.distributed.processes import all_gather, is_main_process, on_rank_zero, process_group, world_size
 from spinlm.errors import PeerError, RecipeError, RunError, SpinError, StoppedError
-from spinlm.model.loading import ensure_base
+from spinlm.model.loading import prepare_base_model
 from spinlm.model.players import stand_up
 from spinlm.recipe.fingerprint import differences
 from spinlm.recipe.schema import Recipe
@@ -112,7 +112,7 @@ def _lay_out(recipe: Recipe, folder: RunDir, source: RunDir | None, overwrite: b
 def play(recipe: Recipe, folder: RunDir) -> None:
     """The stages of a run in order. A stage that is complete does nothing."""
     on_rank_zero(prepare, recipe, folder)
-    on_rank_zero(ensure_base, recipe.model, folder)
+    on_rank_zero(prepare_base_model, recipe.model, folder)
     warmup(recipe, folder)
     evaluate(recipe, folder, START)
     for iteration in range(recipe.selfplay.iterations):

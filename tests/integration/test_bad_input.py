@@ -289,7 +289,7 @@ def test_model_is_not_there(refused, tmp_path):
 def test_folder_that_is_no_model(refused, tmp_path):
     (tmp_path / "empty").mkdir()
     message = refused(f"model.path={tmp_path / 'empty'}")
-    assert message.startswith(f"{tmp_path / 'empty'}: no config.json in this folder, so it is not a model.")
+    assert message.startswith(f"{tmp_path / 'empty'}: not a model folder")
 
 
 def test_model_without_weights(refused, world, tmp_path):

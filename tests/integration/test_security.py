@@ -123,7 +123,7 @@ def test_code_that_comes_with_a_model_is_not_run_unless_allowed(cli, world, tmp_
     assert "not run unless the recipe has model.trust_remote_code: true" in refused
     assert not (tmp_path / "sprung").exists()
     allowed = cli.start("run", "recipe.yaml", "model.trust_remote_code=true", "--overwrite", folder=tmp_path).wait()
-    assert "model.trust_remote_code is on: the code that comes with the model runs" in allowed.err
+    assert "model.trust_remote_code is on" in allowed.err
 
 
 @pytest.mark.parametrize(

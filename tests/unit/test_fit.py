@@ -595,7 +595,7 @@ def test_a_player_that_is_not_finite_is_neither_loaded_nor_measured(new_players:
     next(iter(tensors.values())).view(-1)[0] = math.inf
     save_file(tensors, path, metadata={"format": "pt"})
     players.changed()
-    with pytest.raises(ModelError, match=r"1 weights are not finite .*training has destroyed this player"):
+    with pytest.raises(ModelError, match=r"1 weights are not finite .*diverged"):
         players.become(0)
 
 

@@ -14,7 +14,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from models import ARCHITECTURES, save_tiny_model, tiny_model, tiny_recipe
 from spinlm.errors import ModelError
 from spinlm.model.attention import register_tree_attention
-from spinlm.model.loading import add_adapter, compute_dtype, disable_dropout, ensure_base, load_model, stop_ids
+from spinlm.model.loading import (
+    add_adapter,
+    compute_dtype,
+    disable_dropout,
+    load_model,
+    load_stop_ids,
+    prepare_base_model,
+)
 from spinlm.model.logprobs import LogProbs
 from spinlm.model.players import Players, seat
 from spinlm.model.prefix_trees import PrefixTree, pack_batch
@@ -335,14 +342,14 @@ def test_a_folder_that_holds_no_model(saved: Any, tmp_path: Path) -> None:
     run = RunDir(tmp_path / "run")
     empty = tmp_path / "empty"
     empty.mkdir()
-    with pytest.raises(ModelError, match=r"empty: no config\.json in this folder"):
-        ensure_base(Model(path=str(empty)), run)
+    with pytest.raises(ModelError, match=r"empty: .*config\.json"):
+        prepare_base_model(Model(path=str(empty)), run)
     shutil.copy(saved() / "config.json", empty)
     with pytest.raises(ModelError, match=r"empty: a model folder without weights"):
-        ensure_base(Model(path=str(empty)), run)
+        prepare_base_model(Model(path=str(empty)), run)
     shutil.copy(saved() / "model.safetensors", empty)
-    assert ensure_base(Model(path=str(empty)), run) == str(empty)
-    assert ensure_base(Model(path="org/model"), run) == "org/model"
+    assert prepare_base_model(Model(path=str(empty)), run) == str(empty)
+    assert prepare_base_model(Model(path="org/model"), run) == "org/model"
 
 
 @pytest.mark.parametrize("content", [b"", b"not a model at all, but text", b"GGUF\x03\x00\x00\x00cut"])
@@ -351,7 +358,7 @@ def test_a_gguf_file_that_is_none(tmp_path: Path, content: bytes) -> None:
     file.write_bytes(content)
     run = RunDir(tmp_path / "run")
     with pytest.raises(ModelError, match=r"model\.gguf: transformers cannot read this \.gguf file"):
-        ensure_base(Model(path=str(file)), run)
+        prepare_base_model(Model(path=str(file)), run)
     assert not run.base.exists()
 
 
@@ -398,13 +405,13 @@ def test_stop_ids_come_from_the_generation_config_else_the_config(saved: Any, tm
     shutil.copytree(saved(), folder)
     generation = folder / "generation_config.json"
     generation.write_text('{"eos_token_id": [7, 2]}')
-    assert stop_ids(Model(path="x"), str(folder)) == [7, 2]
+    assert load_stop_ids(Model(path="x"), str(folder)) == [7, 2]
     generation.write_text('{"eos_token_id": 5}')
-    assert stop_ids(Model(path="x"), str(folder)) == [5]
+    assert load_stop_ids(Model(path="x"), str(folder)) == [5]
     generation.write_text("{}")
-    assert stop_ids(Model(path="x"), str(folder)) == []
+    assert load_stop_ids(Model(path="x"), str(folder)) == []
     generation.unlink()
-    assert stop_ids(Model(path="x"), str(folder)) == [2]
+    assert load_stop_ids(Model(path="x"), str(folder)) == [2]
 
 
 @pytest.mark.parametrize("damage", ["a bit", "a file less", "a file more", None])
@@ -425,7 +432,7 @@ def test_an_unpacked_model_is_looked_through(tmp_path: Path, damage: str | None)
         case "a file more":
             (base / "generation_config.new.json").write_text("{}")
         case None:
-            assert ensure_base(model, run) == str(base)
+            assert prepare_base_model(model, run) == str(base)
             return
     with pytest.raises(ModelError, match=r"cannot read this \.gguf file"):  # since it is none
-        ensure_base(model, run)
+        prepare_base_model(model, run)

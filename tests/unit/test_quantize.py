@@ -13,14 +13,13 @@ from torch import Tensor, nn
 
 from models import save_tiny_model, tiny_recipe
 from spinlm.errors import MissingPackageError, ModelError
-from spinlm.export.player import export
 from spinlm.model.fused import fuse_layers, prepacked_adapters
 from spinlm.model.loading import add_adapter, disable_dropout, load_model
+from spinlm.model.merge import save_merged
 from spinlm.model.players import Players
 from spinlm.model.prefix_trees import PrefixTree, pack_batch
 from spinlm.model.quantize import bnb_config, check_4bit_support, count_parameters, dequantize, is_4bit
 from spinlm.rundir.layout import RunDir
-from spinlm.rundir.stage_graph import START
 
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="4 bits need the extra `bitsandbytes`")
 
@@ -145,7 +144,7 @@ def test_bfloat16_keeps_its_place(saved: Any, tmp_path: Path) -> None:
 
 def test_fused_layers_in_four_bits(saved: Any) -> None:
     """All LoRA layers and gated MLPs of a Llama, and its norms."""
-    model = load_model(tiny_recipe(saved()).model, str(saved()), torch.float32, quantize=True)
+    model = load_model(tiny_recipe(saved()).model, str(saved()), torch.float32, load_in_4bit=True)
     lora = tiny_recipe(saved(), lora=LORA, model=IN_4_BITS).lora
     assert lora is not None
     model = add_adapter(model, lora, 0)
@@ -204,10 +203,9 @@ def test_a_merged_export_is_over_the_base_as_it_came(
     stir(players.model)
     players.changed()
     players.save(0)
-    run.complete("prepare", START, [], counts={"train": 8, "heldout": 2})
     with caplog.at_level(logging.INFO, logger="spinlm"):
-        export(recipe, run, 0, tmp_path / "out", merge=True)
-    assert "was trained over a base in 4 bits and is merged into the base in torch.float32" in caplog.text
+        save_merged(recipe, run, 0, tmp_path / "out")
+    assert "trained over a 4-bit base and is merged into the base in torch.float32" in caplog.text
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     assert not any(is_4bit(layer) for layer in merged.modules())
     base = AutoModelForCausalLM.from_pretrained(saved())
@@ -244,5 +242,5 @@ def test_a_model_that_comes_quantised(saved: Any, tmp_path: Path, quantize: bool
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ModelError, match="model: its weights come quantised, and such models are not supported"):
-        load_model(tiny_recipe(folder).model, str(folder), torch.float32, quantize=quantize)
+    with pytest.raises(ModelError, match="model: pre-quantized models are not supported"):
+        load_model(tiny_recipe(folder).model, str(folder), torch.float32, load_in_4bit=quantize)

@@ -21,7 +21,7 @@ from spinlm.errors import SpinError
 from spinlm.generation import supervisor
 from spinlm.generation.base import Progress, Response
 from spinlm.generation.server_apis import DIALECTS, Reply, Wish
-from spinlm.model.loading import ensure_base
+from spinlm.model.loading import prepare_base_model
 from spinlm.model.merge import save_for_serving
 from spinlm.recipe.schema import Recipe, Server
 from spinlm.rundir.layout import RunDir
@@ -191,7 +191,7 @@ def serve(recipe: Recipe, run: RunDir, renderer: Renderer, iteration: int) -> It
         names = {"player": str(player), "iteration": str(iteration)}
         texts = [text for text in (server.launch_command, server.reload_command, server.model) if text]
         if any("{base}" in text for text in texts):
-            names["base"] = str(ensure_base(recipe.model, run))
+            names["base"] = str(prepare_base_model(recipe.model, run))
         if any("{merged}" in text for text in texts):
             merged = run.iteration(iteration).absolute() / ".merged"
             shutil.rmtree(merged, ignore_errors=True)  # of a process that was killed

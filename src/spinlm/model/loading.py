@@ -1,11 +1,12 @@
-"""Finding and loading what a player is made of: the model, its tokenizer, a fresh adapter, saved weights."""
+"""Load the parts of a player: base model, tokenizer, new LoRA adapter, saved weights."""
 
+import contextlib
 import functools
 import logging
 import os
 import pickle
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,113 +23,144 @@ from spinlm.utils.model_path import resolve_model
 
 log = logging.getLogger("spinlm")
 
-# What transformers, safetensors and gguf raise when a file is missing, damaged, or of another model.
-_LOADING = (ValueError, OSError, KeyError, RuntimeError, struct.error, SafetensorError, pickle.UnpicklingError)
+
+@contextlib.contextmanager
+def _load_errors(message: str) -> Iterator[None]:
+    """Turn what transformers, safetensors and gguf raise for missing, damaged or wrong files into a ModelError."""
+    try:
+        yield
+    except ModelError:
+        raise
+    except (
+        ValueError,
+        OSError,
+        KeyError,
+        RuntimeError,
+        struct.error,
+        SafetensorError,
+        pickle.UnpicklingError,
+    ) as error:
+        raise ModelError(f"{message}: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """Say why loading failed: the library's own message, unless the message recommends something dangerous."""
+    if isinstance(error, pickle.UnpicklingError):
+        return (
+            "its weights are a pickle that holds more than tensors. Such a file can run any code, so spinlm does not "
+            "open it. Get the model as safetensors"
+        )
+    if "custom code" in str(error):
+        return (
+            "its repository contains code, which spinlm runs only with model.trust_remote_code: true. Read its .py "
+            "files first: they run as your user"
+        )
+    return _first_line(error)
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def compute_dtype(model: Model, device: torch.device) -> torch.dtype:
-    """The precision that a recipe means on a device."""
+    """Resolve `model.dtype` for a device."""
     if model.dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     dtype: torch.dtype = getattr(torch, model.dtype)
     return dtype
 
 
-def ensure_base(model: Model, run: RunDir) -> str:
-    """Where transformers finds the model: a hub id, a folder, or for a .gguf file a folder it is unpacked to once.
+def prepare_base_model(model: Model, folder: RunDir) -> str:
+    """Return the name that transformers loads the base model from: a hub id or a folder.
+
+    A .gguf file is converted once to a model folder in the run folder.
 
     Raises:
-        ModelError: there is no such model, or it cannot be unpacked.
+        ModelError: the model does not exist, is incomplete, or cannot be converted.
     """
     if model.trust_remote_code:
-        warn_of_code()
-    # Or transformers asks a service of the hub to turn pickled weights into safetensors, which nobody has asked for.
+        warn_remote_code()
+    # Otherwise transformers asks a service of the hub to convert pickled weights to safetensors.
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
     path = resolve_model(model.path)
     if path is None:
         return model.path
     if path.suffix == ".gguf":
-        _unpack_gguf(path, run.base)
-        return str(run.base.absolute())  # a player's adapter notes it as its base
+        _convert_gguf(path, folder.base)
+        return str(folder.base.absolute())  # absolute, because adapters record the path of their base
     if not (path / "config.json").exists():
-        raise ModelError(f"{path}: no config.json in this folder, so it is not a model. Give the folder that holds it")
+        raise ModelError(f"{path}: not a model folder, because it has no config.json. Set model.path to a model folder")
     if not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")):
         raise ModelError(f"{path}: a model folder without weights (no *.safetensors, no *.bin)")
     return str(path)
 
 
 @functools.cache
-def warn_of_code() -> None:
-    """Say once in a process that code which comes with a model is run."""
-    log.warning("model.trust_remote_code is on: the code that comes with the model runs on this machine, as you")
+def warn_remote_code() -> None:
+    """Log a warning, once per process, that code from the model's repository runs."""
+    log.warning("model.trust_remote_code is on: code from the model's repository runs on this machine, as your user")
 
 
-def _unpack_gguf(path: Path, folder: Path) -> None:
-    """Save a .gguf file as an ordinary model, unless that has been done."""
+_converted: dict[Path, dict[str, Any]] = {}  # source of each folder that this process converted or verified
+
+
+def _convert_gguf(path: Path, folder: Path) -> None:
+    """Convert a .gguf file to a model folder, unless the folder holds the verified result already."""
     source = {"file": path.name, "bytes": path.stat().st_size}
-    noted = folder / "source.json"
-    if noted.exists():
-        known = _unpacked.get(folder) == source
-        if known or read_json(noted) == source | {"files": _digests(folder)}:
-            _unpacked[folder] = source
-            return
+    record = folder / "source.json"
+    if record.exists() and (
+        _converted.get(folder) == source or read_json(record) == source | {"files": _digests(folder)}
+    ):
+        _converted[folder] = source
+        return
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    log.info("unpacking %s into %s", path.name, folder)
-    try:
+    log.info("converting %s to %s", path.name, folder)
+    with _load_errors(f"{path}: transformers cannot read this .gguf file"):
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        dequantize = GgufConfig(dequantize=True)
         model = AutoModelForCausalLM.from_pretrained(
-            path.parent,
-            gguf_file=path.name,
-            quantization_config=GgufConfig(dequantize=True),
-            dtype=torch.float32,
+            path.parent, gguf_file=path.name, quantization_config=dequantize, dtype=torch.float32
         )
-    except _LOADING as error:
-        raise ModelError(f"{path}: transformers cannot read this .gguf file: {error}") from error
     with atomic_path(folder) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-        write_json(temporary / noted.name, source | {"files": _digests(temporary)})
-    _unpacked[folder] = source
-
-
-_unpacked: dict[Path, dict[str, Any]] = {}  # of which file; folders that this process has made, or looked through
+        write_json(temporary / record.name, source | {"files": _digests(temporary)})
+    _converted[folder] = source
 
 
 def _digests(folder: Path) -> dict[str, str]:
-    """What the files of an unpacked model are known by, but for the one that notes it."""
+    """SHA-256 of each file of a converted model."""
     return {path.name: file_digest(path) for path in sorted(folder.iterdir()) if path.name != "source.json"}
 
 
 def hub_commit(model: Model) -> str | None:
-    """The commit of the hub that a model's name means now; None where that cannot be found out."""
+    """Return the commit that the revision of a hub model points to; None if the hub does not answer."""
     from transformers.utils.hub import cached_file, extract_commit_hash
 
     log.info("asking the hub for %s", model.path)
     try:
-        found = cached_file(model.path, "config.json", revision=model.revision)
-    except OSError:  # loading it will tell
+        path = cached_file(model.path, "config.json", revision=model.revision)
+    except OSError:  # loading the model raises an error with the reason
         return None
-    return extract_commit_hash(found, None)
+    return extract_commit_hash(path, None)
 
 
 def load_tokenizer(model: Model, path: str) -> Any:
-    """The tokenizer of a model.
+    """Load the tokenizer of a model.
 
     Raises:
-        ModelError: it cannot be loaded.
+        ModelError: the tokenizer cannot be loaded.
     """
     from transformers import AutoTokenizer
 
-    try:
+    hub = "" if resolve_model(path) else " from the hub (there is no folder of that name)"
+    with _load_errors(f"{path}: the tokenizer cannot be loaded{hub}"):
         return AutoTokenizer.from_pretrained(path, revision=model.revision, trust_remote_code=model.trust_remote_code)
-    except _LOADING as error:
-        hub = "" if resolve_model(path) else " (no such folder here, so it was looked for on the hub)"
-        raise ModelError(f"{path}: the tokenizer cannot be loaded{hub}: {_why(error)}") from error
 
 
-def stop_ids(model: Model, path: str) -> list[int]:
-    """The end tokens that a model's generation config (or else its config) names."""
+def load_stop_ids(model: Model, path: str) -> list[int]:
+    """Return the end tokens in a model's generation config, or in its config if it has no generation config."""
     from transformers import AutoConfig, GenerationConfig
 
     revision: dict[str, Any] = {} if model.revision is None else {"revision": model.revision}
@@ -140,69 +172,46 @@ def stop_ids(model: Model, path: str) -> list[int]:
 
 
 def save_stop_ids(folder: Path, ids: Iterable[int]) -> None:
-    """Let whoever loads a player from a folder stop where it stopped here; whatever else is there stays."""
+    """Set the end tokens in a folder's generation_config.json; other values in the file stay."""
     path = folder / "generation_config.json"
     write_json(path, (read_json(path) if path.exists() else {}) | {"eos_token_id": list(ids)})
 
 
-def load_model(model: Model, path: str, dtype: torch.dtype, *, quantize: bool = False) -> Any:
-    """The causal language model in a precision, its linear layers quantised to 4 bits or not.
+def load_model(model: Model, path: str, dtype: torch.dtype, *, load_in_4bit: bool = False) -> Any:
+    """Load the causal language model in `dtype`, with its linear layers in 4 bits if `load_in_4bit`.
 
     Raises:
-        ModelError: it cannot be loaded, or comes quantised.
-        MissingPackageError: what quantises is not installed.
+        ModelError: the model cannot be loaded, is pre-quantized, or this machine does not support 4 bits.
+        MissingPackageError: bitsandbytes is not installed.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    origin = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
-    options: dict[str, Any] = {}
-    if quantize:
-        check_4bit_support()
-        options["quantization_config"] = bnb_config(dtype)
-    try:
-        if getattr(AutoConfig.from_pretrained(path, **origin), "quantization_config", None):
+    options: dict[str, Any] = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+    with _load_errors(f"{path}: the model cannot be loaded"):
+        config = AutoConfig.from_pretrained(path, **options)
+        if getattr(config, "quantization_config", None):
             raise ModelError(
-                f"{path}: its weights come quantised, and such models are not supported. Give the model that it was "
-                "made from: with model.load_in_4bit it is quantised when it is loaded"
+                f"{path}: pre-quantized models are not supported. Set model.path to the unquantized model; "
+                "model.load_in_4bit: true quantizes it at load time"
             )
-        loaded = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **origin, **options)
-    except ModelError:
-        raise
-    except _LOADING as error:
-        raise ModelError(f"{path}: the model cannot be loaded: {_why(error)}") from error
-    if quantize:
+        if load_in_4bit:
+            check_4bit_support()
+            options["quantization_config"] = bnb_config(dtype)
+        loaded = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **options)
+    if load_in_4bit:
         patch_4bit_layers(loaded)
     return loaded
 
 
-def _why(error: Exception) -> str:
-    """The reason, in the library's own words where they do not ask for something dangerous."""
-    if isinstance(error, pickle.UnpicklingError):
-        return (
-            "its weights are a pickle that holds more than tensors, which could run anything and is not opened. Get "
-            "the model as safetensors"
-        )
-    if "custom code" in str(error):
-        return (
-            "it brings code of its own, which is not run unless the recipe has model.trust_remote_code: true. Read its "
-            ".py files first: they run as you"
-        )
-    return _first_line(error)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
-
-
 def add_adapter(model: Any, lora: Lora, seed: int, revision: str | None = None) -> Any:
-    """The model with a fresh LoRA adapter, in float32, whose output is zero; it notes the revision of its base.
+    """Add a new LoRA adapter in float32 whose output is zero. The adapter's config records the base's revision.
 
     Raises:
         ModelError: no layer has a name in `lora.target_modules`.
     """
     from peft import LoraConfig, get_peft_model
 
-    alpha: Any = lora.alpha  # PEFT declares an int and takes any number
+    alpha: Any = lora.alpha  # PEFT's annotation is int, but any number works
     config = LoraConfig(
         r=lora.r,
         lora_alpha=alpha,
@@ -220,77 +229,71 @@ def add_adapter(model: Any, lora: Lora, seed: int, revision: str | None = None) 
 
 
 def load_player(model: Any, folder: Path) -> None:
-    """Put a saved player's weights into the model it was made from, in place.
+    """Load the weights of a saved player into the model, in place.
 
     Raises:
-        ModelError: the folder holds no player of this model, or not all of it.
+        ModelError: the weights in the folder are incomplete, damaged, not finite, or of another model.
     """
-    load = _load_adapter if hasattr(model, "get_base_model") else _load_whole
-    try:
-        wrong = load(model, folder)
-    except ModelError:
-        raise
-    except _LOADING as error:
-        raise ModelError(f"{folder}: not a player of this model: {_first_line(error)}") from error
-    if wrong:
-        names = ", ".join(sorted(wrong)[:3])
-        raise ModelError(f"{folder}: not a player of this model: {len(wrong)} weights missing or unknown ({names} …)")
+    load = _load_adapter if hasattr(model, "get_base_model") else _load_full_model
+    with _load_errors(f"{folder}: not a player of this model"):
+        mismatched = load(model, folder)
+        if mismatched:
+            raise ValueError(f"{len(mismatched)} weights missing or unknown ({', '.join(sorted(mismatched)[:3])} …)")
 
 
 def _load_adapter(model: Any, folder: Path) -> set[str]:
-    """Load an adapter; returns the names that only one side has."""
+    """Load an adapter; returns the names of weights that only the file or only the model has."""
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
     from safetensors.torch import load_file
 
     weights = load_file(folder / "adapter_model.safetensors")
     _check_finite(folder, weights)
-    wrong = set(weights) ^ set(get_peft_model_state_dict(model, save_embedding_layers=False))
-    if not wrong:
+    mismatched = set(weights) ^ set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    if not mismatched:
         set_peft_model_state_dict(model, weights)
-    return wrong
+    return mismatched
 
 
-def _load_whole(model: Any, folder: Path) -> set[str]:
-    """Load a whole model; returns the names that only one side has."""
+def _load_full_model(model: Any, folder: Path) -> set[str]:
+    """Load all weights; returns the names of weights that are missing, unknown, or of another shape."""
     from transformers import AutoConfig
 
-    kind = AutoConfig.from_pretrained(folder).model_type
-    if kind != model.config.model_type:
-        raise ValueError(f"it is a {kind} and not a {model.config.model_type}")
+    model_type = AutoConfig.from_pretrained(folder).model_type
+    if model_type != model.config.model_type:
+        raise ValueError(f"it is a {model_type} and not a {model.config.model_type}")
+    # `from_pretrained`, because some models have other weight names on disk than in memory.
     dtype = next(model.parameters()).dtype
-    # Through transformers, since for some models the names on disk are not those of the modules.
-    fresh, info = type(model).from_pretrained(folder, dtype=dtype, output_loading_info=True)
-    wrong = {str(name) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in info[kind]}
-    if not wrong:
-        _check_finite(folder, fresh.state_dict())
-        model.load_state_dict(fresh.state_dict())
-    return wrong
+    saved, info = type(model).from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    mismatched = {str(name) for key in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in info[key]}
+    if not mismatched:
+        _check_finite(folder, saved.state_dict())
+        model.load_state_dict(saved.state_dict())
+    return mismatched
 
 
 def _check_finite(folder: Path, weights: Mapping[str, Tensor]) -> None:
-    if names := not_finite(weights.items()):
+    if message := non_finite_weights(weights.items()):
         raise ModelError(
-            f"{folder}: {names}: training has destroyed this player. Lower train.learning_rate, and run in another "
-            "--run-dir"
+            f"{folder}: {message}: training diverged. Lower train.learning_rate, and use another --run-dir"
         )
 
 
-def not_finite(weights: Iterable[tuple[str, Any]]) -> str:
-    """Which weights hold what is no number, or an infinite one, in words; empty for none."""
+def non_finite_weights(weights: Iterable[tuple[str, Any]]) -> str:
+    """Describe the weights that contain NaN or infinite values; empty if there are none."""
     names = [name for name, tensor in weights if tensor is not None and not torch.isfinite(tensor).all()]
     return f"{len(names)} weights are not finite ({', '.join(names[:3])} …)" if names else ""
 
 
 def disable_dropout(model: Any) -> None:
-    """Turn off every dropout but the adapter's own, so that an untrained main player equals its opponent.
+    """Set every dropout rate except LoRA's to 0, so that an untrained main player equals its opponent.
 
-    Code reads its rate from modules, from their attributes, or from the config: all are set to 0, and a whole model
-    that is saved says so in its config.
+    Models read the rate from modules, from module attributes, or from the config, so all three are set. A saved full
+    model has the rate 0 in its config.
     """
-    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-    for name, value in causal.config.to_dict().items():
+    causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+    for name, value in causal_lm.config.to_dict().items():
         if isinstance(value, float) and _is_dropout(name):
-            setattr(causal.config, name, 0.0)
+            setattr(causal_lm.config, name, 0.0)
     for name, module in model.named_modules():
         if isinstance(module, nn.Dropout) and ".lora_dropout" not in name:
             module.p = 0.0

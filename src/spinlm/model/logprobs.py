@@ -68,8 +68,8 @@ class LogProbs(nn.Module):
             raise ModelError("lora.target_modules: the output head cannot have an adapter. Leave the output head out")
         if not isinstance(getattr(head, "weight", None), Tensor) or head.weight.dim() != 2:
             raise ModelError(
-                f"{type(self.causal_lm).__name__}: the output head is a {type(head).__name__}, not a plain linear layer. "
-                "spinlm does not support this model"
+                f"{type(self.causal_lm).__name__} is not supported: its output head is a {type(head).__name__}, not a "
+                "plain linear layer"
             )
         config = self.causal_lm.config.get_text_config()
         scale = getattr(config, "logit_scale", None) or 1.0

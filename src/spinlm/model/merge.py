@@ -1,4 +1,4 @@
-"""Players as whole models: an adapter merged into its base."""
+"""Save players as whole models, with the adapter merged into the base."""
 
 import logging
 import shutil
@@ -7,7 +7,7 @@ from pathlib import Path
 from peft import PeftModel
 from transformers import GenerationConfig
 
-from spinlm.model.loading import compute_dtype, ensure_base, load_model, save_stop_ids
+from spinlm.model.loading import compute_dtype, load_model, prepare_base_model, save_stop_ids
 from spinlm.model.players import seat
 from spinlm.recipe.schema import Recipe
 from spinlm.rundir.layout import RunDir
@@ -16,44 +16,47 @@ from spinlm.utils.atomic import atomic_path
 log = logging.getLogger("spinlm")
 
 
-def save_merged(recipe: Recipe, run: RunDir, iteration: int, to: Path) -> None:
+def save_merged(recipe: Recipe, run: RunDir, iteration: int, output: Path) -> None:
     """Save the base with a player's adapter merged into it, and the tokenizer.
 
-    An adapter that was trained over 4 bits is merged into the base as it came: what is saved is no longer quantised.
+    The merged model is never quantized: an adapter trained over a 4-bit base is merged into the original base.
 
     Args:
-        recipe: the run's, with LoRA.
-        run: whose player.
-        iteration: which.
-        to: the folder.
+        recipe: the recipe of the run; must have LoRA.
+        run: the run folder.
+        iteration: the iteration of the player.
+        output: the folder to save to.
     """
     players = seat(recipe, run)
     dtype = compute_dtype(recipe.model, players.device)
     if recipe.model.load_in_4bit:
         log.info(
-            "the adapter was trained over a base in 4 bits and is merged into the base in %s: the merged model is not "
-            "the player that was evaluated; `spinlm check` says how far the two bases are apart",
+            "the adapter was trained over a 4-bit base and is merged into the base in %s, so the merged model differs "
+            "from the player that was evaluated. `spinlm check` measures the difference between the two bases",
             dtype,
         )
-    base = load_model(recipe.model, ensure_base(recipe.model, run), dtype)
+    base = load_model(recipe.model, prepare_base_model(recipe.model, run), dtype)
     merged = PeftModel.from_pretrained(base, str(run.player(iteration))).merge_and_unload()
-    merged.save_pretrained(to)
+    merged.save_pretrained(output)
     players.tokenizer.chat_template = players.renderer.template
-    players.tokenizer.save_pretrained(to)
-    save_stop_ids(to, players.renderer.stop_ids)
+    players.tokenizer.save_pretrained(output)
+    save_stop_ids(output, players.renderer.stop_ids)
 
 
-def save_for_serving(recipe: Recipe, run: RunDir, iteration: int, to: Path) -> None:
-    """Save a player as a whole model from which any server samples as the recipe says: many take their defaults from
-    the model's generation_config.json, and transformers' own default leaves out all but the 50 likeliest tokens."""
-    renderer, opponent = seat(recipe, run).renderer, recipe.opponent
-    drawn = {"do_sample": True, "temperature": opponent.temperature, "top_p": opponent.top_p, "top_k": 0}
-    defaults = GenerationConfig(
-        eos_token_id=list(renderer.stop_ids), **(drawn if opponent.temperature > 0 else {"do_sample": False})
+def save_for_serving(recipe: Recipe, run: RunDir, iteration: int, output: Path) -> None:
+    """Save a player as a whole model whose generation config has the sampling parameters of the recipe.
+
+    Many servers take their defaults from generation_config.json, where the default of transformers is top_k = 50.
+    """
+    opponent = recipe.opponent
+    sampling = {"do_sample": True, "temperature": opponent.temperature, "top_p": opponent.top_p, "top_k": 0}
+    config = GenerationConfig(
+        eos_token_id=list(seat(recipe, run).renderer.stop_ids),
+        **(sampling if opponent.temperature > 0 else {"do_sample": False}),
     )
-    with atomic_path(to) as temporary:
+    with atomic_path(output) as temporary:
         if recipe.lora is not None:
             save_merged(recipe, run, iteration, temporary)
         else:
             shutil.copytree(run.player(iteration), temporary)
-        defaults.save_pretrained(temporary)
+        config.save_pretrained(temporary)

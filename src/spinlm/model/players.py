@@ -25,13 +25,13 @@ from spinlm.model.loading import (
     add_adapter,
     compute_dtype,
     disable_dropout,
-    ensure_base,
     load_model,
     load_player,
+    load_stop_ids,
     load_tokenizer,
-    not_finite,
+    non_finite_weights,
+    prepare_base_model,
     save_stop_ids,
-    stop_ids,
 )
 from spinlm.model.logprobs import LogProbs, max_logprob_error
 from spinlm.model.prefix_trees import PrefixTree, pack_batch
@@ -62,7 +62,7 @@ class Players:
         disable_progress_bar()
         self.recipe = recipe
         self.run = run
-        self.path = ensure_base(recipe.model, run)
+        self.path = prepare_base_model(recipe.model, run)
         self.device = torch.device("cuda", processes.local_rank()) if torch.cuda.is_available() else torch.device("cpu")
         self.dtype = compute_dtype(recipe.model, self.device)
         self._sits: Path | None = None
@@ -74,7 +74,7 @@ class Players:
 
     @cached_property
     def renderer(self) -> Renderer:
-        return Renderer(self.tokenizer, self.recipe.data.chat_template, stop_ids(self.recipe.model, self.path))
+        return Renderer(self.tokenizer, self.recipe.data.chat_template, load_stop_ids(self.recipe.model, self.path))
 
     @cached_property
     def logprobs(self) -> LogProbs:
@@ -84,7 +84,7 @@ class Players:
         full = lora is None
         stored = torch.float32 if full else self.dtype
         log.info("loading the model")
-        model = load_model(self.recipe.model, self.path, stored, quantize=self.recipe.model.load_in_4bit)
+        model = load_model(self.recipe.model, self.path, stored, load_in_4bit=self.recipe.model.load_in_4bit)
         if lora is not None:
             model = add_adapter(model, lora, self.recipe.seed, self.recipe.model.revision)
             fuse_layers(model)
@@ -191,7 +191,7 @@ class Players:
         return list(once.values())
 
     def _write(self, iteration: int, weights: dict[str, Any] | None) -> None:
-        if names := not_finite(weights.items() if weights is not None else self._saved()):
+        if names := non_finite_weights(weights.items() if weights is not None else self._saved()):
             raise ModelError(f"{self.run.player(iteration)}: not saved: {names}. {_DESTROYED}")
         with atomic_path(self.run.player(iteration)) as folder:
             extra = {"save_embedding_layers": False} if self.recipe.lora is not None else {}

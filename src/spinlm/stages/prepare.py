@@ -11,7 +11,7 @@ from spinlm.data.sources import names_a_file
 from spinlm.errors import DataError, RecipeError
 from spinlm.evals.scorers import get_scorer
 from spinlm.generation.vllm import check_vllm
-from spinlm.model.loading import ensure_base, hub_commit
+from spinlm.model.loading import hub_commit, prepare_base_model
 from spinlm.model.players import check_trackers, seat
 from spinlm.model.quantize import check_4bit_support
 from spinlm.recipe.fingerprint import recipe_fingerprint
@@ -52,7 +52,7 @@ def prepare(recipe: Recipe, run: RunDir) -> None:
 def _examples(recipe: Recipe, run: RunDir, data: dict[str, Any]) -> None:
     if (path := existing_path(recipe.data.path)) and path.suffix.lower() == ".jsonl":  # told before a model is unpacked
         check_layout(recipe.data)
-    ensure_base(recipe.model, run)
+    prepare_base_model(recipe.model, run)
     players = seat(recipe, run)
     own = recipe.sft.prompts if recipe.sft else None
     with contextlib.ExitStack() as stack:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from spinlm.distributed import processes
 from spinlm.errors import RunError, TrainingError
-from spinlm.model.loading import not_finite
+from spinlm.model.loading import non_finite_weights
 from spinlm.model.players import Players
 from spinlm.training.parallel import OptimizerState
 from spinlm.utils.atomic import atomic_path, file_digest, read_json, short_digest, write_json
@@ -41,7 +41,7 @@ def save_checkpoint(folder: Path, players: Players, step: int) -> None:
 
 def _write(folder: Path, step: int, weights: dict[str, Any], tensors: dict[str, Any], scalars: dict[str, Any]) -> None:
     target = folder / f"step-{step:06d}"
-    if names := not_finite(weights.items()):
+    if names := non_finite_weights(weights.items()):
         kept = newest(folder)
         raise TrainingError(
             f"{target}: not saved: {names}. "
@@ -88,7 +88,7 @@ def resume(folder: Path, players: Players) -> tuple[int, OptimizerState]:
         noted = processes.on_rank_zero(_state, found)
         weights = load_file(found / "weights.safetensors")
         tensors: dict[str, Any] = dict(load_file(found / "optimizer.safetensors"))
-        if names := not_finite([*weights.items(), *tensors.items()]):
+        if names := non_finite_weights([*weights.items(), *tensors.items()]):
             raise RunError(names)
         with torch.no_grad():
             for name, parameter in players.parameters():
