@@ -20,7 +20,7 @@ from spinlm.model.logprobs import LogProbs
 from spinlm.model.players import Players, seat
 from spinlm.model.prefix_trees import PrefixTree, micro_batches, pack_batch
 from spinlm.model.quantize import count_parameters
-from spinlm.plan import make_plan, refusals
+from spinlm.plan import make_plan
 from spinlm.recipe.schema import MEMORY_MARGIN, Objective, Recipe
 from spinlm.rundir.layout import RunDir
 from spinlm.rundir.records import Example, Generation, read_lines
@@ -47,7 +47,7 @@ def check(recipe: Recipe) -> Iterator[str]:
     Raises:
         SpinError: with the first thing that is wrong.
     """
-    for reason in refusals(make_plan(recipe)):
+    for reason in make_plan(recipe).refusals:
         raise DataError(reason)
     few = {
         "prompts": min(EXAMPLES, recipe.data.prompts or EXAMPLES),

@@ -67,10 +67,10 @@ def test_a_run_for_a_program(world, rewound, cli):
 
 def test_a_plan_for_a_program(world, cli, tmp_path):
     told = json.loads(cli("plan", world.recipe, "--json", folder=tmp_path).out)
-    assert [work["iteration"] for work in told["work"]] == [-1, 0, 1]
-    assert told["work"][2]["pairs"] == 2 * told["work"][1]["pairs"] > 0
+    assert [cost["iteration"] for cost in told["iterations"]] == [-1, 0, 1]
+    assert told["iterations"][2]["pairs"] == 2 * told["iterations"][1]["pairs"] > 0
     assert told["devices"][0]["memory"]["training"] > 0 and told["devices"][0]["hours"][1]["train"] > 0
-    assert told["disk"]["run folder"]["total"] > told["disk"]["players"]["total"] > 0
+    assert told["disk"]["players"] > 0
     write_rows(tmp_path / "odd.jsonl", [{"prompt": "p", "respons": "r"}] * 40)
     odd = cli("plan", world.recipe, f"data.path={tmp_path / 'odd.jsonl'}", "--json", folder=tmp_path, code=2)
     assert "cannot tell which columns hold the prompt and the response" in json.loads(odd.out)["refusals"][0]

@@ -6,6 +6,7 @@ import json
 import shlex
 import shutil
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -68,15 +69,15 @@ def plan(
     """
     from rich.console import Console
 
-    from spinlm.plan import as_data, make_plan, refusals, render
+    from spinlm.plan import make_plan, render
 
     loaded = load_recipe_file(recipe, overrides)
     estimate = make_plan(loaded, RunDir(run_folder(recipe, run_dir)), processes)
     if as_json:
-        print(json.dumps(as_data(estimate)))
+        print(json.dumps(asdict(estimate)))
     else:
         Console().print(render(estimate))
-    if any(refusals(estimate)):
+    if estimate.refusals:
         raise typer.Exit(RunError.exit_code)
 
 

@@ -1,77 +1,80 @@
-"""The shape of a model, as its config.json gives it, and what can be counted from it."""
+"""The shape of a model, read from its config.json or .gguf header, and the sizes that follow from the shape."""
 
+import json
+import os
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, BinaryIO
 
-from spinlm.recipe.schema import Lora
+from spinlm.errors import ModelError
+from spinlm.recipe.schema import Lora, Model
+from spinlm.utils.model_path import resolve_model
 
+BYTES_IN_4BIT = 0.5 + 1 / 64 + 4 / (64 * 256)
+"""Bytes of a 4-bit weight: the weight, 1 byte of scale per 64 weights, and a float32 per 256 scales."""
 
-class UnknownShapeError(Exception):
-    """No shape can be had; the message says what is missing and how to get it."""
-
-
-FOUR_BITS = 0.5 + 1 / 64 + 4 / (64 * 256)
-"""Bytes of a weight in 4 bits: itself, a byte for the scale of every 64, and for every 256 of those a float32."""
+LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3", "gemma2")
+GPT_LIKE = ("gpt2", "gpt_neo", "gpt_neox")
 
 Linear = tuple[str, int, int]  # name, inputs and outputs of a linear layer
 
 
+class UnknownShapeError(Exception):
+    """The shape of a model is not available. The message says what is missing and what to do."""
+
+
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """The sizes of a decoder, from which everything else is counted."""
+    """The sizes of a decoder."""
 
-    family: str  # config.json's model_type
+    family: str  # model_type in config.json
     vocab: int
     hidden: int
     layers: int
     heads: int
     kv_heads: int
     head_dim: int
-    inner: int  # of the MLP
-    positions: int  # learned ones
+    intermediate: int  # width of the MLP
+    positions: int  # learned position embeddings
     tied: bool  # the output head is the embedding
     linears: tuple[Linear, ...]  # of one block
-    vectors: int  # parameters of norms and biases
+    norms_and_biases: int  # parameters
 
     @property
     def parameters(self) -> int:
-        """Embeddings, blocks and norms, and the output head where it is not the embedding."""
-        tables = (self.vocab * (1 if self.tied else 2) + self.positions) * self.hidden
-        return tables + self.matrices + self.vectors
+        """All parameters."""
+        embeddings = (self.vocab * (1 if self.tied else 2) + self.positions) * self.hidden
+        return embeddings + self.block_matrices + self.norms_and_biases
 
     @property
-    def matrices(self) -> int:
-        """Parameters in the linear layers of the blocks, which are those that are quantised."""
+    def block_matrices(self) -> int:
+        """Parameters of the linear layers in all blocks; `load_in_4bit` quantizes these."""
         return self.layers * sum(inputs * outputs for _, inputs, outputs in self.linears)
-
-    def frozen_bytes(self, width: int, load_in_4bit: bool) -> int:
-        """The model itself, in a precision and as `model.load_in_4bit` says."""
-        in_four_bits = self.matrices if load_in_4bit else 0
-        return width * (self.parameters - in_four_bits) + round(FOUR_BITS * in_four_bits)
 
     @property
     def multiplied(self) -> int:
-        """Parameters that a token is multiplied with: all but the tables it is looked up in."""
+        """Parameters that each token is multiplied with: all except embedding tables."""
         return self.parameters - (self.positions + (0 if self.tied else self.vocab)) * self.hidden
 
     @property
     def gathered(self) -> int:
-        """Parameters of a block, the unit in which a divided model is gathered, and of the tables around the blocks."""
-        return (self.parameters - self.tables) // self.layers + self.tables
+        """Parameters that FSDP gathers at once: one block, the embeddings, the output head and all norms."""
+        return self.block_matrices // self.layers + self.parameters - self.block_matrices
 
     @property
-    def tables(self) -> int:
-        """Parameters outside the blocks: embeddings, the output head, and (counted here too) all norms."""
-        return self.parameters - self.layers * sum(inputs * outputs for _, inputs, outputs in self.linears)
-
-    @property
-    def takes_trees(self) -> bool:
-        """Whether its attention can take a mask of our own. GPT-Neo's cannot, and is not fused either."""
+    def supports_prefix_sharing(self) -> bool:
+        """Whether the attention accepts a custom mask. GPT-Neo's does not, and is not fused either."""
         return self.family != "gpt_neo"
 
+    def frozen_bytes(self, width: int, in_4bit: bool) -> int:
+        """Return the bytes of the frozen base of an adapter, at `width` bytes per number."""
+        packed = self.block_matrices if in_4bit else 0
+        return width * (self.parameters - packed) + round(BYTES_IN_4BIT * packed)
+
     def trained(self, lora: Lora | None) -> int:
-        """Parameters that are trained: all, or an adapter's r · (inputs + outputs) for each adapted layer."""
+        """Return the number of trained parameters: all, or r · (inputs + outputs) for each adapted layer."""
         if lora is None:
             return self.parameters
         names = {target.rpartition(".")[2] for target in lora.target_modules}
@@ -79,24 +82,23 @@ class Shape:
         return self.layers * lora.r * sum(map(sum, adapted))
 
     def kv_bytes(self, width: int) -> int:
-        """Keys and values of one token in all layers."""
+        """Return the bytes of the keys and values of one token in all layers."""
         return 2 * self.layers * self.kv_heads * self.head_dim * width
 
     def activation_bytes(self, width: int, row: int, lora: Lora | None, *, checkpointing: bool) -> int:
-        """What backward needs of one token in a row of some length, to within a factor of about 1.5.
+        """Return the bytes that backward needs of one token in a row of `row` tokens, within a factor of about 1.5.
 
-        A block keeps two residual streams and two normalised ones, queries, keys, values and the attention's output
-        twice, and the MLP's inner values: before and after the activation, and of a gated MLP four (gate, up, their
-        activation and product), or two where it is adapted and computed as one operation. Norms keep two float32 copies
-        each, unless they are one operation too. With checkpointing only the residual stream is kept of each block, and
-        one block at a time is computed again. Attention that is not fused also keeps scores and weights in float32 and
-        once more as computed.
+        A block keeps two residual streams and two normalized ones; queries, keys, values and twice the attention's
+        output; and the MLP's inner values: 2 without a gate, 4 with one (gate, up, their activation and product), or 2
+        if the whole MLP is adapted and fused. Norms keep two float32 copies each, unless they are fused. Attention that
+        is not fused keeps scores and weights in float32, and the weights once more in the computation's precision.
+        With checkpointing each block keeps the residual stream only, and one block at a time is recomputed.
         """
-        gpt = self.family in _GPT_LIKE
-        inner = (2 if gpt or (lora and not lora.dropout and _adapts_mlp(lora)) else 4) * self.inner
+        gpt = self.family in GPT_LIKE
+        inner = (2 if gpt or (lora and not lora.dropout and _adapts_mlp(lora)) else 4) * self.intermediate
         elements = 4 * self.hidden + (3 * self.heads + 2 * self.kv_heads) * self.head_dim + inner
         norms = 0 if lora and width == 4 and not gpt and self.family != "gemma2" else 4 * (4 * self.hidden)
-        scores = 0 if self.takes_trees else (8 + width) * self.heads * row
+        scores = 0 if self.supports_prefix_sharing else (8 + width) * self.heads * row
         block = width * elements + norms + scores
         return self.layers * width * self.hidden + block if checkpointing else self.layers * block
 
@@ -105,39 +107,60 @@ def _adapts_mlp(lora: Lora) -> bool:
     return lora.target_modules == "all-linear" or {"gate_proj", "up_proj", "down_proj"} <= set(lora.target_modules)
 
 
-_LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3", "gemma2")
-_GPT_LIKE = ("gpt2", "gpt_neo", "gpt_neox")
+def find_shape(model: Model) -> tuple[Shape, str]:
+    """Return the shape of a recipe's model, and where it was read.
+
+    Raises:
+        UnknownShapeError: neither a local file nor the hub cache has the shape.
+    """
+    try:
+        path = resolve_model(model.path)
+    except ModelError as error:
+        raise UnknownShapeError(str(error)) from None
+    if path is not None and path.is_file():
+        return shape_from_config(_gguf_config(path)), f"read from the header of {path.name}"
+    if path is not None:
+        return shape_from_config(_json_config(path / "config.json")), f"read from {path / 'config.json'}"
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = try_to_load_from_cache(model.path, "config.json", revision=model.revision)
+    if not isinstance(cached, str):
+        revision = f" --revision {model.revision}" if model.revision else ""
+        raise UnknownShapeError(
+            f"{model.path} is not in the local hub cache. Run `hf download {model.path} config.json{revision}` once"
+        )
+    return shape_from_config(_json_config(Path(cached))), "read from config.json in the local hub cache"
 
 
 def shape_from_config(config: Mapping[str, Any]) -> Shape:
-    """The shape that a config.json describes.
+    """Return the shape that a config.json describes.
 
     Raises:
-        UnknownShapeError: it lacks a size, or is of a family that cannot be counted here.
+        UnknownShapeError: the config lacks a size, or the model family is not supported.
     """
 
     def size(*names: str, default: int | None = None) -> int:
         value = next((config[name] for name in names if config.get(name) is not None), default)
         if not isinstance(value, int) or value < 1:
-            raise UnknownShapeError(f"its config has no usable {' or '.join(names)}")
+            raise UnknownShapeError(f"the model's config has no usable {' or '.join(names)}")
         return value
 
     family = str(config.get("model_type"))
-    if family not in (*_LLAMA_LIKE, *_GPT_LIKE):
-        known = ", ".join((*_LLAMA_LIKE, *_GPT_LIKE))
-        raise UnknownShapeError(f"its model_type is {family}; those that can be counted are {known}")
-    gpt = family in _GPT_LIKE
+    if family not in (*LLAMA_LIKE, *GPT_LIKE):
+        supported = ", ".join((*LLAMA_LIKE, *GPT_LIKE))
+        raise UnknownShapeError(f"the plan does not support the model_type {family}, only {supported}")
+    gpt = family in GPT_LIKE
     hidden, layers = size("hidden_size", "n_embd"), size("num_hidden_layers", "num_layers", "n_layer")
     heads = size("num_attention_heads", "num_heads", "n_head")
     kv_heads = heads if gpt else size("num_key_value_heads", default=heads)
     head_dim = size("head_dim", default=hidden // heads)
     inner = size("intermediate_size", "n_inner", default=4 * hidden if gpt else None)
     queries, keys = heads * head_dim, kv_heads * head_dim
-    if gpt:  # norms have a weight and a bias; of the linear layers only GPT-Neo's queries, keys and values have none
+    if gpt:  # a norm has weight and bias; all linear layers have biases, except GPT-Neo's queries, keys and values
         vectors = layers * (4 * hidden + (2 if family == "gpt_neo" else 5) * hidden + inner) + 2 * hidden
     else:
-        more = {"qwen2": queries + 2 * keys, "qwen3": 2 * head_dim, "gemma2": 2 * hidden}  # biases; norms
-        vectors = layers * (2 * hidden + more.get(family, 0)) + hidden
+        extra = {"qwen2": queries + 2 * keys, "qwen3": 2 * head_dim, "gemma2": 2 * hidden}  # biases; norms
+        vectors = layers * (2 * hidden + extra.get(family, 0)) + hidden
     return Shape(
         family=family,
         vocab=size("vocab_size"),
@@ -146,16 +169,16 @@ def shape_from_config(config: Mapping[str, Any]) -> Shape:
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
-        inner=inner,
+        intermediate=inner,
         positions=size("n_positions", "max_position_embeddings") if family in ("gpt2", "gpt_neo") else 0,
         tied=bool(config.get("tie_word_embeddings", family in ("gpt2", "gpt_neo", "gemma2"))),
         linears=_linears(family, hidden, queries, keys, inner),
-        vectors=vectors,
+        norms_and_biases=vectors,
     )
 
 
 def _linears(family: str, hidden: int, queries: int, keys: int, inner: int) -> tuple[Linear, ...]:
-    if family in _LLAMA_LIKE:
+    if family in LLAMA_LIKE:
         attention = [("q_proj", hidden, queries), ("k_proj", hidden, keys), ("v_proj", hidden, keys)]
         mlp = [("gate_proj", hidden, inner), ("up_proj", hidden, inner), ("down_proj", inner, hidden)]
         return *attention, ("o_proj", queries, hidden), *mlp
@@ -167,3 +190,76 @@ def _linears(family: str, hidden: int, queries: int, keys: int, inner: int) -> t
         attention = [("c_attn", hidden, 3 * hidden), ("c_proj", hidden, hidden)]
     up, down = ("dense_h_to_4h", "dense_4h_to_h") if family == "gpt_neox" else ("c_fc", "c_proj")
     return *attention, (up, hidden, inner), (down, inner, hidden)
+
+
+def _json_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UnknownShapeError(f"{path} cannot be read: {error}") from None
+    if not isinstance(config, dict):
+        raise UnknownShapeError(f"{path} is not a model configuration")
+    return config
+
+
+_GGUF_SIZES = {
+    "num_hidden_layers": "block_count",
+    "hidden_size": "embedding_length",
+    "intermediate_size": "feed_forward_length",
+    "num_attention_heads": "attention.head_count",
+    "num_key_value_heads": "attention.head_count_kv",
+    "head_dim": "attention.key_length",
+    "max_position_embeddings": "context_length",
+}
+_GGUF_STRING, _GGUF_ARRAY = 8, 9
+_GGUF_NUMBERS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
+
+
+def _gguf_config(path: Path) -> dict[str, Any]:
+    """Return the header of a .gguf file with the keys of a config.json.
+
+    The gguf package's reader is not used: it builds an array of the whole vocabulary, which takes seconds.
+    """
+    try:
+        with path.open("rb") as file:
+            values, tensors = _gguf_header(file)
+    except (OSError, ValueError, KeyError, OverflowError, MemoryError, struct.error) as error:
+        raise UnknownShapeError(f"{path} is not a readable .gguf file: {error}") from None
+    family = values.get("general.architecture")
+    return {
+        "model_type": family,
+        "vocab_size": values.get("tokenizer.ggml.tokens"),
+        "tie_word_embeddings": "output.weight" not in tensors,
+        **{name: values.get(f"{family}.{key}") for name, key in _GGUF_SIZES.items()},
+    }
+
+
+def _gguf_header(file: BinaryIO) -> tuple[dict[str, Any], set[str]]:
+    """Return the metadata (the length instead of an array) and the names of the tensors."""
+
+    def take(form: str) -> Any:
+        return struct.unpack(form, file.read(struct.calcsize(form)))[0]
+
+    def text() -> str:
+        return file.read(take("<Q")).decode("utf-8", "replace")
+
+    def value(kind: int) -> Any:
+        if kind != _GGUF_ARRAY:
+            return text() if kind == _GGUF_STRING else take(_GGUF_NUMBERS[kind])
+        element, count = take("<I"), take("<Q")
+        if element == _GGUF_STRING:
+            for _ in range(count):
+                file.seek(take("<Q"), os.SEEK_CUR)
+        else:
+            file.seek(count * struct.calcsize(_GGUF_NUMBERS[element]), os.SEEK_CUR)
+        return count
+
+    if take("4s") != b"GGUF":
+        raise ValueError("the file does not begin with GGUF")
+    _version, tensors, values = take("<I"), take("<Q"), take("<Q")
+    metadata = {text(): value(take("<I")) for _ in range(values)}
+    names = set()
+    for _ in range(tensors):
+        names.add(text())
+        take(f"{8 * take('<I') + 12}s")  # sizes, type and offset
+    return metadata, names
