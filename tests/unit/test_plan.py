@@ -403,9 +403,9 @@ def test_fused_layers_keep_less(lora: Lora, inner: int) -> None:
 
 
 def test_a_chunk_of_logits_is_as_large_as_in_training() -> None:
-    from spinlm.model.logprobs import CHUNK_ELEMENTS, GPU_CHUNKS
+    from spinlm.model.logprobs import CHUNK_ELEMENTS, GPU_CHUNK_FACTOR
 
-    assert (CPU.logits_bytes, GPU.logits_bytes) == (2 * 4 * CHUNK_ELEMENTS, 2 * 4 * CHUNK_ELEMENTS * GPU_CHUNKS)
+    assert (CPU.logits_bytes, GPU.logits_bytes) == (2 * 4 * CHUNK_ELEMENTS, 2 * 4 * CHUNK_ELEMENTS * GPU_CHUNK_FACTOR)
 
 
 def test_auto_checkpointing_is_on_where_activations_do_not_fit() -> None:
