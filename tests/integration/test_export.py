@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from models import load_player
 from spinlm.data.renderer import Renderer
-from spinlm.export.model_card import base_licence, full_card
+from spinlm.export.model_card import base_license, render_card
 from spinlm.export.pairs import export_pairs
 from spinlm.export.player import export, push
 from spinlm.recipe.schema import Model, Recipe
@@ -77,7 +76,7 @@ def test_export_does_not_overwrite(cli, reference, tmp_path):
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     for options in ((), ("--merge",)):
         refused = cli("export", reference, *options, "--output", "mine", folder=tmp_path, code=2)
-        assert refused.message == "mine: already there and not an empty folder. Choose another --output"
+        assert refused.message.startswith("mine: already exists")
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
 
 
@@ -85,7 +84,7 @@ def test_export_of_a_player_that_is_not_there(cli, reference, tmp_path):
     refused = cli("export", reference, "--iteration", "7", "--output", "new", folder=tmp_path, code=2)
     assert refused.message == f"{reference}: has no player 7; it has iteration-0, iteration-1, start"
     refused = cli("export", reference, "--iteration", "last", "--output", "new", folder=tmp_path, code=2)
-    assert "'last' names no player: write best, start, or the number of an iteration" in refused.message
+    assert "'last' is not a player" in refused.message
     assert list(tmp_path.iterdir()) == []
 
 
@@ -156,14 +155,14 @@ def test_a_card_where_the_model_and_the_data_are_gone(reference, cli, tmp_path):
         ),
         ("license: [mit, apache-2.0]", {"license": ["mit", "apache-2.0"]}),
         ("license: 7", {}),
-        ("license: &a [mit]\nother: *a", {}),
+        ("license: &a [mit]\nother: *a", {"license": ["mit"]}),
         ("license: !!int ''", {}),
         ("- license", {}),
     ],
 )
-def test_licences_that_cards_state(given, taken, tmp_path):
+def test_licenses_that_cards_state(given, taken, tmp_path):
     (tmp_path / "README.md").write_text(f"---\n{given}\n---\nA model.\n")
-    assert base_licence(Model(path=str(tmp_path))) == taken
+    assert base_license(Model(path=str(tmp_path))) == taken
 
 
 def card_of(folder):
@@ -183,14 +182,14 @@ def test_card_of_an_exported_player(world, cli, reference, tmp_path):
     prompt = read_rows(reference / "examples" / "heldout.jsonl")[0]["messages"][-1]["content"]
     exec(code.replace("THIS FOLDER", str(tmp_path / "adapter")).replace("YOUR PROMPT", prompt), loaded)
     assert loaded["model"].peft_type == "LORA" and loaded["tokenizer"].chat_template
-    ids = loaded["answer"][0, loaded["prompt"]["input_ids"].shape[1] :].tolist()
+    ids = loaded["response"][0, loaded["prompt"]["input_ids"].shape[1] :].tolist()
     asked, measured = (
         read_rows(reference / name)[0] for name in ("examples/heldout.jsonl", "iteration-1/heldout_greedy.jsonl")
     )
     assert asked["id"] == measured["id"] and asked["prompt_ids"] == loaded["prompt"]["input_ids"][0].tolist()
     assert ids == measured["token_ids"]
     assert f"eos_token_id={Renderer(loaded['tokenizer']).stop_ids}".replace("(", "[").replace(",)", "]") in code
-    assert f"and {HELDOUT} held-out prompts, which nothing was trained on" in text
+    assert f"and {HELDOUT} held-out prompts" in text
     assert "Self-play" in text.split("## Results")[1]
     metrics = json.loads((reference / "iteration-1" / "eval.json").read_text())
     (row,) = [line for line in text.splitlines() if line.startswith("| iteration 1")]
@@ -205,12 +204,12 @@ def test_card_of_an_exported_player(world, cli, reference, tmp_path):
 
 def test_card_of_a_start(world, reference):
     recipe = Recipe.model_validate(read_recipe(RunDir(reference)))
-    told = full_card(recipe, RunDir(reference), START, merged=False)
-    assert "Made by supervised fine-tuning, the warm-up before self-play" in told and "- spin" not in told
+    card = render_card(recipe, RunDir(reference), START, merged=False)
+    assert "Made by supervised fine-tuning" in card and "- spin" not in card
     plain = recipe.model_copy(update={"sft": None, "data": recipe.data.model_copy(update={"path": "hub/data"})})
-    told = full_card(plain, RunDir(reference), START, merged=False)
-    assert "The model as it came, from which self-play fine-tuning" in told and "datasets:" not in told
-    assert "datasets: [hub/data]" in full_card(plain, RunDir(reference), 0, merged=False)
+    card = render_card(plain, RunDir(reference), START, merged=False)
+    assert "The unchanged base model" in card and "datasets:" not in card
+    assert "datasets:\n- hub/data\n" in render_card(plain, RunDir(reference), 0, merged=False)
 
 
 @pytest.mark.parametrize("system", [True, False])
@@ -220,9 +219,9 @@ def test_a_card_asks_with_a_system_prompt_where_the_data_have_one(reference, tmp
     rows[0]["messages"] = [*([{"role": "system", "content": "s"}] if system else []), {"role": "user", "content": "u"}]
     write_rows(run / "examples" / "heldout.jsonl", rows)
     recipe = Recipe.model_validate(read_recipe(RunDir(run)))
-    assert ("THE SYSTEM PROMPT OF YOUR TASK" in full_card(recipe, RunDir(run), 0, merged=False)) == system
+    assert ("THE SYSTEM PROMPT OF YOUR TASK" in render_card(recipe, RunDir(run), 0, merged=False)) == system
     (run / "examples" / "heldout.jsonl").unlink()
-    assert "THE SYSTEM PROMPT" not in full_card(recipe, RunDir(run), 0, merged=False)
+    assert "THE SYSTEM PROMPT" not in render_card(recipe, RunDir(run), 0, merged=False)
 
 
 def test_a_whole_player_keeps_what_else_its_generation_config_says(world, cli, tmp_path):
@@ -286,7 +285,7 @@ LORA_4_BITS = {"model": {"path": "hub/m", "load_in_4bit": True}, "lora": {}}
 )
 def test_how_to_use_a_player(world, reference, changes, merged, says, says_not):
     recipe = Recipe.model_validate({"data": {"path": "d"}} | changes)
-    code = full_card(recipe, RunDir(reference), 0, merged=merged).split("```python")[1].split("```")[0]
+    code = render_card(recipe, RunDir(reference), 0, merged=merged).split("```python")[1].split("```")[0]
     compile(code, "card", "exec")
     assert says in code and says_not not in code
 
@@ -301,7 +300,7 @@ def test_a_card_finds_its_base_in_a_package_that_cannot_be_imported(reference, t
     monkeypatch.syspath_prepend(tmp_path)
     path = f"package://carries_a_model/{file}"
     recipe = Recipe.model_validate({"data": {"path": "d"}, "model": {"path": path}, "lora": {}})
-    code = full_card(recipe, RunDir(reference), 0, merged=False, licence="mit").split("```python")[1]
+    code = render_card(recipe, RunDir(reference), 0, merged=False, license="mit").split("```python")[1]
     found: dict[str, Any] = {}
     base = re.search(r"from_pretrained\((find_spec.*), gguf_file", code)
     exec(f"{code.strip().splitlines()[0]}\nbase = {base[1]}", found)
@@ -310,12 +309,12 @@ def test_a_card_finds_its_base_in_a_package_that_cannot_be_imported(reference, t
 
 def test_a_merged_player_of_4_bits_is_not_the_one_that_was_measured(reference):
     recipe = Recipe.model_validate({"data": {"path": "d"}, "model": {"path": "m"}} | LORA_4_BITS)
-    said = "It was measured over the base in 4 bits, before it was merged."
-    assert said in full_card(recipe, RunDir(reference), 0, merged=True)
-    assert said not in full_card(recipe, RunDir(reference), 0, merged=False)
+    said = "It was measured over the base model in 4 bits"
+    assert said in render_card(recipe, RunDir(reference), 0, merged=True)
+    assert said not in render_card(recipe, RunDir(reference), 0, merged=False)
 
 
-def test_licence_of_a_card(world, cli, reference, tmp_path):
+def test_license_of_a_card(world, cli, reference, tmp_path):
     """That of the base model, where it says one, unless another is given."""
     (world.model / "README.md").write_text("---\nlicense: apache-2.0\n---\nA model.\n")
     try:
@@ -325,9 +324,9 @@ def test_licence_of_a_card(world, cli, reference, tmp_path):
         (world.model / "README.md").unlink()
     matter, text = card_of(tmp_path / "whole")
     assert (matter["license"], matter["library_name"]) == ("apache-2.0", "transformers")
-    assert "apache-2.0, as the base model." in text and "a LoRA adapter merged into" in text
+    assert "apache-2.0, the license of the base model." in text and "a LoRA adapter merged into" in text
     matter, text = card_of(tmp_path / "own")
-    assert matter["license"] == "mit" and "mit. The licence of the data" in text
+    assert matter["license"] == "mit" and "\nmit.\n" in text
 
 
 def texts(row):
@@ -337,64 +336,47 @@ def texts(row):
 @pytest.fixture(scope="module")
 def exported(session_cli, reference, tmp_path_factory):
     folder = tmp_path_factory.mktemp("pairs")
-    said = session_cli("export", reference, "--pairs", "trl", "--output", "trl", folder=folder)
-    session_cli("export", reference, "--pairs", "llama-factory", "--output", "llama-factory", folder=folder)
-    return folder, said.out
+    result = session_cli("export", reference, "--pairs", "--output", "trl", folder=folder)
+    return folder / "trl", result.out
 
 
 def test_pairs_for_trl(world, reference, exported):
     """The newest pairs that ended, word for word, and nothing else."""
-    folder, said = exported
-    data = datasets.load_dataset(str(folder / "trl"))
+    folder, output = exported
+    data = datasets.load_dataset(str(folder))
     examples = {line["id"]: line for path in (reference / "examples").glob("*.jsonl") for line in read_rows(path)}
     answers = {
         (line["iteration"], line["id"], line["sample"]): line
         for path in reference.glob("iteration-*/generations/*.jsonl")
         for line in read_rows(path)
     }
-    unfinished = 0
+    truncated = 0
     for split, name in (("train", "train"), ("heldout", "test")):
         pairs = read_pairs(reference, 1, split)
         keys = [(pair["source_iteration"], pair["id"], pair["sample"]) for pair in pairs]
         ended = [key for key in keys if answers[key]["finished"]]
-        unfinished += len(keys) - len(ended)
+        truncated += len(keys) - len(ended)
         assert [(row["source_iteration"], row["id"], row["sample"]) for row in data[name]] == ended
         for row, key in zip(data[name], ended, strict=True):
             example = examples[row["id"]]
             assert texts(row) == (example["messages"], example["response"], answers[key]["text"])
     assert len(data["train"]) > 0 and {row["source_iteration"] for row in data["train"]} == {0, 1}
-    assert f"pairs of iteration 1: {len(data['train'])} train, {len(data['test'])} test" in said
-    assert (f"; {unfinished} left out, whose synthetic response did not end" in said) == (unfinished > 0)
+    assert f"pairs of iteration 1: {len(data['train'])} train, {len(data['test'])} test" in output
+    assert (f"{truncated} skipped" in output) == (truncated > 0)
 
 
 def test_pairs_do_not_depend_on_how_many_are_written_at_once(reference, exported, tmp_path, monkeypatch):
-    monkeypatch.setattr("spinlm.preferences.ROWS_AT_ONCE", 3)
+    monkeypatch.setattr("spinlm.export.pairs.ROWS_PER_WRITE", 3)
     run = RunDir(reference)
-    export_pairs(Recipe.model_validate(read_recipe(run)), run, 1, tmp_path / "few", "trl")
-    few, all_ = (datasets.load_dataset(str(folder)) for folder in (tmp_path / "few", exported[0] / "trl"))
+    export_pairs(Recipe.model_validate(read_recipe(run)), run, 1, tmp_path / "few")
+    few, all_ = (datasets.load_dataset(str(folder)) for folder in (tmp_path / "few", exported[0]))
     assert {name: list(rows) for name, rows in few.items()} == {name: list(rows) for name, rows in all_.items()}
-
-
-def test_pairs_for_llama_factory(exported):
-    folder, _ = exported
-    described = json.loads((folder / "llama-factory" / "dataset_info.json").read_text())
-    for name, about in described.items():
-        rows = read_rows(folder / "llama-factory" / about["file_name"])
-        same = datasets.load_dataset(str(folder / "trl"))[name.removeprefix("spin_")]
-        columns, tags = about["columns"], about["tags"]
-        assert about["ranking"] and about["formatting"] == "sharegpt"
-        roles = Counter(turn[tags["role_tag"]] for row in rows for turn in row[columns["messages"]])
-        assert set(roles) <= {tags["user_tag"], tags["assistant_tag"], tags["system_tag"]}
-        assert len(rows) == len(same) > 0
-        for row, other in zip(rows, same, strict=True):
-            assert row[columns["messages"]] == other["prompt"]
-            assert [row[columns["chosen"]], row[columns["rejected"]]] == [other["chosen"][0], other["rejected"][0]]
 
 
 def test_trl_trains_two_steps_on_the_pairs_and_sees_our_tokens(world, reference, exported, tmp_path):
     trl = pytest.importorskip("trl")
     folder, _ = exported
-    data = datasets.load_dataset(str(folder / "trl"))
+    data = datasets.load_dataset(str(folder))
     tokenizer = AutoTokenizer.from_pretrained(reference / "start" / "player")
     settings = trl.DPOConfig(
         output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=2, report_to=[], use_cpu=True, bf16=False
@@ -411,19 +393,17 @@ def test_trl_trains_two_steps_on_the_pairs_and_sees_our_tokens(world, reference,
 
 
 def test_pairs_that_cannot_be_exported(cli, reference, rewound, tmp_path):
-    refused = cli("export", reference, "--pairs", "trl", "--iteration", "7", "--output", "new", folder=tmp_path, code=2)
-    assert refused.message.endswith("iteration 7 has no pairs; the newest are those of iteration 1")
-    refused = cli(
-        "export", reference, "--pairs", "trl", "--iteration", "best", "--output", "new", folder=tmp_path, code=2
-    )
-    assert "pairs are those of an iteration: give its number" in refused.message
-    refused = cli("export", reference, "--pairs", "trl", "--merge", "--output", "new", folder=tmp_path, code=2)
+    refused = cli("export", reference, "--pairs", "--iteration", "7", "--output", "new", folder=tmp_path, code=2)
+    assert refused.message.endswith("the newest pairs are of iteration 1")
+    refused = cli("export", reference, "--pairs", "--iteration", "best", "--output", "new", folder=tmp_path, code=2)
+    assert "give the number of an iteration" in refused.message
+    refused = cli("export", reference, "--pairs", "--merge", "--output", "new", folder=tmp_path, code=2)
     assert "--merge and --license" in refused.message
     for changed in ("iteration-0/pairs/train-00000.arrow", "iteration-0/generations/train-00000.jsonl"):
         run = rewound(1, "reference_logprobs")
         with (run / changed).open("ab") as file:
             file.write(b"more")
-        refused = cli("export", run, "--pairs", "trl", "--output", "new", folder=tmp_path, code=2)
+        refused = cli("export", run, "--pairs", "--output", "new", folder=tmp_path, code=2)
         assert f"{run / changed}: has changed since it was written" in refused.message
         assert not (tmp_path / "new").exists()
         shutil.rmtree(run)

@@ -129,9 +129,8 @@ def test_a_player_says_what_it_is_and_not_whose_folders_it_came_from(saved: Any,
     players = Players(tiny_recipe(saved(), lora=LORA), RunDir(tmp_path))
     players.save(1)
     card = (tmp_path / "iteration-1" / "player" / "README.md").read_text()
-    assert "The player that iteration 1 made in self-play fine-tuning" in card
-    assert "- weights: a LoRA adapter\n" in card
-    assert f"- began from: {saved().name}\n" in card
+    assert "iteration 1 of self-play fine-tuning" in card
+    assert f"a LoRA adapter over the base model {saved().name}." in card
     assert str(saved().parent) not in card
 
 

@@ -5,7 +5,7 @@ import sys
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
@@ -150,9 +150,8 @@ def export(
         str | None, typer.Option(help="Set the license in the model card. The default is the base model's.")
     ] = None,
     pairs: Annotated[
-        Literal["trl", "llama-factory"] | None,
-        typer.Option(help="Export the training pairs of an iteration for this trainer.", show_default=False),
-    ] = None,
+        bool, typer.Option("--pairs", help="Export the training pairs of an iteration for TRL instead of a player.")
+    ] = False,
     push_to_hub: Annotated[
         str | None, typer.Option(help="Upload the folder to this repository. A new one is private.")
     ] = None,
@@ -163,20 +162,21 @@ def export(
     """
     from spinlm.export.pairs import export_pairs
     from spinlm.export.player import export as export_player
-    from spinlm.export.player import push, which_player
+    from spinlm.export.player import push
+    from spinlm.rundir.player_names import parse_player
 
     folder, recipe = open_run(run)
-    if pairs is not None:
+    if pairs:
         if merge or license:
             raise RunError("--merge and --license cannot be used with --pairs. Leave them out")
         if iteration is not None and not iteration.isdecimal():
             raise RunError(f"--iteration {iteration}: with --pairs, give the number of an iteration")
-        summary = export_pairs(recipe, folder, None if iteration is None else int(iteration), output, pairs)
+        summary = export_pairs(recipe, folder, None if iteration is None else int(iteration), output)
         print(f"wrote {output} ({summary})")
     else:
-        player = which_player(folder, iteration or "best")
-        export_player(recipe, folder, player, output, merge=merge, licence=license)
+        player = parse_player(folder, iteration or "best")
+        export_player(recipe, folder, player, output, merge=merge, license=license)
         note = "; no iteration beat the start" if iteration in (None, "best") and player == START else ""
         print(f"wrote {output} ({folder.iteration(player).name}{note})")
     if push_to_hub:
-        print(f"pushed to {push(output, push_to_hub, recipe, data=pairs is not None)}")
+        print(f"pushed to {push(output, push_to_hub, recipe, dataset=pairs)}")

@@ -69,6 +69,6 @@ def parse_players(folder: RunDir, names: str) -> list[int]:
     Raises:
         RunError: the run has no such player.
     """
-    from spinlm.export.player import which_player
+    from spinlm.rundir.player_names import parse_player
 
-    return list(dict.fromkeys(which_player(folder, name.strip()) for name in names.split(",")))
+    return list(dict.fromkeys(parse_player(folder, name.strip()) for name in names.split(",")))

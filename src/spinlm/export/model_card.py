@@ -1,4 +1,4 @@
-"""The model card of a player: what it is, how it was made, and what was measured. No torch."""
+"""Write the model card of a player: how it was made, how to load it, and its results. Imports no torch."""
 
 import json
 from importlib import metadata
@@ -9,174 +9,132 @@ import yaml
 
 from spinlm.data.sources import names_a_file
 from spinlm.errors import ModelError
-from spinlm.recipe.load import parse_yaml
 from spinlm.recipe.schema import Model, Recipe
 from spinlm.report.run_data import run_data
-from spinlm.report.summary import player_rows, table_cells, verdict
+from spinlm.report.summary import table_cells
 from spinlm.rundir.layout import RunDir
 from spinlm.rundir.stage_graph import START, player_name
-from spinlm.utils.atomic import read_json
+from spinlm.utils.atomic import read_json, write_text
 from spinlm.utils.model_path import existing_path, install_command, parse_package_uri, resolve_model
 
-Licence = dict[str, Any]
-"""The fields of a card's front matter that say under which licence a model is."""
+CARD = "README.md"
+TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 
-LICENCE = ("license", "license_name", "license_link")
-LONGEST_CARD = 1_000_000  # bytes
-UNKNOWN = "Not stated by the base model's files. Fill in `license` above before you publish this."
+License = dict[str, Any]
+"""The license fields of a card's metadata."""
 
-
-def card(recipe: Recipe, iteration: int) -> str:
-    """The card of a player in a run folder, before anything is measured. A local path is shown by its name alone."""
-    model, lora = recipe.model, recipe.lora
-    settings = recipe.objective.model_dump(include=set(recipe.objective.reads))
-    what = "The starting player" if iteration == START else f"The player that iteration {iteration} made"
-    return "\n".join(
-        (
-            _front_matter(recipe, iteration, adapter=lora is not None, licence={}),
-            f"{what} in {_game(recipe)} with spinlm {metadata.version('spinlm')}.\n",
-            f"- weights: {'the whole model' if lora is None else 'a LoRA adapter'}"
-            + (", trained over the base in 4 bits (nf4)" if model.load_in_4bit else ""),
-            f"- began from: {public_name(model.path)}{f' at {model.revision}' if model.revision else ''}",
-            f"- data: {public_name(recipe.data.path)}",
-            f"- objective: {recipe.objective.name}{''.join(f', {key} {value}' for key, value in settings.items())}\n",
-        )
-    )
+LICENSE_FIELDS = ("license", "license_name", "license_link")
+MAX_CARD_BYTES = 1_000_000
 
 
-def full_card(recipe: Recipe, run: RunDir, iteration: int, *, merged: bool, licence: str | None = None) -> str:
-    """The card of a player that leaves its run: with the data, the recipe and what every iteration came to.
+def write_card(recipe: Recipe, iteration: int, player: Path) -> None:
+    """Write the card of a player that was just saved: its origin and its recipe, without results."""
+    title = player_name(iteration).capitalize()
+    card = _render(recipe, iteration, {}, merged=False, title=title, version=metadata.version("spinlm"), results=None)
+    write_text(player / CARD, card)
+
+
+def render_card(recipe: Recipe, folder: RunDir, iteration: int, *, merged: bool, license: str | None = None) -> str:
+    """Return the card of a player to export, with code to load it, its data and its results.
 
     Args:
-        recipe: the run's.
-        run: with the measurements.
-        iteration: whose player.
-        merged: whether the adapter has been merged into the base.
-        licence: of the player, an SPDX name; None is the base model's, where its files say one.
+        recipe: the recipe of the run.
+        folder: the run folder.
+        iteration: the iteration of the player.
+        merged: whether the adapter is merged into the base model.
+        license: license of the player, an SPDX name; None uses the base model's, where its files state one.
     """
-    adapter = recipe.lora is not None and not merged
-    found: Licence = {"license": licence} if licence else base_licence(recipe.model)
-    named = found.get("license_name") or found.get("license") or ""
-    named = named if isinstance(named, str) else ", ".join(named)
-    made = read_json(run.provenance) if run.provenance.exists() else {}
-    version = made.get("spinlm", metadata.version("spinlm")) + (f" ({made['commit']})" if made.get("commit") else "")
-    commit = made.get("inputs", {}).get("model", {}).get("commit")
-    counts = run.metadata("prepare", START)["counts"]
-    own = f", {counts['warmup']} for the warm-up alone" if counts.get("sft") else ""
-    titles, body = table_cells(player_rows(run))
-    table = [titles, ["---", *("---:" for _ in titles[1:])], *([name, *values] for name, *values in body)]
-    with_base = f"over the base model {public_name(recipe.model.path)}"
-    weights = f"a LoRA adapter {with_base}" if adapter else "a whole model"
-    if recipe.lora is not None and merged:
-        weights = f"a whole model: a LoRA adapter merged into the base model {public_name(recipe.model.path)}"
-    revision = f" at revision {recipe.model.revision}" if recipe.model.revision else ""
-    in_4_bits = recipe.model.load_in_4bit
-    trained_in_4_bits = " The adapter was trained over the base in 4 bits." if in_4_bits else ""
-    measured = " It was measured over the base in 4 bits, before it was merged." if in_4_bits and merged else ""
-    return "\n".join(
-        (
-            _front_matter(recipe, iteration, adapter=adapter, licence=found),
-            f"# {player_name(iteration).capitalize()} of {run.root.absolute().name}\n",
-            f"{_origin(recipe, iteration)}, with spinlm {version}. It is {weights}{revision}.{trained_in_4_bits}\n",
-            "## How to use\n",
-            "```python",
-            *_load(recipe.model, commit, adapter=adapter, in_4_bits=in_4_bits),
-            *_ask(recipe, _stop_ids(run, iteration), with_system=run_data(run).system_prompt is not None),
-            "```\n",
-            "## Data\n",
-            f"{public_name(recipe.data.path)}: {counts['train']} prompts for self-play{own}, and "
-            f"{counts['heldout']} held-out prompts, which nothing was trained on, for the results.\n",
-            "## Results\n",
-            verdict(run) + "\n",
-            *(f"| {' | '.join(cell)} |" for cell in (table if body else ())),
-            f"\nThis card goes with the player called {player_name(iteration)}.{measured}\n",
-            "## Recipe\n",
-            "```yaml",
-            yaml.safe_dump(_public_recipe(recipe), sort_keys=False, allow_unicode=True).rstrip(),
-            "```\n",
-            f"What is not written there is as it is by default in spinlm {metadata.version('spinlm')}; servers, vLLM and trackers are "
-            "left out.\n",
-            "## Licence\n",
-            (f"{named}." if licence else f"{named}, as the base model." if found else UNKNOWN)
-            + " The licence of the data applies, too.\n",
-        )
+    run = run_data(folder)
+    commit = run.provenance.get("commit")
+    fields: License = {"license": license} if license else base_license(recipe.model)
+    license_name = fields.get("license_name") or fields.get("license") or ""
+    titles, body = table_cells(run.players)
+    return _render(
+        recipe,
+        iteration,
+        fields,
+        merged=merged,
+        title=f"{player_name(iteration).capitalize()} of {run.name}",
+        version=run.provenance.get("spinlm", metadata.version("spinlm")) + (f" ({commit})" if commit else ""),
+        results=run,
+        table=[titles, ["---", *("---:" for _ in titles[1:])], *body] if body else [],
+        player=player_name(iteration),
+        data=public_name(recipe.data.path),
+        counts=folder.metadata("prepare", START)["counts"],
+        max_new_tokens=recipe.evaluate.max_new_tokens or recipe.opponent.max_new_tokens,
+        stop_ids=read_json(folder.player(iteration) / "generation_config.json")["eos_token_id"],
+        license_name=license_name if isinstance(license_name, str) else ", ".join(license_name),
+        own_license=license is not None,
+        **_base_arguments(recipe.model, run.provenance),
     )
 
 
-def _load(model: Model, commit: str | None, *, adapter: bool, in_4_bits: bool) -> list[str]:
-    """How a player is loaded, in Python. What only the reader knows stands in capitals."""
-    trusted = ["trust_remote_code=True"] if model.trust_remote_code else []
-    names, imports, here = ["AutoModelForCausalLM", "AutoTokenizer"], [], _quoted("THIS FOLDER")
-    base, options, on_top = here, [], []
-    if adapter:
-        imports = ["from peft import PeftModel"]
-        on_top = [f"model = PeftModel.from_pretrained(model, {here})"]
-        base, revision = _quoted(model.path), model.revision or commit
-        if model.path.startswith("package://"):
-            package, file = parse_package_uri(model.path)
-            inside = file.rpartition("/")[0]
-            folder = f" + {_quoted('/' + inside)}" if inside else ""
-            imports = [f"from importlib.util import find_spec  # the base: {install_command(package)}", "", *imports]
-            base = f"find_spec({_quoted(package)}).submodule_search_locations[0]{folder}"
-        elif _is_place(model.path):
-            base = _quoted(f"FOLDER OF {Path(model.path).name}")
-        elif revision:
-            options.append(f"revision={_quoted(revision)}")
-        if model.path.endswith(".gguf"):
-            names.append("GgufConfig")
-            options = [
-                f"gguf_file={_quoted(Path(model.path).name)}",
-                "quantization_config=GgufConfig(dequantize=True)",
-            ]
-        elif in_4_bits:
-            names.append("BitsAndBytesConfig")
-            options.append(
-                "quantization_config=BitsAndBytesConfig(load_in_4bit=True, "
-                'bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)'
-            )
-    return [
-        *imports,
-        f"from transformers import {', '.join(sorted(names))}",
-        "",
-        f"tokenizer = AutoTokenizer.from_pretrained({', '.join((here, *trusted))})",
-        f"model = AutoModelForCausalLM.from_pretrained({', '.join((base, *options, *trusted))})",
-        *on_top,
-    ]
+def _render(recipe: Recipe, iteration: int, license: License, *, merged: bool, **values: Any) -> str:
+    from huggingface_hub import ModelCard, ModelCardData
+
+    adapter = recipe.lora is not None and not merged
+    base = public_name(recipe.model.path) + (f" at revision {recipe.model.revision}" if recipe.model.revision else "")
+    weights = f"a whole model, trained from {base}"
+    if recipe.lora is not None:
+        weights = f"a LoRA adapter {'merged into' if merged else 'over'} the base model {base}"
+    trained = iteration != START or recipe.sft is not None
+    data_on_hub = trained and not names_a_file(recipe.data.path) and _on_hub(recipe.data.path)
+    relation: dict[str, Any] = {}
+    if _on_hub(recipe.model.path):
+        relation = {"base_model": recipe.model.path, "base_model_relation": "adapter" if adapter else "finetune"}
+    tags = ["dpo"] if recipe.preferences else ["spin", "self-play"]
+    card_data = ModelCardData(
+        **license,
+        **relation,
+        datasets=[recipe.data.path] if data_on_hub else None,
+        library_name="peft" if adapter else "transformers",
+        pipeline_tag="text-generation",
+        tags=None if iteration == START or recipe.is_control else tags,
+    )
+    card = ModelCard.from_template(
+        card_data,
+        template_path=str(TEMPLATE),
+        origin=_origin(recipe, iteration),
+        weights=weights,
+        adapter=adapter,
+        four_bit=recipe.model.load_in_4bit,
+        recipe=yaml.safe_dump(_public_recipe(recipe), sort_keys=False, allow_unicode=True).rstrip(),
+        **values,
+    )
+    return f"{card}\n"
 
 
-def _stop_ids(run: RunDir, iteration: int) -> list[int]:
-    """What ends an answer of a player."""
-    path = run.player(iteration) / "generation_config.json"
-    found = read_json(path).get("eos_token_id") if path.exists() else None
-    return [found] if isinstance(found, int) else list(found or ())
+def _base_arguments(model: Model, provenance: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments that load the base model, as Python code. The reader replaces the words in capitals."""
+    revision = model.revision or provenance.get("inputs", {}).get("model", {}).get("commit")
+    base, package = _quote(model.path), None
+    if model.path.startswith("package://"):
+        package, file = parse_package_uri(model.path)
+        parent = file.rpartition("/")[0]
+        base = f"find_spec({_quote(package)}).submodule_search_locations[0]"
+        base += f" + {_quote('/' + parent)}" if parent else ""
+    elif _is_local(model.path):
+        base = _quote(f"FOLDER OF {Path(model.path).name}")
+    elif revision:
+        base += f", revision={_quote(revision)}"
+    return {
+        "base": base,
+        "package": package,
+        "install": install_command(package or ""),
+        "gguf": _quote(Path(model.path).name) if model.path.endswith(".gguf") else None,
+        "trust": ", trust_remote_code=True" if model.trust_remote_code else "",
+    }
 
 
-def _ask(recipe: Recipe, stop_ids: list[int], *, with_system: bool) -> list[str]:
-    """How it is asked, in Python: greedily, and to an end as in the run."""
-    system = [f'    {{"role": "system", "content": {_quoted("THE SYSTEM PROMPT OF YOUR TASK")}}},']
-    longest = recipe.evaluate.max_new_tokens or recipe.opponent.max_new_tokens
-    ends = f", eos_token_id={stop_ids}" if stop_ids else ""  # not known of a player that an older version has made
-    return [
-        "",
-        "messages = [",
-        *(system if with_system else []),
-        f'    {{"role": "user", "content": {_quoted("YOUR PROMPT")}}},',
-        "]",
-        "prompt = tokenizer.apply_chat_template(",
-        '    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True',
-        ").to(model.device)",
-        f"answer = model.generate(**prompt, max_new_tokens={longest}, do_sample=False{ends})",
-        'print(tokenizer.decode(answer[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True))',
-    ]
-
-
-def _quoted(text: str) -> str:
+def _quote(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def base_licence(model: Model) -> Licence:
-    """The licence that a base model's own files state: its card, here or in the hub cache, or its .gguf header. None of
-    it where they state none, or are no longer there."""
+def base_license(model: Model) -> License:
+    """Return the license that a base model's own files state; empty where they state none or are missing.
+
+    The files are its card, in the model's folder or the hub cache, or the header of its .gguf file.
+    """
     try:
         path = resolve_model(model.path)
     except ModelError:
@@ -184,83 +142,61 @@ def base_licence(model: Model) -> Licence:
     if path is None:
         from huggingface_hub import try_to_load_from_cache
 
-        found = try_to_load_from_cache(model.path, "README.md", revision=model.revision)
-        return _stated(Path(found)) if isinstance(found, str) else {}
+        cached = try_to_load_from_cache(model.path, CARD, revision=model.revision)
+        return _card_license(Path(cached)) if isinstance(cached, str) else {}
     if path.is_dir():
-        return _stated(path / "README.md")
+        return _card_license(path / CARD)
     from gguf import GGUFReader
 
     field = GGUFReader(path).get_field("general.license")
     return {} if field is None else {"license": str(field.contents())}
 
 
-def _stated(readme: Path) -> Licence:
-    """The licence in the front matter of a card, which somebody else has written: text, or lists of it."""
+def _card_license(card: Path) -> License:
+    """Return the license in the metadata of a card; empty where the card is missing or malformed."""
+    from huggingface_hub import metadata_load
+
     try:
-        if readme.stat().st_size > LONGEST_CARD:
-            return {}
-        opening, matter, *_ = readme.read_text(encoding="utf-8").split("---\n", 2)
-        values = None if opening else parse_yaml(matter, str(readme))
-    except (OSError, ValueError):  # none, or not as cards are
+        values = metadata_load(card) if card.stat().st_size <= MAX_CARD_BYTES else None
+    except Exception:  # another author's file: YAML errors have no common base class
         return {}
-    fields = {name: values.get(name) for name in LICENCE} if isinstance(values, dict) else {}
+    fields = {name: (values or {}).get(name) for name in LICENSE_FIELDS}
     return {name: value for name, value in fields.items() if value and _is_text(value)}
 
 
 def _is_text(value: Any) -> bool:
-    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(one, str) for one in value))
-
-
-def _front_matter(recipe: Recipe, iteration: int, *, adapter: bool, licence: Licence) -> str:
-    values: dict[str, Any] = dict(licence)
-    if _on_hub(recipe.model.path):
-        values["base_model"] = recipe.model.path
-        values["base_model_relation"] = "adapter" if adapter else "finetune"
-    trained = iteration != START or recipe.sft is not None
-    if trained and not names_a_file(recipe.data.path) and _on_hub(recipe.data.path):
-        values["datasets"] = [recipe.data.path]
-    values |= {"library_name": "peft" if adapter else "transformers", "pipeline_tag": "text-generation"}
-    if iteration != START and (tags := _tags(recipe)):
-        values["tags"] = tags
-    return f"---\n{yaml.safe_dump(values, sort_keys=False, default_flow_style=None)}---\n"
+    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(item, str) for item in value))
 
 
 def _origin(recipe: Recipe, iteration: int) -> str:
+    method = "self-play fine-tuning (SPIN, arXiv 2401.01335)"
+    if recipe.is_control:
+        method = "more supervised fine-tuning"
+    elif recipe.preferences:
+        method = "training on preferences"
     if iteration != START:
-        return f"Made in {_game(recipe)}"
+        return f"Made in iteration {iteration} of {method}"
     if recipe.sft:
-        return f"Made by supervised fine-tuning, the warm-up before {_game(recipe)}"
-    return f"The model as it came, from which {_game(recipe)} began"
-
-
-def _game(recipe: Recipe) -> str:
-    if recipe.is_control:
-        return "more supervised fine-tuning"
-    return "training on preferences" if recipe.preferences else "self-play fine-tuning (SPIN, arXiv 2401.01335)"
-
-
-def _tags(recipe: Recipe) -> list[str]:
-    if recipe.is_control:
-        return []
-    return ["dpo"] if recipe.preferences else ["spin", "self-play"]
+        return f"Made by supervised fine-tuning, as the start of {method},"
+    return f"The unchanged base model, the start of {method}"
 
 
 def _on_hub(path: str) -> bool:
-    return not _is_place(path) and path.count("/") < 2 and not path.endswith(".gguf")
+    return not _is_local(path) and path.count("/") < 2 and not path.endswith(".gguf")
 
 
-def _is_place(path: str) -> bool:
-    """Whether a path is of a machine, here or elsewhere."""
+def _is_local(path: str) -> bool:
+    """Return whether a path names a file or folder of this or another machine, or is a URI."""
     return path.startswith(("/", ".", "~")) or "://" in path or existing_path(path) is not None
 
 
 def public_name(path: str) -> str:
-    """A path of a recipe as others may see it: of a file or folder on a machine its name alone."""
-    return path if path.startswith("package://") or not _is_place(path) else Path(path).name
+    """Return a local path without its parent folders. Hub ids and package:// URIs stay whole."""
+    return path if path.startswith("package://") or not _is_local(path) else Path(path).name
 
 
 def _public_recipe(recipe: Recipe) -> dict[str, Any]:
-    """The recipe without what is only so on the machine that ran it: folders, addresses, commands."""
+    """Return the recipe without local folders, addresses and commands."""
     values = recipe.model_dump(mode="json", exclude_defaults=True)
     for section in ("model", "data"):
         values[section]["path"] = public_name(values[section]["path"])

@@ -1,11 +1,9 @@
-"""Preferences: the pairs of an iteration as data for other trainers, the real response chosen and the synthetic one
-rejected.
+"""Export the pairs of an iteration as preference data for TRL: the real response is chosen, the synthetic one rejected.
 
-As text, since that is what these trainers take: they render and tokenise it once more, and end every response with an
-end-of-turn token. A response that did not end has none, so its pair is left out.
+TRL takes text: it renders and tokenizes each message, and ends it with an end-of-turn token. A truncated response has
+no end-of-turn token, so its pair is skipped.
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count, islice, takewhile
@@ -13,121 +11,118 @@ from pathlib import Path
 from typing import Any
 
 from spinlm.errors import RunError
+from spinlm.export.player import require_empty
 from spinlm.recipe.schema import Recipe
 from spinlm.rundir.layout import RunDir
 from spinlm.rundir.records import Example, Generation, RecordFile, read_lines, read_pairs
 from spinlm.rundir.stage_graph import START
-from spinlm.utils.atomic import atomic_path, write_json
+from spinlm.utils.atomic import atomic_path
 
-SPLITS = {"train": "train", "heldout": "test"}
-"""What a split is called outside."""
+EXPORT_SPLITS = {"train": "train", "heldout": "test"}
+"""Names of the splits in the run folder and in the exported data set."""
+
+ROWS_PER_WRITE = 1000
 
 
 @dataclass(frozen=True)
-class Written:
-    """How many pairs were written, and how many left out because the synthetic response did not end."""
+class PairCounts:
+    """How many pairs were exported, and how many skipped because the synthetic response was truncated."""
 
     iteration: int
-    pairs: dict[str, int]  # by split, as it is called outside
-    unfinished: int
+    pairs: dict[str, int]  # by exported split
+    truncated: int
 
     def __str__(self) -> str:
-        counts = ", ".join(f"{count} {split}" for split, count in self.pairs.items())
-        left_out = f"; {self.unfinished} left out, whose synthetic response did not end" if self.unfinished else ""
-        return f"pairs of iteration {self.iteration}: {counts}{left_out}"
+        counts = ", ".join(f"{pairs} {split}" for split, pairs in self.pairs.items())
+        skipped = f"; {self.truncated} skipped, synthetic response truncated" if self.truncated else ""
+        return f"pairs of iteration {self.iteration}: {counts}{skipped}"
 
 
-def export_pairs(recipe: Recipe, run: RunDir, iteration: int | None, to: Path, form: str) -> Written:
-    """Write the pairs that an iteration trains on, and its held-out ones, to a folder.
+def export_pairs(recipe: Recipe, folder: RunDir, iteration: int | None, output: Path) -> PairCounts:
+    """Write the training and held-out pairs of an iteration as Parquet files for `datasets.load_dataset(output)`.
+
+    The columns `prompt`, `chosen` and `rejected` are lists of messages.
 
     Args:
-        recipe: the run's.
-        run: where from.
-        iteration: whose pairs; None for the newest.
-        to: a folder that is not there, or empty.
-        form: `trl`: Parquet files that `datasets.load_dataset(folder)` opens, with `prompt`, `chosen` and `rejected` as
-            messages. `llama-factory`: JSON files in the same words, and the dataset_info.json that describes them.
+        recipe: the recipe of the run.
+        folder: the run folder.
+        iteration: the iteration; None for the newest that has pairs.
+        output: a folder that does not exist or is empty.
 
     Raises:
-        RunError: the folder is not empty, the run is a control that has no pairs, or the iteration has none yet.
+        RunError: the output folder is not empty, the run is a control, or the iteration has no pairs yet.
     """
-    if to.exists() and (not to.is_dir() or any(to.iterdir())):
-        raise RunError(f"{to}: already there and not an empty folder. Choose another --output")
+    require_empty(output)
     if recipe.is_control:
-        raise RunError(f"{run.root}: is supervised fine-tuning, which trains on no pairs")
-    newest = _newest(run)
+        raise RunError(f"{folder.root}: is supervised fine-tuning, which has no pairs")
+    newest = _newest(folder)
     if iteration is None:
         iteration = newest
-    if not run.marker("reference_logprobs", iteration).exists():
-        raise RunError(f"{run.root}: iteration {iteration} has no pairs; the newest are those of iteration {newest}")
-    run.require("prepare", START)
+    if not folder.marker("reference_logprobs", iteration).exists():
+        raise RunError(f"{folder.root}: iteration {iteration} has no pairs; the newest pairs are of iteration {newest}")
+    folder.require("prepare", START)
     for source in range(max(0, iteration - recipe.selfplay.replay), iteration + 1):
-        run.require("generate", source)
-    run.require("reference_logprobs", iteration)
-    write = {"trl": _write_parquet, "llama-factory": _write_json}[form]
-    counts, unfinished = {}, 0
-    with atomic_path(to) as folder:
-        folder.mkdir()
-        for split, name in SPLITS.items():
-            rows = _Rows(recipe, run, iteration, split)
-            counts[name] = write(folder, name, rows)
-            unfinished += rows.unfinished
-        if form == "llama-factory":
-            write_json(folder / "dataset_info.json", {f"spin_{name}": _described(name) for name in SPLITS.values()})
-    return Written(iteration, counts, unfinished)
+        folder.require("generate", source)
+    folder.require("reference_logprobs", iteration)
+    pairs, truncated = {}, 0
+    with atomic_path(output) as temporary:
+        temporary.mkdir()
+        for split, name in EXPORT_SPLITS.items():
+            rows = _Rows(recipe, folder, iteration, split)
+            pairs[name] = _write_parquet(temporary / f"{name}.parquet", rows)
+            truncated += rows.truncated
+    return PairCounts(iteration, pairs, truncated)
 
 
-def _newest(run: RunDir) -> int:
-    """The last iteration that has pairs.
+def _newest(folder: RunDir) -> int:
+    """Return the last iteration that has pairs.
 
     Raises:
-        RunError: there is none.
+        RunError: no iteration has pairs.
     """
-    scored = list(takewhile(lambda iteration: run.marker("reference_logprobs", iteration).exists(), count()))
-    if not scored:
-        raise RunError(f"{run.root}: has no pairs yet: `spinlm reference-logprobs` makes them, as `spinlm run` does")
-    return scored[-1]
+    complete = list(takewhile(lambda t: folder.marker("reference_logprobs", t).exists(), count()))
+    if not complete:
+        raise RunError(f"{folder.root}: has no pairs yet. `spinlm run` and `spinlm reference-logprobs` make them")
+    return complete[-1]
 
 
 class _Rows:
-    """The pairs of a split as text, a shard at a time; what was left out is counted on the way."""
+    """Iterate over the pairs of a split as rows of text, one shard at a time, and count the skipped ones."""
 
-    def __init__(self, recipe: Recipe, run: RunDir, iteration: int, split: str):
-        self.run, self.iteration, self.split = run, iteration, split
-        self.size = recipe.opponent.shard_size
-        self.examples = RecordFile(run.examples(split), Example)
-        self.unfinished = 0
+    def __init__(self, recipe: Recipe, folder: RunDir, iteration: int, split: str):
+        self.folder, self.iteration, self.split = folder, iteration, split
+        self.shard_size = recipe.opponent.shard_size
+        self.examples = RecordFile(folder.examples(split), Example)
+        self.truncated = 0
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        for shard in range(self.examples.shards(self.size)):
-            examples = {example.id: example for example in self.examples.shard(shard, self.size)}
-            pairs = read_pairs([self.run.pairs(self.iteration, self.split, shard)])
+        for shard in range(self.examples.shards(self.shard_size)):
+            examples = {example.id: example for example in self.examples.shard(shard, self.shard_size)}
+            pairs = read_pairs([self.folder.pairs(self.iteration, self.split, shard)])
             keys = pairs.select(["id", "source_iteration", "sample"]).to_pylist()
-            answers = {
-                (answer.iteration, answer.id, answer.sample): answer
+            responses = {
+                (response.iteration, response.id, response.sample): response
                 for source in {key["source_iteration"] for key in keys}
-                for answer in read_lines(self.run.generations(source, self.split, shard), Generation)
+                for response in read_lines(self.folder.generations(source, self.split, shard), Generation)
             }
             for key in keys:
-                answer = answers[key["source_iteration"], key["id"], key["sample"]]
-                if not answer.finished:
-                    self.unfinished += 1
+                response = responses[key["source_iteration"], key["id"], key["sample"]]
+                if not response.finished:
+                    self.truncated += 1
                     continue
                 example = examples[key["id"]]
                 yield {
                     "id": example.id,
-                    "source_iteration": answer.iteration,
-                    "sample": answer.sample,
+                    "source_iteration": response.iteration,
+                    "sample": response.sample,
                     "prompt": example.messages,
                     "chosen": [{"role": "assistant", "content": example.response}],
-                    "rejected": [{"role": "assistant", "content": answer.text}],
+                    "rejected": [{"role": "assistant", "content": response.text}],
                 }
 
 
-ROWS_AT_ONCE = 1000
-
-
-def _write_parquet(folder: Path, name: str, rows: _Rows) -> int:
+def _write_parquet(path: Path, rows: _Rows) -> int:
+    """Write rows to a Parquet file and return their number."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -140,36 +135,9 @@ def _write_parquet(folder: Path, name: str, rows: _Rows) -> int:
             *((column, messages) for column in ("prompt", "chosen", "rejected")),
         ]
     )
-    written, waiting = 0, iter(rows)
-    with pq.ParquetWriter(folder / f"{name}.parquet", schema) as writer:
-        while chunk := list(islice(waiting, ROWS_AT_ONCE)):
+    written, iterator = 0, iter(rows)
+    with pq.ParquetWriter(path, schema) as writer:
+        while chunk := list(islice(iterator, ROWS_PER_WRITE)):
             writer.write_table(pa.Table.from_pylist(chunk, schema=schema))
             written += len(chunk)
     return written
-
-
-def _write_json(folder: Path, name: str, rows: _Rows) -> int:
-    written = 0
-    with (folder / f"{name}.jsonl").open("w", encoding="utf-8") as file:
-        for row in rows:
-            line = {"messages": row["prompt"], "chosen": row["chosen"][0], "rejected": row["rejected"][0]}
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
-            written += 1
-    return written
-
-
-def _described(name: str) -> dict[str, Any]:
-    """LLaMA-Factory's description of a file of preferences in the words of chat messages."""
-    return {
-        "file_name": f"{name}.jsonl",
-        "formatting": "sharegpt",
-        "ranking": True,
-        "columns": {"messages": "messages", "chosen": "chosen", "rejected": "rejected"},
-        "tags": {
-            "role_tag": "role",
-            "content_tag": "content",
-            "user_tag": "user",
-            "assistant_tag": "assistant",
-            "system_tag": "system",
-        },
-    }

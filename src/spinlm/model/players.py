@@ -18,7 +18,7 @@ from torch import nn
 from spinlm.data.renderer import Renderer
 from spinlm.distributed import processes
 from spinlm.errors import MissingPackageError, ModelError, RecipeError
-from spinlm.export.model_card import card
+from spinlm.export.model_card import write_card
 from spinlm.model.attention import register_tree_attention
 from spinlm.model.fused import fuse_layers
 from spinlm.model.loading import (
@@ -198,7 +198,7 @@ class Players:
             self.model.save_pretrained(folder, state_dict=weights, **extra)
             if self.recipe.lora is not None:
                 _sort_targets(folder / "adapter_config.json")
-            (folder / "README.md").write_text(card(self.recipe, iteration), encoding="utf-8")
+            write_card(self.recipe, iteration, folder)
             self.tokenizer.chat_template = self.renderer.template  # prompted elsewhere as it was here
             self.tokenizer.save_pretrained(folder)
             save_stop_ids(folder, self.renderer.stop_ids)

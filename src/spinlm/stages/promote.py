@@ -30,8 +30,8 @@ class Comparison:
 def promote(recipe: Recipe, run: RunDir, iteration: int) -> bool:
     """Point `best` at the best player so far; returns whether another iteration is worth it.
 
-    A player replaces the best only when it is ahead by more than `select.min_standard_errors` standard errors of the paired
-    difference, so the starting player stays best until one is better beyond the noise.
+    A player replaces the best only when it is ahead by more than `select.min_standard_errors` standard errors of the
+    paired difference, so the starting player stays best until one is better beyond the noise.
     """
     if run.done("promote", iteration):
         judged = run.metadata("promote", iteration)
