@@ -236,12 +236,12 @@ def test_the_second_turn_sees_the_first_response(bench, judge, endpoint):
     players.become(START)
     sampling = Sampling(0.0, 1.0, 8, 256, 1, players.renderer.stop_ids)
     messages = []
-    for said, given in zip(QUESTIONS[1]["turns"], row["choices"][0]["turns"], strict=True):
-        messages.append({"role": "user", "content": said})
+    for question, text in zip(QUESTIONS[1]["turns"], row["choices"][0]["turns"], strict=True):
+        messages.append({"role": "user", "content": question})
         prompt = players.renderer.prompt_ids(messages)
-        ((answer,),) = local_engine(recipe, players, True).generate([prompt], sampling, 0, lambda ended, tokens: None)
-        assert players.renderer.decode(answer.token_ids) == given
-        messages.append({"role": "assistant", "content": given})
+        ((response,),) = local_engine(recipe, players, True).generate([prompt], sampling, 0, lambda ended, tokens: None)
+        assert players.renderer.decode(response.token_ids) == text
+        messages.append({"role": "assistant", "content": text})
 
 
 def test_paired_difference_of_two_players(bench, judge, endpoint):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from spinlm.cli.starter import EXAMPLE_DATA, write_template
+from spinlm.cli.starter import EXAMPLE_DATA, write_starter
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 SCRIPT = RECIPES / "quickstart_data.py"
@@ -219,7 +219,7 @@ def test_the_script_writes_the_committed_file(tmp_path):
 
 def test_init_writes_the_first_rows(tmp_path):
     quickstart.write_rows(tmp_path / "expected.jsonl", count=256)
-    data = write_template(tmp_path / "recipe.yaml")
+    data = write_starter(tmp_path / "recipe.yaml")
     assert data == tmp_path / EXAMPLE_DATA
     assert data.read_bytes() == (tmp_path / "expected.jsonl").read_bytes()
 

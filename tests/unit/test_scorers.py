@@ -9,7 +9,7 @@ from spinlm.evals.scorers import exact_match, get_scorer, gsm8k, json_fields
 
 
 @pytest.mark.parametrize(
-    ("answer", "reference", "score"),
+    ("response", "reference", "score"),
     [
         ("Paris", "Paris", 1.0),
         ("  two\n words ", "two words", 1.0),
@@ -18,12 +18,12 @@ from spinlm.evals.scorers import exact_match, get_scorer, gsm8k, json_fields
         ("", "Paris", 0.0),
     ],
 )
-def test_exact_match(answer, reference, score):
-    assert exact_match(answer, reference) == score
+def test_exact_match(response, reference, score):
+    assert exact_match(response, reference) == score
 
 
 @pytest.mark.parametrize(
-    ("answer", "score"),
+    ("response", "score"),
     [
         ('{"item":"blue mug","quantity":3,"price":4.5}', 1.0),
         ('{"price": 4.50, "quantity": 3.0, "item": " blue mug "}', 1.0),
@@ -33,7 +33,7 @@ def test_exact_match(answer, reference, score):
         ('{"item":"blue mug","quantity":3}', 2 / 3),
         ('{"item":"blue mug","quantity":3,"price":4.5,"colour":"blue"}', 3 / 4),
         ('{"item":"blue mug","quantity":"3","cost":4.5}', 1 / 4),
-        ('{"item":"blue mug","quantity":3,"price":4.5,"price":4.5}', 0.0),  # a key twice
+        ('{"item":"blue mug","quantity":3,"price":4.5,"price":4.5}', 0.0),  # duplicate key
         ('{"item":"blue mug","quantity":3,"price":4.5', 0.0),
         ('{"item":"blue mug","quantity":3,"price":4.5} Anything else?', 0.0),
         ('Sure: {"item":"blue mug","quantity":3,"price":4.5}', 0.0),
@@ -46,15 +46,15 @@ def test_exact_match(answer, reference, score):
         ('{"quantity":' + "9" * 10_000 + "}", 0.0),
     ],
 )
-def test_json_fields(answer, score):
-    assert json_fields(answer, '{"item":"blue mug","quantity":3,"price":4.5}') == score
+def test_json_fields(response, score):
+    assert json_fields(response, '{"item":"blue mug","quantity":3,"price":4.5}') == score
 
 
 @pytest.mark.parametrize(
-    ("answer", "reference", "score"),
+    ("response", "reference", "score"),
     [
         ('{"to":{"name":"Ada","age":3.0}}', '{"to":{"name":"Ada","age":3}}', 1.0),
-        ('{"to":{"name":"Ada","age":4}}', '{"to":{"name":"Ada","age":3}}', 0.0),  # not a half: compared as a whole
+        ('{"to":{"name":"Ada","age":4}}', '{"to":{"name":"Ada","age":3}}', 0.0),  # nested objects compare as a whole
         ('{"tags":["a","b"]}', '{"tags":["a","b"]}', 1.0),
         ('{"tags":["b","a"]}', '{"tags":["a","b"]}', 0.0),
         ('{"paid":1}', '{"paid":true}', 0.0),
@@ -63,22 +63,22 @@ def test_json_fields(answer, score):
         ("{}", "{}", 1.0),
     ],
 )
-def test_json_fields_of_other_types(answer, reference, score):
-    assert json_fields(answer, reference) == score
+def test_json_fields_of_other_types(response, reference, score):
+    assert json_fields(response, reference) == score
 
 
-def test_json_fields_refuses_a_reference_that_is_no_object():
-    with pytest.raises(DataError, match="needs a JSON object as the real response, not 'forty two'"):
+def test_json_fields_refuses_a_reference_that_is_not_an_object():
+    with pytest.raises(DataError, match=r"json_fields needs a JSON object .*'forty two'"):
         json_fields("{}", "forty two")
 
 
 @pytest.mark.parametrize(
-    ("answer", "score"),
+    ("response", "score"),
     [
         ("so 7 * 2 is 14 and some.\n#### 1234", 1.0),
         ("#### $1,234.", 1.0),
         ("####1234.00", 1.0),
-        ("#### 1234\n\nQuestion: what is 2 + 2?\n#### 4", 1.0),  # the first marker: what follows is another question
+        ("#### 1234\n\nQuestion: what is 2 + 2?\n#### 4", 1.0),  # the first marker counts: another question follows
         ("#### 14, or is it 1234", 0.0),
         ("The answer is 1,234 dollars.", 1.0),
         ("It is 1234, and not 14", 0.0),
@@ -89,8 +89,8 @@ def test_json_fields_refuses_a_reference_that_is_no_object():
         ("", 0.0),
     ],
 )
-def test_gsm8k(answer, score):
-    assert gsm8k(answer, "She sells 1200 + 34.\n#### 1,234") == score
+def test_gsm8k(response, score):
+    assert gsm8k(response, "She sells 1200 + 34.\n#### 1,234") == score
 
 
 def test_gsm8k_of_small_and_negative_numbers():
@@ -100,7 +100,7 @@ def test_gsm8k_of_small_and_negative_numbers():
 
 
 def test_gsm8k_refuses_a_reference_without_a_number():
-    with pytest.raises(DataError, match="there is none in 'none'"):
+    with pytest.raises(DataError, match=r"gsm8k needs a number .*'none'"):
         gsm8k("#### 1", "none")
 
 
@@ -113,15 +113,14 @@ def test_known_scorers_by_name():
 def test_unknown_name_shows_the_nearest_and_all_known():
     with pytest.raises(RecipeError) as error:
         get_scorer("json_field")
-    assert str(error.value) == (
-        "evaluate.scorer: there is no scorer 'json_field'. Did you mean json_fields? Known: exact_match, json_fields, "
-        "gsm8k, or module:function for one of your own"
-    )
+    message = str(error.value)
+    assert message.startswith("evaluate.scorer: there is no scorer 'json_field'. Did you mean json_fields?")
+    assert all(name in message for name in ("exact_match", "gsm8k", "module:function"))
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A current folder whose modules are forgotten afterwards."""
+    """The current folder; modules imported from it are removed afterwards."""
     monkeypatch.chdir(tmp_path)
     before, path = set(sys.modules), list(sys.path)
     yield tmp_path
@@ -132,57 +131,55 @@ def folder(tmp_path, monkeypatch):
 
 def test_own_scorer_from_the_current_folder(folder):
     (folder / "my_scorers.py").write_text(
-        "import my_words\ndef score(answer, reference): return my_words.share(answer)"
+        "import my_words\ndef score(response, reference): return my_words.share(response)"
     )
-    (folder / "my_words.py").write_text("def share(answer): return len(answer.split()) / 4")
+    (folder / "my_words.py").write_text("def share(text): return len(text.split()) / 4")
     scorer = get_scorer("my_scorers:score")
     assert scorer("three words here", "") == 0.75
     assert scorer.__name__ == "score"
 
 
-def test_own_scorer_may_answer_yes_or_no(folder):
-    (folder / "my_scorers.py").write_text("def same(answer, reference): return answer == reference")
+def test_own_scorer_may_return_a_bool(folder):
+    (folder / "my_scorers.py").write_text("def same(response, reference): return response == reference")
     assert get_scorer("my_scorers:same")("a", "a") == 1.0
 
 
 @pytest.mark.parametrize("value", ["1.01", "-0.1", "float('nan')", "float('inf')", "None", "'1'", "1j"])
 def test_own_scorer_is_checked_on_every_call(folder, value):
-    (folder / "my_scorers.py").write_text(f"def score(answer, reference): return {value} if answer else 1")
+    (folder / "my_scorers.py").write_text(f"def score(response, reference): return {value} if response else 1")
     scorer = get_scorer("my_scorers:score")
     assert scorer("", "") == 1.0
-    with pytest.raises(
-        RecipeError, match=r"my_scorers:score returned .* for the answer 'text'; a scorer returns a float"
-    ):
+    with pytest.raises(RecipeError, match=r"my_scorers:score returned .* for the response 'text'"):
         scorer("text", "")
 
 
-def test_missing_module_says_where_it_was_looked_for(folder):
+def test_missing_module_names_the_folder(folder):
     with pytest.raises(RecipeError) as error:
         get_scorer("no_such_scorers:score")
-    assert str(error.value) == (
-        "evaluate.scorer: no_such_scorers:score: cannot import no_such_scorers (ModuleNotFoundError: No module named "
-        f"'no_such_scorers'). It must be a module in the current folder ({folder}) or an installed one, and import "
-        "without errors"
+    message = str(error.value)
+    assert message.startswith(
+        "evaluate.scorer: no_such_scorers:score: cannot import no_such_scorers (ModuleNotFoundError"
     )
+    assert str(folder) in message
 
 
 def test_module_that_fails_to_import_shows_its_own_error(folder):
-    (folder / "my_scorers.py").write_text("def score(answer, reference)")
+    (folder / "my_scorers.py").write_text("def score(response, reference)")
     with pytest.raises(RecipeError, match=r"cannot import my_scorers \(SyntaxError: expected ':'"):
         get_scorer("my_scorers:score")
 
 
 def test_missing_function_shows_the_nearest_or_what_to_define(folder):
-    (folder / "my_scorers.py").write_text("def score(answer, reference): return 1\nlimit = 3")
+    (folder / "my_scorers.py").write_text("def score(response, reference): return 1\nlimit = 3")
     with pytest.raises(RecipeError, match=r"my_scorers\.py\) has no function scores; did you mean score\?"):
         get_scorer("my_scorers:scores")
-    with pytest.raises(RecipeError, match=r"has no function limit\. Define limit\(answer, reference\) there"):
+    with pytest.raises(RecipeError, match=r"has no function limit\. Define limit\(response, reference\) there"):
         get_scorer("my_scorers:limit")
 
 
-def test_function_of_the_wrong_shape_is_refused_before_it_is_called(folder):
-    (folder / "my_scorers.py").write_text("def score(answer): return 1")
-    with pytest.raises(RecipeError, match=r"called as score\(answer, reference\), but is defined as score\(answer\)"):
+def test_wrong_signature_is_refused_before_a_call(folder):
+    (folder / "my_scorers.py").write_text("def score(response): return 1")
+    with pytest.raises(RecipeError, match=r"score\(response, reference\), .* score\(response\)"):
         get_scorer("my_scorers:score")
 
 
@@ -202,14 +199,14 @@ def test_importing_scorers_loads_no_heavy_package():
 
 
 @pytest.mark.parametrize("name", ["os:popen", "timeit:timeit", "builtins:exec", "subprocess:run"])
-def test_functions_of_python_itself_score_nothing(name: str) -> None:
-    with pytest.raises(RecipeError, match="a function of Python itself scores nothing"):
+def test_functions_of_the_standard_library_are_refused(name: str) -> None:
+    with pytest.raises(RecipeError, match="standard library"):
         get_scorer(name)
 
 
-def test_a_scorer_that_is_part_of_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_partial_function_as_scorer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    text = "import functools\ndef near(a, b, by): return float(abs(len(a) - len(b)) <= by)\n"
-    text += "score = functools.partial(near, by=1)\n"
+    text = "import functools\ndef close(a, b, by): return float(abs(len(a) - len(b)) <= by)\n"
+    text += "score = functools.partial(close, by=1)\n"
     (tmp_path / "partly.py").write_text(text)
     assert [get_scorer("partly:score")("abc", other) for other in ("ab", "a")] == [1.0, 0.0]

@@ -1,4 +1,4 @@
-"""Scorers: how good an answer is, measured against the real response, from 0 to 1."""
+"""Scorers compare a response with the real response, and return a score from 0 to 1."""
 
 import functools
 import importlib
@@ -12,32 +12,32 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from spinlm.errors import DataError, RecipeError
+from spinlm.errors import DataError, RecipeError, shortened
 from spinlm.utils.suggest import nearest
 
 Scorer = Callable[[str, str], float]
-"""Takes (answer, reference) and returns a score from 0 to 1."""
+"""A function of a response and the real response (the reference) that returns a score from 0 to 1."""
 
 _FENCED = re.compile(r"```\w*+\s*+(.*)```", re.DOTALL)
-_NUMBER = r"(?:(?<![\w)])-)?\$?(?:[0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+)"  # the minus of 7-3 belongs to no number
+_NUMBER = r"(?:(?<![\w)])-)?\$?(?:[0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+)"  # the minus in 7-3 is not a sign
 _LAST_NUMBER = re.compile(_NUMBER)
 _MARKED_NUMBER = re.compile(rf"####\s*({_NUMBER})")
 
 
-def exact_match(answer: str, reference: str) -> float:
-    """1 if both are the same text, up to the amount of whitespace, else 0."""
-    return float(answer.split() == reference.split())
+def exact_match(response: str, reference: str) -> float:
+    """Return 1 if the texts are equal apart from whitespace, else 0."""
+    return float(response.split() == reference.split())
 
 
-def json_fields(answer: str, reference: str) -> float:
-    """How much of the reference's JSON object the answer has: matched / |union of keys|.
+def json_fields(response: str, reference: str) -> float:
+    """Return the share of the reference's JSON fields that the response has: matched / |union of keys|.
 
-    A key is matched when both objects have it with the same value. The union is over the keys of both, so an invented
-    key costs as much as a missing one. Numbers compare as numbers (1 equals 1.0), text exactly but for whitespace
-    around it, lists and nested objects as a whole.
+    A key matches if both objects have the key with the same value. The union contains the keys of both objects, so an
+    invented key costs as much as a missing one. Numbers compare as numbers (1 equals 1.0), texts exactly apart from
+    whitespace around them, lists and nested objects as a whole.
 
-    An answer counts only if it is one JSON object, with nothing but whitespace or a ``` fence around it and no key
-    twice; any other scores 0.
+    The response must be one JSON object without duplicate keys. Only whitespace or a ``` fence may surround the object.
+    Any other response scores 0.
 
     Raises:
         DataError: the reference is not a JSON object.
@@ -48,44 +48,43 @@ def json_fields(answer: str, reference: str) -> float:
             f"the scorer json_fields needs a JSON object as the real response, not {_shorten(reference)}. Choose "
             "another evaluate.scorer for this data"
         )
-    found = _json_object(answer)
-    if found is None:
+    fields = _json_object(response)
+    if fields is None:
         return 0.0
-    union = expected.keys() | found.keys()
-    matched = sum(_same(found[key], expected[key]) for key in expected.keys() & found.keys())
+    union = expected.keys() | fields.keys()
+    matched = sum(_equal(fields[key], expected[key]) for key in expected.keys() & fields.keys())
     return matched / len(union) if union else 1.0
 
 
-def gsm8k(answer: str, reference: str) -> float:
-    """1 if the final numbers of both are equal, else 0.
+def gsm8k(response: str, reference: str) -> float:
+    """Return 1 if the final numbers of both texts are equal, else 0.
 
-    The final number is the one after the first `####`; in a text that has no `####` with a number, the last number
-    counts. These are lm-eval's strict-match and flexible-extract, the first before the second. `$`, thousands commas
-    and a trailing dot are ignored, and numbers compare as numbers (18 equals 18.00).
+    The final number follows the first `####`. In a text without `####` and a number, the final number is the last one.
+    These are lm-eval's strict-match and flexible-extract. `$`, thousands commas and a trailing dot are ignored, and
+    numbers compare as numbers (18 equals 18.00).
 
     Raises:
-        DataError: the reference holds no number.
+        DataError: the reference has no number.
     """
     expected = _final_number(reference)
     if expected is None:
         raise DataError(
-            f"the scorer gsm8k needs a number in the real response, and there is none in {_shorten(reference)}. Choose "
+            f"the scorer gsm8k needs a number in the real response, and {_shorten(reference)} has none. Choose "
             "another evaluate.scorer for this data"
         )
-    return float(_final_number(answer) == expected)
+    return float(_final_number(response) == expected)
 
 
 SCORERS: dict[str, Scorer] = {"exact_match": exact_match, "json_fields": json_fields, "gsm8k": gsm8k}
 
 
 def get_scorer(name: str) -> Scorer:
-    """The scorer of that name, or the function that `module:function` names.
+    """Return the scorer with a name, or the function that `module:function` names.
 
-    The module is looked for in the current folder first, then where Python finds any module. What the scorer returns is
-    checked on every call.
+    Python looks for the module in the current folder first. Every call checks the score.
 
     Raises:
-        RecipeError: there is no such scorer, or, from a call, it returned something other than a number from 0 to 1.
+        RecipeError: there is no such scorer. A call raises it if the score is not a number from 0 to 1.
     """
     function = _import_function(name) if ":" in name else SCORERS.get(name)
     if function is None:
@@ -93,19 +92,19 @@ def get_scorer(name: str) -> Scorer:
         meant = f" Did you mean {near}?" if near else ""
         raise RecipeError(
             f"evaluate.scorer: there is no scorer {name!r}.{meant} Known: {', '.join(SCORERS)}, or module:function for "
-            "one of your own"
+            "your own function"
         )
-    return _checked(name, function)
+    return _with_check(name, function)
 
 
-def _checked(name: str, function: Scorer) -> Scorer:
+def _with_check(name: str, function: Scorer) -> Scorer:
     @functools.wraps(function)
-    def scorer(answer: str, reference: str) -> float:
-        score: Any = function(answer, reference)
-        if not isinstance(score, Real) or not 0 <= float(score) <= 1:  # NaN is not in the range either
+    def scorer(response: str, reference: str) -> float:
+        score: Any = function(response, reference)
+        if not isinstance(score, Real) or not 0 <= float(score) <= 1:  # also refuses NaN
             raise RecipeError(
-                f"evaluate.scorer: {name} returned {_shorten(score)} for the answer {_shorten(answer)}; a scorer "
-                "returns a float from 0 to 1"
+                f"evaluate.scorer: {name} returned {_shorten(score)} for the response {_shorten(response)}; a scorer "
+                "must return a float from 0 to 1"
             )
         return float(score)
 
@@ -121,12 +120,12 @@ def _import_function(name: str) -> Scorer:
     here = str(Path.cwd())
     sys.path.insert(0, here)
     try:
-        importlib.invalidate_caches()  # the file may be newer than the folder listing Python remembers
+        importlib.invalidate_caches()  # Python may have cached an older listing of the folder
         module = importlib.import_module(module_name)
-    except Exception as error:  # the module is the user's: importing it can raise anything
+    except Exception as error:  # importing the user's module can raise anything
         raise RecipeError(
-            f"evaluate.scorer: {name}: cannot import {module_name} ({type(error).__name__}: {error}). It must be a "
-            f"module in the current folder ({here}) or an installed one, and import without errors"
+            f"evaluate.scorer: {name}: cannot import {module_name} ({type(error).__name__}: {error}). Put the "
+            f"module into the current folder ({here}) or install it, and make sure that it imports without errors"
         ) from error
     finally:
         sys.path.remove(here)
@@ -134,29 +133,30 @@ def _import_function(name: str) -> Scorer:
     if not callable(function):
         functions = [key for key, value in vars(module).items() if inspect.isfunction(value)]
         near = nearest(function_name, functions)
-        meant = f"; did you mean {near}?" if near else f". Define {function_name}(answer, reference) there"
+        meant = f"; did you mean {near}?" if near else f". Define {function_name}(response, reference) there"
         raise RecipeError(
             f"evaluate.scorer: {name}: {module_name} ({_file(module)}) has no function {function_name}{meant}"
         )
     own = function.func if isinstance(function, functools.partial) else function
     if (getattr(own, "__module__", None) or "builtins").partition(".")[0] in {*sys.stdlib_module_names, "builtins"}:
         raise RecipeError(
-            f"evaluate.scorer: {name}: a function of Python itself scores nothing, and may run an answer as a command"
+            f"evaluate.scorer: {name}: functions of Python's standard library are not allowed: they may run a "
+            "response as code"
         )
-    if not _takes_two(function):
+    if not _takes_two_arguments(function):
         raise RecipeError(
-            f"evaluate.scorer: {name}: {function_name} is called as {function_name}(answer, reference), but is defined "
-            f"as {function_name}{inspect.signature(function)}"
+            f"evaluate.scorer: {name}: the call is {function_name}(response, reference), but the definition is "
+            f"{function_name}{inspect.signature(function)}"
         )
     return function
 
 
-def _takes_two(function: Callable[..., Any]) -> bool:
+def _takes_two_arguments(function: Callable[..., Any]) -> bool:
     try:
-        inspect.signature(function).bind("answer", "reference")
+        inspect.signature(function).bind("response", "reference")
     except TypeError:
         return False
-    except ValueError:  # some built-in functions have no signature to look at
+    except ValueError:  # some built-in functions have no signature
         return True
     return True
 
@@ -166,37 +166,40 @@ def _file(module: Any) -> str:
 
 
 def _json_object(text: str) -> dict[str, Any] | None:
-    """The one JSON object a text consists of, or None."""
+    """Return the JSON object that is the whole text, or None."""
     text = text.strip()
     fenced = _FENCED.fullmatch(text)
     try:
-        value = json.loads(fenced[1] if fenced else text, object_pairs_hook=_unique, parse_constant=_refuse)
-    except (ValueError, RecursionError):  # a degenerate answer can nest thousands of brackets
+        value = json.loads(
+            fenced[1] if fenced else text, object_pairs_hook=_unique_keys, parse_constant=_reject_constant
+        )
+    except (ValueError, RecursionError):  # a degenerate response can nest thousands of brackets
         return None
     return value if isinstance(value, dict) else None
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) < len(pairs):
-        raise ValueError("a key stands twice")
+        raise ValueError("duplicate key")
     return value
 
 
-def _refuse(constant: str) -> None:
+def _reject_constant(constant: str) -> None:
     raise ValueError(f"{constant} is not JSON")
 
 
-def _same(one: Any, other: Any) -> bool:
-    if isinstance(one, str) and isinstance(other, str):
-        return one.strip() == other.strip()
-    if isinstance(one, dict) and isinstance(other, dict):
-        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
-    if isinstance(one, list) and isinstance(other, list):
-        return len(one) == len(other) and all(_same(*items) for items in zip(one, other, strict=True))
-    if isinstance(one, bool) or isinstance(other, bool):
-        return one is other  # in Python True equals 1, in JSON it does not
-    return bool(one == other)
+def _equal(a: Any, b: Any) -> bool:
+    """Compare two JSON values: numbers as numbers, texts apart from whitespace around them."""
+    if isinstance(a, str) and isinstance(b, str):
+        return a.strip() == b.strip()
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_equal(a[key], b[key]) for key in a)
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(_equal(*items) for items in zip(a, b, strict=True))
+    if isinstance(a, bool) or isinstance(b, bool):
+        return a is b  # True == 1 in Python, but not in JSON
+    return bool(a == b)
 
 
 def _final_number(text: str) -> Decimal | None:
@@ -206,5 +209,4 @@ def _final_number(text: str) -> Decimal | None:
 
 
 def _shorten(value: object) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= 80 else shown[:79] + "…"
+    return shortened(repr(value), 80)

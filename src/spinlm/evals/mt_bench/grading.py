@@ -55,9 +55,9 @@ class JudgeRun:
             "judgments": journal.path.name,
         }
 
-    def note_unparsable(self, label: str, verdicts: Sequence[Verdict[Any]]) -> None:
-        if count := sum(verdict.value is None for verdict in verdicts):
-            self.notes.append(f"{label}: {count} of {len(verdicts)} verdicts could not be parsed and are not counted")
+    def note_unparsable(self, label: str, values: Sequence[object]) -> None:
+        if count := sum(value is None for value in values):
+            self.notes.append(f"{label}: {count} of {len(values)} verdicts could not be parsed and are not counted")
 
 
 @dataclass(frozen=True)
@@ -118,35 +118,28 @@ def grade_single(judge_run: JudgeRun, players: Sequence[int]) -> None:
         JudgeError: the judge cannot be reached, refuses, or no judgment can be parsed.
         StoppedError: the user asked to stop.
     """
+    judge, sets = judge_run.judge, judge_run.response_sets
     ratings: dict[int, Values] = {}
-    verdicts: dict[int, list[Verdict[float]]] = {}
-    journals: dict[int, Journal] = {}
+    counts: dict[int, dict[str, Any]] = {}
     for player in players:
-        response_set = judge_run.response_sets[player]
         requests = [
-            _judge_request(judge_run, question, turn, {"answer": response_set[question].turns})
+            _judge_request(judge_run, question, turn, {"answer": sets[player][question].turns})
             for question in judge_run.questions
-            for turn in range(1, len(response_set[question].turns) + 1)
+            for turn in range(1, len(sets[player][question].turns) + 1)
         ]
-        journals[player] = _open_journal("single", judge_run.judge, response_set)
-        verdicts[player] = _collect_verdicts(
-            journals[player], judge_run.judge, requests, parse_rating, f"{response_set.name}: grade"
-        )
-        ratings[player] = {
-            request.turn: verdict.value for request, verdict in zip(requests, verdicts[player], strict=True)
-        }
-    if not any(by_question(values) for values in ratings.values()):
-        raise _no_verdict(judge_run.judge, journals[players[-1]])
+        journal = _open_journal("single", judge, sets[player])
+        verdicts = _collect_verdicts(journal, judge, requests, parse_rating, f"{sets[player].name}: grade")
+        ratings[player] = {request.turn: verdict.value for request, verdict in zip(requests, verdicts, strict=True)}
+        counts[player] = judge_run.counts(verdicts, len(requests), journal)
+    if not any(map(by_question, ratings.values())):
+        raise _no_verdict(judge, journal)
     for player in players:
-        response_set = judge_run.response_sets[player]
-        counts = judge_run.counts(verdicts[player], len(ratings[player]), journals[player])
-        if scores := _single_scores(judge_run, ratings[player], counts):
-            add_scores(response_set.run, player, SUITE, scores, anew=True)
-        judge_run.note_unparsable(response_set.name, verdicts[player])
-    first = players[0]
+        if scores := _single_scores(judge_run, ratings[player], counts[player]):
+            add_scores(sets[player].run, player, SUITE, scores, anew=True)
+        judge_run.note_unparsable(sets[player].name, list(ratings[player].values()))
     for player in players[1:]:
-        names = f"{judge_run.response_sets[player].name} − {judge_run.response_sets[first].name}"
-        judge_run.notes.append(f"{names}: {_paired_difference(ratings[player], ratings[first])}")
+        difference = _paired_difference(ratings[player], ratings[players[0]])
+        judge_run.notes.append(f"{sets[player].name} − {sets[players[0]].name}: {difference}")
 
 
 def _single_scores(judge_run: JudgeRun, ratings: Values, counts: dict[str, Any]) -> dict[str, Score]:
@@ -225,7 +218,7 @@ def grade_pairwise(judge_run: JudgeRun, player: int, baseline: int) -> None:
         f"With the players swapped the judge contradicted itself in {inconsistent} of {len(comparisons)} comparisons; "
         f"it chose the first response {counts['chose_first']} times, the second {counts['chose_second']} times"
     )
-    judge_run.note_unparsable(label, verdicts)
+    judge_run.note_unparsable(label, choices)
 
 
 def _judge_request(
@@ -247,7 +240,7 @@ def _judge_request(
 
 def _open_journal(kind: str, judge: Judge, *response_sets: ResponseSet) -> Journal:
     """Open the journal of the judgments of these responses, in the first player's folder."""
-    fingerprint = [*(response_set.fingerprint for response_set in response_sets), judge.fingerprint]
+    fingerprint = [*(response_set.fingerprint for response_set in response_sets), list(judge.fingerprint.values())]
     model = re.sub(r"[^A-Za-z0-9.]+", "-", judge.model).strip("-.")[-60:]
     return Journal(response_sets[0].folder / f"{kind}-{model}-{short_digest(fingerprint)}.jsonl")
 

@@ -165,14 +165,16 @@ class Judge(Section):
         return self.url.partition("://")[2].partition("/")[0]
 
     @property
-    def prompts_digest(self) -> str:
-        texts = {name: [prompt.system_prompt, prompt.prompt_template] for name, prompt in self.prompts.items()}
-        return short_digest(texts)
-
-    @property
-    def fingerprint(self) -> list[Any]:
+    def fingerprint(self) -> dict[str, Any]:
         """Everything that a verdict depends on, except the request."""
-        return [self.host, self.model, self.max_tokens, self.prompts_digest, self.extra_body]
+        texts = {name: [prompt.system_prompt, prompt.prompt_template] for name, prompt in self.prompts.items()}
+        return {
+            "endpoint": self.host,
+            "judge": self.model,
+            "judge_max_tokens": self.max_tokens,
+            "prompts": short_digest(texts),
+            "judge_extra_body": self.extra_body,
+        }
 
     def check(self) -> None:
         """Send one short request, to check the endpoint, the key and the model.

@@ -69,11 +69,7 @@ def run_mt_bench(
         response_set.generate(chosen)
     without = [q.category for q in chosen if q.uses_reference and q.question_id not in known]
     settings = {
-        "judge": loaded.model,
-        "endpoint": loaded.host,
-        "prompts": loaded.prompts_digest,
-        "judge_max_tokens": loaded.max_tokens,
-        "judge_extra_body": loaded.extra_body,
+        **loaded.fingerprint,
         "questions": short_digest([question.fingerprint for question in all_questions]),
         "references": short_digest(sorted((str(key), turns) for key, turns in known.items())) if known else None,
         "without_reference": len(without),
