@@ -83,7 +83,7 @@ def test_settings_exist(page: Path) -> None:
     known = {name for name, _ in leaves(Recipe, "")}
     sections = "|".join(name for name, field in leaves(Recipe, "") if "." not in name and f"{name}.path" != name)
     for code in re.findall(r"`([^`\n]+)`", text(page)):
-        for name in re.findall(rf"(?:^|(?<=[\s'\"]))((?:{sections})\.[a-z_][a-z_.]*[a-z_])", code):
+        for name in re.findall(rf"(?:^|(?<=[\s'\"]))((?:{sections})\.[a-z_][a-z0-9_.]*[a-z0-9_])", code):
             if not name.endswith((".py", ".yaml", ".jsonl", ".done", ".gguf", ".csv")):
                 assert name in known, f"`{code}`"
 

@@ -13,36 +13,26 @@ def benchmark(
     run: RunPath,
     iteration: PlayersOption = "start,best",
     suite: Annotated[str | None, typer.Option(help="Measure a suite: open-llm-leaderboard or big-bench.")] = None,
-    tasks: Annotated[str | None, typer.Option(help="Measure these tasks of lm-eval, separated by commas.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Use at most this number of examples of a task.")] = None,
-    include_path: Annotated[Path | None, typer.Option(help="Read task YAML files from this folder, too.")] = None,
-    task_data: Annotated[list[str] | None, typer.Option(help="Read a task's examples from NAME=FILE.jsonl.")] = None,
+    tasks: Annotated[str | None, typer.Option(help="Measure these tasks, separated by commas.")] = None,
+    num_fewshot: Annotated[int | None, typer.Option(min=0, help="Set the number of few-shot examples.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Limit the examples per task.")] = None,
+    include_path: Annotated[Path | None, typer.Option(help="Add the task YAML files in this folder.")] = None,
     apply_chat_template: Annotated[
-        bool, typer.Option("--apply-chat-template", help="Put prompts into the player's chat template.")
+        bool, typer.Option("--apply-chat-template", help="Apply the player's chat template to prompts.")
     ] = False,
-    batch_size: Annotated[int, typer.Option(min=1, help="Process this number of requests at once.")] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, help="Set the number of requests per batch.")] = 8,
     quiet: Quiet = False,
 ) -> None:
     """Measure players with lm-evaluation-harness."""
     from spinlm.evals import scores
-    from spinlm.evals.lm_harness.measure import harness
+    from spinlm.evals.lm_harness.measure import HarnessOptions, run_lm_harness
     from spinlm.utils.signals import graceful_shutdown
 
     folder, recipe = open_run(run)
     players = parse_players(folder, iteration)
+    options = HarnessOptions(suite, tasks, num_fewshot, limit, include_path, apply_chat_template, batch_size)
     with folder.locked(), graceful_shutdown():
-        harness(
-            recipe,
-            folder,
-            players,
-            suite,
-            tasks,
-            limit=limit,
-            data=task_data or (),
-            folder=include_path,
-            chat_template=apply_chat_template,
-            batch_size=batch_size,
-        )
+        run_lm_harness(recipe, folder, players, options)
     console(200).print(scores.table(folder, players, suite or "tasks"))
 
 

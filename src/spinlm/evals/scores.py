@@ -1,4 +1,4 @@
-"""Benchmark scores: where they are kept, and the table they make. Imports no torch."""
+"""Benchmark scores of players: read them, write them, and make tables of them. Imports no torch."""
 
 import math
 from collections.abc import Sequence
@@ -17,36 +17,41 @@ if TYPE_CHECKING:
 AVERAGED = {
     "open-llm-leaderboard": ("arc_challenge", "truthfulqa_mc2", "winogrande", "gsm8k", "hellaswag", "mmlu"),
 }
-"""Suites whose mean over these tasks is a number of its own, as in the paper."""
+"""Suites that get a row with the mean of these tasks, as in the paper."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """What a player reached on one task."""
+    """The score of a player on one task."""
 
-    value: float  # in the benchmark's own unit: a share from 0 to 1, or points
+    value: float  # in the benchmark's unit: a fraction from 0 to 1, or points
     standard_error: float | None
-    metric: str  # as the benchmark calls it
-    examples: int  # how many were asked
-    settings: dict[str, Any]  # few-shots, limit, versions: two scores are comparable where these are equal
-    counts: dict[str, Any] = field(default_factory=dict)  # what it is made from, and what it leaves out
+    metric: str  # the benchmark's name for it
+    examples: int
+    settings: dict[str, Any]  # few-shot number, limit, versions: scores with equal settings are comparable
+    counts: dict[str, Any] = field(default_factory=dict)  # what was measured, and what was left out
 
 
 def read_scores(run: RunDir, iteration: int) -> dict[str, dict[str, Score]]:
-    """The scores of an iteration's player, by suite and task; empty where none was measured."""
+    """Return the scores of a player by suite and task. The dict is empty if nothing was measured."""
     path = run.benchmarks(iteration)
     if not path.exists():
         return {}
     return {suite: {task: Score(**score) for task, score in tasks.items()} for suite, tasks in read_json(path).items()}
 
 
-def add_scores(run: RunDir, iteration: int, suite: str, scores: dict[str, Score], *, anew: bool = False) -> None:
-    """Keep scores beside those that are there; a task measured again gets its new score.
+def add_scores(run: RunDir, iteration: int, suite: str, scores: dict[str, Score], *, replace: bool = False) -> None:
+    """Add scores to those of a player. A task that was measured before gets its new score.
 
-    With `anew` the suite was measured as a whole, so that its older scores go.
+    Args:
+        run: the run folder.
+        iteration: the iteration of the player.
+        suite: the suite of the scores.
+        scores: scores by task.
+        replace: remove the other scores of the suite.
     """
     kept = read_scores(run, iteration)
-    kept[suite] = scores if anew else kept.get(suite, {}) | scores
+    kept[suite] = scores if replace else kept.get(suite, {}) | scores
     write_json(
         run.benchmarks(iteration),
         {name: {task: asdict(score) for task, score in tasks.items()} for name, tasks in kept.items()},
@@ -54,10 +59,9 @@ def add_scores(run: RunDir, iteration: int, suite: str, scores: dict[str, Score]
 
 
 def average(scores: dict[str, Score], tasks: Sequence[str]) -> Score | None:
-    """The mean of several tasks, each counting the same; None unless all were measured.
+    """Return the unweighted mean of several tasks, or None if a task was not measured.
 
-    The tasks share no examples, so the variances of their scores add up: the standard error is √(Σ se²) / n. Without
-    one of them there is none.
+    The tasks share no examples, so the standard error is √(Σ se²) / n. It is None if a task has none.
     """
     if not all(task in scores for task in tasks):
         return None
@@ -73,20 +77,20 @@ def average(scores: dict[str, Score], tasks: Sequence[str]) -> Score | None:
 
 
 @dataclass(frozen=True)
-class Scores:
-    """What players scored in a suite, as text: a row for each task, and a column for each player."""
+class ScoreTable:
+    """The scores of players in one suite as text: a row per task, a column per player."""
 
-    titles: list[str]  # of the columns; the first two hold text, the others numbers
+    titles: list[str]  # of the columns: the suite, metric, examples, and the players
     rows: list[list[str]]
     caption: str
 
 
 def table(run: RunDir, iterations: Sequence[int], suite: str) -> "Table":
-    """`scores_of` as a rich table."""
+    """Return the table of a suite for the terminal."""
     from rich.box import SIMPLE
     from rich.table import Table
 
-    scores = scores_of(run, iterations, suite)
+    scores = score_table(run, iterations, suite)
     grid = Table(box=SIMPLE, pad_edge=False, padding=(0, 1), caption_justify="left", caption=scores.caption or None)
     for number, title in enumerate(scores.titles):
         grid.add_column(title, justify="left" if number < 2 else "right", no_wrap=True)
@@ -95,31 +99,31 @@ def table(run: RunDir, iterations: Sequence[int], suite: str) -> "Table":
     return grid
 
 
-def scores_of(run: RunDir, iterations: Sequence[int], suite: str) -> Scores:
-    """What players scored in a suite, value ± standard error.
+def score_table(run: RunDir, iterations: Sequence[int], suite: str) -> ScoreTable:
+    """Return the scores of players in a suite, as value ± standard error.
 
-    A score that was measured in another way than the first one of its row is marked: the two cannot be compared.
+    A `*` marks a score whose settings differ from those of the first score in its row: the two are not comparable.
     """
     measured = {iteration: read_scores(run, iteration).get(suite, {}) for iteration in iterations}
     for scores in measured.values():
         if suite in AVERAGED and (mean := average(scores, AVERAGED[suite])):
             scores["average"] = mean
-    marked, rows = False, []
+    any_marked, rows = False, []
     for task in dict.fromkeys(task for scores in measured.values() for task in scores):
         row = [scores.get(task) for scores in measured.values()]
         first = next(score for score in row if score is not None)
-        odd = [score is not None and not comparable(score, first) for score in row]
-        marked = marked or any(odd)
-        cells = (_cell(score) + " *" * differs for score, differs in zip(row, odd, strict=True))
+        marks = [score is not None and not comparable(score, first) for score in row]
+        any_marked = any_marked or any(marks)
+        cells = (_cell(score) + " *" * marked for score, marked in zip(row, marks, strict=True))
         rows.append([task.removesuffix(f" {first.metric}"), first.metric, str(first.examples), *cells])
     titles = [suite, "metric", "examples", *map(player_name, iterations)]
-    caption = "* measured with other settings than the first score of its row: do not compare the two" if marked else ""
-    return Scores(titles, rows, caption)
+    caption = "* has other settings than the first score of its row: do not compare the two" if any_marked else ""
+    return ScoreTable(titles, rows, caption)
 
 
-def comparable(one: Score, other: Score) -> bool:
-    """Whether two scores of a task were measured in the same way."""
-    return (one.metric, one.settings) == (other.metric, other.settings)
+def comparable(first: Score, second: Score) -> bool:
+    """Whether two scores of a task have the same metric and settings."""
+    return (first.metric, first.settings) == (second.metric, second.settings)
 
 
 def _cell(score: Score | None) -> str:

@@ -10,7 +10,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from spinlm.evals.scores import Scores, read_scores, scores_of
+from spinlm.evals.scores import ScoreTable, read_scores, score_table
 from spinlm.recipe.fingerprint import with_defaults
 from spinlm.report.status import is_step, run_status, stages_of
 from spinlm.report.summary import COLUMNS, PlayerRow, compared_player, display_text, player_rows, start_from, verdict
@@ -122,11 +122,11 @@ class RunData:
         return recorded
 
     @cached_property
-    def benchmarks(self) -> list[Scores]:
+    def benchmarks(self) -> list[ScoreTable]:
         """Benchmark scores, one table per suite."""
         measured = [row.iteration for row in self.players if self.folder.benchmarks(row.iteration).exists()]
         suites = dict.fromkeys(suite for iteration in measured for suite in read_scores(self.folder, iteration))
-        return [scores_of(self.folder, measured, suite) for suite in suites]
+        return [score_table(self.folder, measured, suite) for suite in suites]
 
     @cached_property
     def steps(self) -> list[dict[str, Any]]:

@@ -1,1 +1,1 @@
-"""lm-evaluation-harness, the real one, on the players of a run."""
+"""Run lm-evaluation-harness on the players of a run."""

@@ -1,4 +1,4 @@
-"""The players of a run as lm-evaluation-harness wants to see a model."""
+"""A player as a model of lm-evaluation-harness."""
 
 import copy
 from collections.abc import Iterator
@@ -14,21 +14,21 @@ from spinlm.model.players import Players
 from spinlm.utils.signals import check_interrupt
 
 
-class SeatedModel(HFLM):
-    """The harness's own Hugging Face model, around the one that is in memory: whichever player that is at the time.
+class PlayerLM(HFLM):
+    """The harness's Hugging Face model, on the weights of the player that is loaded.
 
-    An adapter stays beside its base, nothing is merged. Log-probabilities are taken in float32 whatever the model
-    computes in.
+    An adapter is not merged into its base. Log-probabilities are computed in float32.
     """
 
     def __init__(self, players: Players, batch_size: int):
-        """
+        """Wrap the model of `players`.
+
         Args:
-            players: seated.
-            batch_size: requests that run at once.
+            players: the players of the run. A player must be loaded.
+            batch_size: requests per forward pass.
         """
         players.logprobs.use_tree_attention(False)
-        tokenizer = copy.deepcopy(players.tokenizer)  # the harness may give it a padding token
+        tokenizer = copy.deepcopy(players.tokenizer)  # the harness may add a padding token
         tokenizer.chat_template = players.renderer.template
         super().__init__(
             pretrained=players.model,
@@ -38,8 +38,8 @@ class SeatedModel(HFLM):
             mixed_precision_dtype=players.logprobs.autocast,
             softmax_dtype=torch.float32,
         )
-        self.what = ""  # is being measured
-        self.cut = False  # whether a prompt was too long and lost its beginning
+        self.label = ""  # of the progress bar
+        self.truncated = False  # whether a prompt was too long and lost its beginning
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> Any:
         with self._progress(requests):
@@ -54,7 +54,7 @@ class SeatedModel(HFLM):
             return super().generate_until(requests, disable_tqdm=True)
 
     def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None) -> Any:
-        self.cut |= any(len(context) + len(target) > self.max_length + 1 for _, context, target in requests)
+        self.truncated |= any(len(context) + len(target) > self.max_length + 1 for _, context, target in requests)
         return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
 
     def tok_batch_encode(
@@ -62,21 +62,21 @@ class SeatedModel(HFLM):
     ) -> Any:
         ids, mask = super().tok_batch_encode(strings, padding_side, None, truncation)
         if left_truncate_len is not None and ids.shape[1] > left_truncate_len:
-            self.cut = True
+            self.truncated = True
             ids, mask = ids[:, -left_truncate_len:], mask[:, -left_truncate_len:]
         return ids, mask
 
     @contextmanager
     def _progress(self, requests: list[Instance]) -> Iterator[None]:
-        """Show how far the harness has come, and stop between batches if the user asks for that."""
+        """Show the progress of the harness, and stop between batches if the user asks for it."""
         check_interrupt()
-        with track(self.what, len(requests), unit="characters") as advance:
-            self.set_cache_hook(_Hook(advance))
+        with track(self.label, len(requests), unit="characters") as advance:
+            self.set_cache_hook(_ProgressHook(advance))
             yield
 
 
-class _Hook:
-    """The harness hands each answer to its cache, with what was asked; here they are only counted."""
+class _ProgressHook:
+    """A cache hook that counts results. The harness calls it with each result and its request."""
 
     def __init__(self, advance: Advance):
         self._advance = advance

@@ -1,15 +1,12 @@
-"""Which tasks of lm-evaluation-harness are measured, with how many few-shots, on what data."""
+"""Load tasks of lm-evaluation-harness and set their number of few-shot examples."""
 
-import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from spinlm.errors import DataError, MissingPackageError, RunError
-from spinlm.evals.lm_harness.data import LocalData, replace_data
-from spinlm.evals.lm_harness.index import own_names, shipped_names, task_manager
+from spinlm.errors import MissingPackageError, RunError
 from spinlm.utils.suggest import nearest
 
 if TYPE_CHECKING:
@@ -19,49 +16,48 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """A task, a group or a tag of the harness that somebody asks for."""
+class TaskSpec:
+    """A task, a group or a tag of lm-evaluation-harness that the user selects."""
 
     name: str
-    shots: int | None = None  # None: as many as its file says
-    metric: str | None = None  # the one that counts, as the harness writes it: METRIC,FILTER
+    num_fewshot: int | None = None  # None: the number in the task's YAML file
+    metric: str | None = None  # the main metric, as METRIC,FILTER; None: the first one
 
 
 SUITES = {
     "open-llm-leaderboard": (
-        Wanted("arc_challenge", 25, "acc_norm,none"),
-        Wanted("truthfulqa_mc2", 0, "acc,none"),
-        Wanted("winogrande", 5, "acc,none"),
-        Wanted("gsm8k", 5, "exact_match,strict-match"),
-        Wanted("hellaswag", 10, "acc_norm,none"),
-        Wanted("mmlu", 5, "acc,none"),
+        TaskSpec("arc_challenge", 25, "acc_norm,none"),
+        TaskSpec("truthfulqa_mc2", 0, "acc,none"),
+        TaskSpec("winogrande", 5, "acc,none"),
+        TaskSpec("gsm8k", 5, "exact_match,strict-match"),
+        TaskSpec("hellaswag", 10, "acc_norm,none"),
+        TaskSpec("mmlu", 5, "acc,none"),
     ),
-    # The variant with worked answers: each prompt begins with the three that the task's file holds.
+    # The variant with worked examples: the YAML files hold three of them.
     "big-bench": (
-        Wanted("bbh_cot_fewshot_causal_judgement", 3, "exact_match,get-answer"),
-        Wanted("bbh_cot_fewshot_formal_fallacies", 3, "exact_match,get-answer"),
-        Wanted("bbh_cot_fewshot_sports_understanding", 3, "exact_match,get-answer"),
+        TaskSpec("bbh_cot_fewshot_causal_judgement", 3, "exact_match,get-answer"),
+        TaskSpec("bbh_cot_fewshot_formal_fallacies", 3, "exact_match,get-answer"),
+        TaskSpec("bbh_cot_fewshot_sports_understanding", 3, "exact_match,get-answer"),
     ),
 }
-"""The paper's benchmarks, with its few-shots and metrics."""
+"""The benchmarks of the SPIN paper, with its few-shot numbers and metrics."""
 
 
 @dataclass(frozen=True)
-class Unit:
-    """What gets one line in the table: a task, or a group of tasks with a score of its own."""
+class TaskGroup:
+    """The tasks of one row of the score table: one task, or a group that has an aggregate score."""
 
     name: str
     tasks: "dict[str, Task]"
-    metric: str | None
+    metric: str | None  # see `TaskSpec`
     group: "Group | None" = None
-    data: dict[str, LocalData] = field(default_factory=dict)  # by task
 
 
 def harness_version() -> str:
-    """The version of lm-evaluation-harness that is installed.
+    """Return the installed version of lm-evaluation-harness.
 
     Raises:
-        MissingPackageError: none is.
+        MissingPackageError: lm-evaluation-harness is not installed.
     """
     try:
         return version("lm_eval")
@@ -71,156 +67,109 @@ def harness_version() -> str:
         ) from error
 
 
-def wanted_tasks(suite: str | None, tasks: str | None) -> list[Wanted]:
-    """What `--suite` and `--tasks` ask for: a suite, some tasks of it, or tasks as `NAME` or `NAME:SHOTS`.
+def select_tasks(suite: str | None, tasks: str | None, num_fewshot: int | None) -> list[TaskSpec]:
+    """Return what `--suite`, `--tasks` and `--num-fewshot` select. With both, `--tasks` selects tasks of the suite.
 
     Raises:
-        RunError: there is no such suite, it has no such task, or a task is not written in that way.
+        RunError: an option is missing, a suite or a task of a suite is unknown, or a suite gets a few-shot number.
     """
-    if suite is not None and suite not in SUITES:
-        known = [*SUITES, "mt-bench"]
-        raise RunError(f"--suite: there is no suite {suite!r}.{_nearest(suite, known)} Known: {', '.join(known)}")
-    own = {one.name: one for of in SUITES.values() for one in of}
-    if tasks is None:
-        assert suite is not None, "the command line asks for one of them"
-        return list(SUITES[suite])
-    asked: dict[str, Wanted] = {}
-    for text in tasks.split(","):
-        # A name may hold colons itself: members of some groups are GROUP::TASK.
-        match = re.fullmatch(r"(?P<name>[^\s=]*?[^\s=:])(?::(?P<shots>\d+))?", text.strip())
-        if match is None:
-            raise RunError(f"--tasks: {text!r} is no task. Write NAME or NAME:FEWSHOTS, with commas between tasks")
-        name, shots = match["name"], match["shots"]
-        if name in asked:
-            raise RunError(f"--tasks: {name} is named twice")
-        if suite is None:
-            asked[name] = Wanted(name, None if shots is None else int(shots), own[name].metric if name in own else None)
-            continue
-        members = {one.name: one for one in SUITES[suite]}
-        if name not in members:
-            raise RunError(f"--tasks: {suite} has no task {name!r}; it has {', '.join(members)}")
-        if shots is not None:
-            raise RunError(
-                f"--tasks {text}: {suite} sets the few-shots itself. Leave :{shots} out, or leave --suite out"
-            )
-        asked[name] = members[name]
-    return list(asked.values())
+    names = [name.strip() for name in tasks.split(",")] if tasks is not None else []
+    if "" in names or len(set(names)) < len(names):
+        raise RunError(f"--tasks {tasks}: a name is empty or repeated. Write different names, separated by commas")
+    if suite is None:
+        if not names:
+            raise RunError("nothing to measure. Choose a suite with --suite, or tasks with --tasks")
+        metrics = {spec.name: spec.metric for specs in SUITES.values() for spec in specs}
+        return [TaskSpec(name, num_fewshot, metrics.get(name)) for name in names]
+    if suite not in SUITES:
+        raise RunError(f"--suite: there is no suite {suite!r}.{_hint(suite, SUITES)} Known: {', '.join(SUITES)}")
+    if num_fewshot is not None:
+        raise RunError(f"--num-fewshot: {suite} sets the few-shot numbers. Leave out --num-fewshot or --suite")
+    members = {spec.name: spec for spec in SUITES[suite]}
+    if unknown := [name for name in names if name not in members]:
+        raise RunError(f"--tasks: {suite} has no task {unknown[0]!r}. Its tasks: {', '.join(members)}")
+    return [members[name] for name in names or members]
 
 
-def open_units(wanted: Sequence[Wanted], data: dict[str, LocalData], folder: Path | None, scratch: Path) -> list[Unit]:
-    """Load the tasks, with their data, and set their few-shots.
+def load_tasks(specs: Sequence[TaskSpec], include_path: Path | None) -> list[TaskGroup]:
+    """Load tasks with their datasets, and set their few-shot numbers.
 
     Args:
-        wanted: what to load.
-        data: files that replace datasets, by task.
-        folder: with task files of the user's own; one that has the name of a task of the harness replaces it.
-        scratch: an empty folder that lives as long as the tasks.
+        specs: what to load.
+        include_path: folder with task YAML files. A file replaces the task of the harness that has the same name.
 
     Raises:
-        RunError: a task is unknown, cannot be loaded, or cannot have so many few-shots; a task file is broken.
-        DataError: a file of the user's does not fit its task.
+        RunError: a task is unknown or cannot be loaded, or cannot have this number of few-shot examples.
     """
-    own = own_names(folder) if folder is not None else {}
-    names = [one.name for one in wanted]
-    shipped = {} if all(name in own for name in names) else shipped_names()
-
-    def unknown(name: str) -> RunError:
-        hint = " Tasks of your own are found with --include-path" if folder is None else ""
-        return RunError(f"{name}: lm-evaluation-harness has no such task.{_nearest(name, [*own, *shipped])}{hint}")
-
-    for name in names:
-        if name not in own and name not in shipped:
-            raise unknown(name)
-    manager = task_manager(names, own, shipped, folder)
-    for name in names:
-        if name not in manager.task_index:
-            raise unknown(name)
-    replace_data(manager, data, scratch)
-    units = [unit for one in wanted for unit in _load(manager, one, data)]
-    measured = {name for unit in units for name in unit.tasks}
-    for name in data:
-        if name not in measured:
-            listed = f"{len(measured)} tasks" if len(measured) > 8 else ", ".join(sorted(measured))
-            raise RunError(f"--task-data: {name} is not among what is measured ({listed}).{_nearest(name, measured)}")
-    return units
+    manager = _task_manager([spec.name for spec in specs], include_path)
+    for spec in specs:
+        if spec.name not in manager.task_index:
+            folder = f" Files in {include_path} that are not valid are skipped" if include_path else ""
+            hint = _hint(spec.name, manager.all_tasks)
+            raise RunError(f"{spec.name}: lm-evaluation-harness has no such task.{hint}{folder}")
+    return [group for spec in specs for group in _load(manager, spec)]
 
 
-def _load(manager: "TaskManager", wanted: Wanted, data: dict[str, LocalData]) -> list[Unit]:
-    """The units that a name stands for, ready to be measured."""
-    from lm_eval.api.group import Group
+def _task_manager(names: Sequence[str], include_path: Path | None) -> "TaskManager":
+    """Return a task manager that knows these tasks, if they exist."""
+    from lm_eval.tasks import TaskManager
 
+    if include_path is not None:
+        if not include_path.is_dir():
+            raise RunError(f"--include-path {include_path}: no such folder")
+        # Reading the harness's own 14,000 files takes many seconds. Single tasks of the user do not need them.
+        own = TaskManager(include_path=str(include_path), include_defaults=False)
+        if all(name in own.task_index and own.task_index[name].kind.name == "TASK" for name in names):
+            return own
+    return TaskManager(include_path=None if include_path is None else str(include_path))
+
+
+def _load(manager: "TaskManager", spec: TaskSpec) -> list[TaskGroup]:
+    """Return the rows of the score table for a spec: one if it has an aggregate score, otherwise one per task."""
     try:
-        loaded = manager.load([wanted.name])
-    except Exception as error:  # a task is a program, and its dataset is fetched: anything may come out of it
+        loaded = manager.load([spec.name])
+    except Exception as error:  # a task may run any code when it loads
         reason = next(iter(str(error.__cause__ or error).strip().splitlines()), type(error).__name__)
         if isinstance(error, OSError):
-            several = manager.task_index[wanted.name].kind.name != "TASK"
-            name = "TASK" if several else wanted.name
             raise RunError(
-                f"{wanted.name}: {'a dataset of its tasks' if several else 'its dataset'} cannot be fetched ({error}). "
-                f"With a network it is fetched once; without, give its examples: --task-data {name}=FILE.jsonl"
-                + (", for each of its tasks" if several else "")
+                f"{spec.name}: cannot load the dataset ({reason}). Without a network, copy the Hugging Face cache of a "
+                "machine that has loaded it, or write a task YAML for local files and use --include-path"
             ) from error
-        if wanted.name in data:
-            raise DataError(
-                f"{data[wanted.name].questions}: does not fit {wanted.name}: {reason}. Its rows need the columns of "
-                "the task's own dataset"
-            ) from error
-        raise RunError(f"{wanted.name}: lm-evaluation-harness cannot load it: {reason}") from error
-
-    def units(item: Any) -> Iterator[Unit]:
-        if not isinstance(item, Group):
-            yield _unit(item.task_name, {item.task_name: item})
-        elif item.has_aggregation:
-            yield _unit(item.name, {task.task_name: task for task in item.get_all_tasks()}, item)
-        else:
-            for child in item:
-                yield from units(child)
-
-    def _unit(name: str, tasks: "dict[str, Task]", group: "Group | None" = None) -> Unit:
-        for task in tasks.values():
-            _set_shots(task, wanted.shots)
-        mine = {task: data[task] for task in tasks if task in data}
-        return Unit(name, tasks, wanted.metric if name == wanted.name else None, group, mine)
-
-    group = loaded.get("groups", {}).get(wanted.name)
-    return (
-        list(units(group)) if group is not None else [unit for task in loaded["tasks"].values() for unit in units(task)]
-    )
+        raise RunError(f"{spec.name}: lm-evaluation-harness cannot load the task: {reason}") from error
+    for task in loaded["tasks"].values():
+        _set_num_fewshot(task, spec.num_fewshot)
+    group = loaded.get("groups", {}).get(spec.name)
+    if group is not None and group.has_aggregation:
+        return [TaskGroup(spec.name, loaded["tasks"], spec.metric, group)]
+    return [
+        TaskGroup(name, {name: task}, spec.metric if name == spec.name else None)
+        for name, task in loaded["tasks"].items()
+    ]
 
 
-def _set_shots(task: "Task", shots: int | None) -> None:
-    """Give a task its few-shots.
+def _set_num_fewshot(task: "Task", num_fewshot: int | None) -> None:
+    """Set the number of few-shot examples of a task.
 
     Raises:
-        RunError: it cannot have so many.
+        RunError: the task has none, or the harness could show a question among its own examples.
     """
-    name, own = task.task_name, task.get_config("num_fewshot")
-    if own == 0 and shots:
-        raise RunError(f"{name}: has no few-shots, its prompt is complete as it is. Leave :{shots} out")
-    number = own or 0 if shots is None else shots
+    name, default = task.task_name, task.get_config("num_fewshot")
+    if default == 0 and num_fewshot:
+        raise RunError(f"{name}: this task takes no few-shot examples. Leave out --num-fewshot")
+    number = (default or 0) if num_fewshot is None else num_fewshot
     task.set_config("num_fewshot", number)
-    config, sampler = getattr(task, "fewshot_cfg", None), getattr(task, "sampler", None)
-    if config is None or sampler is None or number == 0:
+    config = getattr(task, "fewshot_cfg", None)
+    if number == 0 or config is None or (config.samples and config.split is None):
         return
-    asked = task.get_config("test_split") or task.get_config("validation_split")
-    pool = config.split or next(
-        (split for part in ("training", "validation", "test") if (split := task.get_config(f"{part}_split"))), None
-    )
-    shared = pool == asked and not (config.split is None and config.samples)
-    if len(sampler.df) < number + shared:
+    train, validation, test = (task.get_config(f"{split}_split") for split in ("training", "validation", "test"))
+    questions, examples = test or validation, config.split or train or validation or test
+    if examples == questions and config.split != test:  # the harness removes a question only if these two are equal
         raise RunError(
-            f"{name}: {number} few-shots cannot be drawn from {len(sampler.df)} examples"
-            + (", of which one is the question itself" if shared else "")
-        )
-    if shared and config.split != task.get_config("test_split"):
-        raise RunError(
-            f"{name}: its few-shot examples are drawn from its questions, and lm-evaluation-harness would not keep a "
-            f"question out of its own examples. Set fewshot_split: {asked} and test_split: {asked} in its file, or "
-            f"measure it without few-shots ({name}:0)"
+            f"{name}: the few-shot examples of a question may contain the question. Set fewshot_split: {questions} and "
+            f"test_split: {questions} in the task's YAML file, or measure with --num-fewshot 0"
         )
 
 
-def _nearest(name: str, known: Any) -> str:
-    near = nearest(name, known)
-    return f" Did you mean {near}?" if near else ""
+def _hint(name: str, known: Sequence[str] | dict[str, tuple[TaskSpec, ...]]) -> str:
+    similar = nearest(name, known)
+    return f" Did you mean {similar}?" if similar else ""

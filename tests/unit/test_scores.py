@@ -1,4 +1,4 @@
-"""Benchmark scores: what is kept, what is averaged, and which may be compared."""
+"""Benchmark scores: files, averages, and which scores are comparable."""
 
 import math
 from pathlib import Path
@@ -24,7 +24,7 @@ def shown(run: RunDir, *iterations: int) -> str:
     return capture.get()
 
 
-def test_scores_are_kept_beside_each_other_and_replaced(tmp_path: Path) -> None:
+def test_scores_are_added_and_replaced(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     assert read_scores(run, 0) == {}
     add_scores(run, 0, SUITE, {"gsm8k": score(0.1), "mmlu": score(0.3)})
@@ -37,7 +37,7 @@ def test_scores_are_kept_beside_each_other_and_replaced(tmp_path: Path) -> None:
     assert read_scores(run, START) == {}
 
 
-def test_average_is_of_the_six_and_its_error_is_that_of_independent_tasks() -> None:
+def test_average_of_the_six_tasks_has_the_error_of_independent_tasks() -> None:
     six = AVERAGED[SUITE]
     scores = {task: score(number / 10, 0.03) for number, task in enumerate(six)}
     mean = average(scores, six)
@@ -50,7 +50,7 @@ def test_average_is_of_the_six_and_its_error_is_that_of_independent_tasks() -> N
     assert without is not None and without.standard_error is None
 
 
-def test_table_shows_the_average_where_all_six_are_there(tmp_path: Path) -> None:
+def test_table_shows_the_average_if_all_six_tasks_were_measured(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     six = AVERAGED[SUITE]
     add_scores(run, START, SUITE, {task: score(0.5) for task in six})
@@ -60,12 +60,12 @@ def test_table_shows_the_average_where_all_six_are_there(tmp_path: Path) -> None
     assert ["average", "mean", "600", "0.500", "±", "0.004", "–"] in lines
 
 
-def test_scores_measured_in_different_ways_are_marked(tmp_path: Path) -> None:
+def test_scores_with_different_settings_are_marked(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
-    add_scores(run, START, SUITE, {"gsm8k": score(0.5, few_shots=5), "mmlu": score(0.5, few_shots=5)})
-    add_scores(run, 0, SUITE, {"gsm8k": score(0.6, few_shots=5), "mmlu": score(0.6, few_shots=5)})
+    add_scores(run, START, SUITE, {"gsm8k": score(0.5, num_fewshot=5), "mmlu": score(0.5, num_fewshot=5)})
+    add_scores(run, 0, SUITE, {"gsm8k": score(0.6, num_fewshot=5), "mmlu": score(0.6, num_fewshot=5)})
     assert "*" not in shown(run, START, 0)
-    add_scores(run, 0, SUITE, {"mmlu": score(0.7, few_shots=0)})
+    add_scores(run, 0, SUITE, {"mmlu": score(0.7, num_fewshot=0)})
     lines = shown(run, START, 0).splitlines()
     assert [line.split()[0] for line in lines if line.rstrip().endswith("*")] == ["mmlu"]
-    assert any(line.strip().startswith("* measured with other settings") for line in lines)
+    assert any(line.strip().startswith("* has other settings") for line in lines)
