@@ -46,7 +46,7 @@ class Bench:
         self.engine = LocalEngine(self.players.logprobs, recipe.opponent.batch_size, True)
 
     def spinlm(self, seed: int, temperature: float = 1.0, new: int | None = None) -> list[list[int]]:
-        from spinlm.rundir.records import Sampling
+        from spinlm.generation.base import Sampling
 
         sampling = Sampling(temperature, 1.0, new or self.new, 4096, 1, self.stop_ids)
         answers = self.engine.generate(self.prompts, sampling, seed, lambda ended, tokens: None)

@@ -74,12 +74,12 @@ def measure(
 ) -> dict[str, Any]:
     import torch
 
+    from spinlm.generation.base import Sampling
     from spinlm.generation.local import LocalEngine
     from spinlm.model.attention import register_tree_attention
     from spinlm.model.prefix_trees import PrefixTree, pack_batch
     from spinlm.plan.model_shape import shape_from_config
     from spinlm.recipe.schema import Lora
-    from spinlm.rundir.records import Sampling
     from spinlm.training.activation_checkpointing import saved_activation_bytes, switch_checkpointing
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 
 from spinlm.errors import RowError
 from spinlm.generation import local_engine
+from spinlm.generation.base import Sampling
 from spinlm.model.players import seat
 from spinlm.recipe.schema import Recipe
 from spinlm.report.summary import display_text
 from spinlm.rundir.layout import RunDir
-from spinlm.rundir.records import Message, Sampling
+from spinlm.rundir.records import Message
 from spinlm.rundir.stage_graph import START, player_name
 from spinlm.utils.console import printable
 
@@ -67,14 +68,7 @@ def respond(
         raise RowError(
             "prompt_too_long", f"it has {len(prompt)} tokens, and train.max_length is {recipe.train.max_length}"
         )
-    sampling = Sampling(
-        temperature=temperature,
-        top_p=recipe.opponent.top_p,
-        max_new_tokens=recipe.opponent.max_new_tokens,
-        max_length=recipe.train.max_length,
-        samples=1,
-        stop_ids=players.renderer.stop_ids,
-    )
+    sampling = Sampling.from_recipe(recipe, players.renderer.stop_ids, temperature=temperature, samples=1)
     texts: list[str] = []
 
     def show_tokens(_: int, token_ids: list[int]) -> None:

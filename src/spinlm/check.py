@@ -5,16 +5,15 @@ import resource
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from spinlm.errors import DataError, ModelError
 from spinlm.evals.heldout import real_nll_and_margins
 from spinlm.generation import local_engine, open_engine
+from spinlm.generation.base import Sampling
 from spinlm.model.loading import add_adapter, disable_dropout, load_model
 from spinlm.model.logprobs import LogProbs
 from spinlm.model.players import Players, seat
@@ -25,7 +24,7 @@ from spinlm.recipe.schema import MEMORY_MARGIN, Objective, Recipe
 from spinlm.rundir.layout import RunDir
 from spinlm.rundir.records import Example, Generation, read_lines
 from spinlm.rundir.stage_graph import START
-from spinlm.stages.generate import generate, opponent_sampling
+from spinlm.stages.generate import generate
 from spinlm.stages.prepare import prepare
 from spinlm.stages.reference_logprobs import score
 from spinlm.stages.sft import warmup
@@ -142,15 +141,14 @@ def _about_engine(
         return
     examples = list(read_lines(run.examples("train"), Example))
     prompts = [example.prompt_ids for example in examples]
-    sampling = replace(opponent_sampling(recipe, players), temperature=0.0, top_p=1.0, samples=1)
+    sampling = Sampling.from_recipe(recipe, players.renderer.stop_ids, temperature=0.0, top_p=1.0, samples=1)
     with open_engine(recipe, players, 0, prefix_sharing) as engine:
         answers = [given[0] for given in engine.generate(prompts, sampling, 0, lambda ended, tokens: None)]
-    theirs, as_text = [answer.token_ids for answer in answers], any(answer.retokenised for answer in answers)
+    theirs = [answer.token_ids for answer in answers]
     players.become(START)
     own = local_engine(recipe, players, prefix_sharing)
     ours = [given[0].token_ids for given in own.generate(prompts, sampling, 0, lambda ended, tokens: None)]
-    told: Callable[[list[int]], Any] = players.renderer.decode if as_text else list  # text may have had other tokens
-    differ = [number for number, (mine, its) in enumerate(zip(ours, theirs, strict=True)) if told(mine) != told(its)]
+    differ = [number for number, (mine, its) in enumerate(zip(ours, theirs, strict=True)) if mine != its]
     name = recipe.opponent.engine
     if not differ:
         yield f"engine: all {len(ours)} greedy answers of the {name} engine are those of the local engine"
@@ -158,7 +156,6 @@ def _about_engine(
         yield (
             f"engine: {len(ours) - len(differ)} of {len(ours)} greedy answers of the {name} engine are those of the "
             f"local engine; {_first_difference(players, prompts, ours, theirs, differ[0], prefix_sharing)}"
-            + (" (or the text had other tokens there than are made of it here)" if as_text else "")
         )
     drawn = {generation.id: generation.token_ids for generation in sampled if generation.sample == 0}
     both = [(drawn[example.id], its) for example, its in zip(examples, theirs, strict=True) if example.id in drawn]

@@ -1,8 +1,6 @@
-"""A server for language models that speaks as vLLM, SGLang, llama.cpp's or any OpenAI-compatible server does.
+"""A small server with the API of vLLM, SGLang or llama.cpp, and real models behind it.
 
-    python model_server.py KIND PORT MODEL
-
-Small and slow, but the models in it are real: what it answers depends on the weights it was given.
+python model_server.py API PORT MODEL
 """
 
 import contextlib
@@ -16,19 +14,18 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 Reply = tuple[int, dict[str, str], str] | None
 """Status, headers and body; None for a connection that breaks."""
 
 
 class ModelServer:
-    """One model, and the adapters it is told to load."""
+    """One model, and the adapters that clients load."""
 
-    def __init__(self, kind: str, folder: str):
-        self.kind = kind
+    def __init__(self, api: str, folder: str):
+        self.api = api
         self.folder = folder
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.models: dict[str, Any] = {"base": AutoModelForCausalLM.from_pretrained(folder).eval()}
         self.loaded: list[dict[str, str]] = []
         self.bodies: list[dict[str, Any]] = []
@@ -40,14 +37,14 @@ class ModelServer:
 
     def post(self, path: str, body: dict[str, Any]) -> Reply:
         with self._lock:
-            if path.endswith("/unload_lora_adapter") and self.kind in ("vllm", "sglang"):
+            if path.endswith("/unload_lora_adapter") and self.api in ("vllm", "sglang"):
                 del self.models[body["lora_name"]]
                 return 200, {}, "Success: removed."
-            if path.endswith("/load_lora_adapter") and self.kind in ("vllm", "sglang"):
+            if path.endswith("/load_lora_adapter") and self.api in ("vllm", "sglang"):
                 return self._load(body)
             self.bodies.append(body)
-            if path == {"sglang": "/generate", "llama.cpp": "/completion"}.get(self.kind, "/v1/completions"):
-                return getattr(self, "_" + self.kind.replace(".", "_"))(body)
+            if path == {"sglang": "/generate", "llama.cpp": "/completion"}.get(self.api, "/v1/completions"):
+                return getattr(self, "_" + self.api.replace(".", "_"))(body)
         return _json({"error": {"message": f"no such path {path}"}}, 404)
 
     def _load(self, body: dict[str, str]) -> Reply:
@@ -58,14 +55,6 @@ class ModelServer:
         self.models[name] = PeftModel.from_pretrained(base, body["lora_path"]).eval()
         self.loaded.append(body)
         return 200, {"Content-Type": "text/plain"}, f"Success: LoRA adapter '{name}' added successfully."
-
-    def _openai(self, body: dict[str, Any]) -> Reply:
-        if not isinstance(body["prompt"], str):
-            return _json({"detail": "prompt must be a string."}, 400)
-        ids = self.tokenizer(body["prompt"])["input_ids"]
-        tokens, _, stopped = self._complete(body["model"], ids, body["max_tokens"], body, [])
-        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
-        return _json({"choices": [{"text": text, "finish_reason": "stop" if stopped else "length"}]})
 
     def _vllm(self, body: dict[str, Any]) -> Reply:
         if body["model"] not in self.models:
@@ -83,34 +72,34 @@ class ModelServer:
 
     def _llama_cpp(self, body: dict[str, Any]) -> Reply:
         tokens, values, stopped = self._complete("base", body["prompt"], body["n_predict"], body, [])
-        about = [{"id": token, "logprob": value} for token, value in zip(tokens, values, strict=True)]
-        kind = "eos" if stopped else "limit"
-        return _json({"content": "…", "tokens": tokens, "stop_type": kind, "completion_probabilities": about})
+        probabilities = [{"id": token, "logprob": value} for token, value in zip(tokens, values, strict=True)]
+        reason = "eos" if stopped else "limit"
+        return _json({"content": "…", "tokens": tokens, "stop_type": reason, "completion_probabilities": probabilities})
 
     def _sglang(self, body: dict[str, Any]) -> Reply:
-        how = body["sampling_params"]
+        params = body["sampling_params"]
         tokens, values, stopped = self._complete(
-            body["lora_path"], body["input_ids"], how["max_new_tokens"], how, how["stop_token_ids"]
+            body["lora_path"], body["input_ids"], params["max_new_tokens"], params, params["stop_token_ids"]
         )
-        about = {
+        meta = {
             "finish_reason": {"type": "stop" if stopped else "length"},
             "output_token_logprobs": [[value, token, None] for value, token in zip(values, tokens, strict=True)],
         }
-        return _json({"text": "…", "output_ids": tokens, "meta_info": about})
+        return _json({"text": "…", "output_ids": tokens, "meta_info": meta})
 
     @torch.no_grad()
     def _complete(
-        self, name: str, prompt: list[int], limit: int, how: dict[str, Any], stops: list[int]
+        self, name: str, prompt: list[int], limit: int, params: dict[str, Any], stops: list[int]
     ) -> tuple[list[int], list[float], bool]:
-        """Tokens, the end among them, their log-probabilities, and whether there was an end."""
+        """Return tokens with the end token, their log-probabilities, and whether there is an end token."""
         model = self.models[name]
         ends = {*stops, *_as_list(model.generation_config.eos_token_id)}
-        generator = torch.Generator().manual_seed(how.get("seed", how.get("sampling_seed")))
+        generator = torch.Generator().manual_seed(params.get("seed", params.get("sampling_seed")))
         tokens: list[int] = []
         values: list[float] = []
         while len(tokens) < limit:
             logits = model(torch.tensor([[*prompt, *tokens]])).logits[0, -1].float()
-            temperature = how["temperature"]
+            temperature = params["temperature"]
             if temperature == 0:
                 token = int(logits.argmax())
             else:
@@ -131,7 +120,7 @@ def _json(value: Any, status: int = 200) -> Reply:
 
 
 keys: list[str | None] = []
-"""With which requests have come to any server here."""
+"""The Authorization headers of all requests to all servers of this process."""
 
 
 @contextlib.contextmanager
@@ -151,7 +140,7 @@ def listen(post: Callable[[str, dict[str, Any]], Reply], get: Callable[[str], Re
                 self.connection.shutdown(socket.SHUT_RDWR)
                 return
             status, headers, text = reply
-            with contextlib.suppress(ConnectionError):  # nobody waited for it
+            with contextlib.suppress(ConnectionError):  # the client closed the connection
                 self.send_response(status)
                 for name, value in headers.items():
                     self.send_header(name, value)

@@ -226,8 +226,8 @@ def test_extra_body_is_sent_and_makes_other_requests(bench, judge, endpoint):
 def test_the_second_turn_sees_the_first_response(bench, judge, endpoint):
     """The responses are the model's greedy ones to these conversations."""
     from spinlm.generation import local_engine
+    from spinlm.generation.base import Sampling
     from spinlm.model.players import seat
-    from spinlm.rundir.records import Sampling
 
     bench(judge)
     (row,) = [row for row in bench.rows("responses-*") if row["category"] == "math"]

@@ -1,4 +1,4 @@
-"""The opponent behind a server: servers with real models, and one that misbehaves in every way."""
+"""The server engine, against servers with real models and against scripted servers that fail."""
 
 import contextlib
 import json
@@ -22,18 +22,18 @@ import spinlm.utils.http
 from spinlm.check import check
 from spinlm.errors import RecipeError
 from spinlm.generation import supervisor
-from spinlm.generation.server import ServerError, ServerOpponent
+from spinlm.generation.base import Response, Sampling
+from spinlm.generation.server import ServerEngine, ServerError
 from spinlm.recipe.load import load_recipe
 from spinlm.rundir.layout import RunDir
-from spinlm.rundir.records import Sampling
 
 GREEDY = ("opponent.temperature=0", "selfplay.select.patience=2")
-KINDS_WITH_ADAPTERS = ("vllm", "sglang")
+ADAPTER_APIS = ("vllm", "sglang")
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No key of this machine's, no proxy, and no long waits."""
+    """Remove API keys and proxies of this machine, and shorten the pauses between retries."""
     for name in ("SPINLM_SERVER_KEY", "OPENAI_API_KEY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
@@ -42,7 +42,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def greedy(session_cli: Cli, world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run whose opponents answer greedily, by the local engine."""
+    """A run whose opponents sample greedily with the local engine."""
     run = tmp_path_factory.mktemp("greedy") / "run"
     session_cli("run", world.recipe, *GREEDY, "--run-dir", run, folder=world.folder)
     return run
@@ -53,36 +53,36 @@ def generations(run: Path, iteration: int) -> dict[str, Any]:
     return {row["id"]: row for row in rows}
 
 
-def facts(run: Path, iteration: int) -> dict[str, Any]:
+def metadata(run: Path, iteration: int) -> dict[str, Any]:
     marker = run / ".spinlm" / f"iteration-{iteration}" / "reference_logprobs.done"
     return dict(json.loads(marker.read_text(encoding="utf-8"))["train"])
 
 
-def using(kind: str, **server: Any) -> tuple[str, ...]:
-    return ("opponent.engine=server", f"opponent.server={json.dumps({'api': kind, **server})}")
+def using(api: str, **server: Any) -> tuple[str, ...]:
+    return ("opponent.engine=server", f"opponent.server={json.dumps({'api': api, **server})}")
 
 
-@pytest.mark.parametrize("kind", KINDS_WITH_ADAPTERS)
-def test_each_opponent_is_handed_to_the_server(kind: str, cli: Cli, world: World, greedy: Path, tmp_path: Path) -> None:
-    """Greedy answers of every iteration are those of the local engine: the server had the same players."""
-    served = ModelServer(kind, str(world.model))
+@pytest.mark.parametrize("api", ADAPTER_APIS)
+def test_adapter_of_each_opponent_is_loaded(api: str, cli: Cli, world: World, greedy: Path, tmp_path: Path) -> None:
+    """Greedy responses equal those of the local engine in every iteration: the server had the same players."""
+    served = ModelServer(api, str(world.model))
     with listen(served.post, served.get) as url:
-        changes = (*GREEDY, *using(kind, urls=[f"{url}/v1"], max_concurrency=4))
+        changes = (*GREEDY, *using(api, urls=[f"{url}/v1"], max_concurrency=4))
         cli("run", world.recipe, *changes, "--run-dir", tmp_path / "run", folder=world.folder)
     for iteration in (0, 1):
         ours, theirs = generations(greedy, iteration), generations(tmp_path / "run", iteration)
         assert {key: row["token_ids"] for key, row in theirs.items()} == {
             key: row["token_ids"] for key, row in ours.items()
         }
-        assert facts(tmp_path / "run", iteration)["logprob_mismatch_max"] < 1e-4
+        assert metadata(tmp_path / "run", iteration)["logprob_mismatch_max"] < 1e-4
     assert [body["lora_path"] for body in served.loaded] == [
         str(tmp_path / "run" / name / "player") for name in ("start", "iteration-0")
     ]
     assert len({body["lora_name"] for body in served.loaded}) == 2
-    assert list(served.models) == ["base"], "what is needed no more is forgotten"
+    assert list(served.models) == ["base"], "adapters are unloaded"
 
 
-def test_the_command_of_the_readme(cli: Cli, world: World, tmp_path: Path) -> None:
+def test_readme_command(cli: Cli, world: World, tmp_path: Path) -> None:
     folder = shutil.copytree(world.folder, tmp_path / "here")
     served = ModelServer("vllm", str(world.model))
     with listen(served.post, served.get) as url:
@@ -91,19 +91,17 @@ def test_the_command_of_the_readme(cli: Cli, world: World, tmp_path: Path) -> No
     assert served.loaded and len(list((folder / "runs").glob("*/best"))) == 1
 
 
-@pytest.mark.parametrize("kind", ["openai", "llama.cpp"])
-def test_server_is_started_with_each_opponent(kind: str, cli: Cli, world: World, greedy: Path, tmp_path: Path) -> None:
-    """The adapter is merged for it, and nothing of it is left behind, neither process nor folder."""
-    command = f"{sys.executable} {model_server.__file__} {kind} {{port}} {{merged}}"
+def test_server_is_launched_with_each_opponent(cli: Cli, world: World, greedy: Path, tmp_path: Path) -> None:
+    """The server gets a merged model. Neither its process nor the merged model remains."""
+    command = f"{sys.executable} {model_server.__file__} llama.cpp {{port}} {{merged}}"
     run = tmp_path / "run"
-    changes = (*GREEDY, *using(kind, launch_command=command))
+    changes = (*GREEDY, *using("llama.cpp", launch_command=command))
     cli("run", world.recipe, *changes, "--run-dir", run, folder=world.folder)
     for iteration in (0, 1):
         ours, theirs = generations(greedy, iteration), generations(run, iteration)
         assert [row["text"] for row in theirs.values()] == [row["text"] for row in ours.values()]
         assert [row["finished"] for row in theirs.values()] == [row["finished"] for row in ours.values()]
-        assert all(row["retokenised"] == (kind == "openai") for row in theirs.values())
-        assert ("logprob_mismatch_max" in facts(run, iteration)) == (kind != "openai")
+        assert "logprob_mismatch_max" in metadata(run, iteration)
         assert "listening" in (run / f"iteration-{iteration}" / "server.log").read_text()
     assert not list(run.glob("*/.merged"))
     assert not running(str(run))
@@ -111,18 +109,18 @@ def test_server_is_started_with_each_opponent(kind: str, cli: Cli, world: World,
 
 
 def running(argument: str) -> list[str]:
-    """Command lines of this machine's processes that name something."""
-    found = []
+    """Return the command lines of model servers that contain the argument."""
+    commands = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
             line = path.read_text(errors="replace").replace("\0", " ")
             if argument in line and "model_server" in line:
-                found.append(line)
-    return found
+                commands.append(line)
+    return commands
 
 
 @pytest.mark.skipif(not Path("/proc").exists(), reason="looks at /proc")
-def test_server_ends_with_us_however_we_end(cli: Cli, world: World, tmp_path: Path) -> None:
+def test_server_stops_when_spinlm_is_killed(cli: Cli, world: World, tmp_path: Path) -> None:
     run = tmp_path / "run"
     command = f"{sys.executable} {model_server.__file__} vllm {{port}} {{merged}}; sleep 1"
     slow = ("selfplay.iterations=1", *using("vllm", launch_command=command, model="nobody", max_concurrency=1))
@@ -131,18 +129,18 @@ def test_server_ends_with_us_however_we_end(cli: Cli, world: World, tmp_path: Pa
     assert (run / "iteration-0" / ".merged" / "model.safetensors").exists()
     process.send(signal.SIGKILL)
     until(lambda: not running(str(run)))
-    quick = using("vllm", command=f"{sys.executable} {model_server.__file__} vllm {{port}} {{merged}}")
+    quick = using("vllm", launch_command=f"{sys.executable} {model_server.__file__} vllm {{port}} {{merged}}")
     cli("run", world.recipe, "selfplay.iterations=1", *quick, "--run-dir", run, folder=world.folder)
     assert not list(run.glob("*/.merged"))
 
 
 @pytest.mark.skipif(not Path("/proc").exists(), reason="looks at /proc")
-def test_keeper_gives_time_to_end(tmp_path: Path) -> None:
-    """A server behind a shell, which ends at once, takes a while to end, and is not killed before."""
+def test_supervisor_waits_for_the_server_to_stop(tmp_path: Path) -> None:
+    """The shell exits at once; the server behind it gets time to stop."""
     slow = tmp_path / "slow.py"
     slow.write_text(
         "import signal, sys, time\n"
-        "def end(*_):\n    time.sleep(1.5)\n    print('ended well', flush=True)\n    sys.exit()\n"
+        "def end(*_):\n    time.sleep(1.5)\n    print('stopped', flush=True)\n    sys.exit()\n"
         "signal.signal(signal.SIGTERM, end)\nprint('up', flush=True)\nwhile True: time.sleep(1)\n"
     )
     log = tmp_path / "log"
@@ -153,18 +151,18 @@ def test_keeper_gives_time_to_end(tmp_path: Path) -> None:
     assert process.stdin is not None
     process.stdin.close()
     assert process.wait(10) == 0
-    assert "ended well" in log.read_text()
+    assert "stopped" in log.read_text()
 
 
-def until(condition: Callable[[], object], patience: float = 60) -> None:
-    deadline = time.monotonic() + patience
+def until(condition: Callable[[], object], timeout: float = 60) -> None:
+    deadline = time.monotonic() + timeout
     while not condition():
-        assert time.monotonic() < deadline, "it never came"
+        assert time.monotonic() < deadline, "timeout"
         time.sleep(0.05)
 
 
 class Scripted:
-    """A server with the API of vllm whose answers come from a script: a function of how many requests came before."""
+    """A vLLM server whose replies come from a script, a function of the number of earlier requests."""
 
     def __init__(self, script: Callable[[int], Reply | str | None]):
         self.script = script
@@ -183,11 +181,11 @@ class Scripted:
         finally:
             with self._lock:
                 self._busy -= 1
-        return answer_with(body) if reply == "good" else reply  # type: ignore[return-value]
+        return reply_to(body) if reply == "good" else reply  # type: ignore[return-value]
 
 
-def answer_with(body: dict[str, Any]) -> Reply:
-    """One token that depends on the prompt and the seed, and the end."""
+def reply_to(body: dict[str, Any]) -> Reply:
+    """Return a token that depends on the prompt and the seed, and the end token."""
     token = 5 + (sum(body["prompt"]) + body["seed"]) % 100
     choice = {"token_ids": [token, body["stop_token_ids"][0]], "finish_reason": "stop"}
     choice["logprobs"] = {"token_logprobs": [-1.0, -0.5]}
@@ -203,122 +201,120 @@ def nothing(path: str) -> Reply:
 
 
 @pytest.fixture
-def opponent(world: World, tmp_path: Path) -> Callable[..., ServerOpponent]:
-    """An opponent behind some addresses."""
+def engine(world: World, tmp_path: Path) -> Callable[..., ServerEngine]:
+    """Make an engine for some URLs."""
     from spinlm.model.players import Players
 
     recipe = load_recipe(world.recipe, [])
     renderer = Players(recipe, RunDir(tmp_path)).renderer
 
-    def opponent(*urls: str, **settings: Any) -> ServerOpponent:
+    def make(*urls: str, **settings: Any) -> ServerEngine:
         changed = load_recipe(world.recipe, list(using("vllm", urls=list(urls), **settings)))
         server = changed.opponent.server
         assert server is not None
-        return ServerOpponent(server, list(urls), "player", renderer)
+        return ServerEngine(server, list(urls), "player", renderer)
 
-    return opponent
+    return make
 
 
 PROMPTS = [[7, 8, number] for number in range(9)]
 
 
-def ask(opponent: ServerOpponent, **how: Any) -> list[list[Any]]:
-    stops = opponent.renderer.stop_ids
-    settings: dict[str, Any] = {"temperature": 1.0, "top_p": 1.0, "max_new_tokens": 4, "max_length": 64, "samples": 2}
-    counted: list[tuple[int, int]] = []
-    given = opponent.generate(
-        PROMPTS, Sampling(stop_ids=stops, **(settings | how)), 3, lambda *new: counted.append(new)
-    )
-    assert sum(ended for ended, _ in counted) == len(PROMPTS) * 2
-    return given
+def generate(engine: ServerEngine) -> list[list[Response]]:
+    sampling = Sampling(1.0, 1.0, max_new_tokens=4, max_length=64, samples=2, stop_ids=engine.renderer.stop_ids)
+    progress: list[tuple[int, int]] = []
+    responses = engine.generate(PROMPTS, sampling, 3, lambda *new: progress.append(new))
+    assert sum(completed for completed, _ in progress) == len(PROMPTS) * 2
+    return responses
 
 
-def test_answers_stand_in_the_order_of_the_prompts(opponent: Callable[..., ServerOpponent]) -> None:
-    """However many run at once, and whichever is ready first; the same seed gives the same ones."""
+def test_responses_are_in_the_order_of_the_prompts(engine: Callable[..., ServerEngine]) -> None:
+    """With any concurrency and in any order of arrival; the same seed gives the same responses."""
     scripted = Scripted(lambda number: (time.sleep(0.05 if number % 3 == 0 else 0.0), "good")[1])
     with listen(scripted.post, nothing) as url:
-        many, one = (ask(opponent(url, max_concurrency=parallel)) for parallel in (6, 1))
-    assert many == one
+        concurrent, serial = (generate(engine(url, max_concurrency=limit)) for limit in (6, 1))
+    assert concurrent == serial
     assert scripted.busiest <= 6 and scripted.busiest > 1
-    assert all(answer.finished and answer.logprob == -1.5 for given in many for answer in given)
+    assert all(response.finished and response.logprob == -1.5 for row in concurrent for response in row)
     seeds = [body["seed"] for body in scripted.bodies[18:]]
     assert len(set(seeds)) == 18 and all(0 <= seed < 2**31 for seed in seeds)
     assert scripted.bodies[0]["max_tokens"] == 4 and scripted.bodies[0]["temperature"] == 1.0
 
 
-def test_what_passes_is_tried_again(opponent: Callable[..., ServerOpponent]) -> None:
-    troubles: list[Any] = [refuse(429, **{"Retry-After": "0"}), refuse(500), refuse(503), None]
-    scripted = Scripted(lambda number: troubles[number] if number < len(troubles) else "good")
+def test_transient_errors_are_retried(engine: Callable[..., ServerEngine]) -> None:
+    errors: list[Any] = [refuse(429, **{"Retry-After": "0"}), refuse(500), refuse(503), None]
+    scripted = Scripted(lambda number: errors[number] if number < len(errors) else "good")
     with listen(scripted.post, nothing) as url:
-        assert len(ask(opponent(url, max_concurrency=1))) == len(PROMPTS)
-    assert len(scripted.bodies) == 18 + len(troubles)
+        assert len(generate(engine(url, max_concurrency=1))) == len(PROMPTS)
+    assert len(scripted.bodies) == 18 + len(errors)
 
 
-def test_a_reply_that_takes_too_long(opponent: Callable[..., ServerOpponent]) -> None:
+def test_slow_replies(engine: Callable[..., ServerEngine]) -> None:
     scripted = Scripted(lambda number: (time.sleep(0.6 if number == 0 else 0.0), "good")[1])
     with listen(scripted.post, nothing) as url:
-        assert len(ask(opponent(url, max_concurrency=1, timeout=0.3))) == len(PROMPTS)
+        assert len(generate(engine(url, max_concurrency=1, timeout=0.3))) == len(PROMPTS)
         slow = Scripted(lambda number: (time.sleep(0.4), "good")[1])
-    with listen(slow.post, nothing) as url, pytest.raises(ServerError, match=r"no reply within 0\.1 seconds; opponent"):
-        ask(opponent(url, max_concurrency=1, timeout=0.1))
+    with (
+        listen(slow.post, nothing) as url,
+        pytest.raises(ServerError, match=r"0\.1 seconds; opponent\.server\.timeout"),
+    ):
+        generate(engine(url, max_concurrency=1, timeout=0.1))
 
 
-def test_several_addresses_share_the_work_and_one_may_be_gone(opponent: Callable[..., ServerOpponent]) -> None:
+def test_urls_share_the_requests_and_one_may_be_gone(engine: Callable[..., ServerEngine]) -> None:
     first, second = Scripted(lambda number: "good"), Scripted(lambda number: "good" if number < 3 else None)
     with listen(first.post, nothing) as one, listen(second.post, nothing) as two:
-        given = ask(opponent(one, two, "http://127.0.0.1:9", max_concurrency=4))
+        given = generate(engine(one, two, "http://127.0.0.1:9", max_concurrency=4))
     assert len(given) == len(PROMPTS)
     assert len(second.bodies) >= 3 and len(first.bodies) >= 12
 
 
-def test_an_address_that_failed_once_gets_work_again(opponent: Callable[..., ServerOpponent]) -> None:
+def test_url_that_failed_once_gets_requests_again(engine: Callable[..., ServerEngine]) -> None:
     first = Scripted(lambda number: refuse(503) if number == 0 else "good")
     second = Scripted(lambda number: (time.sleep(0.02), "good")[1])
     with listen(first.post, nothing) as one, listen(second.post, nothing) as two:
-        assert len(ask(opponent(one, two, max_concurrency=2))) == len(PROMPTS)
+        assert len(generate(engine(one, two, max_concurrency=2))) == len(PROMPTS)
     assert len(first.bodies) > 3
     assert len(first.bodies) + len(second.bodies) == 18 + 1
 
 
 @pytest.mark.parametrize(
-    ("reply", "said"),
+    ("reply", "message"),
     [
-        (refuse(401), "refuses the key in SPINLM_SERVER_KEY (401: because). It was not sent any"),
-        (refuse(404), "Either it has no model player, which opponent.server.model names, or opponent.server.urls"),
-        (refuse(400, "too long"), "refuses the request (400: too long)"),
-        ((200, {}, "<html>hello</html>"), "something other than JSON (<html>hello</html>)"),
+        (refuse(401), "SPINLM_SERVER_KEY (401: because). No key was sent"),
+        (refuse(404), "no model player (opponent.server.model), or opponent.server.urls"),
+        (refuse(400, "too long"), "(400: too long)"),
+        ((200, {}, "<html>hello</html>"), "(<html>hello</html>)"),
         ((200, {}, '{"choices": [{"text": "hm"}]}'), "has no choices[0].token_ids"),
         ((200, {}, "[]"), "has no choices[0].token_ids"),
-        (refuse(500, "out of memory"), "failed 5 times in a row, at last with: 500: out of memory. Complete shards"),
+        (refuse(500, "out of memory"), "500: out of memory. Complete shards"),
         (refuse(429, **{"Retry-After": "4000"}), "asks to wait 4000 seconds"),
     ],
 )
-def test_what_does_not_pass_is_said_once(reply: Reply, said: str, opponent: Callable[..., ServerOpponent]) -> None:
+def test_lasting_errors(reply: Reply, message: str, engine: Callable[..., ServerEngine]) -> None:
     with listen(Scripted(lambda number: reply).post, nothing) as url, pytest.raises(ServerError) as caught:
-        ask(opponent(url))
-    assert said in str(caught.value)
+        generate(engine(url))
+    assert message in str(caught.value)
 
 
-def test_nobody_there(opponent: Callable[..., ServerOpponent]) -> None:
-    with pytest.raises(ServerError, match=r"cannot be reached .* Is the server running, and opponent\.server\.urls"):
-        ask(opponent("http://127.0.0.1:9", "http://127.0.0.1:11"))
+def test_unreachable_server(engine: Callable[..., ServerEngine]) -> None:
+    with pytest.raises(ServerError, match=r"cannot be reached .* opponent\.server\.urls"):
+        generate(engine("http://127.0.0.1:9", "http://127.0.0.1:11"))
 
 
-def test_the_key_is_sent_and_nowhere_shown(
-    opponent: Callable[..., ServerOpponent], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_key_is_sent_and_never_shown(engine: Callable[..., ServerEngine], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPINLM_SERVER_KEY", "sk-secret/1")
     with listen(Scripted(lambda number: refuse(403, "no sk-secret/1 here")).post, nothing) as url:
-        asked = opponent(url)
+        keyed = engine(url)
         with pytest.raises(ServerError) as caught:
-            ask(asked)
+            generate(keyed)
     assert model_server.keys[-1] == "Bearer sk-secret/1"
-    assert "no [key] here" in str(caught.value) and "Set it to one that is valid there" in str(caught.value)
-    assert "secret" not in str(caught.value) + repr(asked)
+    assert "no [key] here" in str(caught.value) and "Set a key" in str(caught.value)
+    assert "secret" not in str(caught.value) + repr(keyed)
 
 
 def test_complete_shards_are_kept(cli: Cli, world: World, tmp_path: Path) -> None:
-    """The server dies after ten answers; the same command goes on with the third shard."""
+    """The server dies after ten responses; the same command continues with the third shard."""
     run = tmp_path / "run"
     served = ModelServer("vllm", str(world.model))
     count = [0]
@@ -337,7 +333,7 @@ def test_complete_shards_are_kept(cli: Cli, world: World, tmp_path: Path) -> Non
     kept = {path: path.read_bytes() for path in files}
     assert len(kept) == 2
     served.bodies.clear()
-    with listen(served.post, served.get) as url:  # at another address, which is no other recipe
+    with listen(served.post, served.get) as url:  # another URL is not another recipe
         alive = using("vllm", urls=[url], max_concurrency=2)
         cli("run", world.recipe, *changes, *alive, "--run-dir", run, folder=world.folder)
     assert {path: path.read_bytes() for path in kept} == kept
@@ -345,21 +341,17 @@ def test_complete_shards_are_kept(cli: Cli, world: World, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("command", "said"),
-    [
-        ("echo no such model; exit 3", "before anything answered at"),
-        ("sleep 60", "nothing answered at"),
-    ],
+    ("command", "message"),
+    [("echo no such model; exit 3", "exited with code 3"), ("sleep 60", "opponent.server.start_timeout")],
 )
-def test_server_that_does_not_start(command: str, said: str, cli: Cli, world: World, tmp_path: Path) -> None:
+def test_server_that_does_not_start(command: str, message: str, cli: Cli, world: World, tmp_path: Path) -> None:
     changes = using("vllm", launch_command=command, start_timeout=1.5)
     result = cli("run", world.recipe, *changes, "--run-dir", tmp_path / "run", folder=world.folder, code=2)
-    assert f"opponent.server.launch_command: {said}" in result.message
-    if "echo" in command:
-        assert "it ended with exit code 3" in result.message and "no such model" in result.message
+    assert "opponent.server.launch_command" in result.message and message in result.message
+    assert ("no such model" in result.message) == ("echo" in command)
 
 
-def test_server_that_dies_while_it_is_asked(cli: Cli, world: World, tmp_path: Path) -> None:
+def test_server_that_dies_during_a_request(cli: Cli, world: World, tmp_path: Path) -> None:
     program = tmp_path / "dies.py"
     program.write_text(
         "import os, sys\n"
@@ -368,21 +360,21 @@ def test_server_that_dies_while_it_is_asked(cli: Cli, world: World, tmp_path: Pa
         "def die(path, body):\n    print('out of memory', flush=True)\n    os._exit(7)\n"
         "with listen(die, lambda path: (200, {}, '{}'), int(sys.argv[1])):\n    threading.Event().wait()\n"
     )
-    changes = using("vllm", command=f"{sys.executable} {program} {{port}}", model="it", max_concurrency=1)
+    changes = using("vllm", launch_command=f"{sys.executable} {program} {{port}}", model="it", max_concurrency=1)
     result = cli("run", world.recipe, *changes, "--run-dir", tmp_path / "run", folder=world.folder, code=2)
-    assert "command started has ended with exit code 7" in result.message and "out of memory" in result.message
+    assert "exited with code 7" in result.message and "out of memory" in result.message
 
 
-def test_another_server_at_the_address_is_not_taken_for_ours(cli: Cli, world: World, tmp_path: Path) -> None:
+def test_another_server_at_the_url_is_refused(cli: Cli, world: World, tmp_path: Path) -> None:
     served = ModelServer("vllm", str(world.model))
     with listen(served.post, served.get) as url:
-        changes = using("vllm", urls=[url], command="sleep 60")
+        changes = using("vllm", urls=[url], launch_command="sleep 60")
         result = cli("run", world.recipe, *changes, "--run-dir", tmp_path / "run", folder=world.folder, code=2)
-    assert "something answers there before opponent.server.launch_command was run" in result.message
+    assert "another server answers there" in result.message
 
 
-def test_a_server_that_still_loads_is_waited_for(cli: Cli, world: World, tmp_path: Path) -> None:
-    """As llama.cpp does it: the model is listed, but nothing else works yet."""
+def test_server_that_loads_its_model(cli: Cli, world: World, tmp_path: Path) -> None:
+    """llama.cpp lists the model while it loads, and rejects requests."""
     program = tmp_path / "loads.py"
     program.write_text(
         "import sys, time\n"
@@ -396,40 +388,42 @@ def test_a_server_that_still_loads_is_waited_for(cli: Cli, world: World, tmp_pat
         "def post(path, body): return (503, {}, 'Loading model') if loading() else server.post(path, body)\n"
         "with listen(post, get, int(sys.argv[1])):\n    threading.Event().wait()\n"
     )
-    changes = using("llama.cpp", command=f"{sys.executable} {program} {{port}} {{merged}}")
+    changes = using("llama.cpp", launch_command=f"{sys.executable} {program} {{port}} {{merged}}")
     cli("run", world.recipe, "selfplay.iterations=1", *changes, "--run-dir", tmp_path / "run", folder=world.folder)
 
 
-def test_command_that_leaves_a_server_running(cli: Cli, world: World, tmp_path: Path) -> None:
+def test_reload_command_that_leaves_a_server_running(cli: Cli, world: World, tmp_path: Path) -> None:
     served = ModelServer("llama.cpp", str(world.model))
     with listen(served.post, served.get) as url:
-        handed = using("llama.cpp", urls=[url], reload_command="sleep 100 & echo begun")
-        began = time.monotonic()
-        more = ("selfplay.iterations=1", *handed)
+        reloaded = using("llama.cpp", urls=[url], reload_command="sleep 100 & echo started")
+        started = time.monotonic()
+        more = ("selfplay.iterations=1", *reloaded)
         cli("run", world.recipe, *more, "--run-dir", tmp_path / "run", folder=world.folder)
-        assert time.monotonic() - began < 60
-        assert (tmp_path / "run" / "iteration-0" / "reload_command.log").read_text() == "begun\n"
+        assert time.monotonic() - started < 60
+        assert (tmp_path / "run" / "iteration-0" / "reload_command.log").read_text() == "started\n"
         stuck = using("llama.cpp", urls=[url], reload_command="sleep 100", start_timeout=1)
         result = cli("run", world.recipe, *stuck, "--run-dir", tmp_path / "other", folder=world.folder, code=2)
-    assert "reload_command: took longer than opponent.server.start_timeout" in result.message
+    assert "reload_command" in result.message and "opponent.server.start_timeout" in result.message
 
 
-def test_command_that_hands_over_the_opponent(cli: Cli, world: World, tmp_path: Path) -> None:
-    noted = tmp_path / "noted"
+def test_reload_command_gets_the_opponent(cli: Cli, world: World, tmp_path: Path) -> None:
+    arguments = tmp_path / "arguments"
     served = ModelServer("llama.cpp", str(world.model))
     with listen(served.post, served.get) as url:
-        handed = using("llama.cpp", urls=[url], reload_command=f"echo {{iteration}} {{player}} {{base}} >> {noted}")
-        cli("run", world.recipe, *handed, "--run-dir", tmp_path / "run", folder=world.folder)
-        lines = [line.split() for line in noted.read_text().splitlines()]
+        reloaded = using(
+            "llama.cpp", urls=[url], reload_command=f"echo {{iteration}} {{player}} {{base}} >> {arguments}"
+        )
+        cli("run", world.recipe, *reloaded, "--run-dir", tmp_path / "run", folder=world.folder)
+        lines = [line.split() for line in arguments.read_text().splitlines()]
         assert [line[0] for line in lines] == ["0", "1"]
         assert [Path(line[1]).parent.name for line in lines] == ["start", "iteration-0"]
         assert lines[0][2] == str(world.model)
         broken = using("llama.cpp", urls=[url], reload_command="echo no room; false")
         result = cli("run", world.recipe, *broken, "--run-dir", tmp_path / "other", folder=world.folder, code=2)
-    assert "reload_command: ended with exit code 1" in result.message and "no room" in result.message
+    assert "reload_command: exited with code 1" in result.message and "no room" in result.message
 
 
-def test_adapter_that_the_server_refuses(cli: Cli, world: World, tmp_path: Path) -> None:
+def test_adapter_that_the_server_rejects(cli: Cli, world: World, tmp_path: Path) -> None:
     def post(path: str, body: dict[str, Any]) -> Reply:
         return refuse(400, "rank too large") if "lora" in path else refuse(500)
 
@@ -439,18 +433,18 @@ def test_adapter_that_the_server_refuses(cli: Cli, world: World, tmp_path: Path)
             folder=world.folder,
             code=2,
         )
-    assert "cannot be given the adapter" in result.message and "rank too large" in result.message
+    assert "cannot load the adapter" in result.message and "rank too large" in result.message
     assert "--max-lora-rank" in result.message
 
 
 def test_check_compares_the_engines(world: World, tmp_path: Path) -> None:
-    """A server with the player is told from one with another model, and one that does not sample is noticed."""
+    """Check recognizes the player, another model, and a server that does not sample."""
     served = ModelServer("llama.cpp", str(world.model))
     with listen(served.post, served.get) as url:
         recipe = load_recipe(world.recipe, list(using("llama.cpp", urls=[url], reload_command="true")))
-        said = "\n".join(check(recipe))
-        assert "engine: all 8 greedy answers of the server engine are those of the local engine" in said
-        assert "does it heed" not in said
+        report = "\n".join(check(recipe))
+        assert "all 8 greedy" in report
+        assert "does it heed" not in report
         complete = served._complete
         served._complete = lambda name, prompt, limit, how, stops: complete(  # type: ignore[method-assign]
             name, prompt, limit, how | {"temperature": 0}, stops
@@ -459,25 +453,25 @@ def test_check_compares_the_engines(world: World, tmp_path: Path) -> None:
         served._complete = complete  # type: ignore[method-assign]
         for parameter in served.models["base"].parameters():
             parameter.data.mul_(-1)
-        said = "\n".join(check(recipe))
-    assert "engine: 0 of 8 greedy answers" in said and "which rounding does not explain" in said
+        report = "\n".join(check(recipe))
+    assert "0 of 8 greedy" in report and "rounding does not explain" in report
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
-        (["opponent.engine=server"], "there is no section opponent.server"),
-        (['opponent.server={api: vllm, urls: ["http://a"]}'], "is not used, as opponent.engine is local"),
-        (using("vllm"), "neither urls nor a command"),
-        (using("vllm", urls=["127.0.0.1:8000"]), "is not an address that begins with http://"),
-        (using("vllm", urls=["http://me:secret@a"]), "write the address without a password"),
-        (using("openai", urls=["http://a"]), "has to be told of each new opponent"),
-        ((*using("vllm", urls=["http://a"]), "lora=null"), "only LoRA adapters can be handed"),
-        (using("vllm", urls=["http://a"], command="x", reload_command="y"), "Leave one of them out"),
+        (["opponent.engine=server"], "opponent.server"),
+        (['opponent.server={api: vllm, urls: ["http://a"]}'], "opponent.engine is local"),
+        (using("vllm"), "neither urls nor launch_command"),
+        (using("vllm", urls=["127.0.0.1:8000"]), "begins with http://"),
+        (using("vllm", urls=["http://me:secret@a"]), "without a password"),
+        (using("llama.cpp", urls=["http://a"]), "reload_command"),
+        ((*using("vllm", urls=["http://a"]), "lora=null"), "only LoRA adapters"),
+        (using("vllm", urls=["http://a"], launch_command="x", reload_command="y"), "Leave one of them out"),
         (using("ollama", urls=["http://a"]), "opponent.server.api"),
     ],
 )
-def test_recipes_that_cannot_be_played(changes: list[str], said: str, world: World) -> None:
+def test_invalid_recipes(changes: list[str], message: str, world: World) -> None:
     with pytest.raises(RecipeError) as caught:
         load_recipe(world.recipe, list(changes))
-    assert said in str(caught.value)
+    assert message in str(caught.value)

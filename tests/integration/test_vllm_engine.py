@@ -1,4 +1,4 @@
-"""The opponent in vLLM: its processes, with a package that stands in for vLLM, which cannot run on every machine."""
+"""The vLLM engine and its processes, with a package that stands in for vLLM, which needs a GPU."""
 
 import signal
 import time
@@ -13,50 +13,52 @@ ENGINE = ("opponent.engine=vllm", "opponent.temperature=0", "selfplay.iterations
 
 
 def workers(run: Path) -> list[str]:
-    """Processes that were started for a run and are still there."""
+    """Return the ids of a run's worker processes that are alive."""
     logs = [str(path) for path in run.glob("*/vllm-*.log")]
-    found = []
+    alive = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
             if b"vllm_worker" in (process / "cmdline").read_bytes() and str((process / "fd" / "2").readlink()) in logs:
-                found.append(process.name)
+                alive.append(process.name)
         except OSError:
             continue
-    return found
+    return alive
 
 
 @pytest.mark.parametrize("more", [(), ("lora=null", "train.learning_rate=2e-4", "opponent.vllm={data_parallel: 2}")])
-def test_vllm_has_the_opponent(cli: Cli, world: World, tmp_path: Path, more: tuple[str, ...]) -> None:
-    """Greedy answers are those of the local engine, by an adapter or by a whole model, and nothing is left."""
-    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
-    cli("run", world.recipe, *ENGINE, *more, "--run-dir", theirs, folder=world.folder, PYTHONPATH=STAND_IN)
-    without = [one for one in (*ENGINE, *more) if "vllm" not in one]
-    cli("run", world.recipe, *without, "--run-dir", ours, folder=world.folder)
-    rows = [read_jsons(run / "iteration-0", "generations/*.jsonl") for run in (ours, theirs)]
+def test_responses_equal_those_of_the_local_engine(
+    cli: Cli, world: World, tmp_path: Path, more: tuple[str, ...]
+) -> None:
+    """Greedy responses equal those of the local engine, with an adapter and with a whole model; no process remains."""
+    local, vllm = tmp_path / "local", tmp_path / "vllm"
+    cli("run", world.recipe, *ENGINE, *more, "--run-dir", vllm, folder=world.folder, PYTHONPATH=STAND_IN)
+    changes = [change for change in (*ENGINE, *more) if "vllm" not in change]
+    cli("run", world.recipe, *changes, "--run-dir", local, folder=world.folder)
+    rows = [read_jsons(run / "iteration-0", "generations/*.jsonl") for run in (local, vllm)]
     assert len(rows[0]) > 20
-    for one, two in zip(*rows, strict=True):
-        assert {**one, "logprob": 0} == {**two, "logprob": 0}
-        assert two["logprob"] == pytest.approx(one["logprob"], abs=1e-3)
-    assert len(list((theirs / "iteration-0").glob("vllm-*.log"))) == (2 if more else 1)
-    assert not workers(theirs)
-    assert_whole(theirs)
+    for expected, row in zip(*rows, strict=True):
+        assert {**row, "logprob": 0} == {**expected, "logprob": 0}
+        assert row["logprob"] == pytest.approx(expected["logprob"], abs=1e-3)
+    assert len(list((vllm / "iteration-0").glob("vllm-*.log"))) == (2 if more else 1)
+    assert not workers(vllm)
+    assert_whole(vllm)
 
 
 @pytest.mark.parametrize(
-    ("fault", "said"),
+    ("fault", "message"),
     [
-        ("driver", "the GPU's driver is too old for this vLLM"),
-        ("memory", "too little free GPU memory: lower opponent.vllm.gpu_memory_utilization"),
-        ("die", "vLLM's process has ended (exit code 7)"),
+        ("driver", "driver is too old"),
+        ("memory", "opponent.vllm.gpu_memory_utilization"),
+        ("die", "exited with code 7"),
     ],
 )
-def test_what_goes_wrong_in_vllm_is_said(cli: Cli, world: World, tmp_path: Path, fault: str, said: str) -> None:
+def test_errors_of_vllm(cli: Cli, world: World, tmp_path: Path, fault: str, message: str) -> None:
     run = tmp_path / "run"
     where = {"folder": world.folder, "PYTHONPATH": STAND_IN, "VLLM_STAND_IN": fault}
     process = cli.start("run", world.recipe, *ENGINE, "--run-dir", run, **where)
     result = process.wait()
     assert result.code == 2
-    assert said in result.message and str(run / "iteration-0" / "vllm-0.log") in result.message
+    assert message in result.message and str(run / "iteration-0" / "vllm-0.log") in result.message
     assert not workers(run)
 
 
@@ -66,7 +68,7 @@ def test_without_vllm(cli: Cli, world: World, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_vllm_ends_with_us(cli: Cli, world: World, tmp_path: Path, number: signal.Signals) -> None:
+def test_vllm_stops_when_spinlm_is_killed(cli: Cli, world: World, tmp_path: Path, number: signal.Signals) -> None:
     run = tmp_path / "run"
     where = {"folder": world.folder, "PYTHONPATH": STAND_IN, "VLLM_STAND_IN": "hang"}
     process = cli.start("run", world.recipe, *ENGINE, "--run-dir", run, **where)

@@ -14,12 +14,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from models import save_tiny_model, tiny_recipe
 from spinlm.generation import LocalEngine
+from spinlm.generation.base import Sampling
 from spinlm.model import logprobs as logprobs_module
 from spinlm.model.kernels import ROW_BLOCK
 from spinlm.model.players import Players
 from spinlm.model.prefix_trees import PrefixTree, pack_batch
 from spinlm.rundir.layout import RunDir
-from spinlm.rundir.records import Sampling
 from spinlm.training.activation_checkpointing import switch_checkpointing
 from spinlm.training.batches import pair_objective
 from spinlm.training.trainer import Item

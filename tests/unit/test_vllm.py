@@ -1,4 +1,4 @@
-"""What goes to vLLM, and what is made of what comes back: literal values."""
+"""Requests to vLLM, and responses made of its output: literal values."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -7,12 +7,11 @@ from typing import Any
 import pytest
 
 from spinlm.errors import RecipeError
-from spinlm.generation.base import Response
-from spinlm.generation.vllm import VllmError, divide_gpus, engine_arguments, explain, read_answer, request
+from spinlm.generation.base import Response, Sampling
+from spinlm.generation.vllm import VllmError, assign_gpus, engine_arguments, explain, parse_response, request
 from spinlm.generation.vllm_worker import read_output
 from spinlm.recipe.load import parse_recipe
 from spinlm.recipe.schema import Recipe, Vllm
-from spinlm.rundir.records import Sampling
 
 SAMPLING = Sampling(temperature=0.7, top_p=0.9, max_new_tokens=20, max_length=30, samples=1, stop_ids=(2, 5))
 
@@ -41,8 +40,8 @@ def test_engine_arguments() -> None:
     assert whole["enable_lora"] is False and "max_lora_rank" not in whole
 
 
-def test_a_rank_that_vllm_does_not_take() -> None:
-    with pytest.raises(RecipeError, match="up to rank 512"):
+def test_unsupported_rank() -> None:
+    with pytest.raises(RecipeError, match="512"):
         engine_arguments(recipe(lora={"r": 513}), Vllm(), "folder", "bfloat16")
 
 
@@ -63,42 +62,42 @@ def test_request(prompt: list[int], limit: int) -> None:
     }
 
 
-def test_what_comes_back() -> None:
-    one = SimpleNamespace(token_ids=(8, 9, 5), cumulative_logprob=-1.5, finish_reason="stop", text="")
-    given = read_output(SimpleNamespace(outputs=[one]))
-    assert given == {"token_ids": [8, 9, 5], "logprob": -1.5, "finish_reason": "stop"}
-    assert read_answer(given, (2, 5)) == Response([8, 9, 5], True, -1.5)
-    assert read_answer(given | {"token_ids": [8, 9], "finish_reason": "length"}, (2, 5)) == Response(
+def test_response() -> None:
+    completion = SimpleNamespace(token_ids=(8, 9, 5), cumulative_logprob=-1.5, finish_reason="stop", text="")
+    output = read_output(SimpleNamespace(outputs=[completion]))
+    assert output == {"token_ids": [8, 9, 5], "logprob": -1.5, "finish_reason": "stop"}
+    assert parse_response(output, (2, 5)) == Response([8, 9, 5], True, -1.5)
+    assert parse_response(output | {"token_ids": [8, 9], "finish_reason": "length"}, (2, 5)) == Response(
         [8, 9], False, -1.5
     )
 
 
 @pytest.mark.parametrize("wrong", [{"finish_reason": "abort"}, {"token_ids": []}])
-def test_a_response_that_did_not_come_to_its_end(wrong: dict[str, Any]) -> None:
-    with pytest.raises(VllmError, match="ended a response with"):
-        read_answer({"token_ids": [8], "logprob": -1.0, "finish_reason": "stop"} | wrong, (2,))
+def test_aborted_response(wrong: dict[str, Any]) -> None:
+    with pytest.raises(VllmError, match="ended a response"):
+        parse_response({"token_ids": [8], "logprob": -1.0, "finish_reason": "stop"} | wrong, (2,))
 
 
 @pytest.mark.parametrize(
-    ("error", "said"),
+    ("error", "cause"),
     [
-        ("RuntimeError: The NVIDIA driver on your system is too old", "driver is too old for this vLLM"),
-        ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB", "out of GPU memory: lower"),
+        ("RuntimeError: The NVIDIA driver on your system is too old", "driver is too old"),
+        ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB", "out of GPU memory"),
         ("ValueError: No available memory for the cache blocks.", "too little free GPU memory"),
         ("a traceback\nKeyError: 'x'", "vLLM failed: KeyError: 'x'"),
         ("", "no message"),
     ],
 )
-def test_what_a_failure_means(error: str, said: str) -> None:
-    assert said in explain(error, Path("log")) and "Its log: log" in explain(error, Path("log"))
+def test_causes_of_errors(error: str, cause: str) -> None:
+    assert cause in explain(error, Path("log")) and "Log: log" in explain(error, Path("log"))
 
 
-def test_gpus_are_divided_among_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpus_of_each_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
-    assert divide_gpus(Vllm(tensor_parallel=2, data_parallel=2)) == ["4,5", "6,7"]
-    assert divide_gpus(Vllm()) == ["4"]
-    with pytest.raises(RecipeError, match=r"3 × 2 GPUs .* but there are 4"):
-        divide_gpus(Vllm(tensor_parallel=2, data_parallel=3))
+    assert assign_gpus(Vllm(tensor_parallel=2, data_parallel=2)) == ["4,5", "6,7"]
+    assert assign_gpus(Vllm()) == ["4"]
+    with pytest.raises(RecipeError, match=r"3 × 2 GPUs .* 4"):
+        assign_gpus(Vllm(tensor_parallel=2, data_parallel=3))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
-    assert divide_gpus(Vllm(data_parallel=2)) == [None, None]
+    assert assign_gpus(Vllm(data_parallel=2)) == [None, None]

@@ -170,27 +170,6 @@ class Renderer:
         kept = [int(i) for i in ids if i not in self._special and i not in self.stop_ids]
         return str(self._tokenizer.decode(kept, clean_up_tokenization_spaces=False))
 
-    def as_text(self, prompt_ids: Sequence[int]) -> tuple[str, bool]:
-        """Return a prompt as text for a program that tokenizes it and adds the default special tokens.
-
-        The second value says whether this tokenizer makes the same tokens of that text.
-        """
-        text = self._raw(prompt_ids)
-        for candidate in (text, text.removeprefix(self._tokenizer.bos_token or "")):
-            if list(self._tokenizer(candidate, verbose=False)["input_ids"]) == list(prompt_ids):
-                return candidate, True
-        return text, False
-
-    def continuation_ids(self, prompt_ids: Sequence[int], text: str) -> list[int]:
-        """Tokenize a response as training would, after the prompt's text."""
-        whole = self._tokenize(self._raw(prompt_ids) + text)[0]
-        count = len(prompt_ids)
-        return whole[count:] if whole[:count] == list(prompt_ids) else self._tokenize(text)[0]
-
-    def _raw(self, ids: Sequence[int]) -> str:
-        """Decode tokens, special tokens included."""
-        return str(self._tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
-
     def _prompt_text(self, messages: Sequence[Message]) -> str:
         for message in messages:
             self._refuse_control_tokens(message["content"])

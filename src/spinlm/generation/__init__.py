@@ -1,4 +1,4 @@
-"""Engines that let the current opponent answer."""
+"""Engines that generate the responses of the current opponent."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,26 +10,26 @@ from spinlm.recipe.schema import Recipe
 
 
 @contextmanager
-def open_engine(recipe: Recipe, players: Players, iteration: int, prefix_sharing: bool) -> Iterator[Engine]:
-    """The recipe's engine with the opponent of an iteration; `prefix_sharing` says whether its attention takes prefix trees."""
+def open_engine(recipe: Recipe, players: Players, t: int, prefix_sharing: bool) -> Iterator[Engine]:
+    """Open the recipe's engine with the opponent of iteration t. The model of this process may be unloaded."""
     match recipe.opponent.engine:
         case "local":
-            players.become(iteration - 1)
+            players.become(t - 1)
             yield local_engine(recipe, players, prefix_sharing)
         case "server":
-            from spinlm.generation.server import serve
+            from spinlm.generation.server import open_server
 
             if recipe.opponent.server and recipe.opponent.server.launch_command:
                 players.let_go()  # the server may need the memory
-            with serve(recipe, players.run, players.renderer, iteration) as opponent:
-                yield opponent
+            with open_server(recipe, players.run, players.renderer, t) as engine:
+                yield engine
         case "vllm":
-            from spinlm.generation import vllm
+            from spinlm.generation.vllm import open_vllm
 
-            with vllm.serve(recipe, players, iteration) as opponent:
-                yield opponent
+            with open_vllm(recipe, players, t) as engine:
+                yield engine
 
 
 def local_engine(recipe: Recipe, players: Players, prefix_sharing: bool) -> LocalEngine:
-    """The engine of this process, with whatever player sits."""
+    """Return the engine of this process, with the player that is loaded."""
     return LocalEngine(players.logprobs, recipe.opponent.batch_size, prefix_sharing)

@@ -1,41 +1,65 @@
-"""What every generation engine offers."""
+"""The interface of the generation engines."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
-from spinlm.rundir.records import Sampling
+from spinlm.recipe.schema import Recipe
 
-Progress = Callable[[int, int], None]
+OnProgress = Callable[[int, int], None]
+"""`on_progress(responses, tokens)`: responses completed and tokens generated since the last call."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """Sampling parameters. Every engine takes the same ones."""
+
+    temperature: float  # 0 is greedy
+    top_p: float
+    max_new_tokens: int
+    max_length: int  # of prompt and response together
+    samples: int  # per prompt
+    stop_ids: tuple[int, ...]  # each ends a response
+
+    @classmethod
+    def from_recipe(cls, recipe: Recipe, stop_ids: tuple[int, ...], **overrides: Any) -> "Sampling":
+        """Return the parameters of a recipe's opponent, with some of them replaced."""
+        opponent = recipe.opponent
+        sampling = cls(
+            temperature=opponent.temperature,
+            top_p=opponent.top_p,
+            max_new_tokens=opponent.max_new_tokens,
+            max_length=recipe.train.max_length,
+            samples=opponent.samples_per_prompt,
+            stop_ids=stop_ids,
+        )
+        return replace(sampling, **overrides)
 
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """One response: token ids (the end-of-turn token included if there was one), whether it ended by itself, and the
-    sum of the sampler's own log-probabilities, where the engine tells it."""
+    """A generated response."""
 
-    token_ids: list[int]
-    finished: bool
-    logprob: float | None
-    retokenised: bool = False  # the engine gave text, which may have had other tokens
+    token_ids: list[int]  # with the end-of-turn token, if the response ends with one
+    finished: bool  # ends with an end-of-turn token; False if the token limit cut the response
+    logprob: float | None  # sum over tokens as the sampler computed it; None if the engine does not return it
 
 
 class Engine(Protocol):
     """An engine that holds the current opponent."""
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: int, progress: Progress
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: int, on_progress: OnProgress
     ) -> list[list[Response]]:
-        """Response prompts given as token ids.
+        """Generate responses to prompts.
 
         Args:
-            prompts: token ids, each exactly what the model is to continue.
-            sampling: how.
-            seed: the same seed and prompts give the same answers.
-            progress: called now and then with how many answers have ended, and how many tokens been generated, since
-                the last call.
+            prompts: token ids that the model continues.
+            sampling: the sampling parameters.
+            seed: the same seed and prompts give the same responses.
+            on_progress: called repeatedly.
 
         Returns:
-            For each prompt, in order, `sampling.samples` answers.
+            For each prompt, in order, `sampling.samples` responses.
         """
         ...

@@ -1,7 +1,7 @@
-"""The opponent inside this process: batched sampling with the model that also trains.
+"""Generate responses in this process, in batches, with the model that is also trained.
 
-A response that ends leaves the batch at once, and with models that take prompt trees the next prompt takes its place,
-so a batch never waits for its longest response.
+A finished response leaves the batch at once. With models that support prefix trees the next prompt takes its row, so
+no row waits for the longest response of a batch.
 """
 
 from collections import deque
@@ -13,28 +13,26 @@ import torch
 from torch import Tensor
 
 from spinlm.errors import ModelError
-from spinlm.generation.base import Progress, Response
+from spinlm.generation.base import OnProgress, Response, Sampling
 from spinlm.model.decoding import BatchState, PaddedBatch, RaggedBatch
 from spinlm.model.fused import prepacked_adapters
 from spinlm.model.logprobs import LogProbs
-from spinlm.rundir.records import Sampling
 from spinlm.utils.signals import check_interrupt
 
-GREEDY = 1e-6  # temperatures below it would divide to infinity
+MIN_TEMPERATURE = 1e-6  # a lower temperature is greedy: the logits divided by it would overflow
+MIN_FREE_FRACTION = 1 / 4  # of the rows; as soon as this fraction is free, the next prompts are prefilled together
 
-REFILL = 4  # new prompts come in when one in so many rows is free
-
-Show = Callable[[int, list[int]], None]
-"""`show(prompt, tokens)`: the answer to a prompt has grown to these tokens."""
+OnToken = Callable[[int, list[int]], None]
+"""`on_token(prompt, tokens)`: the response to the prompt with this index consists of these tokens so far."""
 
 
 @dataclass(slots=True)
-class _Reply:
-    """A response in progress."""
+class _PartialResponse:
+    """A response that is being generated."""
 
-    prompt: int  # which
-    limit: int  # of its tokens
-    draws: Tensor  # [limit] the random number behind each token
+    prompt: int  # index
+    max_tokens: int
+    draws: Tensor  # [max_tokens] the uniform random number for each token
     tokens: list[int] = field(default_factory=list)
     logprob: float = 0.0
     finished: bool = False
@@ -46,9 +44,9 @@ class LocalEngine:
     def __init__(self, logprobs: LogProbs, batch_size: int, prefix_sharing: bool):
         """
         Args:
-            logprobs: the model, holding the current opponent.
-            batch_size: responses that run at once.
-            prefix_sharing: whether the model's attention takes prefix trees.
+            logprobs: the model with the current opponent.
+            batch_size: responses that are generated at once.
+            prefix_sharing: whether the model's attention supports prefix trees.
         """
         self.logprobs = logprobs
         self.batch_size = batch_size
@@ -60,113 +58,113 @@ class LocalEngine:
         prompts: Sequence[Sequence[int]],
         sampling: Sampling,
         seed: int,
-        progress: Progress,
-        show: Show = lambda prompt, tokens: None,
+        on_progress: OnProgress,
+        on_token: OnToken = lambda prompt, tokens: None,
     ) -> list[list[Response]]:
-        """See `Engine.generate`. `show` is called for each new token, in no order among prompts."""
+        """See `Engine.generate`. `on_token` is called for each new token, in no order among prompts."""
         self.logprobs.eval()
         device = next(self.logprobs.parameters()).device
-        replies = [
-            _begin(index, len(prompt), number, sampling, seed)
+        partial = [
+            _start(index, len(prompt), sample, sampling, seed)
             for index, prompt in enumerate(prompts)
-            for number in range(sampling.samples)
+            for sample in range(sampling.samples)
         ]
-        # By length, so that padded rows have little padding; samples of one prompt stay together.
-        waiting = deque(sorted(replies, key=lambda reply: -len(prompts[reply.prompt])))
-        kind = self.logprobs.autocast
-        autocast = torch.autocast(device.type, dtype=kind, enabled=kind is not None)
+        # Sorted by length: padded rows then need little padding. The samples of one prompt stay together.
+        waiting = deque(sorted(partial, key=lambda response: -len(prompts[response.prompt])))
+        dtype = self.logprobs.autocast
+        autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
         try:
-            with autocast, prepacked_adapters(self.logprobs.causal_lm, min(self.batch_size, len(replies))):
-                self._decode(self._rows(prompts, replies), prompts, waiting, sampling, progress, show)
+            with autocast, prepacked_adapters(self.logprobs.causal_lm, min(self.batch_size, len(partial))):
+                self._decode(self._batch_state(prompts, partial), prompts, waiting, sampling, on_progress, on_token)
         finally:
-            self.logprobs.use_tree_attention(False)  # the model as others expect it
-        answers: list[list[Response]] = [[] for _ in prompts]
-        for reply in replies:
-            answers[reply.prompt].append(Response(reply.tokens, reply.finished, reply.logprob))
-        return answers
+            self.logprobs.use_tree_attention(False)  # the default
+        responses: list[list[Response]] = [[] for _ in prompts]
+        for response in partial:
+            responses[response.prompt].append(Response(response.tokens, response.finished, response.logprob))
+        return responses
 
-    def _rows(self, prompts: Sequence[Sequence[int]], replies: list[_Reply]) -> BatchState:
+    def _batch_state(self, prompts: Sequence[Sequence[int]], partial: list[_PartialResponse]) -> BatchState:
         if not self.prefix_sharing:
             return PaddedBatch(self.logprobs)
-        room = max((len(prompts[reply.prompt]) + reply.limit for reply in replies), default=0)
-        return RaggedBatch(self.logprobs, min(self.batch_size, len(replies)), room)
+        longest = max((len(prompts[response.prompt]) + response.max_tokens for response in partial), default=0)
+        return RaggedBatch(self.logprobs, min(self.batch_size, len(partial)), longest)
 
     def _decode(
         self,
-        rows: BatchState,
+        batch: BatchState,
         prompts: Sequence[Sequence[int]],
-        waiting: deque[_Reply],
+        waiting: deque[_PartialResponse],
         sampling: Sampling,
-        progress: Progress,
-        show: Show,
+        on_progress: OnProgress,
+        on_token: OnToken,
     ) -> None:
-        """Bring every waiting reply to its end."""
-        running: list[_Reply] = []
+        """Generate until no response is waiting or running."""
+        running: list[_PartialResponse] = []
         logits: list[Tensor] = []
         while waiting or running:
             check_interrupt()
             free = self.batch_size - len(running)
-            if waiting and (
-                not running
-                or (rows.supports_continuous_batching and free >= min(self.batch_size / REFILL, len(waiting)))
-            ):
+            enough_free = free >= min(self.batch_size * MIN_FREE_FRACTION, len(waiting))
+            if waiting and (not running or (batch.supports_continuous_batching and enough_free)):
                 new = [waiting.popleft() for _ in range(min(free, len(waiting)))]
-                logits.append(rows.prefill([prompts[reply.prompt] for reply in new]))
+                logits.append(batch.prefill([prompts[response.prompt] for response in new]))
                 running += new
-            draws = torch.stack([reply.draws[len(reply.tokens)] for reply in running])
-            chosen, logprob = sample(torch.cat(logits), sampling.temperature, sampling.top_p, draws)
-            kept = []
-            for row, (reply, token, value) in enumerate(zip(running, chosen.tolist(), logprob.tolist(), strict=True)):
-                reply.tokens.append(token)
-                reply.logprob += value
-                reply.finished = token in sampling.stop_ids
-                show(reply.prompt, reply.tokens)
-                if not reply.finished and len(reply.tokens) < reply.limit:
-                    kept.append(row)
-            progress(len(running) - len(kept), len(running))
-            order = rows.compact(kept)
+            draws = torch.stack([response.draws[len(response.tokens)] for response in running])
+            tokens, logprobs = sample(torch.cat(logits), sampling.temperature, sampling.top_p, draws)
+            unfinished = []
+            for row, (response, token, logprob) in enumerate(
+                zip(running, tokens.tolist(), logprobs.tolist(), strict=True)
+            ):
+                response.tokens.append(token)
+                response.logprob += logprob
+                response.finished = token in sampling.stop_ids
+                on_token(response.prompt, response.tokens)
+                if not response.finished and len(response.tokens) < response.max_tokens:
+                    unfinished.append(row)
+            on_progress(len(running) - len(unfinished), len(running))
+            order = batch.compact(unfinished)
             running = [running[row] for row in order]
-            logits = [rows.step(chosen[order])] if running else []
+            logits = [batch.step(tokens[order])] if running else []
 
 
-def _begin(index: int, length: int, sample: int, sampling: Sampling, seed: int) -> _Reply:
-    """A reply whose random numbers depend on nothing but the seed, the prompt's place and the sample's number."""
-    limit = min(sampling.max_new_tokens, sampling.max_length - length)
-    assert limit > 0, "a prompt that leaves no room is no example"
-    draws = np.random.default_rng([seed, index, sample]).random(limit, dtype=np.float32)
-    return _Reply(index, limit, torch.from_numpy(draws))
+def _start(index: int, prompt_length: int, sample: int, sampling: Sampling, seed: int) -> _PartialResponse:
+    """Start a response. Its random numbers depend only on the seed, the index of the prompt and the sample number."""
+    max_tokens = min(sampling.max_new_tokens, sampling.max_length - prompt_length)
+    assert max_tokens > 0, "prepare skips prompts that leave no room for a response"
+    draws = np.random.default_rng([seed, index, sample]).random(max_tokens, dtype=np.float32)
+    return _PartialResponse(index, max_tokens, torch.from_numpy(draws))
 
 
 def sample(logits: Tensor, temperature: float, top_p: float, draws: Tensor) -> tuple[Tensor, Tensor]:
-    """Draw a token from each row of logits.
+    """Sample a token from each row of logits.
 
     Args:
         logits: [B, V] in float32.
-        temperature: divides the logits; 0 takes the most likely token.
-        top_p: sample from the smallest set of tokens that holds this share of the probability.
-        draws: [B] in float32, uniform in [0, 1): the token is where the cumulative distribution passes it.
+        temperature: divides the logits; 0 selects the most likely token.
+        top_p: sample from the smallest set of tokens whose probabilities sum to at least this.
+        draws: [B] in float32, uniform in [0, 1); the token is where the cumulative distribution exceeds the draw.
 
     Returns:
         Tokens [B], and their log-probabilities [B] under the model at temperature 1, before top-p.
 
     Raises:
-        ModelError: a row has no finite logits.
+        ModelError: a row contains NaN or infinite logits.
     """
-    total = logits.logsumexp(dim=-1)
-    if not torch.isfinite(total).all():
+    log_partition = logits.logsumexp(dim=-1)
+    if not torch.isfinite(log_partition).all():
         raise ModelError(
-            "the player's logits are not finite: training has destroyed it. Lower train.learning_rate, and run in "
-            "another --run-dir"
+            "the player's logits are not finite: training has diverged. Lower train.learning_rate, and run in another "
+            "--run-dir"
         )
-    if temperature < GREEDY:
-        chosen = logits.argmax(dim=-1)
+    if temperature < MIN_TEMPERATURE:
+        tokens = logits.argmax(dim=-1)
     else:
         probs = torch.softmax(logits / temperature, dim=-1)
         if top_p < 1:
             ordered, order = probs.sort(dim=-1, descending=True)
-            beyond = ordered.cumsum(-1) - ordered >= top_p  # the mass before this token is already enough
-            probs = probs.scatter(-1, order, ordered.masked_fill(beyond, 0.0))
-        below = probs.cumsum(-1, dtype=torch.float64)  # [B, V]
-        place = draws.to(below)[:, None] * below[:, -1:]
-        chosen = torch.searchsorted(below, place, right=True).squeeze(1)  # never a token of probability 0
-    return chosen, logits.gather(-1, chosen[:, None]).squeeze(1) - total
+            outside = ordered.cumsum(-1) - ordered >= top_p  # the tokens before this one already sum to top_p
+            probs = probs.scatter(-1, order, ordered.masked_fill(outside, 0.0))
+        cumulative = probs.cumsum(-1, dtype=torch.float64)  # [B, V]
+        threshold = draws.to(cumulative)[:, None] * cumulative[:, -1:]
+        tokens = torch.searchsorted(cumulative, threshold, right=True).squeeze(1)  # never a token of probability 0
+    return tokens, logits.gather(-1, tokens[:, None]).squeeze(1) - log_partition

@@ -1,5 +1,4 @@
-"""The opponent behind a server: each new player is handed over, or the server is started with it; then it is asked for
-many responses at once."""
+"""Generate responses through a server that has the current opponent."""
 
 import logging
 import shlex
@@ -19,13 +18,12 @@ import numpy as np
 from spinlm.data.renderer import Renderer
 from spinlm.errors import SpinError
 from spinlm.generation import supervisor
-from spinlm.generation.base import Progress, Response
-from spinlm.generation.server_apis import DIALECTS, Reply, Wish
+from spinlm.generation.base import OnProgress, Response, Sampling
+from spinlm.generation.server_apis import SERVER_APIS, GenerationRequest, GenerationResult
 from spinlm.model.loading import prepare_base_model
 from spinlm.model.merge import save_for_serving
 from spinlm.recipe.schema import Recipe, Server
 from spinlm.rundir.layout import RunDir
-from spinlm.rundir.records import Sampling
 from spinlm.utils.http import (
     Endpoint,
     ErrorContext,
@@ -40,12 +38,12 @@ from spinlm.utils.signals import check_interrupt
 
 log = logging.getLogger("spinlm")
 
-MODELS, HEALTH = "/v1/models", "/health"  # a server has at least one of them
-POLL = 0.5  # seconds between looks at a server that is starting
+MODELS, HEALTH = "/v1/models", "/health"  # every server has at least one of the two
+POLL_SECONDS = 0.5
 
 
 class ServerError(SpinError, RuntimeError):
-    """A server cannot be reached or started, refuses, or answers in another way than its kind does."""
+    """A server cannot be reached or started, rejects a request, or returns something else than a response."""
 
 
 ERRORS = ErrorContext(
@@ -57,18 +55,17 @@ ERRORS = ErrorContext(
     resume_hint="Complete shards are kept: run the same command again to continue",
 )
 
-
-_SERVED_SO = {
-    "vllm": "Was it started with --enable-lora, a --max-lora-rank of at least lora.r, and "
-    "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, and does it see this folder?",
-    "sglang": "Was it started with --enable-lora, a --max-lora-rank of at least lora.r and --lora-target-modules all, "
-    "and does it see this folder?",
+_ADAPTER_REQUIREMENTS = {
+    "vllm": "Was the server started with --enable-lora, a --max-lora-rank of at least lora.r, and "
+    "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, and can it read this folder?",
+    "sglang": "Was the server started with --enable-lora, a --max-lora-rank of at least lora.r and "
+    "--lora-target-modules all, and can it read this folder?",
 }
 
 
 @dataclass(frozen=True)
-class ServerOpponent:
-    """The server engine, once the server has the opponent."""
+class ServerEngine:
+    """The server engine. The server has the opponent."""
 
     server: Server
     urls: list[str]
@@ -76,161 +73,139 @@ class ServerOpponent:
     renderer: Renderer
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: int, progress: Progress
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: int, on_progress: OnProgress
     ) -> list[list[Response]]:
-        """See `Engine.generate`. The same answers come back only where the server honours seeds.
+        """See `Engine.generate`. The same seed gives the same responses only if the server honors seeds.
 
         Raises:
-            ServerError: no answer, and why.
+            ServerError: a response cannot be obtained.
             StoppedError: the user asked to stop.
         """
-        wishes = [
-            Wish(
+        requests = [
+            GenerationRequest(
                 prompt_ids=prompt,
-                text=text,
-                limit=min(sampling.max_new_tokens, sampling.max_length - len(prompt)),
+                max_tokens=min(sampling.max_new_tokens, sampling.max_length - len(prompt)),
                 seed=int(np.random.SeedSequence([seed, index, sample]).generate_state(1)[0]) >> 1,  # 31 bits
                 temperature=sampling.temperature,
                 top_p=sampling.top_p,
                 stop_ids=sampling.stop_ids,
             )
-            for index, (prompt, text) in enumerate(zip(prompts, self._texts(prompts), strict=True))
+            for index, prompt in enumerate(prompts)
             for sample in range(sampling.samples)
         ]
-        answers: dict[int, Response] = {}
+        responses: dict[int, Response] = {}
 
-        def record(number: int, answer: Response) -> None:
-            answers[number] = answer
-            progress(1, len(answer.token_ids))
+        def record(number: int, response: Response) -> None:
+            responses[number] = response
+            on_progress(1, len(response.token_ids))
 
-        run_async(self._ask_all(wishes, record))
-        given = [answers[number] for number in range(len(wishes))]
-        return [given[first : first + sampling.samples] for first in range(0, len(given), sampling.samples)]
+        run_async(self._generate_all(requests, record))
+        ordered = [responses[number] for number in range(len(requests))]
+        return [ordered[first : first + sampling.samples] for first in range(0, len(ordered), sampling.samples)]
 
-    async def _ask_all(self, wishes: list[Wish], record: Callable[[int, Response], None]) -> None:
-        async with open_client(self.urls, self.server.timeout, self.server.max_concurrency) as client:
+    async def _generate_all(self, requests: list[GenerationRequest], record: Callable[[int, Response], None]) -> None:
+        max_concurrency = self.server.max_concurrency
+        async with open_client(self.urls, self.server.timeout, max_concurrency) as client:
             endpoint = Endpoint(self.urls, self.model or "", client, self.server.timeout, ERRORS)
-            await gather_bounded(wishes, lambda wish: self._ask(endpoint, wish), record, self.server.max_concurrency)
+            await gather_bounded(requests, lambda request: self._generate(endpoint, request), record, max_concurrency)
 
-    async def _ask(self, endpoint: Endpoint, wish: Wish) -> Response:
-        dialect = DIALECTS[self.server.api]
-        body = with_options(dialect.body(self.model, wish), self.server.extra_body)
-        reply = await endpoint.request(dialect.path, body, dialect.read, f"{dialect.what} of a whole response")
-        if not dialect.raw_logprobs and wish.temperature > 0 and (wish.temperature, wish.top_p) != (1, 1):
-            reply = replace(reply, logprobs=None)
-        return read_reply(reply, wish, self.renderer)
-
-    def _texts(self, prompts: Sequence[Sequence[int]]) -> list[str]:
-        """The prompts as text. What a server makes of it is not in our hands, but that it can be right is checked."""
-        if self.server.api != "openai":
-            return ["" for _ in prompts]
-        texts, unlike = [], 0
-        for prompt in prompts:
-            text, same = self.renderer.as_text(prompt)
-            texts.append(text)
-            unlike += not same
-        if unlike:
-            log.warning(
-                "%d of %d prompts have other tokens when they are sent as text. A server that takes token ids (see "
-                "opponent.server.api) has no such trouble",
-                unlike,
-                len(prompts),
-            )
-        return texts
+    async def _generate(self, endpoint: Endpoint, request: GenerationRequest) -> Response:
+        api = SERVER_APIS[self.server.api]
+        body = merge_extra_body(api.body(self.model, request), self.server.extra_body)
+        result = await endpoint.request(api.path, body, api.parse, f"{api.result_field} of a complete response")
+        if not api.raw_logprobs and request.temperature > 0 and (request.temperature, request.top_p) != (1, 1):
+            result = replace(result, logprobs=None)
+        return to_response(result, request, self.renderer)
 
 
-def with_options(body: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
-    """A request's fields with others added or put in their place, those of a field of fields too; null leaves out."""
+def merge_extra_body(body: dict[str, Any], extra_body: dict[str, Any]) -> dict[str, Any]:
+    """Return the body with the extra fields added or replaced, recursively; a field that is None is removed."""
     merged = dict(body)
-    for name, value in options.items():
-        both = isinstance(value, dict) and isinstance(body.get(name), dict)
-        merged[name] = with_options(body[name], value) if both else value
+    for name, value in extra_body.items():
+        nested = isinstance(value, dict) and isinstance(body.get(name), dict)
+        merged[name] = merge_extra_body(body[name], value) if nested else value
     return {name: value for name, value in merged.items() if value is not None}
 
 
-def read_reply(reply: Reply, wish: Wish, renderer: Renderer) -> Response:
-    """What a server sent back, as an answer like those of every engine: it ends with an end-of-turn token if it ended.
+def to_response(result: GenerationResult, request: GenerationRequest, renderer: Renderer) -> Response:
+    """Convert a server's result: a response that stopped ends with an end-of-turn token.
 
-    Text is tokenised as a response in training is. An end that the server did not name has no log-probability.
+    A response to which the end token had to be added has no log-probability.
 
     Raises:
-        ServerError: the response was cut before its limit.
+        ServerError: the server cut the response before the token limit.
     """
-    retokenised = reply.token_ids is None
-    ids = renderer.continuation_ids(wish.prompt_ids, reply.text) if reply.token_ids is None else list(reply.token_ids)
-    stop = next((place for place, token in enumerate(ids) if token in wish.stop_ids), None)
+    ids = list(result.token_ids)
+    stop = next((place for place, token in enumerate(ids) if token in request.stop_ids), None)
     if stop is not None:
         ids = ids[: stop + 1]
-    elif reply.stopped:
-        if ids and ids[-1] in renderer.special_ids:  # an end token of the server's own choice
+    elif result.stopped:
+        if ids and ids[-1] in renderer.special_ids:  # an end token that only the server knows
             ids.pop()
         ids.append(renderer.end_id)
-    elif not ids or (reply.token_ids is not None and len(ids) < wish.limit):
+    elif len(ids) < request.max_tokens:
         raise ServerError(
-            f"the server cut a response after {len(ids)} of {wish.limit} tokens: its context is too short for "
-            f"{len(wish.prompt_ids)} tokens of a prompt and these. Start it with a longer one (llama.cpp: -c, which "
-            "its -np requests share), or lower opponent.max_new_tokens"
+            f"the server cut a response after {len(ids)} of {request.max_tokens} tokens: the server's context is too "
+            f"short for a prompt of {len(request.prompt_ids)} tokens and the response. Start the server with a longer "
+            "context (llama.cpp: -c, which its -np requests share), or lower opponent.max_new_tokens"
         )
-    ids = ids[: wish.limit]
-    values = (reply.logprobs or [])[: len(ids)]
-    logprob = sum(values) if len(values) == len(ids) else None
-    return Response(ids, ids[-1] in wish.stop_ids, logprob, retokenised)
+    ids = ids[: request.max_tokens]
+    logprobs = (result.logprobs or [])[: len(ids)]
+    return Response(ids, ids[-1] in request.stop_ids, sum(logprobs) if len(logprobs) == len(ids) else None)
 
 
 @contextmanager
-def serve(recipe: Recipe, run: RunDir, renderer: Renderer, iteration: int) -> Iterator[ServerOpponent]:
-    """A server that has the opponent of an iteration, for as long as it is needed.
+def open_server(recipe: Recipe, folder: RunDir, renderer: Renderer, t: int) -> Iterator[ServerEngine]:
+    """Give a server the opponent of iteration t: launch it, run the reload command, or load the adapter.
+
+    On exit a launched server is stopped and a loaded adapter is unloaded.
 
     Raises:
         ServerError: the server cannot be given the opponent.
     """
     server = recipe.opponent.server
-    assert server is not None, "the recipe is checked"
-    player = run.player(iteration - 1).absolute()
+    assert server is not None, "the recipe is validated"
+    player, logs = folder.player(t - 1).absolute(), folder.iteration(t)
+    logs.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
-        names = {"player": str(player), "iteration": str(iteration)}
-        texts = [text for text in (server.launch_command, server.reload_command, server.model) if text]
-        if any("{base}" in text for text in texts):
-            names["base"] = str(prepare_base_model(recipe.model, run))
-        if any("{merged}" in text for text in texts):
-            merged = run.iteration(iteration).absolute() / ".merged"
-            shutil.rmtree(merged, ignore_errors=True)  # of a process that was killed
+        values = {"player": str(player), "iteration": str(t)}
+        templates = " ".join(text for text in (server.launch_command, server.reload_command, server.model) if text)
+        if "{base}" in templates:
+            values["base"] = str(prepare_base_model(recipe.model, folder))
+        if "{merged}" in templates:
+            merged = folder.iteration(t).absolute() / ".merged"
+            shutil.rmtree(merged, ignore_errors=True)  # from a process that was killed
             stack.callback(shutil.rmtree, merged, ignore_errors=True)
-            names["merged"] = str(merged)
-            save_for_serving(recipe, run, iteration - 1, merged)
-        if server.launch_command is None:
-            urls = [_root(url) for url in server.urls]
-        else:
-            names["port"] = str(_free_port())
-            urls = [_root(url) for url in server.urls] or [f"http://127.0.0.1:{names['port']}"]
-            journal = run.iteration(iteration) / "server.log"
-            stack.enter_context(_running(_filled(server.launch_command, names), urls, server.start_timeout, journal))
-        model = None if server.model is None else _filled(server.model, names, quote=False)
+            values["merged"] = str(merged)
+            save_for_serving(recipe, folder, t - 1, merged)
+        urls = [_base_url(url) for url in server.urls]
+        if server.launch_command is not None:
+            values["port"] = str(_free_port())
+            urls = urls or [f"http://127.0.0.1:{values['port']}"]
+            command = _fill(server.launch_command, values)
+            stack.enter_context(_launch(command, urls, server.start_timeout, logs / "server.log"))
+        model = None if server.model is None else _fill(server.model, values, quote=False)
         if server.reload_command is not None:
-            _promote(
-                _filled(server.reload_command, names),
-                server.start_timeout,
-                run.iteration(iteration) / "reload_command.log",
-            )
-            _wait(urls, server.start_timeout, "opponent.server.reload_command")
+            command = _fill(server.reload_command, values)
+            _run_reload_command(command, server.start_timeout, logs / "reload_command.log")
+            _wait_until_ready(urls, server.start_timeout, "opponent.server.reload_command")
         elif server.launch_command is None:
-            _make_sure_of(urls)
-            model = f"spinlm-{run.player_digest(iteration - 1)[:12]}"
+            model = f"spinlm-{folder.player_digest(t - 1)[:12]}"
             _load_adapter(server, urls, model, player)
-            stack.callback(_drop_adapter, server, urls, model)
+            stack.callback(_unload_adapter, server, urls, model)
         if model is None and server.api != "sglang":
-            model = _first_model(urls)
-        yield ServerOpponent(server, urls, model, renderer)
+            model = _first_model(urls[0])
+        yield ServerEngine(server, urls, model, renderer)
 
 
-def _root(url: str) -> str:
+def _base_url(url: str) -> str:
     return url.strip().rstrip("/").removesuffix("/completions").removesuffix("/v1")
 
 
-def _filled(text: str, names: dict[str, str], *, quote: bool = True) -> str:
-    for name, value in names.items():
-        text = text.replace(f"{{{name}}}", shlex.quote(value) if quote else value)
-    return text
+def _fill(template: str, values: dict[str, str], *, quote: bool = True) -> str:
+    for name, value in values.items():
+        template = template.replace(f"{{{name}}}", shlex.quote(value) if quote else value)
+    return template
 
 
 def _free_port() -> int:
@@ -240,103 +215,98 @@ def _free_port() -> int:
 
 
 @contextmanager
-def _running(command: str, urls: list[str], patience: float, journal: Path) -> Iterator[None]:
-    """A server that was started by a command, from when it answers."""
+def _launch(command: str, urls: list[str], timeout: float, log_file: Path) -> Iterator[None]:
+    """Start a server by a command, wait until it is ready, and stop it on exit."""
     for url in urls:
-        if _answers(url):
+        if _is_ready(url):
             raise ServerError(
-                f"{url}: something answers there before opponent.server.launch_command was run, and would be asked "
-                "instead of the server that it starts. Stop it, or leave opponent.server.urls out and use {port} in "
-                "the command"
+                f"{url}: another server answers there, so opponent.server.launch_command was not run. Stop the other "
+                "server, or leave opponent.server.urls out and use {port} in the command"
             )
-    with journal.open("wb") as file:
+    with log_file.open("wb") as file:
         process = subprocess.Popen(
             [sys.executable, supervisor.__file__, command],
             stdin=subprocess.PIPE,
             stdout=file,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # what ends our terminal or our group is not to end it before the server
+            start_new_session=True,  # a signal to our terminal or process group must not stop the supervisor first
         )
 
-    def ended() -> str | None:
+    def exit_report() -> str | None:
         if (code := process.poll()) is None:
             return None
-        return f"ended with exit code {code}. {_last_words(command, journal)}"
+        return f"exited with code {code}. {_log_excerpt(command, log_file)}"
 
     try:
-        _wait(urls, patience, "opponent.server.launch_command", ended)
+        _wait_until_ready(urls, timeout, "opponent.server.launch_command", exit_report)
         yield
     except ServerError as error:
-        if (words := ended()) and words not in str(error):
-            raise ServerError(f"{error}\nThe server that opponent.server.launch_command started has {words}") from None
+        if (report := exit_report()) and report not in str(error):
+            raise ServerError(f"{error}\nThe server of opponent.server.launch_command {report}") from None
         raise
     finally:
         assert process.stdin is not None
-        process.stdin.close()  # which tells the keeper to end it
+        process.stdin.close()  # makes the supervisor stop the server
         process.wait()
 
 
-def _wait(urls: list[str], patience: float, setting: str, ended: Callable[[], str | None] = lambda: None) -> None:
-    """Until every address answers; `ended` tells whether there is nothing left to wait for, and why."""
-    began = time.monotonic()
+def _wait_until_ready(
+    urls: list[str], timeout: float, setting: str, exit_report: Callable[[], str | None] = lambda: None
+) -> None:
+    """Wait until every URL is ready, or raise ServerError at the timeout or as soon as there is an exit report."""
+    started = time.monotonic()
     for url in urls:
-        while not _answers(url):
+        while not _is_ready(url):
             check_interrupt()
-            if words := ended():
-                raise ServerError(f"{setting}: before anything answered at {url} it {words}")
-            if time.monotonic() - began > patience:
+            if report := exit_report():
+                raise ServerError(f"{setting}: the server was not ready at {url} when it {report}")
+            if time.monotonic() - started > timeout:
                 raise ServerError(
-                    f"{setting}: nothing answered at {url} within {patience:g} seconds; opponent.server.start_timeout "
+                    f"{setting}: nothing answered at {url} within {timeout:g} seconds; opponent.server.start_timeout "
                     "allows more"
                 )
-            time.sleep(POLL)
-    log.info("the server answers after %.0f s", time.monotonic() - began)
+            time.sleep(POLL_SECONDS)
+    log.info("server ready after %.0f s", time.monotonic() - started)
 
 
-def _answers(url: str) -> bool:
-    """Whether a server is ready there. llama.cpp lists its model while it still loads, but is not well then."""
+def _is_ready(url: str) -> bool:
+    """Return whether a server is ready. llama.cpp lists its model while it loads, but reports that it is unhealthy."""
     response = probe(url + HEALTH, ERRORS)
     if response is not None and response.status_code == 404:
         response = probe(url + MODELS, ERRORS)
     return response is not None and response.status_code < 500
 
 
-def _make_sure_of(urls: list[str]) -> None:
-    for url in urls:
-        if probe(url + MODELS, ERRORS) is None:
-            raise ServerError(f"{url}: cannot be reached. Is the server running, and opponent.server.urls right?")
-
-
-def _first_model(urls: list[str]) -> str | None:
-    """What a server lists first; None where it lists nothing, and may need no name."""
-    response = probe(f"{urls[0]}{MODELS}", ERRORS)
+def _first_model(url: str) -> str | None:
+    """Return the first model that a server lists; None if it lists none, and so needs no name."""
+    response = probe(url + MODELS, ERRORS)
     try:
         return None if response is None else str(response.json()["data"][0]["id"])
     except (KeyError, IndexError, TypeError, ValueError):
         return None
 
 
-def _last_words(command: str, journal: Path) -> str:
-    lines = journal.read_text(encoding="utf-8", errors="replace").splitlines()[-8:]
-    words = "".join(f"\n  {line}" for line in lines)
-    return redact(f"It was: {command}\nIts last words, from {journal}:{words}", ERRORS)
+def _log_excerpt(command: str, log_file: Path) -> str:
+    lines = log_file.read_text(encoding="utf-8", errors="replace").splitlines()[-8:]
+    excerpt = "".join(f"\n  {line}" for line in lines)
+    return redact(f"The command: {command}\nThe end of its log, {log_file}:{excerpt}", ERRORS)
 
 
-def _promote(command: str, patience: float, journal: Path) -> None:
-    """Run the user's command. What it prints goes to a file: a server that it leaves running would hold a pipe open."""
-    began = time.monotonic()
-    with journal.open("wb") as file:
+def _run_reload_command(command: str, timeout: float, log_file: Path) -> None:
+    """Run the user's command with output to a file: a server that it leaves running would keep a pipe open."""
+    started = time.monotonic()
+    with log_file.open("wb") as file:
         process = subprocess.Popen(command, shell=True, stdin=subprocess.DEVNULL, stdout=file, stderr=file)
     try:
-        while process.poll() is None and time.monotonic() - began < patience:
+        while process.poll() is None and time.monotonic() - started < timeout:
             check_interrupt()
-            time.sleep(POLL / 10)
-        how = "took longer than opponent.server.start_timeout" if process.poll() is None else "ended with exit code "
+            time.sleep(POLL_SECONDS / 10)
         if process.returncode != 0:
-            code = "" if process.returncode is None else process.returncode
+            code = process.returncode
+            problem = "took longer than opponent.server.start_timeout" if code is None else f"exited with code {code}"
             raise ServerError(
-                f"opponent.server.reload_command: {how}{code}, so the server may not have the opponent. "
-                + _last_words(command, journal)
+                f"opponent.server.reload_command: {problem}, so the server may not have the opponent. "
+                + _log_excerpt(command, log_file)
             )
     finally:
         if process.poll() is None:
@@ -344,37 +314,31 @@ def _promote(command: str, patience: float, journal: Path) -> None:
             process.wait()
 
 
-def _drop_adapter(server: Server, urls: list[str], name: str) -> None:
-    """Let the server forget an adapter, instead of keeping one for each iteration. Where it does not, no matter."""
-    path = DIALECTS[server.api].dropped
-    assert path is not None, "the recipe is checked"
-
-    async def drop() -> None:
-        async with open_client(urls, server.timeout, 1) as client:
-            for url in urls:
-                with suppress(RefusedError, ServerError):
-                    endpoint = Endpoint([url], name, client, server.timeout, ERRORS)
-                    await endpoint.post(path, {"lora_name": name})
-
-    run_async(drop())
-
-
 def _load_adapter(server: Server, urls: list[str], name: str, player: Path) -> None:
-    """Hand an adapter to every address."""
-    path = DIALECTS[server.api].adapters
-    assert path is not None, "the recipe is checked"
+    path = SERVER_APIS[server.api].load_adapter_path
+    assert path is not None, "the recipe is validated"
+    for url in urls:
+        try:
+            _post(server, url, path, {"lora_name": name, "lora_path": str(player)})
+        except RefusedError as refused:
+            if "already" not in refused.message:  # else an earlier run of this command loaded the adapter
+                raise ServerError(
+                    f"{url}{path}: cannot load the adapter {player} ({refused}). {_ADAPTER_REQUIREMENTS[server.api]}"
+                ) from None
 
-    async def load() -> None:
-        async with open_client(urls, server.timeout, 1) as client:
-            for url in urls:
-                endpoint = Endpoint([url], name, client, server.timeout, ERRORS)
-                try:
-                    await endpoint.post(path, {"lora_name": name, "lora_path": str(player)})
-                except RefusedError as refused:
-                    if "already" in refused.message:  # by an earlier call of this command
-                        continue
-                    raise ServerError(
-                        f"{url}{path}: cannot be given the adapter {player} ({refused}). {_SERVED_SO[server.api]}"
-                    ) from None
 
-    run_async(load())
+def _unload_adapter(server: Server, urls: list[str], name: str) -> None:
+    """Unload an adapter, so that the server does not collect one for each iteration. Ignore errors."""
+    path = SERVER_APIS[server.api].unload_adapter_path
+    assert path is not None, "the recipe is validated"
+    for url in urls:
+        with suppress(RefusedError, ServerError):
+            _post(server, url, path, {"lora_name": name})
+
+
+def _post(server: Server, url: str, path: str, body: dict[str, str]) -> None:
+    async def post() -> None:
+        async with open_client([url], server.timeout, 1) as client:
+            await Endpoint([url], "", client, server.timeout, ERRORS).post(path, body)
+
+    run_async(post())

@@ -1,7 +1,8 @@
-"""How servers are asked for a response, and what they send back.
+"""The request and response formats of the servers.
 
-Every request names the whole of the sampling: a server that is not told takes what its own defaults or the model's
-generation_config.json say (llama.cpp min_p 0.05 and top_k 40, for example), which is another distribution.
+Every request states all sampling parameters. A server uses its own defaults, or those in the model's
+generation_config.json, for parameters that a request omits (llama.cpp: min_p 0.05 and top_k 40), and these change the
+distribution.
 """
 
 from collections.abc import Sequence
@@ -10,12 +11,11 @@ from typing import Any, Protocol
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
-    """One response that is wanted."""
+class GenerationRequest:
+    """A request for one response."""
 
     prompt_ids: Sequence[int]
-    text: str  # the prompt as text, of which a server makes the same tokens
-    limit: int  # of its tokens
+    max_tokens: int  # of the response
     seed: int
     temperature: float
     top_p: float
@@ -23,165 +23,154 @@ class Wish:
 
 
 @dataclass(frozen=True, slots=True)
-class Reply:
-    """What a server sent back."""
+class GenerationResult:
+    """One response as a server returns it."""
 
-    stopped: bool  # it ended by itself, not by the limit
-    token_ids: list[int] | None = None  # None: `text` instead
-    text: str = ""
-    logprobs: list[float] | None = None  # of each of token_ids
-
-
-def _stopped(reason: Any, ends: tuple[str, ...] = ("stop",), limit: str = "length") -> bool:
-    """Whether a response ended by itself. One that was broken off is none: ValueError."""
-    if reason not in (*ends, limit):
-        raise ValueError(f"ended with {reason!r}")
-    return reason != limit
+    token_ids: list[int]
+    stopped: bool  # at an end token, not at the token limit
+    logprobs: list[float] | None = None  # one for each token
 
 
-class Dialect(Protocol):
-    """A kind of server. `read` raises KeyError, IndexError, TypeError or ValueError for what it does not understand."""
+class ServerAPI(Protocol):
+    """The format of one kind of server."""
 
     path: str
-    adapters: str | None  # where it is told of a new adapter, with lora_name and lora_path
-    dropped: str | None  # where it is told that an adapter is needed no more, with lora_name
-    what: str  # the field that a reply has to have
-    raw_logprobs: bool  # before temperature and top-p
+    load_adapter_path: str | None  # takes lora_name and lora_path
+    unload_adapter_path: str | None  # takes lora_name
+    result_field: str  # the field that holds the token ids, for error messages
+    raw_logprobs: bool  # log-probabilities are those before temperature and top-p
 
-    def body(self, model: str | None, wish: Wish) -> dict[str, Any]: ...
+    def body(self, model: str | None, request: GenerationRequest) -> dict[str, Any]:
+        """Return the JSON body of a request."""
+        ...
 
-    def read(self, answer: Any) -> Reply: ...
+    def parse(self, reply: Any) -> GenerationResult:
+        """Parse the JSON of a reply.
+
+        Raises:
+            KeyError, IndexError, TypeError, ValueError: the reply does not hold a complete response.
+        """
+        ...
 
 
-class OpenAI:
-    """Any server with /v1/completions: text in and out, and nothing asked that is not in OpenAI's own interface."""
+class VLLM:
+    """vLLM 0.10.2 or newer: /v1/completions with token ids in both directions."""
 
     path = "/v1/completions"
-    adapters: str | None = None
-    dropped: str | None = None
-    what = "choices[0].text"
+    load_adapter_path: str | None = "/v1/load_lora_adapter"  # requires VLLM_ALLOW_RUNTIME_LORA_UPDATING
+    unload_adapter_path: str | None = "/v1/unload_lora_adapter"
+    result_field = "choices[0].token_ids"
     raw_logprobs = True
 
-    def body(self, model: str | None, wish: Wish) -> dict[str, Any]:
-        """The request for one response."""
-        named = {} if model is None else {"model": model}
-        return named | {
-            "prompt": wish.text,
-            "max_tokens": wish.limit,
-            "temperature": wish.temperature,
-            "top_p": wish.top_p,
-            "seed": wish.seed,
-        }
-
-    def read(self, answer: Any) -> Reply:
-        """The response in an answer."""
-        choice = answer["choices"][0]
-        if not isinstance(choice["text"], str):
-            raise TypeError("no text")
-        return Reply(_stopped(choice["finish_reason"]), text=choice["text"])
-
-
-class VLLM(OpenAI):
-    """vLLM from 0.10.2 on: token ids both ways, log-probabilities before temperature (its default)."""
-
-    adapters: str | None = "/v1/load_lora_adapter"  # where VLLM_ALLOW_RUNTIME_LORA_UPDATING is set
-    dropped: str | None = "/v1/unload_lora_adapter"
-    what = "choices[0].token_ids"
-
-    def body(self, model: str | None, wish: Wish) -> dict[str, Any]:
-        """The request for one response."""
-        return super().body(model, wish) | {
-            "prompt": list(wish.prompt_ids),
-            "stop_token_ids": list(wish.stop_ids),
+    def body(self, model: str | None, request: GenerationRequest) -> dict[str, Any]:
+        """See `ServerAPI`."""
+        return _named("model", model) | {
+            "prompt": list(request.prompt_ids),
+            "max_tokens": request.max_tokens,
+            "temperature": request.temperature,
+            "top_p": request.top_p,
+            "seed": request.seed,
+            "stop_token_ids": list(request.stop_ids),
             "return_token_ids": True,
-            "logprobs": 0,  # that of the token itself
+            "logprobs": 0,  # of the sampled token only
             "top_k": 0,
             "min_p": 0.0,
             "repetition_penalty": 1.0,
         }
 
-    def read(self, answer: Any) -> Reply:
-        """The response in an answer."""
-        choice = answer["choices"][0]
-        ids = [int(token) for token in choice["token_ids"]]
-        given = (choice.get("logprobs") or {}).get("token_logprobs")
-        return Reply(_stopped(choice["finish_reason"]), ids, logprobs=_matching(given, ids))
+    def parse(self, reply: Any) -> GenerationResult:
+        """See `ServerAPI`."""
+        choice = reply["choices"][0]
+        token_ids = [int(token) for token in choice["token_ids"]]
+        logprobs = (choice.get("logprobs") or {}).get("token_logprobs")
+        return GenerationResult(token_ids, _stopped(choice["finish_reason"]), _aligned(logprobs, token_ids))
 
 
 class LlamaCpp:
-    """llama.cpp's own /completion: token ids both ways, and log-probabilities before any sampler.
+    """llama.cpp's /completion.
 
-    It has none for tokens that are but a part of a character, so an answer with such a token goes without.
+    llama.cpp returns no log-probability for a token that is part of a character; a response with such a token has no
+    log-probabilities.
     """
 
     path = "/completion"
-    adapters: str | None = None
-    dropped: str | None = None
-    what = "tokens"
+    load_adapter_path: str | None = None
+    unload_adapter_path: str | None = None
+    result_field = "tokens"
     raw_logprobs = True
 
-    def body(self, model: str | None, wish: Wish) -> dict[str, Any]:
-        """The request for one response."""
-        named = {} if model is None else {"model": model}
-        return named | {
-            "prompt": list(wish.prompt_ids),
-            "n_predict": wish.limit,
+    def body(self, model: str | None, request: GenerationRequest) -> dict[str, Any]:
+        """See `ServerAPI`."""
+        return _named("model", model) | {
+            "prompt": list(request.prompt_ids),
+            "n_predict": request.max_tokens,
             "return_tokens": True,
             "n_probs": 1,
-            "temperature": wish.temperature,
-            "top_p": wish.top_p,
-            "seed": wish.seed,
+            "temperature": request.temperature,
+            "top_p": request.top_p,
+            "seed": request.seed,
             "samplers": ["temperature", "top_p"],  # in this order, and no others
         }
 
-    def read(self, answer: Any) -> Reply:
-        """The response in an answer."""
-        ids = [int(token) for token in answer["tokens"]]
-        about = answer.get("completion_probabilities") or []
-        same = [int(token["id"]) for token in about] == ids
-        logprobs = [float(token["logprob"]) for token in about] if same else None
-        return Reply(_stopped(answer["stop_type"], ("eos", "word"), "limit"), ids, logprobs=logprobs)
+    def parse(self, reply: Any) -> GenerationResult:
+        """See `ServerAPI`."""
+        token_ids = [int(token) for token in reply["tokens"]]
+        probabilities = reply.get("completion_probabilities") or []
+        complete = [int(token["id"]) for token in probabilities] == token_ids
+        logprobs = [float(token["logprob"]) for token in probabilities] if complete else None
+        return GenerationResult(token_ids, _stopped(reply["stop_type"], ("eos", "word"), "limit"), logprobs)
 
 
 class SGLang:
-    """SGLang's own /generate: token ids both ways, and log-probabilities after temperature and top-p."""
+    """SGLang's /generate. Its log-probabilities are those after temperature and top-p."""
 
     path = "/generate"
-    adapters: str | None = "/load_lora_adapter"
-    dropped: str | None = "/unload_lora_adapter"
-    what = "output_ids"
+    load_adapter_path: str | None = "/load_lora_adapter"
+    unload_adapter_path: str | None = "/unload_lora_adapter"
+    result_field = "output_ids"
     raw_logprobs = False
 
-    def body(self, model: str | None, wish: Wish) -> dict[str, Any]:
-        """The request for one response; `model` is the adapter's name."""
-        named = {} if model is None else {"lora_path": model}
-        return named | {
-            "input_ids": list(wish.prompt_ids),
+    def body(self, model: str | None, request: GenerationRequest) -> dict[str, Any]:
+        """See `ServerAPI`. `model` is the name of the adapter."""
+        return _named("lora_path", model) | {
+            "input_ids": list(request.prompt_ids),
             "return_logprob": True,
             "sampling_params": {
-                "max_new_tokens": wish.limit,
-                "temperature": wish.temperature,
-                "top_p": wish.top_p,
+                "max_new_tokens": request.max_tokens,
+                "temperature": request.temperature,
+                "top_p": request.top_p,
                 "top_k": -1,
                 "min_p": 0.0,
                 "repetition_penalty": 1.0,
-                "stop_token_ids": list(wish.stop_ids),
-                "sampling_seed": wish.seed,
+                "stop_token_ids": list(request.stop_ids),
+                "sampling_seed": request.seed,
             },
         }
 
-    def read(self, answer: Any) -> Reply:
-        """The response in an answer."""
-        ids = [int(token) for token in answer["output_ids"]]
-        about = answer["meta_info"]
-        given = [entry[0] for entry in about.get("output_token_logprobs") or ()]
-        return Reply(_stopped(about["finish_reason"]["type"]), ids, logprobs=_matching(given, ids))
+    def parse(self, reply: Any) -> GenerationResult:
+        """See `ServerAPI`."""
+        token_ids = [int(token) for token in reply["output_ids"]]
+        meta = reply["meta_info"]
+        logprobs = [entry[0] for entry in meta.get("output_token_logprobs") or ()]
+        return GenerationResult(token_ids, _stopped(meta["finish_reason"]["type"]), _aligned(logprobs, token_ids))
 
 
-DIALECTS: dict[str, Dialect] = {"openai": OpenAI(), "vllm": VLLM(), "llama.cpp": LlamaCpp(), "sglang": SGLang()}
+SERVER_APIS: dict[str, ServerAPI] = {"vllm": VLLM(), "sglang": SGLang(), "llama.cpp": LlamaCpp()}
 
 
-def _matching(values: Any, ids: list[int]) -> list[float] | None:
-    if not isinstance(values, list) or len(values) != len(ids) or None in values:
+def _named(field: str, model: str | None) -> dict[str, Any]:
+    return {} if model is None else {field: model}
+
+
+def _stopped(reason: Any, stop_reasons: tuple[str, ...] = ("stop",), limit_reason: str = "length") -> bool:
+    """Return whether a response stopped at an end token; raise ValueError if the server aborted the response."""
+    if reason not in (*stop_reasons, limit_reason):
+        raise ValueError(f"ended with {reason!r}")
+    return reason != limit_reason
+
+
+def _aligned(logprobs: Any, token_ids: list[int]) -> list[float] | None:
+    """Return the log-probabilities if there is one for each token."""
+    if not isinstance(logprobs, list) or len(logprobs) != len(token_ids) or None in logprobs:
         return None
-    return [float(value) for value in values]
+    return [float(value) for value in logprobs]

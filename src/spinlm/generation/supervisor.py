@@ -1,8 +1,8 @@
-"""Runs a command, with all it starts, for no longer than the process that asks for it lives.
+"""Run a shell command until the parent process ends.
 
-    python keeper.py COMMAND
+    python supervisor.py COMMAND
 
-The end of standard input says that that process has gone, however it ended. Needs nothing but Python.
+End of standard input means that the parent has exited or wants the command to stop. Imports only the standard library.
 """
 
 import contextlib
@@ -13,21 +13,21 @@ import sys
 import threading
 import time
 
-PATIENCE = 20.0  # seconds to end in before it is killed
+SHUTDOWN_TIMEOUT = 20.0  # seconds between SIGTERM and SIGKILL
 
 
 def main() -> int:
+    """Run the command in its own process group and return its exit code."""
     child = subprocess.Popen(sys.argv[1], shell=True, stdin=subprocess.DEVNULL, start_new_session=True)
+    stopping = threading.Event()
 
-    ending = threading.Event()
-
-    def end() -> None:
+    def stop_with_parent() -> None:
         while os.read(0, 1024):
             pass
-        ending.set()
-        with contextlib.suppress(ProcessLookupError):  # raised as soon as nobody of the group is left
+        stopping.set()
+        with contextlib.suppress(ProcessLookupError):  # the process group is empty
             os.killpg(child.pid, signal.SIGTERM)
-            deadline = time.monotonic() + PATIENCE
+            deadline = time.monotonic() + SHUTDOWN_TIMEOUT
             while time.monotonic() < deadline:
                 child.poll()
                 os.killpg(child.pid, 0)
@@ -36,11 +36,11 @@ def main() -> int:
         os._exit(0)
 
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # the one who asked decides
-    threading.Thread(target=end, daemon=True).start()
+        signal.signal(number, signal.SIG_IGN)  # the parent decides
+    threading.Thread(target=stop_with_parent, daemon=True).start()
     code = child.wait()
-    if ending.is_set():
-        threading.Event().wait()  # for what the command has started, which takes longer to end than the shell
+    if stopping.is_set():
+        threading.Event().wait()  # the shell has exited; its children may need longer
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
     return code if code >= 0 else 128 - code

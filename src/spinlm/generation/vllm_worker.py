@@ -1,7 +1,8 @@
-"""What runs in a process of its own: one copy of the model in vLLM. Needs nothing but vLLM.
+"""Worker process that runs one copy of the model in vLLM. Imports only the standard library and vLLM.
 
-The first line that comes in has the engine's arguments and the adapter, each further one a list of requests. A line
-goes out for each: what is `done`, or the `error`. The end of what comes in says that who asked has gone, or is done.
+The first line of standard input holds the engine's arguments and the adapter; every further line is a list of requests.
+Each line is answered by one line, either the `result` or the `error`. The worker exits at end of standard input: its
+parent has exited or needs no more responses.
 """
 
 import json
@@ -14,18 +15,19 @@ import time
 import traceback
 from typing import Any
 
-PATIENCE = 20.0  # seconds to end in before it is killed
+SHUTDOWN_TIMEOUT = 20.0  # seconds until the worker kills itself
 
 
 def main() -> None:
-    replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what else is printed goes to the log
+    """Generate responses until the end of standard input."""
+    stdout = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what vLLM prints goes to the log
 
-    def reply(message: dict[str, Any]) -> None:
-        print(json.dumps(message), file=replies, flush=True)
+    def send(message: dict[str, Any]) -> None:
+        print(json.dumps(message), file=stdout, flush=True)
 
     messages: queue.Queue[Any] = queue.Queue()
-    threading.Thread(target=_read, args=(messages,), daemon=True).start()
+    threading.Thread(target=_read_messages, args=(messages,), daemon=True).start()
     try:
         from vllm import LLM, SamplingParams
         from vllm.lora.request import LoRARequest
@@ -33,32 +35,36 @@ def main() -> None:
         first = messages.get()
         engine = LLM(**first["engine"])
         lora = first["adapter"] and LoRARequest(lora_name="opponent", lora_int_id=1, lora_path=first["adapter"])
-        reply({"done": None})
+        send({"result": None})
         while (requests := messages.get()) is not None:
             outputs = engine.generate(
-                [{"prompt_token_ids": one["prompt"]} for one in requests],
-                [SamplingParams(**one["sampling"]) for one in requests],
+                [{"prompt_token_ids": request["prompt"]} for request in requests],
+                [SamplingParams(**request["sampling"]) for request in requests],
                 use_tqdm=False,
                 lora_request=lora or None,
             )
-            reply({"done": [read_output(output) for output in outputs]})
-    except Exception as error:  # whatever ends this process, the one that waits for its answers must hear of it
+            send({"result": [read_output(output) for output in outputs]})
+    except Exception as error:  # the parent must receive every error, of any type
         traceback.print_exc()
-        reply({"error": f"{type(error).__name__}: {error}"})
+        send({"error": f"{type(error).__name__}: {error}"})
 
 
 def read_output(output: Any) -> dict[str, Any]:
-    """What is needed of a `vllm.RequestOutput` with one response."""
-    (one,) = output.outputs
-    return {"token_ids": list(one.token_ids), "logprob": one.cumulative_logprob, "finish_reason": one.finish_reason}
+    """Return the fields that the parent needs of a `vllm.RequestOutput` with one response."""
+    (completion,) = output.outputs
+    return {
+        "token_ids": list(completion.token_ids),
+        "logprob": completion.cumulative_logprob,
+        "finish_reason": completion.finish_reason,
+    }
 
 
-def _read(messages: "queue.Queue[Any]") -> None:
-    """Take messages in. After the last one there is not much time, whatever is being done."""
+def _read_messages(messages: "queue.Queue[Any]") -> None:
+    """Read messages until the end of standard input, then kill the process group after the timeout."""
     for line in sys.stdin:
         messages.put(json.loads(line))
     messages.put(None)
-    time.sleep(PATIENCE)
+    time.sleep(SHUTDOWN_TIMEOUT)
     os.killpg(os.getpgid(0), signal.SIGKILL)
 
 

@@ -119,11 +119,10 @@ class Server(Section):
     folder of the current opponent, {merged} for one with its adapter merged into the base (made when asked for, and
     removed afterwards), {base} for the base model, {iteration} for the iteration, {port} for a free port."""
 
-    api: Literal["openai", "vllm", "sglang", "llama.cpp"] = "openai"
-    """Which API: vllm, sglang and llama.cpp exchange token ids and log-probabilities; openai exchanges text through
-    /v1/completions."""
+    api: Literal["vllm", "sglang", "llama.cpp"] = "vllm"
+    """The server's API. All three exchange token ids and log-probabilities."""
     urls: list[str] = []
-    """Addresses, such as http://127.0.0.1:8000/v1; several share the work. With `launch_command` and no address, a free
+    """Addresses, such as http://127.0.0.1:8000/v1; several take turns. With `launch_command` and no address, a free
     port is used."""
     model: str | None = None
     """Its name for the opponent; absent means the adapter it was handed, else the first model that it lists."""

@@ -50,7 +50,6 @@ class Generation:
     text: str
     finished: bool  # ended by an end-of-turn token, not by the length limit
     logprob: float | None  # sum over tokens, by the sampler; None if the engine gives none
-    retokenised: bool = False  # the engine gave text; its own tokens may have been others
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,18 +65,6 @@ class Pair:
     opponent_real: float  # log p_θt(y|x), sum over tokens
     opponent_synthetic: float  # log p_θt(y'|x), sum over tokens
     initial_ids: list[int] | None = None  # θ_0's response y₀, if the objective uses it
-
-
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """Sampling parameters, the same for every engine."""
-
-    temperature: float
-    top_p: float
-    max_new_tokens: int
-    max_length: int  # prompt and response together
-    samples: int
-    stop_ids: tuple[int, ...]  # each of them ends a response
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from spinlm.evals.heldout import (
 )
 from spinlm.evals.scorers import get_scorer
 from spinlm.generation import local_engine
-from spinlm.generation.base import Response
+from spinlm.generation.base import Response, Sampling
 from spinlm.model.players import Players, seat
 from spinlm.recipe.fingerprint import recipe_fingerprint
 from spinlm.recipe.schema import Recipe
@@ -30,7 +30,6 @@ from spinlm.rundir.records import (
     HeldoutGreedy,
     HeldoutSampled,
     RecordFile,
-    Sampling,
     count_records,
     read_pairs,
     to_line,
@@ -168,13 +167,13 @@ def _ask(
     seed: int,
     advance: Advance,
 ) -> list[Response]:
-    sampling = Sampling(
+    sampling = Sampling.from_recipe(
+        recipe,
+        players.renderer.stop_ids,
         temperature=temperature,
         top_p=1.0,
         max_new_tokens=recipe.evaluate.max_new_tokens or recipe.opponent.max_new_tokens,
-        max_length=recipe.train.max_length,
         samples=1,
-        stop_ids=players.renderer.stop_ids,
     )
     engine = local_engine(recipe, players, prefix_sharing)
     given = engine.generate([example.prompt_ids for example in examples], sampling, seed, advance)

@@ -8,12 +8,12 @@ from contextlib import nullcontext
 from spinlm.distributed import processes
 from spinlm.distributed.progress import Advance, track
 from spinlm.generation import open_engine
-from spinlm.generation.base import Engine
+from spinlm.generation.base import Engine, Sampling
 from spinlm.model.players import Players, seat
 from spinlm.recipe.fingerprint import recipe_fingerprint
 from spinlm.recipe.schema import Recipe
 from spinlm.rundir.layout import RunDir
-from spinlm.rundir.records import PAIR_SPLITS, Example, Generation, RecordFile, Sampling, to_line
+from spinlm.rundir.records import PAIR_SPLITS, Example, Generation, RecordFile, to_line
 from spinlm.rundir.stage_graph import START
 from spinlm.utils.atomic import atomic_file
 from spinlm.utils.seeds import derive_seed
@@ -36,7 +36,7 @@ def generate(recipe: Recipe, run: RunDir, iteration: int) -> None:
     processes.on_rank_zero(run.begin, "generate", iteration, recipe_fingerprint(recipe, iteration))
     players = seat(recipe, run)
     prefix_sharing = run.metadata("sft", START)["prefix_sharing"]
-    sampling = opponent_sampling(recipe, players)
+    sampling = Sampling.from_recipe(recipe, players.renderer.stop_ids)
     size = recipe.opponent.shard_size
     examples = {split: RecordFile(run.examples(split), Example) for split in splits(recipe)}
     shards = [(split, shard) for split, records in examples.items() for shard in range(records.shards(size))]
@@ -71,18 +71,6 @@ def _missing(run: RunDir, iteration: int, shards: Sequence[tuple[str, int]]) -> 
     return [one for one in shards if not run.is_verified(run.generations(iteration, *one))]
 
 
-def opponent_sampling(recipe: Recipe, players: Players) -> Sampling:
-    """How the recipe's opponent answers."""
-    return Sampling(
-        temperature=recipe.opponent.temperature,
-        top_p=recipe.opponent.top_p,
-        max_new_tokens=recipe.opponent.max_new_tokens,
-        max_length=recipe.train.max_length,
-        samples=recipe.opponent.samples_per_prompt,
-        stop_ids=players.renderer.stop_ids,
-    )
-
-
 def _answer(
     players: Players,
     opponent: Engine,
@@ -103,7 +91,6 @@ def _answer(
             text=players.renderer.decode(answer.token_ids),
             finished=answer.finished,
             logprob=answer.logprob,
-            retokenised=answer.retokenised,
         )
         for example, given in zip(examples, answers, strict=True)
         for sample, answer in enumerate(given)

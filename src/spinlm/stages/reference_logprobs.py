@@ -186,7 +186,6 @@ class _Tally:
         count["responses"] += len(newest)
         count["identical"] += sum(g.token_ids == real[g.id] for g in newest)
         count["unfinished"] += sum(not g.finished for g in newest)
-        count["retokenised"] += sum(g.retokenised for g in newest)
         count["tokens"] += sum(len(g.token_ids) for g in newest)
         count["gap"] += sum(gaps)
         count["gaps"] += len(gaps)
@@ -202,7 +201,6 @@ class _Tally:
                 "truncated_rate": count["unfinished"] / count["responses"],
                 "mean_tokens": count["tokens"] / count["responses"],
             }
-            | ({"retokenized_rate": count["retokenised"] / count["responses"]} if count["retokenised"] else {})
             | (
                 {"logprob_mismatch_mean": count["gap"] / count["gaps"], "logprob_mismatch_max": count["worst"]}
                 if count["gaps"]
@@ -215,10 +213,9 @@ class _Tally:
         """One line about the training split, or where there is none the held-out one."""
         split, facts = next(iter(self.facts().items()))
         pairs = "pairs" if split == "train" else "held-out pairs"
-        gap, retokenised = facts.get("logprob_mismatch_mean"), facts.get("retokenized_rate")
+        gap = facts.get("logprob_mismatch_mean")
         return (
             f"{facts['pairs']} {pairs}; {facts['identical_rate']:.1%} of the responses equal the real one, "
             f"{facts['truncated_rate']:.1%} did not end"
-            + ("" if retokenised is None else f"; {retokenised:.1%} came as text and were tokenised here")
             + ("" if gap is None else f"; sampler and scorer differ by {gap:.1e} nats per token")
         )

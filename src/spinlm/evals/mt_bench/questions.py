@@ -14,7 +14,7 @@ from spinlm.distributed.progress import Advance, track
 from spinlm.errors import DataError, RowError
 from spinlm.recipe.schema import Recipe
 from spinlm.rundir.layout import RunDir
-from spinlm.rundir.records import Journal, Message, Sampling
+from spinlm.rundir.records import Journal, Message
 from spinlm.rundir.stage_graph import START, player_name
 from spinlm.utils.atomic import short_digest
 from spinlm.utils.seeds import derive_seed
@@ -234,6 +234,7 @@ class ResponseSet:
     def _respond(self, number: int, batch: Sequence[Question], advance: Advance) -> list[TurnResponses]:
         """Generate the responses to all turns of a batch of questions."""
         from spinlm.generation import local_engine
+        from spinlm.generation.base import Sampling
         from spinlm.model.players import seat
 
         players = seat(self.recipe, self.run)

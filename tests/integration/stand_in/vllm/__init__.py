@@ -1,6 +1,6 @@
-"""Stands in for vLLM 0.33 where that cannot run: the same names and arguments, and a small real model behind them.
+"""Stand-in for vLLM 0.33 with the same names and arguments, and a small real model.
 
-`VLLM_STAND_IN` makes it fail: `driver` or `memory` when it starts, `die` when it is asked, `hang` for ever.
+`VLLM_STAND_IN` makes it fail: `driver` and `memory` at the start, `die` and `hang` at the first request.
 """
 
 import os
@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-print("vLLM prints what it likes")
+print("vLLM prints to stdout")
 
 
 @dataclass
 class SamplingParams:
-    """Those of vLLM's that are used."""
+    """The parameters that spinlm uses."""
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -88,20 +88,20 @@ class LLM:
         if lora_request is not None and not isinstance(self.model, PeftModel):
             self.model = PeftModel.from_pretrained(self.model, lora_request.lora_path).eval()
         pairs = zip(prompts, sampling_params, strict=True)
-        return [RequestOutput([self._complete(prompt["prompt_token_ids"], how)]) for prompt, how in pairs]
+        return [RequestOutput([self._complete(prompt["prompt_token_ids"], params)]) for prompt, params in pairs]
 
-    def _complete(self, prompt: list[int], how: SamplingParams) -> CompletionOutput:
-        generator = torch.Generator().manual_seed(how.seed or 0)
+    def _complete(self, prompt: list[int], params: SamplingParams) -> CompletionOutput:
+        generator = torch.Generator().manual_seed(params.seed or 0)
         tokens: list[int] = []
         total = 0.0
-        while len(tokens) < (how.max_tokens or 16):
+        while len(tokens) < (params.max_tokens or 16):
             logits = self.model(torch.tensor([[*prompt, *tokens]])).logits[0, -1].float()
-            if how.temperature == 0:
+            if params.temperature == 0:
                 token = int(logits.argmax())
             else:
-                token = int(torch.multinomial((logits / how.temperature).softmax(-1), 1, generator=generator))
+                token = int(torch.multinomial((logits / params.temperature).softmax(-1), 1, generator=generator))
             tokens.append(token)
             total += float(logits.log_softmax(-1)[token])
-            if token in (how.stop_token_ids or ()):
+            if token in (params.stop_token_ids or ()):
                 return CompletionOutput(tuple(tokens), total, "stop")
         return CompletionOutput(tuple(tokens), total, "length")

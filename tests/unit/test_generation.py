@@ -1,4 +1,4 @@
-"""The opponent inside this process: the same tokens as transformers' own generation, and the right distribution."""
+"""The local engine: the same tokens as transformers' own generation, and the right distribution."""
 
 import math
 from collections import Counter
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from models import ARCHITECTURES, save_tiny_model, tiny_model, tiny_recipe
 from spinlm.generation import LocalEngine, local_engine
-from spinlm.generation.base import Progress, Response
+from spinlm.generation.base import OnProgress, Response, Sampling
 from spinlm.generation.local import sample
 from spinlm.model.attention import register_tree_attention
 from spinlm.model.decoding import RaggedBatch
@@ -25,7 +25,6 @@ from spinlm.model.players import Players
 from spinlm.model.prefix_trees import PrefixTree, pack_batch
 from spinlm.recipe.schema import Lora
 from spinlm.rundir.layout import RunDir
-from spinlm.rundir.records import Sampling
 
 V = 97
 GREEDY = Sampling(temperature=0.0, top_p=1.0, max_new_tokens=20, max_length=1000, samples=1, stop_ids=(2,))
@@ -42,32 +41,32 @@ def ids(count: int, seed: int) -> list[int]:
 PROMPTS = [ids(11, 1), ids(1, 2), ids(23, 3), ids(5, 4), ids(11, 1), ids(6, 5)]
 
 
-def answer(
+def generate(
     model: Any,
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
     seed: int = 0,
     batch_size: int = 4,
-    progress: Progress = lambda ended, tokens: None,
+    on_progress: OnProgress = lambda completed, tokens: None,
     prefix_sharing: bool = True,
 ) -> list[list[Response]]:
     engine = LocalEngine(LogProbs(model), batch_size, prefix_sharing)
-    return engine.generate(prompts, sampling, seed, progress)
+    return engine.generate(prompts, sampling, seed, on_progress)
 
 
-def generated(model: Any, prompt: list[int], stop_ids: Sequence[int], limit: int) -> list[int]:
-    """What transformers generates, a prompt at a time."""
-    given = torch.tensor([prompt])
+def transformers_generate(model: Any, prompt: list[int], stop_ids: Sequence[int], limit: int) -> list[int]:
+    """Return the response that transformers generates."""
+    prompt_ids = torch.tensor([prompt])
     out = model.generate(
-        given,
-        attention_mask=torch.ones_like(given),
+        prompt_ids,
+        attention_mask=torch.ones_like(prompt_ids),
         do_sample=False,
         max_new_tokens=limit,
         eos_token_id=list(stop_ids),
         pad_token_id=0,
     )
-    found: list[int] = out[0, len(prompt) :].tolist()
-    return found
+    response: list[int] = out[0, len(prompt) :].tolist()
+    return response
 
 
 @pytest.mark.parametrize(
@@ -79,47 +78,50 @@ def generated(model: Any, prompt: list[int], stop_ids: Sequence[int], limit: int
         if (name, prefix_sharing) != ("gpt_neo", True)
     ],
 )
-def test_greedy_answers_are_those_of_transformers(architecture: str, prefix_sharing: bool) -> None:
+def test_greedy_responses_equal_those_of_transformers(architecture: str, prefix_sharing: bool) -> None:
     model = tiny_model(architecture, vocabulary=V, tie_word_embeddings=False)  # tied, it repeats itself for ever
-    free = [generated(model, prompt, [V + 1], 20) for prompt in PROMPTS]
+    free = [transformers_generate(model, prompt, [V + 1], 20) for prompt in PROMPTS]
     assert len({tuple(tokens) for tokens in free}) == len(PROMPTS) - 1
-    # Stop at tokens that end some answers early, at different places, so that the batch shrinks as it goes.
+    # Stop at tokens that end some responses early, at different places, so that the batch shrinks as it goes.
     stops = (free[0][3], free[2][9])
-    expected = [generated(model, prompt, stops, 20) for prompt in PROMPTS]
+    expected = [transformers_generate(model, prompt, stops, 20) for prompt in PROMPTS]
     assert len({len(tokens) for tokens in expected}) > 2
 
-    answers = [
-        one for (one,) in answer(model, PROMPTS, Sampling(0.0, 1.0, 20, 1000, 1, stops), prefix_sharing=prefix_sharing)
+    responses = [
+        response
+        for (response,) in generate(
+            model, PROMPTS, Sampling(0.0, 1.0, 20, 1000, 1, stops), prefix_sharing=prefix_sharing
+        )
     ]
 
-    assert [one.token_ids for one in answers] == expected
-    assert [one.finished for one in answers] == [tokens[-1] in stops for tokens in expected]
-    assert {one.finished for one in answers} >= {True}
+    assert [response.token_ids for response in responses] == expected
+    assert [response.finished for response in responses] == [tokens[-1] in stops for tokens in expected]
+    assert {response.finished for response in responses} >= {True}
 
 
-def test_batches_and_samples_do_not_change_greedy_answers() -> None:
+def test_greedy_responses_are_independent_of_batch_size_and_samples() -> None:
     model = tiny_model("llama", vocabulary=V)
-    alone = [one.token_ids for (one,) in answer(model, PROMPTS, GREEDY, batch_size=1)]
+    alone = [response.token_ids for (response,) in generate(model, PROMPTS, GREEDY, batch_size=1)]
     for prefix_sharing in (True, False):
-        together = answer(
+        together = generate(
             model, PROMPTS, Sampling(0.0, 1.0, 20, 1000, 3, (2,)), batch_size=7, prefix_sharing=prefix_sharing
         )
-        assert [[one.token_ids for one in given] for given in together] == [[tokens] * 3 for tokens in alone]
+        assert [[response.token_ids for response in row] for row in together] == [[tokens] * 3 for tokens in alone]
 
 
-def test_an_answer_depends_on_nothing_but_the_seed_and_its_prompts_place() -> None:
-    """Not on how many run at once, on who comes and goes beside it, or on the way the model is computed."""
+def test_response_depends_only_on_the_seed_and_the_index_of_the_prompt() -> None:
+    """The batch size, the other responses and prefix sharing make no difference."""
     model = tiny_model("llama", vocabulary=V)
     sampling = Sampling(1.0, 1.0, 12, 1000, 2, tuple(range(40, 50)))
-    expected = [[one.token_ids for one in given] for given in answer(model, PROMPTS, sampling, batch_size=1)]
-    assert len({len(tokens) for given in expected for tokens in given}) > 3
+    expected = [[response.token_ids for response in row] for row in generate(model, PROMPTS, sampling, batch_size=1)]
+    assert len({len(tokens) for row in expected for tokens in row}) > 3
     for batch_size, prefix_sharing in ((2, True), (5, True), (100, True), (5, False)):
-        found = answer(model, PROMPTS, sampling, batch_size=batch_size, prefix_sharing=prefix_sharing)
-        assert [[one.token_ids for one in given] for given in found] == expected
+        responses = generate(model, PROMPTS, sampling, batch_size=batch_size, prefix_sharing=prefix_sharing)
+        assert [[response.token_ids for response in row] for row in responses] == expected
 
 
-def test_a_row_that_is_free_is_taken_by_the_next_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So the model is asked fewer times than it would be if each batch waited for its longest response."""
+def test_next_prompt_takes_a_free_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This needs fewer forward passes than batches that wait for their longest response."""
     model = tiny_model("llama", vocabulary=V)
     sampling = Sampling(1.0, 1.0, 40, 1000, 8, tuple(range(30, 34)))
     steps: list[int] = []
@@ -130,91 +132,91 @@ def test_a_row_that_is_free_is_taken_by_the_next_prompt(monkeypatch: pytest.Monk
         return step(rows, tokens)
 
     monkeypatch.setattr(RaggedBatch, "step", counted)
-    lengths = [len(one.token_ids) for given in answer(model, PROMPTS, sampling, batch_size=8) for one in given]
-    assert sum(steps) == sum(lengths) - len(lengths)  # every token but the first of each: nothing is computed in vain
+    lengths = [len(response.token_ids) for row in generate(model, PROMPTS, sampling, batch_size=8) for response in row]
+    assert sum(steps) == sum(lengths) - len(lengths)  # every token but the first of each, and no padding
     waiting = sum(max(lengths[start : start + 8]) for start in range(0, len(lengths), 8))
     assert len(steps) < 0.75 * waiting
 
 
-def test_a_prompt_with_several_samples_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prompt_with_several_samples_is_prefilled_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama", vocabulary=V)
     fed: list[int] = []
     model.base_model.register_forward_pre_hook(
         lambda _, args, kw: fed.append(kw["input_ids"].numel()), with_kwargs=True
     )
-    answer(model, PROMPTS, Sampling(1.0, 1.0, 1, 1000, 5, ()), batch_size=100)
+    generate(model, PROMPTS, Sampling(1.0, 1.0, 1, 1000, 5, ()), batch_size=100)
     assert fed == [sum(map(len, PROMPTS))]
     monkeypatch.setattr("spinlm.model.decoding.PREFILL_TOKENS", 23)
     fed.clear()
-    answer(model, PROMPTS, Sampling(1.0, 1.0, 1, 1000, 5, ()), batch_size=100)
+    generate(model, PROMPTS, Sampling(1.0, 1.0, 1, 1000, 5, ()), batch_size=100)
     assert fed == [23, 22, 12]  # of 23, 11, 11, 6, 5, 1
 
 
-def test_the_seed_decides_the_answers() -> None:
+def test_seed_determines_the_responses() -> None:
     model = tiny_model("llama", vocabulary=V)
     torch.manual_seed(1)
-    first = answer(model, PROMPTS, FREE, seed=5)
+    first = generate(model, PROMPTS, FREE, seed=5)
     torch.manual_seed(2)
-    assert answer(model, PROMPTS, FREE, seed=5) == first
-    other = answer(model, PROMPTS, FREE, seed=6)
-    assert all(mine != theirs for mine, theirs in zip(first, other, strict=True))
-    assert [len(given) for given in first] == [2] * len(PROMPTS)
-    samples = [tuple(one.token_ids) for given in first for one in given]
+    assert generate(model, PROMPTS, FREE, seed=5) == first
+    other = generate(model, PROMPTS, FREE, seed=6)
+    assert all(a != b for a, b in zip(first, other, strict=True))
+    assert [len(row) for row in first] == [2] * len(PROMPTS)
+    samples = [tuple(response.token_ids) for row in first for response in row]
     assert len(set(samples)) == len(samples)  # even those to the same prompt
 
 
 @pytest.mark.parametrize("lora", [None, {"r": 4}], ids=["full", "lora"])
-def test_answers_are_the_current_players(tmp_path: Path, lora: Any) -> None:
+def test_responses_are_those_of_the_current_player(tmp_path: Path, lora: Any) -> None:
     recipe = tiny_recipe(save_tiny_model(tmp_path / "model"), lora=lora)
     players = Players(recipe, RunDir(tmp_path / "run"))
     engine = local_engine(recipe, players, True)
-    asked = (PROMPTS, GREEDY, 0, lambda ended, tokens: None)
+    arguments = (PROMPTS, GREEDY, 0, lambda completed, tokens: None)
     players.save(0)
-    before = engine.generate(*asked)
+    before = engine.generate(*arguments)
     torch.manual_seed(3)
     with torch.no_grad():
         for _, parameter in players.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.2)
     players.changed()
     players.save(1)
-    after = engine.generate(*asked)
-    assert all(mine != theirs for mine, theirs in zip(before, after, strict=True))
+    after = engine.generate(*arguments)
+    assert all(a != b for a, b in zip(before, after, strict=True))
     players.become(0)
-    assert engine.generate(*asked) == before
+    assert engine.generate(*arguments) == before
     players.become(1)
-    assert engine.generate(*asked) == after
+    assert engine.generate(*arguments) == after
 
 
-def test_answering_leaves_a_model_that_trains_and_scores() -> None:
+def test_model_trains_and_scores_after_generation() -> None:
     model = tiny_model("llama", vocabulary=V).train()
     logprobs = LogProbs(model)
     batch = pack_batch([PrefixTree(ids(5, 1), (ids(4, 2), ids(3, 3)))], True)
     before = logprobs(batch)
     for prefix_sharing in (True, False):
-        LocalEngine(logprobs, 4, prefix_sharing).generate(PROMPTS, FREE, 0, lambda ended, tokens: None)
+        LocalEngine(logprobs, 4, prefix_sharing).generate(PROMPTS, FREE, 0, lambda completed, tokens: None)
     after = logprobs(batch)
     assert torch.equal(before, after)
     after.sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
-def test_dropout_is_off_while_answering() -> None:
+def test_dropout_is_off_during_generation() -> None:
     model = tiny_model("gpt2", vocabulary=V, resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5)
-    expected = answer(model.eval(), PROMPTS, GREEDY)
-    assert answer(model.train(), PROMPTS, GREEDY) == expected
+    expected = generate(model.eval(), PROMPTS, GREEDY)
+    assert generate(model.train(), PROMPTS, GREEDY) == expected
 
 
-def test_every_stop_token_ends_a_response_and_the_limit_does_not() -> None:
+def test_stop_tokens_finish_a_response_and_the_limit_does_not() -> None:
     model = tiny_model("llama", vocabulary=V)
     sampling = Sampling(1.0, 1.0, max_new_tokens=8, max_length=1000, samples=20, stop_ids=tuple(range(60, 70)))
-    answers = [one for given in answer(model, PROMPTS, sampling, batch_size=16) for one in given]
+    responses = [response for row in generate(model, PROMPTS, sampling, batch_size=16) for response in row]
     ends = Counter()
-    for one in answers:
-        stopped = [token in sampling.stop_ids for token in one.token_ids]
+    for response in responses:
+        stopped = [token in sampling.stop_ids for token in response.token_ids]
         assert not any(stopped[:-1])
-        assert one.finished == stopped[-1]
-        assert one.finished or len(one.token_ids) == 8
-        ends[one.token_ids[-1] if one.finished else "limit"] += 1
+        assert response.finished == stopped[-1]
+        assert response.finished or len(response.token_ids) == 8
+        ends[response.token_ids[-1] if response.finished else "limit"] += 1
     assert len(ends) == 11  # each of the ten stop tokens, and the limit
 
 
@@ -222,73 +224,78 @@ def test_prompt_and_response_stay_within_the_length() -> None:
     model = tiny_model("llama", vocabulary=V)
     sampling = Sampling(0.0, 1.0, max_new_tokens=10, max_length=12, samples=1, stop_ids=())
     prompts = [ids(count, count) for count in (5, 11, 1, 9)]
-    found = [one for (one,) in answer(model, prompts, sampling)]
-    assert [len(one.token_ids) for one in found] == [7, 1, 10, 3]
-    assert not any(one.finished for one in found)
-    long = [one for (one,) in answer(model, prompts, Sampling(0.0, 1.0, 10, 1000, 1, ()))]
-    assert [one.token_ids for one in found] == [
-        other.token_ids[: len(one.token_ids)] for one, other in zip(found, long, strict=True)
+    responses = [response for (response,) in generate(model, prompts, sampling)]
+    assert [len(response.token_ids) for response in responses] == [7, 1, 10, 3]
+    assert not any(response.finished for response in responses)
+    long = [response for (response,) in generate(model, prompts, Sampling(0.0, 1.0, 10, 1000, 1, ()))]
+    assert [response.token_ids for response in responses] == [
+        other.token_ids[: len(response.token_ids)] for response, other in zip(responses, long, strict=True)
     ]
-    # The answer with the most room stops first; the others keep their own limits.
+    # The response with the highest limit stops first; the others keep their limits.
     stop = long[2].token_ids[0]
     assert stop not in long[0].token_ids[:7] + long[1].token_ids[:1] + long[3].token_ids[:3]
-    stopped = [one for (one,) in answer(model, prompts, Sampling(0.0, 1.0, 10, 12, 1, (stop,)))]
-    assert [len(one.token_ids) for one in stopped] == [7, 1, 1, 3]
-    assert [one.finished for one in stopped] == [False, False, True, False]
+    stopped = [response for (response,) in generate(model, prompts, Sampling(0.0, 1.0, 10, 12, 1, (stop,)))]
+    assert [len(response.token_ids) for response in stopped] == [7, 1, 1, 3]
+    assert [response.finished for response in stopped] == [False, False, True, False]
 
 
-def test_progress_adds_up_to_the_answers_and_their_tokens() -> None:
+def test_progress_counts_responses_and_tokens() -> None:
     model = tiny_model("llama", vocabulary=V)
     calls: list[tuple[int, int]] = []
     sampling = Sampling(1.0, 1.0, 12, 1000, 2, tuple(range(40, 50)))
-    answers = answer(model, PROMPTS, sampling, progress=lambda *counts: calls.append(counts))
-    ended, tokens = zip(*calls, strict=True)
-    assert sum(ended) == 2 * len(PROMPTS)
-    assert sum(tokens) == sum(len(one.token_ids) for given in answers for one in given)
+    responses = generate(model, PROMPTS, sampling, on_progress=lambda *counts: calls.append(counts))
+    completed, tokens = zip(*calls, strict=True)
+    assert sum(completed) == 2 * len(PROMPTS)
+    assert sum(tokens) == sum(len(response.token_ids) for row in responses for response in row)
 
 
 @pytest.mark.parametrize("sampling", [FREE, Sampling(0.7, 0.9, 12, 1000, 2, (2,)), GREEDY], ids=["1", "0.7", "0"])
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt_neo", "mistral"])
-def test_the_samplers_log_probability_is_the_scorers(architecture: str, sampling: Sampling) -> None:
-    """Whatever the temperature: it is that of the model itself."""
+def test_logprob_of_the_sampler_equals_that_of_the_scorer(architecture: str, sampling: Sampling) -> None:
+    """At every temperature it is the log-probability under the model."""
     model = tiny_model(architecture, vocabulary=V)
     prefix_sharing = architecture != "gpt_neo"
-    answers = answer(model, PROMPTS, sampling, prefix_sharing=prefix_sharing)
-    trees = [PrefixTree(p, tuple(one.token_ids for one in given)) for p, given in zip(PROMPTS, answers, strict=True)]
+    responses = generate(model, PROMPTS, sampling, prefix_sharing=prefix_sharing)
+    trees = [
+        PrefixTree(p, tuple(response.token_ids for response in row)) for p, row in zip(PROMPTS, responses, strict=True)
+    ]
     scored = LogProbs(model)(pack_batch(trees, False)).tolist()
-    assert [one.logprob for given in answers for one in given] == pytest.approx(scored, abs=1e-4)
+    assert [response.logprob for row in responses for response in row] == pytest.approx(scored, abs=1e-4)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma2", "gpt2"])
-def test_in_bfloat16_sampler_and_scorer_differ_by_its_rounding(architecture: str) -> None:
-    """Sharp attention, where a score that is rounded on the way shows."""
+def test_bfloat16_mismatch_is_rounding(architecture: str) -> None:
+    """Sharp attention makes a rounded attention score visible."""
     model = tiny_model(architecture, vocabulary=V, spread=0.4).to(torch.bfloat16)
     gaps = {}
     for prefix_sharing in (True, False):
-        answers = answer(model, PROMPTS, FREE, prefix_sharing=prefix_sharing)
+        responses = generate(model, PROMPTS, FREE, prefix_sharing=prefix_sharing)
         trees = [
-            PrefixTree(p, tuple(one.token_ids for one in given)) for p, given in zip(PROMPTS, answers, strict=True)
+            PrefixTree(p, tuple(response.token_ids for response in row))
+            for p, row in zip(PROMPTS, responses, strict=True)
         ]
         scored = iter(LogProbs(model)(pack_batch(trees, False)).tolist())
-        found = [abs(one.logprob - next(scored)) / len(one.token_ids) for given in answers for one in given]
-        gaps[prefix_sharing] = sum(found) / len(found)
+        mismatches = [
+            abs(response.logprob - next(scored)) / len(response.token_ids) for row in responses for response in row
+        ]
+        gaps[prefix_sharing] = sum(mismatches) / len(mismatches)
     assert gaps[True] < max(2 * gaps[False], 0.01)
 
 
 @pytest.mark.parametrize("prefix_sharing", [True, False])
-def test_answers_of_an_adapted_player_are_those_of_peft(prefix_sharing: bool) -> None:
-    """Whose scale, alpha / r, is not 1."""
+def test_adapter_gives_the_responses_of_peft(prefix_sharing: bool) -> None:
+    """With a scale, alpha / r, other than 1."""
     model = add_adapter(tiny_model("llama", vocabulary=V, tie_word_embeddings=False), Lora(r=3, alpha=7.5), 0)
-    plain = [generated(model.get_base_model(), prompt, [V + 1], 20) for prompt in PROMPTS]
+    plain = [transformers_generate(model.get_base_model(), prompt, [V + 1], 20) for prompt in PROMPTS]
     torch.manual_seed(0)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.2)
-    expected = [generated(model.get_base_model(), prompt, [V + 1], 20) for prompt in PROMPTS]
-    assert all(mine != theirs for mine, theirs in zip(plain, expected, strict=True))
+    expected = [transformers_generate(model.get_base_model(), prompt, [V + 1], 20) for prompt in PROMPTS]
+    assert all(a != b for a, b in zip(plain, expected, strict=True))
     fuse_layers(model)
-    found = answer(model, PROMPTS, Sampling(0.0, 1.0, 20, 1000, 1, ()), prefix_sharing=prefix_sharing)
-    assert [one.token_ids for (one,) in found] == expected
+    responses = generate(model, PROMPTS, Sampling(0.0, 1.0, 20, 1000, 1, ()), prefix_sharing=prefix_sharing)
+    assert [response.token_ids for (response,) in responses] == expected
 
 
 # The distribution
@@ -299,7 +306,7 @@ def draws(count: int) -> torch.Tensor:
 
 
 def assert_frequencies(counts: Counter[int], expected: Sequence[float]) -> None:
-    """Each within 4.5 standard deviations of a binomial count (less than 1 in 100,000 by chance)."""
+    """Assert that each frequency is within 4.5 standard deviations (exceeded by chance once in 100,000)."""
     draws = sum(counts.values())
     for token, p in enumerate(expected):
         assert abs(counts[token] / draws - p) <= 4.5 * math.sqrt(p * (1 - p) / draws), (token, counts[token] / draws, p)
@@ -360,8 +367,8 @@ def test_top_p_is_of_the_distribution_at_the_temperature() -> None:
     top_p=st.floats(0.05, 1.0),
 )
 @settings(max_examples=60, deadline=None)
-def test_what_is_drawn_is_the_nucleus_in_proportion(levels: list[int], temperature: float, top_p: float) -> None:
-    """The most likely tokens, as few as hold the share, each as often as the plain formula says."""
+def test_frequencies_in_the_nucleus(levels: list[int], temperature: float, top_p: float) -> None:
+    """Compare with the plain formula."""
     weights = [math.exp(level / 10 / temperature) for level in levels]
     order = sorted(range(len(levels)), key=lambda token: -weights[token])
     shares = [sum(weights[token] for token in order[:count]) / sum(weights) for count in range(len(order) + 1)]
@@ -374,9 +381,9 @@ def test_what_is_drawn_is_the_nucleus_in_proportion(levels: list[int], temperatu
     drawn = Counter(tokens.tolist())
     assert set(drawn) <= set(nucleus)
     for token in nucleus:
-        expected = weights[token] / sum(weights[one] for one in nucleus)
+        expected = weights[token] / sum(weights[other] for other in nucleus)
         assert abs(drawn[token] / len(draws) - expected) <= 2 / len(draws)
-    whole = torch.log_softmax(logits[0].double(), dim=0)  # neither the temperature nor the nucleus is in what is told
+    whole = torch.log_softmax(logits[0].double(), dim=0)  # without temperature and top-p
     assert torch.allclose(logprobs.double(), whole[tokens], atol=1e-4)
 
 
@@ -387,7 +394,7 @@ def test_what_is_drawn_is_the_nucleus_in_proportion(levels: list[int], temperatu
     chance=st.randoms(use_true_random=False),
 )
 @settings(max_examples=60, deadline=None)
-def test_a_row_is_drawn_alike_alone_and_among_others(
+def test_row_is_sampled_independently_of_other_rows(
     rows: list[list[int]], temperature: float, top_p: float, chance: Random
 ) -> None:
     logits, draws = torch.tensor(rows) / 10, torch.tensor([chance.randrange(2**24) / 2**24 for _ in rows])
@@ -408,30 +415,30 @@ def test_greedy_takes_the_most_likely() -> None:
     torch.testing.assert_close(logprobs, torch.log_softmax(logits, dim=-1).max(dim=-1).values)
 
 
-def test_a_token_of_probability_zero_is_never_drawn() -> None:
+def test_token_of_probability_zero_is_never_sampled() -> None:
     logits = torch.tensor([-math.inf, 0.0, -math.inf, 0.0, -math.inf]).expand(4, 5)
     extremes = torch.tensor([0.0, 0.5, 0.499999, 1 - 2**-24])
     assert sample(logits, 1.0, 1.0, extremes)[0].tolist() == [1, 3, 1, 3]
 
 
-def test_rows_are_drawn_each_from_their_own_logits() -> None:
+def test_each_row_is_sampled_from_its_logits() -> None:
     logits = torch.full((3, 4), -100.0)
     logits[0, 3] = logits[1, 0] = logits[2, 2] = 0.0
     for top_p in (1.0, 0.9):
         assert sample(logits, 1.0, top_p, draws(3))[0].tolist() == [3, 0, 2]
 
 
-def test_answers_have_the_models_distribution() -> None:
-    """Two-token answers to a short and a long prompt in one batch, against the model's own probabilities."""
+def test_responses_have_the_distribution_of_the_model() -> None:
+    """Two-token responses to a short and a long prompt in one batch, against the model's own probabilities."""
     model = tiny_model("mistral", vocabulary=5)
     prompts = [[3, 4], [3, 1, 4, 1, 0, 2, 2, 3, 4, 0, 1]]
     sampling = Sampling(0.8, 1.0, max_new_tokens=2, max_length=100, samples=2500, stop_ids=())
-    answers = answer(model, prompts, sampling, batch_size=5000)
-    for prompt, drawn in zip(prompts, answers, strict=True):
+    responses = generate(model, prompts, sampling, batch_size=5000)
+    for prompt, drawn in zip(prompts, responses, strict=True):
         with torch.no_grad():
             rows = torch.tensor([[*prompt, token] for token in range(5)])
             logits = model(input_ids=rows).logits.double() / 0.8
         first = torch.softmax(logits[0, -2], dim=-1)
         second = torch.softmax(logits[:, -1], dim=-1)
         expected = (first[:, None] * second).flatten().tolist()
-        assert_frequencies(Counter(5 * one.token_ids[0] + one.token_ids[1] for one in drawn), expected)
+        assert_frequencies(Counter(5 * response.token_ids[0] + response.token_ids[1] for response in drawn), expected)
