@@ -134,18 +134,9 @@ def grade_single(judge_run: JudgeRun, players: Sequence[int]) -> None:
     if not any(map(by_question, ratings.values())):
         raise _no_verdict(judge, journal)
     for player in players:
-<<<<<<< HEAD
         if scores := _single_scores(judge_run, ratings[player], counts[player]):
-            add_scores(sets[player].run, player, SUITE, scores, anew=True)
+            add_scores(sets[player].run, player, SUITE, scores, replace=True)
         judge_run.note_unparsable(sets[player].name, list(ratings[player].values()))
-=======
-        response_set = judge_run.response_sets[player]
-        counts = judge_run.counts(verdicts[player], len(ratings[player]), journals[player])
-        if scores := _single_scores(judge_run, ratings[player], counts):
-            add_scores(response_set.run, player, SUITE, scores, replace=True)
-        judge_run.note_unparsable(response_set.name, verdicts[player])
-    first = players[0]
->>>>>>> 1768853 (lm-evaluation-harness: own option names, local data by task YAMLs; plain names)
     for player in players[1:]:
         difference = _paired_difference(ratings[player], ratings[players[0]])
         judge_run.notes.append(f"{sets[player].name} − {sets[players[0]].name}: {difference}")
