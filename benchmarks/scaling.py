@@ -48,27 +48,28 @@ def stage(name: str, folder: Path, rows: int) -> None:
 
     import torch
 
-    from spinlm.model.players import seat
+    from spinlm.model.run import Run
     from spinlm.recipe.load import parse_recipe
     from spinlm.rundir.layout import RunDir
     from spinlm.rundir.resume import claim_recipe
 
     torch.set_num_threads(1)
-    parsed, run = parse_recipe(recipe(folder, rows)), RunDir(folder / f"run-{rows}")
+    parsed = parse_recipe(recipe(folder, rows))
+    run = Run(parsed, RunDir(folder / f"run-{rows}"))
     if name == "prepare":
-        claim_recipe(run, parsed)
-    _ = seat(parsed, run).model
+        claim_recipe(run.folder, parsed)
+    _ = run.players.model
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak of loading
     before = _peak()
     began = time.perf_counter()
     work = getattr(importlib.import_module(f"spinlm.stages.{name}"), name)
     if name == "prepare":
-        from spinlm.stages.sft import warmup
+        from spinlm.stages.sft import sft
 
-        work(parsed, run)
-        warmup(parsed, run)
+        work(run)
+        sft(run)
     else:
-        work(parsed, run, 0)
+        work(run, 0)
     print(json.dumps({"seconds": time.perf_counter() - began, "before": before, "peak": _peak()}))
 
 

@@ -192,6 +192,7 @@ class _Ours:
         from spinlm.model.prefix_trees import PrefixTree
         from spinlm.recipe.load import parse_recipe
         from spinlm.rundir.layout import RunDir
+        from spinlm.training.activation_checkpointing import checkpoint_if_needed
         from spinlm.training.optimizers import make_optimizer
 
         self.folder = tempfile.TemporaryDirectory()
@@ -207,8 +208,9 @@ class _Ours:
             }
         )
         self.players = Players(recipe, RunDir(Path(self.folder.name)))
-        self.players.make_room(True)
-        self.module = self.players.parallel().module
+        self.players.prefix_sharing = True
+        checkpoint_if_needed(self.players.logprobs, recipe, True)
+        self.module = self.players.logprobs
         self.trees = [PrefixTree(prompt, (real, *others)) for prompt, real, others in shape.groups()]
         self.budget, self.pairs, self.recipe = recipe.train.tokens_per_micro_batch, shape.pairs, recipe
         trained = (parameter for _, parameter in self.players.parameters())
@@ -217,15 +219,15 @@ class _Ours:
 
     def score(self) -> None:
         from spinlm.model.prefix_trees import micro_batches
-        from spinlm.training.trainer import Item
+        from spinlm.training.batches import PairGroup
 
         values: dict[int, list[float]] = {}
         for chosen in micro_batches(self.trees, self.budget):
-            flat = iter(self.players.response_logprobs([self.trees[index] for index in chosen], True))
+            flat = iter(self.players.response_logprobs([self.trees[index] for index in chosen]))
             for index in chosen:
                 values[index] = [next(flat) for _ in self.trees[index].responses]
-        self.items = [
-            Item(tree, tuple(values[index]), tuple((0, other) for other in range(1, len(tree.responses))))
+        self.groups = [
+            PairGroup(tree, tuple(values[index]), tuple((0, other) for other in range(1, len(tree.responses))))
             for index, tree in enumerate(self.trees)
         ]
 
@@ -246,13 +248,13 @@ class _Ours:
 
     def _backward(self) -> float:
         from spinlm.model.prefix_trees import micro_batches, pack_batch
-        from spinlm.training.batches import pair_objective
+        from spinlm.training.batches import pair_loss
 
         self.module.train()
-        objective, total = pair_objective(self.recipe, 0), 0.0
+        loss_fn, total = pair_loss(self.recipe, 0), 0.0
         for chosen in micro_batches(self.trees, self.budget):
-            part = [self.items[index] for index in chosen]
-            loss = objective(self.module(pack_batch([item.tree for item in part], True)), part).loss / self.pairs
+            part = [self.groups[index] for index in chosen]
+            loss = loss_fn(self.module(pack_batch([group.tree for group in part], True)), part).loss / self.pairs
             loss.backward()
             total += loss.item()
         return total

@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING
 from spinlm.errors import RowError
 from spinlm.generation import local_engine
 from spinlm.generation.base import Sampling
-from spinlm.model.players import seat
-from spinlm.recipe.schema import Recipe
+from spinlm.model.run import Run
 from spinlm.report.summary import display_text
 from spinlm.rundir.layout import RunDir
 from spinlm.rundir.records import Message
-from spinlm.rundir.stage_graph import START, player_name
+from spinlm.rundir.stage_graph import player_name
 from spinlm.utils.console import printable
 
 if TYPE_CHECKING:
@@ -35,8 +34,7 @@ def player_titles(folder: RunDir, iterations: Sequence[int]) -> list[str]:
 
 
 def respond(
-    recipe: Recipe,
-    folder: RunDir,
+    run: Run,
     iterations: Sequence[int],
     messages: list[Message],
     show: ShowResponse,
@@ -47,8 +45,7 @@ def respond(
     """Generate the response of each player to one conversation.
 
     Args:
-        recipe: the recipe of the run.
-        folder: the run folder, which holds the players.
+        run: the run.
         iterations: the iterations of the players.
         messages: the conversation. The last message is the user's.
         show: called after each new token of a response.
@@ -61,7 +58,7 @@ def respond(
     Raises:
         RowError: the conversation cannot be rendered, or is too long.
     """
-    players = seat(recipe, folder)
+    recipe, players = run.recipe, run.players
     decode = players.renderer.decode
     prompt = players.renderer.prompt_ids(messages)
     if len(prompt) >= recipe.train.max_length:
@@ -75,9 +72,10 @@ def respond(
         show(len(texts), decode(token_ids).rstrip(INCOMPLETE))
 
     for iteration in iterations:
-        players.become(iteration)
-        engine = local_engine(recipe, players, folder.metadata("sft", START)["prefix_sharing"])
-        ((response,),) = engine.generate([prompt], sampling, seed, lambda ended, tokens: None, show_tokens)
+        players.load(iteration)
+        ((response,),) = local_engine(players).generate(
+            [prompt], sampling, seed, lambda ended, tokens: None, show_tokens
+        )
         text = display_text(decode(response.token_ids), response.finished, len(response.token_ids))
         show(len(texts), text)
         texts.append(text)

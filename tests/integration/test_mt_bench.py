@@ -26,6 +26,7 @@ from spinlm.evals.mt_bench.grading import parse_rating
 from spinlm.evals.mt_bench.judge import DEFAULT_PROMPTS, REMINDER, Judge, JudgeError
 from spinlm.evals.mt_bench.run import run_mt_bench
 from spinlm.evals.scores import comparable, read_scores
+from spinlm.model.run import Run
 from spinlm.recipe.load import parse_recipe
 from spinlm.rundir.layout import RunDir
 from spinlm.rundir.provenance import read_recipe
@@ -135,7 +136,9 @@ class Bench:
         settings = self.questions.with_name("judge.yaml")
         settings.write_text(yaml.safe_dump(judge.model_dump(mode="json")))
         options = {"max_new_tokens": 8, **options}
-        return run_mt_bench(recipe, self.run, players or (START,), settings, questions or self.questions, **options)
+        return run_mt_bench(
+            Run(recipe, self.run), players or (START,), settings, questions or self.questions, **options
+        )
 
     def overall(self, player: int = START) -> Any:
         return read_scores(self.run, player)["mt-bench"]["overall"]

@@ -21,6 +21,7 @@ from spinlm.evals.lm_harness.measure import HarnessOptions, run_lm_harness
 from spinlm.evals.lm_harness.tasks import SUITES, TaskGroup, load_tasks, select_tasks
 from spinlm.evals.scores import Score, read_scores
 from spinlm.model.players import Players, seat
+from spinlm.model.run import Run
 from spinlm.rundir.layout import RunDir
 from spinlm.rundir.stage_graph import START
 
@@ -130,7 +131,7 @@ def measure(world: Any, tasks: Path, tmp_path: Path) -> Callable[..., dict[str, 
         run.complete(stage, iteration, [run.player(iteration)] if stage in ("sft", "train") else [])
 
     def measure(names: str, players: tuple[int, ...] = (0,), **options: Any) -> dict[str, dict[str, Score]]:
-        run_lm_harness(recipe, run, players, HarnessOptions(tasks=names, include_path=tasks, **options))
+        run_lm_harness(Run(recipe, run), players, HarnessOptions(tasks=names, include_path=tasks, **options))
         return read_scores(run, players[-1])
 
     return measure

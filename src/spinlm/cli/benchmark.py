@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from spinlm.cli.options import PlayersOption, Quiet, RunPath, open_run, parse_players
+from spinlm.cli.options import PlayersOption, Quiet, RunPath, parse_players, read_run
 from spinlm.utils.console import console, printable
 
 
@@ -26,13 +26,14 @@ def benchmark(
     """Measure players with lm-evaluation-harness."""
     from spinlm.evals import scores
     from spinlm.evals.lm_harness.measure import HarnessOptions, run_lm_harness
+    from spinlm.model.run import Run
     from spinlm.utils.signals import graceful_shutdown
 
-    folder, recipe = open_run(run)
+    folder, recipe = read_run(run)
     players = parse_players(folder, iteration)
     options = HarnessOptions(suite, tasks, num_fewshot, limit, include_path, apply_chat_template, batch_size)
     with folder.locked(), graceful_shutdown():
-        run_lm_harness(recipe, folder, players, options)
+        run_lm_harness(Run(recipe, folder), players, options)
     console(200).print(scores.table(folder, players, suite or "tasks"))
 
 
@@ -50,13 +51,14 @@ def mt_bench(
     """Measure players with MT-Bench and a judge."""
     from spinlm.evals import scores
     from spinlm.evals.mt_bench.run import run_mt_bench, suite_name
+    from spinlm.model.run import Run
     from spinlm.utils.signals import graceful_shutdown
 
-    folder, recipe = open_run(run)
+    folder, recipe = read_run(run)
     players = parse_players(folder, iteration)
     with folder.locked(), graceful_shutdown():
         notes = run_mt_bench(
-            *(recipe, folder, players, judge, questions, references),
+            *(Run(recipe, folder), players, judge, questions, references),
             limit=limit,
             pairwise=pairwise,
             max_new_tokens=max_new_tokens,

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from spinlm.cli.options import AsJson, Baseline, PlayersOption, RunPath, open_run, parse_players
+from spinlm.cli.options import AsJson, Baseline, PlayersOption, RunPath, parse_players, read_run
 from spinlm.errors import RunError, SpinError
 from spinlm.rundir.layout import RunDir
 from spinlm.rundir.stage_graph import START, player_name, stage_label
@@ -21,7 +21,7 @@ def status(run: RunPath, baseline: Baseline = None, as_json: AsJson = False) -> 
     from spinlm.report import compare, summary
     from spinlm.report.status import last_error, run_status, stage_progress
 
-    folder, _ = open_run(run)
+    folder, _ = read_run(run)
     if as_json:
         print_status(folder, baseline)
         return
@@ -111,10 +111,12 @@ def chat(
 
     from spinlm.chat import player_titles, respond, show_responses
     from spinlm.errors import RowError
+    from spinlm.model.run import Run
 
-    folder, recipe = open_run(run)
+    folder, recipe = read_run(run)
     players = parse_players(folder, iteration)
     titles = player_titles(folder, players)
+    opened = Run(recipe, folder)
     history = [{"role": "system", "content": system}] if system else []
     if prompt is None and sys.stdin.isatty():
         print("(Each prompt starts a new conversation. Ctrl-D exits.)")
@@ -126,7 +128,7 @@ def chat(
         if prompt is None and not text.strip():
             continue
         messages = [*history, {"role": "user", "content": text}]
-        responses = partial(respond, recipe, folder, players, messages, temperature=temperature, seed=recipe.seed)
+        responses = partial(respond, opened, players, messages, temperature=temperature, seed=recipe.seed)
         try:
             show_responses(Console(), titles, responses)
         except RowError as error:
@@ -165,7 +167,7 @@ def export(
     from spinlm.export.player import push
     from spinlm.rundir.player_names import parse_player
 
-    folder, recipe = open_run(run)
+    folder, recipe = read_run(run)
     if pairs:
         if merge or license:
             raise RunError("--merge and --license cannot be used with --pairs. Leave them out")

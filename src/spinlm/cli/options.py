@@ -50,7 +50,7 @@ def run_folder(recipe: Path, run_dir: Path | None) -> Path:
     return run_dir or Path("runs") / recipe.stem
 
 
-def open_run(path: Path) -> tuple[RunDir, "Recipe"]:
+def read_run(path: Path) -> tuple[RunDir, "Recipe"]:
     """Open a run folder and read its recipe.
 
     Raises:

@@ -1,6 +1,5 @@
 """Commands that play a recipe: the whole run, a preview of it, or one stage."""
 
-import contextlib
 import importlib
 import json
 import shlex
@@ -22,7 +21,7 @@ from spinlm.cli.options import (
     RunDirOption,
     RunPath,
     load_recipe_file,
-    open_run,
+    read_run,
     run_folder,
 )
 from spinlm.errors import RunError
@@ -124,18 +123,15 @@ def run_stage(name: str, path: Path, iteration: int) -> None:
         RunError: the run has no such iteration, or an earlier stage is not complete.
     """
     from spinlm.distributed import processes
-    from spinlm.utils.signals import graceful_shutdown
+    from spinlm.model.run import open_run
 
-    folder, recipe = open_run(path)
+    folder, recipe = read_run(path)
     if not 0 <= iteration < recipe.selfplay.iterations:
         raise RunError(f"--iteration {iteration}: this run has iterations 0 to {recipe.selfplay.iterations - 1}")
     module = importlib.import_module(f"spinlm.stages.{name}")
-    stage = getattr(module, {"reference_logprobs": "score"}.get(name, name))
-    with graceful_shutdown(), processes.process_group(), contextlib.ExitStack() as stack:
-        processes.on_rank_zero(stack.enter_context, folder.locked())
+    with open_run(recipe, folder) as run:
         done = processes.on_rank_zero(folder.done, name, iteration)
-        processes.on_rank_zero(folder.error_file.unlink, missing_ok=True)
-        stage(recipe, folder, iteration)
+        getattr(module, name)(run, iteration)
         if processes.is_main_process():
             print(f"{name} of iteration {iteration}: " + ("already complete" if done else "complete"))
 

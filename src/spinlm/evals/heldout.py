@@ -1,4 +1,7 @@
-"""What is measured on held-out prompts, none of which was ever trained on."""
+"""Measurements on held-out prompts, which are never trained on.
+
+Shapes: P prompts, D features.
+"""
 
 import math
 from collections import defaultdict
@@ -8,201 +11,219 @@ from typing import Any
 
 import numpy as np
 
+from spinlm.distributed.processes import on_rank_zero
 from spinlm.evals.probe import probe_auc
 from spinlm.model.players import Players
 from spinlm.model.prefix_trees import PrefixTree, micro_batches
-from spinlm.rundir.records import Example, HeldoutGreedy, HeldoutSampled
+from spinlm.model.run import Run
+from spinlm.rundir.records import Example, HeldoutGreedy, HeldoutSampled, read_lines
+from spinlm.utils.atomic import read_json, short_digest, write_json
 from spinlm.utils.signals import check_interrupt
 from spinlm.utils.statistics import standard_error
 
 NGRAM = 4
 RESAMPLES = 2000  # of the bootstrap
 
+Metrics = dict[str, Any]
+"""Metrics by name. `intervals` holds 95% bootstrap intervals of some metrics, as [low, high]."""
+
 
 @dataclass(frozen=True)
 class RealScores:
-    """What a player makes of the real held-out responses."""
+    """A player's scores of real held-out responses."""
 
-    nll: list[float]  # of each example, nats per token
-    margins: list[list[float]]  # r(y) − r(y') of each example's pairs with the opponent's responses, in nats
-    sampled: list[float] = field(default_factory=list)  # log-probability of each example's sampled response, if any
+    nll: list[float]  # [P] of the real responses, nats per token
+    margins: list[list[float]]  # of each example: r(y) − r(y') of its pairs, in nats
+    sampled: list[float] = field(default_factory=list)  # [P] log p of the sampled responses, if any were given
 
 
 def real_nll_and_margins(
-    players: Players,
-    examples: Sequence[Example],
-    prefix_sharing: bool,
-    budget: int,
-    pairs: Any = None,
-    sampled: Sequence[Sequence[int]] = (),
+    players: Players, examples: Sequence[Example], pairs: Any = None, sampled: Sequence[Sequence[int]] = ()
 ) -> RealScores:
-    """How likely the current player finds the real responses, and how well it tells them from its opponent's.
+    """Compute the NLL of the real responses under the loaded player, and its margins over the opponent's responses.
 
     Args:
-        players: in the weights of the player to judge.
-        examples: the held-out ones.
-        prefix_sharing: whether all responses to a prompt share one row.
-        budget: tokens in one forward pass.
-        pairs: table as `read_pairs` gives it, of these examples; absent means no margins.
-        sampled: a sampled response to each example, to be judged in the same pass.
+        players: the players, with the player to measure loaded.
+        examples: the held-out examples.
+        pairs: the pairs of these examples, a table as `read_pairs` returns; no margins without it.
+        sampled: one sampled response per example, to be scored in the same pass.
     """
     by_id: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in pairs.to_pylist() if pairs is not None else []:
         by_id[row["id"]].append(row)
-    more: list[list[Sequence[int]]] = [[ids] for ids in sampled] or [[] for _ in examples]
-    trees = [
-        PrefixTree(
-            example.prompt_ids, (example.response_ids, *(row["synthetic_ids"] for row in by_id[example.id]), *also)
-        )
-        for example, also in zip(examples, more, strict=True)
-    ]
-    nll, own = [math.nan] * len(trees), [math.nan] * len(sampled)
+    trees = []
+    for number, example in enumerate(examples):
+        synthetic = [row["synthetic_ids"] for row in by_id[example.id]]
+        trees.append(PrefixTree(example.prompt_ids, (example.response_ids, *synthetic, *sampled[number : number + 1])))
+    nll, sampled_logprobs = [math.nan] * len(trees), [math.nan] * len(sampled)
     margins: list[list[float]] = [[] for _ in trees]
-    for chosen in micro_batches(trees, budget, prefix_sharing):
+    for chosen in micro_batches(trees, players.recipe.train.tokens_per_micro_batch, players.prefix_sharing):
         check_interrupt()
-        values = iter(players.response_logprobs([trees[index] for index in chosen], prefix_sharing))
+        values = iter(players.response_logprobs([trees[index] for index in chosen]))
         for index in chosen:
             example, real = examples[index], next(values)
             nll[index] = -real / len(example.response_ids)
             for row in by_id[example.id]:
                 margins[index].append((real - row["opponent_real"]) - (next(values) - row["opponent_synthetic"]))
             if sampled:
-                own[index] = next(values)
-    return RealScores(nll, margins, own)
+                sampled_logprobs[index] = next(values)
+    return RealScores(nll, margins, sampled_logprobs)
+
+
+class HeldoutNLL:
+    """Held-out NLL of a player during training, nats per token, by epoch. The values survive as checkpoints do."""
+
+    def __init__(self, run: Run, t: int):
+        self._players = run.players
+        self._path = run.folder.nll_curve(t)
+        self._examples = list(read_lines(run.folder.examples("heldout"), Example))
+        self.values: dict[str, float] = on_rank_zero(self._read)
+
+    def _read(self) -> dict[str, float]:
+        """Read the values of an interrupted training; drop them if their digest is wrong, since they can end training."""
+        saved = read_json(self._path) if self._path.exists() else {}
+        if not isinstance(saved, dict) or saved.get("sum") != short_digest(saved.get("values")):
+            return {}
+        return dict(saved["values"])
+
+    def measure(self, epoch: int) -> float:
+        """Measure the NLL after `epoch` epochs, or return the value that was measured before."""
+        if str(epoch) not in self.values:
+            scores = real_nll_and_margins(self._players, self._examples)
+            # All processes measure the same; they use the mean of process 0, so that all decide the same.
+            self.values[str(epoch)] = on_rank_zero(lambda: float(np.mean(scores.nll)))
+            on_rank_zero(write_json, self._path, {"values": self.values, "sum": short_digest(self.values)})
+        return self.values[str(epoch)]
 
 
 @dataclass(frozen=True)
 class SampleFeatures:
-    """What a player makes of the real responses to P prompts and of sampled ones."""
+    """A player's log-probabilities and features of a real and a sampled response to each prompt."""
 
-    logprobs: list[float]  # [P] of the sampled responses
+    logprobs: list[float]  # [P] log p of the sampled responses
     real: np.ndarray  # [P, D] features of the real responses
-    sampled: np.ndarray  # [P, D] of the sampled ones
+    sampled: np.ndarray  # [P, D] features of the sampled responses
 
 
 def sample_features(
-    players: Players, examples: Sequence[Example], responses: Sequence[Sequence[int]], prefix_sharing: bool, budget: int
+    players: Players, examples: Sequence[Example], responses: Sequence[Sequence[int]]
 ) -> SampleFeatures:
-    """Let a player read the real response and a sampled one to each held-out prompt.
+    """Compute the loaded player's features of the real response and of a sampled one to each held-out prompt.
 
     Args:
-        players: in the weights of the player that reads.
-        examples: the held-out ones.
-        responses: one to each example, as token ids.
-        prefix_sharing: whether all responses to a prompt share one row.
-        budget: tokens in one forward pass.
+        players: the players, with the player that computes the features loaded.
+        examples: the held-out examples.
+        responses: one sampled response per example, as token ids.
     """
     trees = [
         PrefixTree(example.prompt_ids, (example.response_ids, response))
         for example, response in zip(examples, responses, strict=True)
     ]
     logprobs, features = [math.nan] * len(trees), [np.empty((2, 0))] * len(trees)
-    for chosen in micro_batches(trees, budget, prefix_sharing):
+    for chosen in micro_batches(trees, players.recipe.train.tokens_per_micro_batch, players.prefix_sharing):
         check_interrupt()
-        values, vectors = players.read([trees[index] for index in chosen], prefix_sharing)
+        values, vectors = players.logprobs_and_features([trees[index] for index in chosen])
         for place, index in enumerate(chosen):
             logprobs[index], features[index] = values[2 * place + 1], vectors[2 * place : 2 * place + 2]
     both = np.stack(features)  # [P, 2, D]
     return SampleFeatures(logprobs, both[:, 0], both[:, 1])
 
 
-def repetition(token_ids: Sequence[int]) -> float:
-    """Share of a response's 4-grams of tokens that occurred before in it; 0 where it has none."""
+def repeated_4grams(token_ids: Sequence[int]) -> float:
+    """Share of a response's 4-grams of tokens that occurred earlier in the response; 0 if it has no 4-gram."""
     grams = [tuple(token_ids[start : start + NGRAM]) for start in range(len(token_ids) - NGRAM + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 def distinct(responses: Sequence[Sequence[int]], n: int = 2) -> float:
-    """distinct-n (arXiv 1510.03055): the share of different n-grams among all in these responses; 0 without any.
+    """distinct-n (arXiv 1510.03055): the share of different n-grams among all n-grams of the responses; 0 without any.
 
-    It falls as responses get longer, so compare it where their lengths are alike.
+    It falls with the length of the responses: compare it between responses of similar length.
     """
     grams = [tuple(ids[start : start + n]) for ids in responses for start in range(len(ids) - n + 1)]
     return len(set(grams)) / len(grams) if grams else 0.0
 
 
-Metrics = dict[str, Any]
-"""Measures by name; under `intervals` the bootstrap intervals of some, as [low, high]."""
-
-
-def summarise(answers: Sequence[HeldoutGreedy]) -> Metrics:
+def summarize_greedy(responses: Sequence[HeldoutGreedy]) -> Metrics:
     """Means over the held-out prompts; `…_se` is the standard error of a mean."""
-    measures: dict[str, list[float]] = {
-        "heldout_nll": [answer.nll for answer in answers],
-        "identical_rate": [float(answer.identical) for answer in answers],
-        "truncated_rate": [float(not answer.finished) for answer in answers],
-        "mean_tokens": [float(len(answer.token_ids)) for answer in answers],
-        "repeated_4grams": [answer.repeated_4grams for answer in answers],
+    values: dict[str, list[float]] = {
+        "heldout_nll": [response.nll for response in responses],
+        "identical_rate": [float(response.identical) for response in responses],
+        "truncated_rate": [float(not response.finished) for response in responses],
+        "mean_tokens": [float(len(response.token_ids)) for response in responses],
+        "repeated_4grams": [response.repeated_4grams for response in responses],
     }
-    scores = [answer.task_score for answer in answers if answer.task_score is not None]
+    scores = [response.task_score for response in responses if response.task_score is not None]
     if scores:
-        measures = {"task_score": scores, **measures}
-    summary = with_intervals(**{name: (values, None) for name, values in measures.items()})
+        values = {"task_score": scores, **values}
+    metrics = with_intervals(**{name: (numbers, None) for name, numbers in values.items()})
     for name in ("task_score", "heldout_nll"):
-        if name in measures:
-            summary[f"{name}_se"] = standard_error(measures[name])
-    return summary
+        if name in values:
+            metrics[f"{name}_se"] = standard_error(values[name])
+    return metrics
 
 
-def summarise_pairs(margins: Sequence[Sequence[float]]) -> Metrics:
-    """Share of pairs with a positive margin, and the mean margin, from those of each prompt; empty without pairs."""
-    found = [ours for ours in margins if ours]
-    if not found:
+def summarize_pairs(margins: Sequence[Sequence[float]]) -> Metrics:
+    """The share of pairs with a positive margin and the mean margin, from the margins of each prompt; {} without pairs."""
+    margins = [of_prompt for of_prompt in margins if of_prompt]
+    if not margins:
         return {}
-    pairs = [float(len(ours)) for ours in found]
+    pairs = [float(len(of_prompt)) for of_prompt in margins]
     return with_intervals(
-        pair_accuracy=([float(sum(margin > 0 for margin in ours)) for ours in found], pairs),
-        margin=([sum(ours) for ours in found], pairs),
+        pair_accuracy=([float(sum(margin > 0 for margin in of_prompt)) for of_prompt in margins], pairs),
+        margin=([sum(of_prompt) for of_prompt in margins], pairs),
     )
 
 
-def summarise_samples(samples: Sequence[HeldoutSampled]) -> Metrics:
-    """What a player's own distribution is like, from one response to each held-out prompt.
+def summarize_sampled(responses: Sequence[HeldoutSampled]) -> Metrics:
+    """Metrics of a player's own distribution, from one sampled response per held-out prompt.
 
-    `drift` estimates the KL divergence from θ_0 per token, Σ [log p_θ(y) − log p_θ0(y)] / Σ |y| with y ~ p_θ.
+    `kl_from_start` estimates the KL divergence from θ_0 per token, Σ [log p_θ(y) − log p_θ0(y)] / Σ |y| with y ~ p_θ.
     """
-    tokens = [float(len(sample.token_ids)) for sample in samples]
-    measures: dict[str, tuple[list[float], list[float] | None]] = {
-        "kl_from_start": ([sample.logprob - sample.start_logprob for sample in samples], tokens),
-        "sampled_truncated_rate": ([float(not sample.finished) for sample in samples], None),
+    tokens = [float(len(response.token_ids)) for response in responses]
+    values: dict[str, tuple[list[float], list[float] | None]] = {
+        "kl_from_start": ([response.logprob - response.start_logprob for response in responses], tokens),
+        "sampled_truncated_rate": ([float(not response.finished) for response in responses], None),
     }
-    scores = [sample.task_score for sample in samples if sample.task_score is not None]
+    scores = [response.task_score for response in responses if response.task_score is not None]
     if scores:
-        measures["sampled_task_score"] = scores, None
-    return with_intervals(**measures) | {"distinct_2": distinct([sample.token_ids for sample in samples])}
+        values["sampled_task_score"] = scores, None
+    return with_intervals(**values) | {"distinct_2": distinct([response.token_ids for response in responses])}
 
 
-def summarise_probe(readings: Sequence[SampleFeatures]) -> Metrics:
-    """How well θ_0's features tell the sampled responses from the real ones; empty for too few prompts."""
-    real, sampled = (np.concatenate([getattr(one, kind) for one in readings]) for kind in ("real", "sampled"))
+def summarize_probe(features: Sequence[SampleFeatures]) -> Metrics:
+    """The AUC of a probe between real and sampled responses, on θ_0's features; {} if the prompts are too few."""
+    real, sampled = (np.concatenate([getattr(part, kind) for part in features]) for kind in ("real", "sampled"))
     auc, low, high = probe_auc(real, sampled)
     return {} if math.isnan(auc) else {"probe_auc": auc, "intervals": {"probe_auc": [low, high]}}
 
 
-def with_intervals(**measures: tuple[Sequence[float], Sequence[float] | None]) -> Metrics:
-    """Σ numerators / Σ denominators of each measure (ones, if there are none), and its interval."""
-    intervals = {name: list(bootstrap(*parts)) for name, parts in measures.items()}
+def with_intervals(**ratios: tuple[Sequence[float], Sequence[float] | None]) -> Metrics:
+    """Compute Σ numerators / Σ denominators of each metric, and its interval. Absent denominators are ones."""
+    intervals = {name: list(bootstrap(*parts)) for name, parts in ratios.items()}
     means = {
-        name: float(np.sum(over) / (len(over) if by is None else np.sum(by))) for name, (over, by) in measures.items()
+        name: float(np.sum(numerators) / (len(numerators) if denominators is None else np.sum(denominators)))
+        for name, (numerators, denominators) in ratios.items()
     }
     return {**means, "intervals": intervals}
 
 
-def bootstrap(values: Sequence[float], by: Sequence[float] | None = None) -> tuple[float, float]:
-    """95% percentile bootstrap interval of Σ values / Σ by over prompts.
+def bootstrap(numerators: Sequence[float], denominators: Sequence[float] | None = None) -> tuple[float, float]:
+    """95% percentile bootstrap interval of Σ numerators / Σ denominators over prompts.
 
     Args:
-        values: one for each prompt.
-        by: likewise; absent means ones, so that the ratio is the mean.
+        numerators: [P].
+        denominators: [P]; absent means ones, and the ratio is the mean.
     """
-    over, under = np.asarray(values, dtype=float), np.ones(len(values)) if by is None else np.asarray(by, dtype=float)
+    over = np.asarray(numerators, dtype=float)
+    under = np.ones(len(numerators)) if denominators is None else np.asarray(denominators, dtype=float)
     chosen = np.random.default_rng(0).integers(0, len(over), (RESAMPLES, len(over)))
     ratios = over[chosen].sum(axis=1) / under[chosen].sum(axis=1)
     low, high = np.quantile(ratios, [0.025, 0.975])
     return float(low), float(high)
 
 
-def merged(*parts: Metrics) -> Metrics:
-    """Several sets of measures as one."""
-    whole = {name: value for part in parts for name, value in part.items()}
-    return whole | {"intervals": {name: ends for part in parts for name, ends in part.get("intervals", {}).items()}}
+def merge_metrics(*parts: Metrics) -> Metrics:
+    """Merge several sets of metrics into one."""
+    merged = {name: value for part in parts for name, value in part.items()}
+    return merged | {"intervals": {name: ends for part in parts for name, ends in part.get("intervals", {}).items()}}

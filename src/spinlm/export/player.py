@@ -36,8 +36,9 @@ def export(
     with atomic_path(output) as temporary:
         if merge:
             from spinlm.model.merge import save_merged
+            from spinlm.model.players import Players
 
-            save_merged(recipe, folder, iteration, temporary)
+            save_merged(Players(recipe, folder), iteration, temporary)
         else:
             shutil.copytree(folder.player(iteration), temporary)
         (temporary / CARD).write_text(card, encoding="utf-8")

@@ -20,10 +20,9 @@ from spinlm.errors import SpinError
 from spinlm.generation import supervisor
 from spinlm.generation.base import OnProgress, Response, Sampling
 from spinlm.generation.server_apis import SERVER_APIS, GenerationRequest, GenerationResult
-from spinlm.model.loading import prepare_base_model
 from spinlm.model.merge import save_for_serving
-from spinlm.recipe.schema import Recipe, Server
-from spinlm.rundir.layout import RunDir
+from spinlm.model.players import Players
+from spinlm.recipe.schema import Server
 from spinlm.utils.http import (
     Endpoint,
     ErrorContext,
@@ -155,7 +154,7 @@ def to_response(result: GenerationResult, request: GenerationRequest, renderer: 
 
 
 @contextmanager
-def open_server(recipe: Recipe, folder: RunDir, renderer: Renderer, t: int) -> Iterator[ServerEngine]:
+def open_server(players: Players, t: int) -> Iterator[ServerEngine]:
     """Give a server the opponent of iteration t: launch it, run the reload command, or load the adapter.
 
     On exit a launched server is stopped and a loaded adapter is unloaded.
@@ -163,7 +162,7 @@ def open_server(recipe: Recipe, folder: RunDir, renderer: Renderer, t: int) -> I
     Raises:
         ServerError: the server cannot be given the opponent.
     """
-    server = recipe.opponent.server
+    folder, server = players.folder, players.recipe.opponent.server
     assert server is not None, "the recipe is validated"
     player, logs = folder.player(t - 1).absolute(), folder.iteration(t)
     logs.mkdir(parents=True, exist_ok=True)
@@ -171,13 +170,13 @@ def open_server(recipe: Recipe, folder: RunDir, renderer: Renderer, t: int) -> I
         values = {"player": str(player), "iteration": str(t)}
         templates = " ".join(text for text in (server.launch_command, server.reload_command, server.model) if text)
         if "{base}" in templates:
-            values["base"] = str(prepare_base_model(recipe.model, folder))
+            values["base"] = players.path
         if "{merged}" in templates:
             merged = folder.iteration(t).absolute() / ".merged"
             shutil.rmtree(merged, ignore_errors=True)  # from a process that was killed
             stack.callback(shutil.rmtree, merged, ignore_errors=True)
             values["merged"] = str(merged)
-            save_for_serving(recipe, folder, t - 1, merged)
+            save_for_serving(players, t - 1, merged)
         urls = [_base_url(url) for url in server.urls]
         if server.launch_command is not None:
             values["port"] = str(_free_port())
@@ -195,7 +194,7 @@ def open_server(recipe: Recipe, folder: RunDir, renderer: Renderer, t: int) -> I
             stack.callback(_unload_adapter, server, urls, model)
         if model is None and server.api != "sglang":
             model = _first_model(urls[0])
-        yield ServerEngine(server, urls, model, renderer)
+        yield ServerEngine(server, urls, model, players.renderer)
 
 
 def _base_url(url: str) -> str:

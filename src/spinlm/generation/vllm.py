@@ -209,22 +209,23 @@ class VllmEngine:
 
 
 @contextmanager
-def open_vllm(recipe: Recipe, players: Players, t: int) -> Iterator[VllmEngine]:
+def open_vllm(players: Players, t: int) -> Iterator[VllmEngine]:
     """Start vLLM with the opponent of iteration t, and stop it on exit.
 
     Raises:
         MissingPackageError: vLLM is not installed.
         VllmError: vLLM does not start.
     """
+    recipe = players.recipe
     check_vllm(recipe)
     settings = recipe.opponent.vllm or Vllm()
-    player = players.run.player(t - 1).absolute()
+    player = players.folder.player(t - 1).absolute()
     model, adapter = (players.path, player) if recipe.lora else (str(player), None)
     arguments = engine_arguments(recipe, settings, model, str(players.dtype).removeprefix("torch."))
     gpu_groups = assign_gpus(settings)
-    logs = players.run.iteration(t)
+    logs = players.folder.iteration(t)
     logs.mkdir(parents=True, exist_ok=True)
-    players.let_go()  # vLLM needs the memory
+    players.unload()  # vLLM needs the memory
     with ExitStack() as stack:
         workers = []
         for number, gpus in enumerate(gpu_groups):

@@ -1,7 +1,9 @@
-"""Evaluate: what the player that an iteration made does on held-out prompts."""
+"""Evaluate: measure the player that an iteration made on the held-out prompts."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from spinlm.distributed import processes
 from spinlm.distributed.progress import Advance, track
@@ -9,22 +11,19 @@ from spinlm.evals.heldout import (
     Metrics,
     RealScores,
     SampleFeatures,
-    merged,
+    merge_metrics,
     real_nll_and_margins,
-    repetition,
+    repeated_4grams,
     sample_features,
-    summarise,
-    summarise_pairs,
-    summarise_probe,
-    summarise_samples,
+    summarize_greedy,
+    summarize_pairs,
+    summarize_probe,
+    summarize_sampled,
 )
 from spinlm.evals.scorers import get_scorer
 from spinlm.generation import local_engine
 from spinlm.generation.base import Response, Sampling
-from spinlm.model.players import Players, seat
-from spinlm.recipe.fingerprint import recipe_fingerprint
-from spinlm.recipe.schema import Recipe
-from spinlm.rundir.layout import RunDir
+from spinlm.model.run import Run
 from spinlm.rundir.records import (
     Example,
     HeldoutGreedy,
@@ -43,138 +42,133 @@ log = logging.getLogger("spinlm")
 
 
 @dataclass(frozen=True)
-class _Part:
-    """What a player does on one shard of the held-out prompts."""
+class _Shard:
+    """A player's responses to one shard of the held-out prompts, and its scores of the real ones."""
 
     examples: list[Example]
-    given: list[Response]  # as evaluation asks for them
-    drawn: list[Response]  # from the player's own distribution
+    greedy: list[Response]
+    sampled: list[Response]  # at temperature 1, from all tokens
     real: RealScores
 
 
-def evaluate(recipe: Recipe, run: RunDir, iteration: int) -> None:
-    """Response the held-out prompts with the player an iteration made (`START`: θ_0), and measure it.
+def evaluate(run: Run, t: int) -> None:
+    """Let the player that iteration `t` made respond to the held-out prompts, and measure it; `START` is θ_0.
 
-    Writes one line per prompt to heldout_greedy.jsonl and the means to eval.json; from iteration 0 on also how well the
-    player tells the held-out real responses from its opponent's.
+    Writes heldout_greedy.jsonl, heldout_sampled.jsonl and eval.json. From iteration 0 on, the metrics include how well
+    the player tells the held-out real responses from its opponent's.
     """
-    if processes.on_rank_zero(run.done, "evaluate", iteration):
-        return
-    processes.on_rank_zero(run.begin, "evaluate", iteration, recipe_fingerprint(recipe, iteration))
-    players = seat(recipe, run)
-    players.become(iteration)
-    size, heldout = recipe.opponent.shard_size, RecordFile(run.examples("heldout"), Example)
-    prefix_sharing, budget = run.metadata("sft", START)["prefix_sharing"], recipe.train.tokens_per_micro_batch
-    ways = [
-        (temperature, derive_seed(recipe.seed, purpose, iteration))
-        for purpose, temperature in (("evaluate", 0.0), ("sample", 1.0))
-    ]
-    mine: dict[int, _Part] = {}
-    passes = len(ways) + 2  # its own responses and the real ones are read by it, and its own by the start
-    with track(
-        f"{player_name(iteration)}: evaluate", passes * len(heldout), shared=True, responses="answers written and read"
-    ) as advance:
-        for shard in processes.claim_work(range(heldout.shards(size))):
-            examples = heldout.shard(shard, size)
-            given, drawn = (
-                _ask(recipe, players, prefix_sharing, examples, temperature, seed + shard, advance)
-                for temperature, seed in ways
-            )
-            pairs = None if iteration == START else read_pairs([run.pairs(iteration, "heldout", shard)])
-            sampled = [answer.token_ids for answer in drawn]
-            real = real_nll_and_margins(players, examples, prefix_sharing, budget, pairs, sampled)
-            advance(len(examples))
-            mine[shard] = _Part(examples, given, drawn, real)
-        players.become(START)
-        read: dict[int, SampleFeatures] = {}
-        for shard, part in mine.items():
-            sampled = [answer.token_ids for answer in part.drawn]
-            read[shard] = sample_features(players, part.examples, sampled, prefix_sharing, budget)
-            advance(len(part.examples))
-    found = {
-        shard: (part, theirs[1][shard])
-        for theirs in processes.all_gather((mine, read))
-        for shard, part in theirs[0].items()
-    }
-    processes.on_rank_zero(_conclude, recipe, run, iteration, players, [found[shard] for shard in sorted(found)])
+    with run.stage("evaluate", t) as stage:
+        if stage.done:
+            return
+        folder, players = run.folder, run.players
+        players.load(t)
+        size, heldout = run.recipe.opponent.shard_size, RecordFile(folder.examples("heldout"), Example)
+        greedy_seed, sampled_seed = (derive_seed(run.recipe.seed, purpose, t) for purpose in ("evaluate", "sample"))
+        shards: dict[int, _Shard] = {}
+        # Per prompt: two responses to write, one pass of the player over real and sampled ones, one pass of θ_0.
+        total, label = 4 * len(heldout), f"{player_name(t)}: evaluate"
+        with track(label, total, shared=True, responses="responses written and read") as advance:
+            for number in processes.claim_work(range(heldout.shards(size))):
+                examples = heldout.shard(number, size)
+                greedy = _respond(run, examples, 0.0, greedy_seed + number, advance)
+                sampled = _respond(run, examples, 1.0, sampled_seed + number, advance)
+                pairs = None if t == START else read_pairs([folder.pairs(t, "heldout", number)])
+                real = real_nll_and_margins(players, examples, pairs, [response.token_ids for response in sampled])
+                advance(len(examples))
+                shards[number] = _Shard(examples, greedy, sampled, real)
+            players.load(START)
+            features: dict[int, SampleFeatures] = {}
+            for number, shard in shards.items():
+                responses = [response.token_ids for response in shard.sampled]
+                features[number] = sample_features(players, shard.examples, responses)
+                advance(len(shard.examples))
+        gathered = {
+            number: (shard, process_features[number])
+            for process_shards, process_features in processes.all_gather((shards, features))
+            for number, shard in process_shards.items()
+        }
+        ordered = [gathered[number] for number in sorted(gathered)]
+        metrics = processes.on_rank_zero(_write_results, run, t, ordered)
+        stage.outputs = [folder.heldout_greedy(t), folder.heldout_sampled(t), folder.eval_metrics(t)]
+    if processes.is_main_process():
+        _report(run, t, metrics)
 
 
-def _conclude(
-    recipe: Recipe, run: RunDir, iteration: int, players: Players, found: list[tuple[_Part, SampleFeatures]]
-) -> None:
-    """Write down what all shards say together."""
-    scorer = get_scorer(recipe.evaluate.scorer) if recipe.evaluate.scorer else None
-    answers, samples = [], []
-    for part, start in found:
-        for number, example in enumerate(part.examples):
-            answer, drawn = part.given[number], part.drawn[number]
-            text, sampled = players.renderer.decode(answer.token_ids), players.renderer.decode(drawn.token_ids)
-            answers.append(
-                HeldoutGreedy(
-                    id=example.id,
-                    token_ids=answer.token_ids,
-                    text=text,
-                    finished=answer.finished,
-                    identical=answer.token_ids == example.response_ids,
-                    repeated_4grams=repetition(answer.token_ids),
-                    nll=part.real.nll[number],
-                    task_score=scorer(text, example.response) if scorer else None,
-                    margins=part.real.margins[number],
-                )
-            )
-            samples.append(
-                HeldoutSampled(
-                    id=example.id,
-                    token_ids=drawn.token_ids,
-                    text=sampled,
-                    finished=drawn.finished,
-                    logprob=start.logprobs[number] if iteration == START else part.real.sampled[number],
-                    start_logprob=start.logprobs[number],
-                    task_score=scorer(sampled, example.response) if scorer else None,
-                )
-            )
-    margins = [margins for part, _ in found for margins in part.real.margins]
-    told_apart = summarise_probe([start for _, start in found])
-    metrics = merged(summarise(answers), summarise_pairs(margins), summarise_samples(samples), told_apart)
-    for path, records in ((run.heldout_greedy(iteration), answers), (run.heldout_sampled(iteration), samples)):
-        with atomic_file(path, "w") as file:
-            file.writelines(to_line(record) for record in records)
-    write_json(run.eval_metrics(iteration), metrics)
-    outputs = run.heldout_greedy(iteration), run.heldout_sampled(iteration), run.eval_metrics(iteration)
-    run.complete("evaluate", iteration, outputs)
-    steps = count_records(run.train_log) if run.train_log.exists() else 0
-    tracker(players, run, recipe, "evaluate", iteration)(metrics, steps)
-    log.info("%s: %s", player_name(iteration), _about(metrics, itself=iteration == START))
-
-
-def _about(metrics: Metrics, itself: bool) -> str:
-    drift = "" if itself else f"; drift from the start {metrics['kl_from_start']:+z.4f} nats per token"
-    if "probe_auc" not in metrics:
-        return f"too few prompts to say how well its responses are told from the real ones{drift}"
-    low, high = metrics["intervals"]["probe_auc"]
-    return (
-        f"its responses are told from the real ones with AUC {metrics['probe_auc']:.2f} "
-        f"[{low:.2f}, {high:.2f}] (0.5: not at all){drift}"
-    )
-
-
-def _ask(
-    recipe: Recipe,
-    players: Players,
-    prefix_sharing: bool,
-    examples: list[Example],
-    temperature: float,
-    seed: int,
-    advance: Advance,
-) -> list[Response]:
+def _respond(run: Run, examples: Sequence[Example], temperature: float, seed: int, advance: Advance) -> list[Response]:
+    recipe = run.recipe
     sampling = Sampling.from_recipe(
         recipe,
-        players.renderer.stop_ids,
+        run.players.renderer.stop_ids,
         temperature=temperature,
         top_p=1.0,
-        max_new_tokens=recipe.evaluate.max_new_tokens or recipe.opponent.max_new_tokens,
         samples=1,
+        max_new_tokens=recipe.evaluate.max_new_tokens or recipe.opponent.max_new_tokens,
     )
-    engine = local_engine(recipe, players, prefix_sharing)
-    given = engine.generate([example.prompt_ids for example in examples], sampling, seed, advance)
-    return [answer for (answer,) in given]
+    prompts = [example.prompt_ids for example in examples]
+    return [response for (response,) in local_engine(run.players).generate(prompts, sampling, seed, advance)]
+
+
+def _write_results(run: Run, t: int, shards: list[tuple[_Shard, SampleFeatures]]) -> Metrics:
+    """Write the responses and the metrics of all shards; return the metrics."""
+    scorer = get_scorer(run.recipe.evaluate.scorer) if run.recipe.evaluate.scorer else None
+    decode = run.players.renderer.decode
+    greedy_rows, sampled_rows = [], []
+    for shard, features in shards:
+        for number, example in enumerate(shard.examples):
+            greedy, sampled = shard.greedy[number], shard.sampled[number]
+            greedy_text, sampled_text = decode(greedy.token_ids), decode(sampled.token_ids)
+            greedy_rows.append(
+                HeldoutGreedy(
+                    id=example.id,
+                    token_ids=greedy.token_ids,
+                    text=greedy_text,
+                    finished=greedy.finished,
+                    identical=greedy.token_ids == example.response_ids,
+                    repeated_4grams=repeated_4grams(greedy.token_ids),
+                    nll=shard.real.nll[number],
+                    task_score=scorer(greedy_text, example.response) if scorer else None,
+                    margins=shard.real.margins[number],
+                )
+            )
+            start_logprob = features.logprobs[number]
+            sampled_rows.append(
+                HeldoutSampled(
+                    id=example.id,
+                    token_ids=sampled.token_ids,
+                    text=sampled_text,
+                    finished=sampled.finished,
+                    logprob=start_logprob if t == START else shard.real.sampled[number],
+                    start_logprob=start_logprob,
+                    task_score=scorer(sampled_text, example.response) if scorer else None,
+                )
+            )
+    metrics = merge_metrics(
+        summarize_greedy(greedy_rows),
+        summarize_pairs([margins for shard, _ in shards for margins in shard.real.margins]),
+        summarize_sampled(sampled_rows),
+        summarize_probe([features for _, features in shards]),
+    )
+    rows: tuple[tuple[Any, Sequence[Any]], ...] = (
+        (run.folder.heldout_greedy(t), greedy_rows),
+        (run.folder.heldout_sampled(t), sampled_rows),
+    )
+    for path, records in rows:
+        with atomic_file(path, "w") as file:
+            file.writelines(to_line(record) for record in records)
+    write_json(run.folder.eval_metrics(t), metrics)
+    return metrics
+
+
+def _report(run: Run, t: int, metrics: Metrics) -> None:
+    """Hand the metrics to the trackers, and log two of them."""
+    steps = count_records(run.folder.train_log) if run.folder.train_log.exists() else 0
+    tracker(run, "evaluate", t)(metrics, steps)
+    kl = "" if t == START else f"; KL from the start: {metrics['kl_from_start']:+z.4f} nats per token"
+    if "probe_auc" not in metrics:
+        log.info("%s: too few prompts for a probe AUC%s", player_name(t), kl)
+        return
+    low, high = metrics["intervals"]["probe_auc"]
+    log.info(
+        "%s: probe AUC, real vs generated: %.2f [%.2f, %.2f] (0.5 = indistinguishable)%s",
+        *(player_name(t), metrics["probe_auc"], low, high, kl),
+    )

@@ -1,5 +1,7 @@
-"""Generate: the opponent θ_t answers every training and held-out prompt. Where the data are preferences, their rejected
-responses stand for its answers."""
+"""Generate: the opponent θ_t responds to every training and held-out prompt.
+
+With preference data, the data's rejected responses take the place of the opponent's.
+"""
 
 import logging
 from collections.abc import Sequence
@@ -9,100 +11,93 @@ from spinlm.distributed import processes
 from spinlm.distributed.progress import Advance, track
 from spinlm.generation import open_engine
 from spinlm.generation.base import Engine, Sampling
-from spinlm.model.players import Players, seat
-from spinlm.recipe.fingerprint import recipe_fingerprint
+from spinlm.model.players import Players
+from spinlm.model.run import Run
 from spinlm.recipe.schema import Recipe
 from spinlm.rundir.layout import RunDir
 from spinlm.rundir.records import PAIR_SPLITS, Example, Generation, RecordFile, to_line
-from spinlm.rundir.stage_graph import START
 from spinlm.utils.atomic import atomic_file
 from spinlm.utils.seeds import derive_seed
 
 log = logging.getLogger("spinlm")
 
 
-def splits(recipe: Recipe) -> tuple[str, ...]:
-    """Whose prompts the opponent answers: where nothing is learned from its answers, the held-out ones alone."""
+def prompt_splits(recipe: Recipe) -> tuple[str, ...]:
+    """The splits whose prompts the opponent responds to: the control does not train on responses."""
     return ("heldout",) if recipe.is_control else PAIR_SPLITS
 
 
-def generate(recipe: Recipe, run: RunDir, iteration: int) -> None:
-    """Write the responses of the opponent of an iteration, a shard of prompts at a time.
-
-    Shards that are there and as they were written are kept.
-    """
-    if processes.on_rank_zero(run.done, "generate", iteration):
-        return
-    processes.on_rank_zero(run.begin, "generate", iteration, recipe_fingerprint(recipe, iteration))
-    players = seat(recipe, run)
-    prefix_sharing = run.metadata("sft", START)["prefix_sharing"]
-    sampling = Sampling.from_recipe(recipe, players.renderer.stop_ids)
-    size = recipe.opponent.shard_size
-    examples = {split: RecordFile(run.examples(split), Example) for split in splits(recipe)}
-    shards = [(split, shard) for split, records in examples.items() for shard in range(records.shards(size))]
-    missing = processes.on_rank_zero(_missing, run, iteration, shards)
-    at_work = processes.is_main_process() or recipe.opponent.engine == "local" or recipe.preferences
-    if not at_work:
-        players.let_go()  # the first asks another engine for all of them, and that may need the memory
-    total = sum(map(len, examples.values())) * sampling.samples
-    left = sum(min(size, len(examples[split]) - shard * size) for split, shard in missing) * sampling.samples
-    needed = at_work and missing and not recipe.preferences
-    with (
-        open_engine(recipe, players, iteration, prefix_sharing) if needed else nullcontext() as opponent,
-        track(f"iteration {iteration}: generate", total, total - left, shared=True, responses="responses") as advance,
-    ):
-        for split, shard in processes.claim_work(missing, at_work):
-            chosen = examples[split].shard(shard, size)
-            if opponent is None:
-                rows = _rejected(players, chosen, iteration)
-                advance(len(chosen))
-            else:
-                seed = derive_seed(recipe.seed, "generate", iteration, split, shard)
-                rows = _answer(players, opponent, chosen, sampling, seed, iteration, advance)
-            path = run.generations(iteration, split, shard)
-            with atomic_file(path, "w") as file:
-                file.writelines(to_line(row) for row in rows)
-            run.record_digest(path)
-    outputs = [run.generations(iteration, split, shard) for split, shard in shards]
-    processes.on_rank_zero(run.complete, "generate", iteration, outputs)
+def generate(run: Run, t: int) -> None:
+    """Write the responses of the opponent of iteration `t`, one shard of prompts at a time. Verified shards are kept."""
+    with run.stage("generate", t) as stage:
+        if stage.done:
+            return
+        recipe, folder, players = run.recipe, run.folder, run.players
+        size = recipe.opponent.shard_size
+        examples = {split: RecordFile(folder.examples(split), Example) for split in prompt_splits(recipe)}
+        shards = [(split, shard) for split, records in examples.items() for shard in range(records.shards(size))]
+        missing = processes.on_rank_zero(_missing, folder, t, shards)
+        takes_part = processes.is_main_process() or recipe.opponent.engine == "local" or recipe.preferences
+        if not takes_part:
+            players.unload()  # process 0 asks the engine for everything, and the engine may need the memory
+        sampling = Sampling.from_recipe(recipe, players.renderer.stop_ids)
+        total = sum(map(len, examples.values())) * sampling.samples
+        left = sum(min(size, len(examples[split]) - shard * size) for split, shard in missing) * sampling.samples
+        needs_engine = takes_part and missing and not recipe.preferences
+        with (
+            open_engine(players, t) if needs_engine else nullcontext() as engine,
+            track(f"iteration {t}: generate", total, total - left, shared=True, responses="responses") as advance,
+        ):
+            for split, shard in processes.claim_work(missing, takes_part):
+                chosen = examples[split].shard(shard, size)
+                if engine is None:
+                    rows = _rejected(players, chosen, t)
+                    advance(len(chosen))
+                else:
+                    seed = derive_seed(recipe.seed, "generate", t, split, shard)
+                    rows = _respond(players, engine, chosen, sampling, seed, t, advance)
+                path = folder.generations(t, split, shard)
+                with atomic_file(path, "w") as file:
+                    file.writelines(to_line(row) for row in rows)
+                folder.record_digest(path)
+        stage.outputs = [folder.generations(t, split, shard) for split, shard in shards]
 
 
-def _missing(run: RunDir, iteration: int, shards: Sequence[tuple[str, int]]) -> list[tuple[str, int]]:
-    return [one for one in shards if not run.is_verified(run.generations(iteration, *one))]
+def _missing(folder: RunDir, t: int, shards: Sequence[tuple[str, int]]) -> list[tuple[str, int]]:
+    return [shard for shard in shards if not folder.is_verified(folder.generations(t, *shard))]
 
 
-def _answer(
+def _respond(
     players: Players,
-    opponent: Engine,
+    engine: Engine,
     examples: list[Example],
     sampling: Sampling,
     seed: int,
-    iteration: int,
+    t: int,
     advance: Advance,
 ) -> list[Generation]:
     prompts = [example.prompt_ids for example in examples]
-    answers = opponent.generate(prompts, sampling, seed, advance)
     return [
         Generation(
             id=example.id,
-            iteration=iteration,
+            iteration=t,
             sample=sample,
-            token_ids=answer.token_ids,
-            text=players.renderer.decode(answer.token_ids),
-            finished=answer.finished,
-            logprob=answer.logprob,
+            token_ids=response.token_ids,
+            text=players.renderer.decode(response.token_ids),
+            finished=response.finished,
+            logprob=response.logprob,
         )
-        for example, given in zip(examples, answers, strict=True)
-        for sample, answer in enumerate(given)
+        for example, responses in zip(examples, engine.generate(prompts, sampling, seed, advance), strict=True)
+        for sample, response in enumerate(responses)
     ]
 
 
-def _rejected(players: Players, examples: list[Example], iteration: int) -> list[Generation]:
-    """The data's rejected responses, as an opponent's answers."""
+def _rejected(players: Players, examples: list[Example], t: int) -> list[Generation]:
+    """The data's rejected responses, in the place of an opponent's."""
     rows = []
     for example in examples:
         ids = example.rejected_ids
-        assert ids, "examples of a preference data set have a rejected response"
+        assert ids, "every example of a preference data set has a rejected response"
         text, finished = players.renderer.decode(ids), ids[-1] in players.renderer.stop_ids
-        rows.append(Generation(example.id, iteration, 0, ids, text, finished, logprob=None))
+        rows.append(Generation(example.id, t, 0, ids, text, finished, logprob=None))
     return rows

@@ -1,4 +1,4 @@
-"""Prepare: draw the examples, and write down what the run is made of."""
+"""Prepare: draw the examples, and record what the run is made of."""
 
 import contextlib
 import logging
@@ -8,20 +8,19 @@ from typing import Any
 from spinlm.data.columns import check_layout
 from spinlm.data.examples import select_examples
 from spinlm.data.sources import names_a_file
+from spinlm.distributed.processes import on_rank_zero
 from spinlm.errors import DataError, RecipeError
 from spinlm.evals.scorers import get_scorer
 from spinlm.generation.vllm import check_vllm
 from spinlm.model.loading import hub_commit, prepare_base_model
-from spinlm.model.players import check_trackers, seat
 from spinlm.model.quantize import check_4bit_support
-from spinlm.recipe.fingerprint import recipe_fingerprint
+from spinlm.model.run import Run
 from spinlm.recipe.schema import Recipe
-from spinlm.rundir.layout import RunDir
 from spinlm.rundir.provenance import provenance
 from spinlm.rundir.records import SPLITS, Example, to_line
 from spinlm.rundir.resume import verify_inputs
-from spinlm.rundir.stage_graph import START
 from spinlm.training.optimizers import check_optimizer
+from spinlm.training.step_log import check_trackers
 from spinlm.utils.atomic import atomic_file, file_digest, write_json
 from spinlm.utils.model_path import existing_path, resolve_model
 
@@ -30,42 +29,49 @@ log = logging.getLogger("spinlm")
 MODEL_FILES = (".safetensors", ".bin", ".json", ".jinja", ".model")
 
 
-def prepare(recipe: Recipe, run: RunDir) -> None:
-    """Write the run's examples: held-out, for the warm-up where it has its own, and for self-play.
+def prepare(run: Run) -> None:
+    """Write the examples of the run: held-out, for self-play, and for SFT if it has examples of its own.
 
     Raises:
         DataError, ModelError: the data or the model cannot be used.
-        RunError: the model or data differ from those this run began with.
+        RunError: the model or the data differ from those that the run began with.
     """
+    inputs = on_rank_zero(_check_inputs, run)
+    with run.stage("prepare") as stage:
+        if not stage.done:
+            stage.metadata = {"counts": on_rank_zero(_write_examples, run, inputs["data"])}
+            stage.outputs = [run.folder.examples(split) for split in SPLITS]
+    on_rank_zero(prepare_base_model, run.recipe.model, run.folder)
+
+
+def _check_inputs(run: Run) -> dict[str, Any]:
+    """Check what the recipe names, verify model and data, and record the provenance of a new run."""
     _check_launcher()
-    _check_names(recipe)
-    inputs = {"data": _data_fingerprint(recipe), "model": _model_fingerprint(recipe)}
-    verify_inputs(run, inputs)
-    if not run.done("prepare", START):
-        run.begin("prepare", START, recipe_fingerprint(recipe, START))
-        write_json(run.provenance, {"inputs": inputs, **provenance()})
-        _examples(recipe, run, inputs["data"])
-    elif not run.provenance.exists():  # without it, nobody would notice other inputs
-        write_json(run.provenance, {"inputs": inputs, **provenance()})
+    _check_names(run.recipe)
+    inputs = {"data": _data_fingerprint(run.recipe), "model": _model_fingerprint(run.recipe)}
+    verify_inputs(run.folder, inputs)
+    if not run.folder.has_results() or not run.folder.provenance.exists():
+        write_json(run.folder.provenance, {"inputs": inputs, **provenance()})
+    return inputs
 
 
-def _examples(recipe: Recipe, run: RunDir, data: dict[str, Any]) -> None:
-    if (path := existing_path(recipe.data.path)) and path.suffix.lower() == ".jsonl":  # told before a model is unpacked
-        check_layout(recipe.data)
-    prepare_base_model(recipe.model, run)
-    players = seat(recipe, run)
-    own = recipe.sft.prompts if recipe.sft else None
+def _write_examples(run: Run, data_fingerprint: dict[str, Any]) -> dict[str, int]:
+    """Write examples/*.jsonl and skipped_rows.json; return the number of examples of each split."""
+    recipe, folder = run.recipe, run.folder
+    if (path := existing_path(recipe.data.path)) and path.suffix.lower() == ".jsonl":
+        check_layout(recipe.data)  # before a model is unpacked
+    sft_prompts = recipe.sft.prompts if recipe.sft else None
     with contextlib.ExitStack() as stack:
-        files = {split: stack.enter_context(atomic_file(run.examples(split), "w")) for split in SPLITS}
+        files = {split: stack.enter_context(atomic_file(folder.examples(split), "w")) for split in SPLITS}
 
         def write(split: str, example: Example) -> None:
             files[split].write(to_line(example))
 
-        selection = select_examples(recipe.data, own, players.renderer, recipe.train.max_length, write)
-    if _data_fingerprint(recipe) != data:
+        selection = select_examples(recipe.data, sft_prompts, run.players.renderer, recipe.train.max_length, write)
+    if _data_fingerprint(recipe) != data_fingerprint:
         raise DataError(f"{recipe.data.path}: has changed while it was read. Run the same command again")
     write_json(
-        run.skipped_rows,
+        folder.skipped_rows,
         {
             "rows": selection.rows,
             "not_sampled": selection.not_sampled,
@@ -75,33 +81,34 @@ def _examples(recipe: Recipe, run: RunDir, data: dict[str, Any]) -> None:
         },
     )
     counts = selection.counts
-    log.info("examples: %d for self-play, %d held out, %d for the warm-up alone", *(counts[s] for s in _ORDER))
+    splits = (counts[split] for split in ("train", "heldout", "sft"))
+    log.info("examples: %d for self-play, %d held out, %d for SFT only", *splits)
     for reason, count in selection.skipped.items():
-        log.info("  skipped: %d × %s (see %s)", count, reason.replace("_", " "), run.skipped_rows)
-    run.complete("prepare", START, [run.examples(split) for split in SPLITS], counts=counts)
+        log.info("  skipped: %d × %s (see %s)", count, reason.replace("_", " "), folder.skipped_rows)
+    return counts
 
 
 def _check_launcher() -> None:
-    """Refuse a launcher's settings that something else of ours decides.
+    """Refuse settings of the launcher that the recipe decides.
 
     Raises:
-        RecipeError: `accelerate launch` was told to use FSDP or DeepSpeed.
+        RecipeError: `accelerate launch` is configured to use FSDP or DeepSpeed.
     """
     for name in ("FSDP", "DEEPSPEED"):
         if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
             raise RecipeError(
-                f"accelerate launch was told to use {name}. Launch without it, and set train.fsdp: full_shard to "
-                "divide the model over the processes"
+                f"accelerate launch is configured to use {name}. Launch without it, and set train.fsdp: full_shard to "
+                "shard the model over the processes"
             )
 
 
 def _check_names(recipe: Recipe) -> None:
-    """Look up what the recipe names, so that a misspelt one is told now and not hours later.
+    """Look up everything that the recipe names, so that a wrong name fails now and not hours later.
 
     Raises:
-        RecipeError: there is no such optimiser, tracker or scorer.
-        MissingPackageError: a tracker's package, or the one that quantises, is not installed.
-        ModelError: this machine cannot quantise.
+        RecipeError: an optimizer, tracker or scorer does not exist.
+        MissingPackageError: the package of a tracker, of vLLM or of 4-bit weights is not installed.
+        ModelError: this machine does not support 4-bit weights.
     """
     check_optimizer(recipe.train.optimizer, recipe.train.weight_decay, "train.optimizer")
     if recipe.sft is not None:
@@ -115,12 +122,9 @@ def _check_names(recipe: Recipe) -> None:
         check_4bit_support()
 
 
-_ORDER = ("train", "heldout", "sft")
-
-
 def _data_fingerprint(recipe: Recipe) -> dict[str, Any]:
     path = existing_path(recipe.data.path)
-    if path is None and names_a_file(recipe.data.path):  # told before a model is unpacked
+    if path is None and names_a_file(recipe.data.path):  # before a model is unpacked
         raise DataError(f"{recipe.data.path}: no such file")
     if path is not None and path.is_file():
         try:
@@ -131,7 +135,7 @@ def _data_fingerprint(recipe: Recipe) -> dict[str, Any]:
 
 
 def _model_fingerprint(recipe: Recipe) -> dict[str, Any]:
-    """Digests of a model's files, or the commit of one of the hub: another of the same shape is another model."""
+    """The SHA-256 of each file of a local model, or the commit of a hub model."""
     path = resolve_model(recipe.model.path)
     if path is None:
         return {"id": recipe.model.path, "commit": hub_commit(recipe.model)}

@@ -1,6 +1,6 @@
-"""Score: the opponent's log-probabilities of every real and synthetic response in use, once, without gradients.
+"""Reference log-probabilities: the opponent's, of every real and synthetic response in use, without gradients.
 
-From then on nobody needs a second model in memory.
+After this stage training needs no second model in memory.
 """
 
 import logging
@@ -10,11 +10,9 @@ from dataclasses import replace
 
 from spinlm.distributed import processes
 from spinlm.distributed.progress import Advance, track
-from spinlm.model.players import Players, seat
+from spinlm.model.players import Players
 from spinlm.model.prefix_trees import PrefixTree, micro_batches
-from spinlm.recipe.fingerprint import recipe_fingerprint
-from spinlm.recipe.schema import Recipe
-from spinlm.rundir.layout import RunDir
+from spinlm.model.run import Run
 from spinlm.rundir.records import (
     PAIR_SPLITS,
     Example,
@@ -25,85 +23,82 @@ from spinlm.rundir.records import (
     read_pairs,
     write_pairs,
 )
-from spinlm.rundir.stage_graph import START
-from spinlm.stages.generate import splits
+from spinlm.stages.generate import prompt_splits
 from spinlm.utils.atomic import atomic_path
 from spinlm.utils.signals import check_interrupt
 
 log = logging.getLogger("spinlm")
 
-GAP = 0.1  # nats per token between sampler and scorer that rounding does not explain
+MAX_LOGPROB_MISMATCH = 0.1
+"""Mean difference between the engine's log-probabilities and ours, in nats per token, that rounding can explain."""
 
 
-def score(recipe: Recipe, run: RunDir, iteration: int) -> None:
-    """Write the pairs of an iteration, a shard at a time; those that are there and as they were written are kept.
+def reference_logprobs(run: Run, t: int) -> None:
+    """Write the pairs of iteration `t`, one shard at a time. Verified shards are kept.
 
     Training pairs use the newest synthetic responses and those of `selfplay.replay` iterations before; held-out pairs
-    the newest only. A synthetic response equal to the real one carries no gradient: it makes no pair, and is counted.
+    use the newest. A synthetic response that equals the real one carries no gradient: it makes no pair and is counted.
     """
-    if processes.on_rank_zero(run.done, "reference_logprobs", iteration):
-        return
-    processes.on_rank_zero(run.begin, "reference_logprobs", iteration, recipe_fingerprint(recipe, iteration))
-    initial = recipe.objective.name == "t-spin"
-    earlier = range(max(0, iteration - recipe.selfplay.replay), iteration)
-    for source in {*earlier, *((0,) if initial and iteration else ())}:
-        processes.on_rank_zero(run.require, "generate", source)
-    players = seat(recipe, run)
-    players.become(iteration - 1)
-    prefix_sharing = run.metadata("sft", START)["prefix_sharing"]
-    size = recipe.opponent.shard_size
-    examples = {split: RecordFile(run.examples(split), Example) for split in splits(recipe)}
-    shards = [(split, shard) for split, records in examples.items() for shard in range(records.shards(size))]
-    tally = _Tally()
-    with track(f"iteration {iteration}: score", sum(map(len, examples.values())), shared=True) as advance:
-        for split, shard in processes.claim_work(shards):
-            chosen = examples[split].shard(shard, size)
-            generations = [
-                generation
-                for source in ((iteration, *reversed(earlier)) if split == "train" else (iteration,))
-                for generation in read_lines(run.generations(source, split, shard), Generation)
-            ]
-            path = run.pairs(iteration, split, shard)
-            if run.is_verified(path):
-                pairs = [Pair(**row) for row in read_pairs([path]).to_pylist()]
-                advance(len(chosen))
-            else:
-                pairs = _score_shard(recipe, players, chosen, generations, prefix_sharing, advance)
-                if initial and split == "train":
-                    pairs = _with_initial(pairs, read_lines(run.generations(0, split, shard), Generation))
-                with atomic_path(path) as temporary:
-                    write_pairs(temporary, pairs)
-                run.record_digest(path)
-            tally.add(split, iteration, chosen, generations, pairs)
-    tally = _Tally.together(processes.all_gather(tally.counts))
-    if processes.is_main_process():
-        _tell(recipe, iteration, tally)
-    outputs = [run.pairs(iteration, *shard) for shard in shards]
-    processes.on_rank_zero(run.complete, "reference_logprobs", iteration, outputs, **tally.facts())
+    with run.stage("reference_logprobs", t) as stage:
+        if stage.done:
+            return
+        recipe, folder, players = run.recipe, run.folder, run.players
+        needs_initial = recipe.objective.name == "t-spin"
+        earlier = range(max(0, t - recipe.selfplay.replay), t)
+        for source in {*earlier, *((0,) if needs_initial and t else ())}:
+            processes.on_rank_zero(folder.require, "generate", source)
+        players.load(t - 1)
+        size = recipe.opponent.shard_size
+        examples = {split: RecordFile(folder.examples(split), Example) for split in prompt_splits(recipe)}
+        shards = [(split, shard) for split, records in examples.items() for shard in range(records.shards(size))]
+        tally = _Tally()
+        total = sum(map(len, examples.values()))
+        with track(f"iteration {t}: reference log-probabilities", total, shared=True) as advance:
+            for split, shard in processes.claim_work(shards):
+                chosen = examples[split].shard(shard, size)
+                generations = [
+                    generation
+                    for source in ((t, *reversed(earlier)) if split == "train" else (t,))
+                    for generation in read_lines(folder.generations(source, split, shard), Generation)
+                ]
+                path = folder.pairs(t, split, shard)
+                if folder.is_verified(path):
+                    pairs = [Pair(**row) for row in read_pairs([path]).to_pylist()]
+                    advance(len(chosen))
+                else:
+                    pairs = _make_pairs(players, chosen, generations, advance)
+                    if needs_initial and split == "train":
+                        pairs = _with_initial(pairs, read_lines(folder.generations(0, split, shard), Generation))
+                    with atomic_path(path) as temporary:
+                        write_pairs(temporary, pairs)
+                    folder.record_digest(path)
+                tally.add(split, t, chosen, generations, pairs)
+        tally = _Tally.sum(processes.all_gather(tally.counts))
+        if processes.is_main_process():
+            _report(run, t, tally)
+        stage.outputs = [folder.pairs(t, *shard) for shard in shards]
+        stage.metadata = dict(tally.rates())
 
 
-def _tell(recipe: Recipe, iteration: int, tally: "_Tally") -> None:
-    """Say what was scored, and warn where the sampler and we do not agree."""
-    log.info("iteration %d: %s", iteration, tally.summary())
-    gap = max(counts.get("logprob_mismatch_mean", 0.0) for counts in tally.facts().values())
-    if gap > GAP:
+def _report(run: Run, t: int, tally: "_Tally") -> None:
+    """Log the tally, and warn if the engine's log-probabilities differ from ours."""
+    log.info("iteration %d: %s", t, tally.summary())
+    mismatch = max(rates.get("logprob_mismatch_mean", 0.0) for rates in tally.rates().values())
+    if mismatch > MAX_LOGPROB_MISMATCH:
         log.warning(
-            "iteration %d: the log-probabilities of the %s engine differ from ours by %.2f nats per token: another "
-            "model, template, end token or precision there is the usual cause; `spinlm check` shows where they part",
-            iteration,
-            recipe.opponent.engine,
-            gap,
+            "iteration %d: the log-probabilities of the %s engine differ from ours by %.2f nats per token. The usual "
+            "cause is another model, template, end token or precision in the engine; `spinlm check` shows where the "
+            "responses differ",
+            t,
+            run.recipe.opponent.engine,
+            mismatch,
         )
 
 
-def _score_shard(
-    recipe: Recipe,
-    players: Players,
-    examples: list[Example],
-    generations: list[Generation],
-    prefix_sharing: bool,
-    advance: Advance,
+def _make_pairs(
+    players: Players, examples: list[Example], generations: list[Generation], advance: Advance
 ) -> list[Pair]:
+    """Pair the real response of each example with each synthetic one, and compute log p_θt of both."""
     by_id: dict[str, list[Generation]] = defaultdict(list)
     for generation in generations:
         by_id[generation.id].append(generation)
@@ -115,9 +110,10 @@ def _score_shard(
             used.append((example, synthetic))
             trees.append(PrefixTree(example.prompt_ids, (example.response_ids, *(g.token_ids for g in synthetic))))
     pairs: dict[int, list[Pair]] = {}
-    for chosen in micro_batches(trees, recipe.train.tokens_per_micro_batch, prefix_sharing):
+    budget = players.recipe.train.tokens_per_micro_batch
+    for chosen in micro_batches(trees, budget, players.prefix_sharing):
         check_interrupt()
-        logprobs = iter(players.response_logprobs([trees[index] for index in chosen], prefix_sharing))
+        logprobs = iter(players.response_logprobs([trees[index] for index in chosen]))
         for index in chosen:
             example, synthetic = used[index]
             real = next(logprobs)
@@ -135,87 +131,89 @@ def _score_shard(
                 for generation in synthetic
             ]
         advance(len(chosen), sum(len(trees[index]) for index in chosen))
-    advance(len(examples) - len(trees))  # those whose responses all equal the real one
+    advance(len(examples) - len(trees))  # examples whose synthetic responses all equal the real one
     return [pair for index in range(len(trees)) for pair in pairs[index]]
 
 
 def _with_initial(pairs: list[Pair], generations: Iterable[Generation]) -> list[Pair]:
-    """The same pairs with θ_0's response to their prompt, for T-SPIN.
+    """Add θ_0's response to each pair, for T-SPIN.
 
-    Where that is the real one, the synthetic one stands for it: nothing should become likelier than the real one.
+    If θ_0's response is the real one, the synthetic one takes its place: the loss must not push the real one down.
     """
     initial = {(generation.id, generation.sample): generation.token_ids for generation in generations}
 
-    def initial_response(pair: Pair) -> list[int]:
+    def initial_ids(pair: Pair) -> list[int]:
         ids = initial[pair.id, pair.sample]
         return pair.synthetic_ids if ids == pair.real_ids else ids
 
-    return [replace(pair, initial_ids=initial_response(pair)) for pair in pairs]
+    return [replace(pair, initial_ids=initial_ids(pair)) for pair in pairs]
 
 
 class _Tally:
-    """What the shards add up to."""
+    """Counts of responses and pairs, by split."""
 
     def __init__(self) -> None:
         self.counts: dict[str, dict[str, float]] = {}
 
     @classmethod
-    def together(cls, parts: list[dict[str, dict[str, float]]]) -> "_Tally":
-        """What several processes have counted, as one."""
-        whole = cls()
+    def sum(cls, parts: list[dict[str, dict[str, float]]]) -> "_Tally":
+        """Add up the counts of several processes."""
+        total = cls()
         for split in PAIR_SPLITS:
             if counts := [part[split] for part in parts if split in part]:
-                whole.counts[split] = {name: sum(count[name] for count in counts) for name in counts[0]}
-                whole.counts[split]["worst"] = max(count["worst"] for count in counts)
-        return whole
+                total.counts[split] = {name: sum(count[name] for count in counts) for name in counts[0]}
+                total.counts[split]["mismatch_max"] = max(count["mismatch_max"] for count in counts)
+        return total
 
     def add(
-        self, split: str, iteration: int, examples: list[Example], generations: list[Generation], pairs: list[Pair]
+        self, split: str, t: int, examples: list[Example], generations: list[Generation], pairs: list[Pair]
     ) -> None:
+        """Count a shard."""
         real = {example.id: example.response_ids for example in examples}
-        newest = [generation for generation in generations if generation.iteration == iteration]
-        ours = {(pair.id, pair.sample): pair for pair in pairs if pair.source_iteration == iteration}
-        sampled = {(g.id, g.sample): g for g in newest}
-        gaps = [
-            abs(pair.opponent_synthetic - sampled_as) / len(pair.synthetic_ids)
-            for key, pair in ours.items()
-            if (sampled_as := sampled[key].logprob) is not None
+        newest = {(g.id, g.sample): g for g in generations if g.iteration == t}
+        mismatches = [
+            abs(pair.opponent_synthetic - logprob) / len(pair.synthetic_ids)
+            for pair in pairs
+            if pair.source_iteration == t and (logprob := newest[pair.id, pair.sample].logprob) is not None
         ]
         count = self.counts.setdefault(split, defaultdict(float))
         count["pairs"] += len(pairs)
         count["responses"] += len(newest)
-        count["identical"] += sum(g.token_ids == real[g.id] for g in newest)
-        count["unfinished"] += sum(not g.finished for g in newest)
-        count["tokens"] += sum(len(g.token_ids) for g in newest)
-        count["gap"] += sum(gaps)
-        count["gaps"] += len(gaps)
-        count["worst"] = max([count["worst"], *gaps])
+        count["identical"] += sum(g.token_ids == real[g.id] for g in newest.values())
+        count["truncated"] += sum(not g.finished for g in newest.values())
+        count["tokens"] += sum(len(g.token_ids) for g in newest.values())
+        count["mismatch"] += sum(mismatches)
+        count["mismatches"] += len(mismatches)
+        count["mismatch_max"] = max([count["mismatch_max"], *mismatches])
 
-    def facts(self) -> dict[str, dict[str, float]]:
-        """Per split: counts, shares, and how far a sampler's log-probabilities are from ours, per token."""
-        return {
-            split: {
+    def rates(self) -> dict[str, dict[str, float]]:
+        """Counts, rates, and the log-probability mismatch in nats per token, by split."""
+        rates: dict[str, dict[str, float]] = {}
+        for split, count in self.counts.items():
+            responses = count["responses"]
+            rates[split] = {
                 "pairs": int(count["pairs"]),
-                "responses": int(count["responses"]),
-                "identical_rate": count["identical"] / count["responses"],
-                "truncated_rate": count["unfinished"] / count["responses"],
-                "mean_tokens": count["tokens"] / count["responses"],
+                "responses": int(responses),
+                "identical_rate": count["identical"] / responses,
+                "truncated_rate": count["truncated"] / responses,
+                "mean_tokens": count["tokens"] / responses,
             }
-            | (
-                {"logprob_mismatch_mean": count["gap"] / count["gaps"], "logprob_mismatch_max": count["worst"]}
-                if count["gaps"]
-                else {}
-            )
-            for split, count in self.counts.items()
-        }
+            if count["mismatches"]:
+                rates[split]["logprob_mismatch_mean"] = count["mismatch"] / count["mismatches"]
+                rates[split]["logprob_mismatch_max"] = count["mismatch_max"]
+        return rates
 
     def summary(self) -> str:
-        """One line about the training split, or where there is none the held-out one."""
-        split, facts = next(iter(self.facts().items()))
+        """One line about the training split, or about the held-out split if there is no other."""
+        split, rates = next(iter(self.rates().items()))
         pairs = "pairs" if split == "train" else "held-out pairs"
-        gap = facts.get("logprob_mismatch_mean")
+        mismatch = rates.get("logprob_mismatch_mean")
         return (
-            f"{facts['pairs']} {pairs}; {facts['identical_rate']:.1%} of the responses equal the real one, "
-            f"{facts['truncated_rate']:.1%} did not end"
-            + ("" if gap is None else f"; sampler and scorer differ by {gap:.1e} nats per token")
+            f"{rates['pairs']} {pairs}; {rates['identical_rate']:.1%} of the responses equal the real one, "
+            f"{rates['truncated_rate']:.1%} are truncated"
+            + (
+                ""
+                if mismatch is None
+                else f"; log-probabilities of engine and trainer differ by {mismatch:.1e} nats per token"
+            )
         )

@@ -1,72 +1,66 @@
-"""Warm-up: make the starting player θ_0, by supervised fine-tuning where the recipe asks for it."""
+"""SFT: make the starting player θ_0, by supervised fine-tuning if the recipe asks for it."""
 
 import logging
 
-from spinlm.distributed import processes
-from spinlm.evals.heldout_nll import Curve
-from spinlm.model.players import seat
+from spinlm.distributed.processes import on_rank_zero
+from spinlm.evals.heldout import HeldoutNLL
+from spinlm.export.model_card import write_card
 from spinlm.model.prefix_trees import PrefixTree
-from spinlm.recipe.fingerprint import recipe_fingerprint
-from spinlm.recipe.schema import Recipe
-from spinlm.rundir.layout import RunDir
+from spinlm.model.run import Run
 from spinlm.rundir.records import Example, read_lines
 from spinlm.rundir.stage_graph import START
-from spinlm.training.batches import SftItems, sft_objective
+from spinlm.training.batches import SftDataset, sft_loss
 from spinlm.training.step_log import step_recorder
-from spinlm.training.trainer import Fit, fit
+from spinlm.training.trainer import TrainConfig, Trainer
 from spinlm.utils.seeds import derive_seed
 
 log = logging.getLogger("spinlm")
 
 
-def warmup(recipe: Recipe, run: RunDir) -> None:
-    """Make and save θ_0: the model as it came, with a fresh adapter under LoRA, after `sft` if there is one."""
-    if processes.on_rank_zero(run.done, "sft", START):
-        processes.on_rank_zero(run.remove_checkpoints, "sft", START)
-        return
-    processes.on_rank_zero(run.begin, "sft", START, recipe_fingerprint(recipe, START))
-    players = seat(recipe, run)
-    heldout = list(read_lines(run.examples("heldout"), Example))
-    prefix_sharing = players.measure_prefix_sharing(_probe(heldout, recipe.train.max_length))
-    sft = recipe.sft
-    curve = Curve(recipe, run, players, START, prefix_sharing)
-    if sft is not None:
-        split = "train" if sft.prompts is None else "sft"
-
-        def measure(epoch: int) -> bool:
-            known = str(epoch) in curve.values
-            nll = curve.measure(epoch)
-            if not known:  # or told by the run that goes on here
-                log.info("warm-up: held-out NLL %.4f %s", nll, f"after epoch {epoch}" if epoch else "before it")
-            return True
-
-        measure(0)
-        how = Fit.of(
-            recipe.train,
-            epochs=sft.epochs,
-            batch_size=sft.batch_size,
-            learning_rate=sft.learning_rate,
-            optimizer=sft.optimizer,
-            seed=derive_seed(recipe.seed, "warmup"),
-        )
-        fit(
-            players,
-            SftItems(run.examples(split)),
-            sft_objective,
-            how,
-            prefix_sharing=prefix_sharing,
-            checkpoints=run.checkpoints(START),
-            what="warm-up SFT",
-            on_step=step_recorder(players, run, recipe, "sft", START),
-            on_epoch=measure,
-        )
-    players.save(START)
-    facts = {"heldout_nll_by_epoch": curve.values, "prefix_sharing": prefix_sharing}
-    processes.on_rank_zero(run.complete, "sft", START, [run.player(START)], **facts)
-    processes.on_rank_zero(run.remove_checkpoints, "sft", START)
+def sft(run: Run) -> None:
+    """Make and save θ_0: the recipe's model, with a fresh adapter under LoRA, fine-tuned as `sft` says."""
+    with run.stage("sft") as stage:
+        if stage.done:
+            return
+        heldout = list(read_lines(run.folder.examples("heldout"), Example))
+        sharing = run.players.measure_prefix_sharing(_probe_trees(heldout, run.recipe.train.max_length))
+        heldout_nll = HeldoutNLL(run, START)
+        if run.recipe.sft is None:
+            run.players.save(START)
+        else:
+            _fine_tune(run, heldout_nll)
+        on_rank_zero(write_card, run.recipe, START, run.folder.player(START))
+        stage.outputs = [run.folder.player(START)]
+        stage.metadata = {"heldout_nll_by_epoch": heldout_nll.values, "prefix_sharing": sharing}
 
 
-def _probe(examples: list[Example], max_length: int) -> list[PrefixTree]:
+def _fine_tune(run: Run, heldout_nll: HeldoutNLL) -> None:
+    settings = run.recipe.sft
+    assert settings is not None
+
+    def measure(epoch: int) -> bool:
+        is_new = str(epoch) not in heldout_nll.values
+        nll = heldout_nll.measure(epoch)
+        if is_new:
+            log.info("sft: held-out NLL %.4f nats per token %s", nll, f"after epoch {epoch}" if epoch else "at first")
+        return True
+
+    measure(0)
+    config = TrainConfig.from_recipe(
+        run.recipe.train,
+        epochs=settings.epochs,
+        batch_size=settings.batch_size,
+        learning_rate=settings.learning_rate,
+        optimizer=settings.optimizer,
+        seed=derive_seed(run.recipe.seed, "warmup"),
+    )
+    trainer = Trainer(run.players, config, checkpoints=run.folder.checkpoints(START), label="sft")
+    examples = run.folder.examples("train" if settings.prompts is None else "sft")
+    trainer.fit(SftDataset(examples), sft_loss, on_step=step_recorder(run, "sft", START), on_epoch=measure)
+    trainer.save_player(START)
+
+
+def _probe_trees(examples: list[Example], max_length: int) -> list[PrefixTree]:
     """Trees to measure prefix sharing on: the longest prompt and two more, each with its own and another's response."""
     longest = sorted(examples, key=lambda example: -len(example.prompt_ids))[:1]
     chosen = longest + [example for example in examples[:2] if example not in longest]

@@ -3,92 +3,77 @@
 import logging
 from collections.abc import Callable
 
-from spinlm.distributed import processes
+from spinlm.distributed.processes import on_rank_zero
 from spinlm.evals.collapse import detect_collapse
-from spinlm.evals.heldout_nll import Curve
-from spinlm.model.players import seat
-from spinlm.recipe.fingerprint import recipe_fingerprint
-from spinlm.recipe.schema import Recipe, value_at
-from spinlm.rundir.layout import RunDir
+from spinlm.evals.heldout import HeldoutNLL
+from spinlm.export.model_card import write_card
+from spinlm.model.run import Run
+from spinlm.recipe.schema import value_at
 from spinlm.rundir.records import count_shards
 from spinlm.rundir.stage_graph import START
-from spinlm.training.batches import PairItems, SftItems, pair_objective, sft_objective
+from spinlm.training.batches import PairDataset, SftDataset, TrainDataset, pair_loss, sft_loss
 from spinlm.training.step_log import step_recorder
-from spinlm.training.trainer import Fit, Items, Objective, fit
+from spinlm.training.trainer import LossFunction, TrainConfig, Trainer
 from spinlm.utils.atomic import read_json
 from spinlm.utils.seeds import derive_seed
 
 log = logging.getLogger("spinlm")
 
 
-def train(recipe: Recipe, run: RunDir, iteration: int) -> None:
-    """Train the main player of an iteration and save it as θ_{iteration+1}.
+def train(run: Run, t: int) -> None:
+    """Train the main player of iteration `t`, and save it as θ_{t+1}.
 
     Raises:
-        TrainingError: a loss or gradient was not finite.
+        TrainingError: a loss or gradient is not finite.
     """
-    if processes.on_rank_zero(run.done, "train", iteration):
-        processes.on_rank_zero(run.remove_checkpoints, "train", iteration)
-        return
-    processes.on_rank_zero(run.begin, "train", iteration, recipe_fingerprint(recipe, iteration))
-    players = seat(recipe, run)
-    players.become(iteration - 1)
-    settings = recipe.train
-    items, objective = _lesson(recipe, run, iteration)
-    if len(items.sizes) == 0:
-        log.warning("iteration %d: every synthetic response equals the real one; nothing is left to learn", iteration)
-    prefix_sharing = run.metadata("sft", START)["prefix_sharing"]
-    how = Fit.of(
-        settings,
-        learning_rate=value_at(settings.learning_rate, iteration),
-        seed=derive_seed(recipe.seed, "train", iteration),
-    )
-    curve = Curve(recipe, run, players, iteration, prefix_sharing)
-    watch = _watch(recipe, run, curve, iteration)
-    steps = fit(
-        players,
-        items,
-        objective,
-        how,
-        prefix_sharing=prefix_sharing,
-        checkpoints=run.checkpoints(iteration),
-        what=f"iteration {iteration}: train",
-        on_step=step_recorder(players, run, recipe, "train", iteration),
-        on_epoch=watch,
-    )
-    players.save(iteration)
-    facts = {"steps": steps, "pairs": int(items.sizes.sum()), "heldout_nll_by_epoch": curve.values}
-    processes.on_rank_zero(run.complete, "train", iteration, [run.player(iteration)], **facts)
-    processes.on_rank_zero(run.remove_checkpoints, "train", iteration)
+    with run.stage("train", t) as stage:
+        if stage.done:
+            return
+        run.players.load(t - 1)
+        dataset, loss_fn = _dataset_and_loss(run, t)
+        if len(dataset.batch_cost) == 0:
+            log.warning("iteration %d: every synthetic response equals the real one; there is nothing to learn", t)
+        settings = run.recipe.train
+        rate, seed = value_at(settings.learning_rate, t), derive_seed(run.recipe.seed, "train", t)
+        config = TrainConfig.from_recipe(settings, learning_rate=rate, seed=seed)
+        heldout_nll = HeldoutNLL(run, t)
+        trainer = Trainer(run.players, config, checkpoints=run.folder.checkpoints(t), label=f"iteration {t}: train")
+        recorder, guard = step_recorder(run, "train", t), _collapse_guard(run, t, heldout_nll)
+        steps = trainer.fit(dataset, loss_fn, on_step=recorder, on_epoch=guard)
+        trainer.save_player(t)
+        on_rank_zero(write_card, run.recipe, t, run.folder.player(t))
+        stage.outputs = [run.folder.player(t)]
+        pairs = int(dataset.batch_cost.sum())
+        stage.metadata = {"steps": steps, "pairs": pairs, "heldout_nll_by_epoch": heldout_nll.values}
 
 
-def _lesson(recipe: Recipe, run: RunDir, iteration: int) -> tuple[Items, Objective]:
-    """What is trained on, and what is minimised."""
-    if recipe.is_control:  # with as many examples in a step as self-play has prompts
-        return SftItems(run.examples("train"), recipe.num_synthetic(iteration)), sft_objective
-    files = count_shards(run.examples("train"), recipe.opponent.shard_size)
-    paths = [run.pairs(iteration, "train", shard) for shard in range(files)]
-    return PairItems(paths, recipe.train.batch_size), pair_objective(recipe, iteration)
+def _dataset_and_loss(run: Run, t: int) -> tuple[TrainDataset, LossFunction]:
+    recipe, folder = run.recipe, run.folder
+    if recipe.is_control:  # as many examples in a step as self-play has prompts
+        return SftDataset(folder.examples("train"), batch_cost=recipe.num_synthetic(t)), sft_loss
+    shards = count_shards(folder.examples("train"), recipe.opponent.shard_size)
+    paths = [folder.pairs(t, "train", shard) for shard in range(shards)]
+    return PairDataset(paths, recipe.train.batch_size), pair_loss(recipe, t)
 
 
-def _watch(recipe: Recipe, run: RunDir, curve: Curve, iteration: int) -> Callable[[int], bool]:
-    """Looks after each epoch whether the real held-out responses have become too unlikely; training then ends there.
+def _collapse_guard(run: Run, t: int, heldout_nll: HeldoutNLL) -> Callable[[int], bool]:
+    """Make a function that ends training after an epoch in which the held-out NLL has risen beyond the guard's bound.
 
-    The player is saved as it is, evaluated, and shown; `promote` stops the run. The last epoch is left to evaluation,
-    which looks closer.
+    The player is then saved and evaluated, and `promote` stops the run. After the last epoch the evaluate stage
+    decides, which measures more.
     """
-    guard, epochs = recipe.selfplay.guard, recipe.train.epochs
+    guard, epochs = run.recipe.selfplay.guard, run.recipe.train.epochs
     if guard is None or epochs == 1:
         return lambda epoch: True
-    processes.on_rank_zero(run.require, "evaluate", START)
-    start = read_json(run.eval_metrics(START))
+    on_rank_zero(run.folder.require, "evaluate", START)
+    start = read_json(run.folder.eval_metrics(START))
 
-    def sound(epoch: int) -> bool:
+    def continues(epoch: int) -> bool:
         if epoch == epochs:
             return True
-        signs = detect_collapse(guard, start, {"heldout_nll": curve.measure(epoch)})
+        signs = detect_collapse(guard, start, {"heldout_nll": heldout_nll.measure(epoch)})
         if signs:
-            log.warning("iteration %d: collapsing, training ends after epoch %d: %s", iteration, epoch, signs)
+            log.warning("iteration %d: collapse, training ends after epoch %d: %s", t, epoch, signs)
         return not signs
 
-    return sound
+    return continues

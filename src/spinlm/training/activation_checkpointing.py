@@ -1,4 +1,4 @@
-"""How much memory a training step keeps until its backward pass, measured, and how much is free."""
+"""Activation checkpointing: measure what a training step keeps until backward, and recompute if memory is short."""
 
 import logging
 from typing import Any
@@ -14,90 +14,93 @@ from spinlm.utils.hardware import free_memory
 
 log = logging.getLogger("spinlm")
 
-PROBE = 64  # tokens
+PROBE_TOKENS = 64
 
 
 def checkpoint_if_needed(logprobs: LogProbs, recipe: Recipe, prefix_sharing: bool) -> bool:
-    """Turn gradient checkpointing on if the recipe says so, or leaves it open and memory would not suffice otherwise.
+    """Turn activation checkpointing on if the recipe says so, or if it says `auto` and memory would run out without.
+
+    Call this before an optimizer holds any state.
 
     Args:
         logprobs: the model that is about to be trained.
-        recipe: `train.gradient_checkpointing`, and what the largest micro-batch can be.
+        recipe: `train.gradient_checkpointing`, and the size of the largest micro-batch.
         prefix_sharing: whether all responses to a prompt share one row.
 
     Returns:
-        Whether it is on: in all processes, if one of them needs it.
+        Whether checkpointing is on: in all processes if one of them needs it.
     """
-    wanted = recipe.train.gradient_checkpointing
-    if wanted == "auto":
-        switch_checkpointing(logprobs.causal_lm, on=False)
+    model, checkpointing = logprobs.causal_lm, recipe.train.gradient_checkpointing
+    if checkpointing == "auto":
+        switch_checkpointing(model, on=False)
         tokens = recipe.max_micro_batch_tokens(prefix_sharing)
         need = MEMORY_MARGIN * tokens * saved_activation_bytes(logprobs, prefix_sharing, recipe.train.max_length)
-        free = free_bytes(next(logprobs.parameters()).device) - _still_to_come(logprobs, recipe)
-        wanted = any(processes.all_gather(need > free and bool(logprobs.causal_lm.supports_gradient_checkpointing)))
-        if wanted:
+        free = free_bytes(next(logprobs.parameters()).device) - _first_step_bytes(logprobs, recipe)
+        checkpointing = any(processes.all_gather(need > free and bool(model.supports_gradient_checkpointing)))
+        if checkpointing:
             log.info(
-                "gradient checkpointing is on: %d tokens would keep %.1f GB until the backward pass; %.1f GB are free",
+                "gradient checkpointing: on (%d tokens would keep %.1f GB until the backward pass; %.1f GB are free)",
                 *(tokens, need / 1e9, free / 1e9),
             )
-    switch_checkpointing(logprobs.causal_lm, on=wanted)
-    return wanted
+    switch_checkpointing(model, on=checkpointing)
+    return checkpointing
 
 
 def switch_checkpointing(model: Any, *, on: bool) -> None:
-    """Turn gradient checkpointing of a model of transformers on or off."""
+    """Turn activation checkpointing of a transformers model on or off."""
     if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()) == on:
         return
-    if not hasattr(model, "activation_checkpointing_enable"):  # the older name
+    if not hasattr(model, "activation_checkpointing_enable"):  # transformers before 5.20
         kwargs = {"gradient_checkpointing_kwargs": {"use_reentrant": False}}
         model.gradient_checkpointing_enable(**kwargs) if on else model.gradient_checkpointing_disable()
     elif on:
         model.activation_checkpointing_enable()
     else:
         model.activation_checkpointing_disable()
-    if on:  # a hook that other kinds of checkpointing need, and that would stay behind
+    if on:  # transformers adds a hook that reentrant checkpointing needs and that would stay
         model.disable_input_require_grads()
 
 
-def saved_activation_bytes(logprobs: LogProbs, prefix_sharing: bool, row: int) -> float:
-    """Bytes that autograd keeps until the backward pass for each token in a row of some length.
+def saved_activation_bytes(logprobs: LogProbs, prefix_sharing: bool, row_length: int) -> float:
+    """Measure the bytes that autograd saves per token, in a row of `row_length` tokens.
 
-    Measured for three short rows: a token keeps a part of its own, and where attention is not fused one for each token
+    Three short rows are measured. Each token saves a constant part, and without fused attention a part for each token
     of its row.
     """
-    one, two, three = (_kept(logprobs, prefix_sharing, length * PROBE) for length in (1, 2, 3))
-    for_each = max(0.0, (three - 2 * two + one) / (2 * PROBE**2))
-    return (two - one) / PROBE + for_each * (row - 3 * PROBE)
+    one, two, three = (_saved_bytes(logprobs, prefix_sharing, length * PROBE_TOKENS) for length in (1, 2, 3))
+    per_pair = max(0.0, (three - 2 * two + one) / (2 * PROBE_TOKENS**2))
+    return (two - one) / PROBE_TOKENS + per_pair * (row_length - 3 * PROBE_TOKENS)
 
 
-def _kept(logprobs: LogProbs, prefix_sharing: bool, tokens: int) -> int:
-    """Bytes that autograd keeps of one forward pass, weights and all."""
-    kept: dict[int, int] = {}
+def _saved_bytes(logprobs: LogProbs, prefix_sharing: bool, tokens: int) -> int:
+    """The bytes that autograd saves in one forward pass, weights included."""
+    storages: dict[int, int] = {}
 
-    def note(tensor: Tensor) -> Tensor:
+    def record(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
+        storages[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     half = [0] * (tokens // 2)
-    batch = pack_batch([PrefixTree(half, ([*half, 0],))], prefix_sharing).to(next(logprobs.parameters()).device)
+    tree = PrefixTree(half, ([*half, 0],))
+    batch = pack_batch([tree], prefix_sharing).to(next(logprobs.parameters()).device)
     logprobs.train()
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), torch.enable_grad():
+    with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor), torch.enable_grad():
         values = logprobs(batch)
-    del values  # not before: what is kept must not be freed and counted again under the same address
-    return sum(kept.values())
+    del values  # only now: a freed storage could be counted again at the same address
+    return sum(storages.values())
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that can still be had on a device."""
+    """Free memory of a device, in bytes."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
     return free_memory()
 
 
-def _still_to_come(logprobs: LogProbs, recipe: Recipe) -> float:
-    """Bytes that the first step will take for good: gradients, the optimiser's state, a copy in another precision."""
+def _first_step_bytes(logprobs: LogProbs, recipe: Recipe) -> float:
+    """The bytes that the first step allocates for good: gradients, optimizer state, a copy in another precision."""
     trained = [parameter for parameter in logprobs.parameters() if parameter.requires_grad]
     count = sum(parameter.numel() for parameter in trained)
     state = sum(4 * parameter.numel() for parameter in trained if parameter.grad is None)
@@ -105,7 +108,6 @@ def _still_to_come(logprobs: LogProbs, recipe: Recipe) -> float:
     copy = (2 if logprobs.autocast is not None else 0) * count
     if recipe.train.fsdp == "none":
         return state + copy
+    world_size = processes.world_size()
     weights = sum(parameter.nbytes for parameter in logprobs.parameters())
-    return (
-        state / processes.world_size() + copy - weights * (1 - 1 / processes.world_size())
-    )  # most of the weights go to the others
+    return state / world_size + copy - weights * (1 - 1 / world_size)  # sharding frees most of the weights

@@ -1,9 +1,14 @@
-"""What a player is trained on: examples or pairs on disk, a tree for each prompt, and the objective over them."""
+"""What a player trains on: examples or pairs on disk, one tree per prompt, and the loss over them.
+
+Shapes: B pairs, S responses in a micro-batch.
+"""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -13,92 +18,128 @@ from spinlm.model.prefix_trees import PrefixTree
 from spinlm.recipe.schema import Recipe, value_at
 from spinlm.rundir.records import Example, RecordFile, read_lines, read_pairs
 from spinlm.training import objectives
-from spinlm.training.trainer import Item, Total
 
 
-class SftItems:
-    """Examples on disk as trees with one response, weighed by its tokens."""
+@dataclass(frozen=True, slots=True)
+class PairGroup:
+    """The pairs that share a prompt: a tree of the prompt's responses, and which responses form the pairs."""
 
-    def __init__(self, path: Path, size: int = 1):
+    tree: PrefixTree
+    reference_logprobs: tuple[float, ...] = ()  # log p_θt of each response; empty if the loss needs none
+    pairs: tuple[tuple[int, int], ...] = ()  # of each pair: numbers of the real and of the synthetic response
+    initial: tuple[int, ...] = ()  # of each pair: number of θ_0's response; empty if the loss needs none
+
+
+class TrainDataset(Protocol):
+    """Random access to groups on disk."""
+
+    batch_cost: np.ndarray  # [groups] what each counts towards `train.batch_size`
+    loss_weight: np.ndarray  # [groups] what each counts towards the mean of the loss
+
+    def __getitem__(self, index: int) -> PairGroup: ...
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """Sums over a micro-batch: the loss, which carries the gradient, and further metrics."""
+
+    loss: Tensor
+    extra: dict[str, float] = field(default_factory=dict)
+
+
+class SftDataset:
+    """Examples on disk as trees with one response. The weight of an example is its number of response tokens."""
+
+    def __init__(self, path: Path, batch_cost: int = 1):
         """
         Args:
-            path: of the examples.
-            size: what each counts towards a batch.
+            path: the examples.
+            batch_cost: what each example counts towards the batch size.
         """
         self._records = RecordFile(path, Example)
-        self.weights = np.array([len(example.response_ids) for example in read_lines(path, Example)], dtype=np.int64)
-        self.sizes = np.full(len(self.weights), size, dtype=np.int64)
+        self.loss_weight = np.array(
+            [len(example.response_ids) for example in read_lines(path, Example)], dtype=np.int64
+        )
+        self.batch_cost = np.full(len(self.loss_weight), batch_cost, dtype=np.int64)
 
-    def __getitem__(self, index: int) -> Item:
+    def __getitem__(self, index: int) -> PairGroup:
         example = self._records[index]
-        return Item(PrefixTree(example.prompt_ids, (example.response_ids,)))
+        return PairGroup(PrefixTree(example.prompt_ids, (example.response_ids,)))
 
 
-def sft_objective(logprobs: Tensor, items: Sequence[Item]) -> Total:
-    """Negative log-likelihood, summed; per token once it is divided by the items' weights."""
-    return Total(-logprobs.sum())
+def sft_loss(logprobs: Tensor, groups: Sequence[PairGroup]) -> LossOutput:
+    """Negative log-likelihood of the responses, summed over tokens."""
+    return LossOutput(-logprobs.sum())
 
 
-class PairItems:
-    """Pairs on disk, grouped into one tree for each prompt. A group larger than a batch is split."""
+class PairDataset:
+    """Pairs on disk, one group per prompt. A prompt with more pairs than a batch holds makes several groups."""
 
     def __init__(self, paths: Sequence[Path], batch_size: int):
+        """
+        Args:
+            paths: pair files.
+            batch_size: the most pairs in a group.
+        """
         self._table = read_pairs(paths)
-        names = self._table.column("id").to_numpy()
-        starts = np.flatnonzero(np.r_[True, names[1:] != names[:-1]]) if len(names) else np.array([], dtype=np.int64)
+        ids = self._table.column("id").to_numpy()
+        starts = np.flatnonzero(np.r_[True, ids[1:] != ids[:-1]]) if len(ids) else np.array([], dtype=np.int64)
         bounds = [
             (begin, min(begin + batch_size, end))
-            for start, end in pairwise([*starts, len(names)])
+            for start, end in pairwise([*starts, len(ids)])
             for begin in range(start, end, batch_size)
         ]
         self._bounds = np.array(bounds, dtype=np.int64).reshape(-1, 2)
-        self.sizes = self.weights = self._bounds[:, 1] - self._bounds[:, 0]  # pairs
+        self.batch_cost = self.loss_weight = self._bounds[:, 1] - self._bounds[:, 0]  # pairs
 
-    def __getitem__(self, index: int) -> Item:
+    def __getitem__(self, index: int) -> PairGroup:
         begin, end = self._bounds[index]
         rows = self._table.slice(begin, end - begin).to_pylist()
         responses = [rows[0]["real_ids"], *(row["synthetic_ids"] for row in rows)]
-        initial = tuple(_place(responses, row["initial_ids"]) for row in rows if row.get("initial_ids"))
-        opponent = [rows[0]["opponent_real"], *(row["opponent_synthetic"] for row in rows)]
-        opponent += [math.nan] * (len(responses) - len(opponent))  # θ_0's responses: nobody asks
+        initial = tuple(_index_of(row["initial_ids"], responses) for row in rows if row.get("initial_ids"))
+        reference = [rows[0]["opponent_real"], *(row["opponent_synthetic"] for row in rows)]
+        reference += [math.nan] * (len(responses) - len(reference))  # the loss does not read θ_0's
         pairs = tuple((0, number + 1) for number in range(len(rows)))
-        return Item(PrefixTree(rows[0]["prompt_ids"], tuple(responses)), tuple(opponent), pairs, initial)
+        return PairGroup(PrefixTree(rows[0]["prompt_ids"], tuple(responses)), tuple(reference), pairs, initial)
 
 
-def _place(responses: list[list[int]], wanted: list[int]) -> int:
-    """Where a response stands among others; it is added to them if it does not."""
-    if wanted not in responses:
-        responses.append(wanted)
-    return responses.index(wanted)
+def _index_of(response: list[int], responses: list[list[int]]) -> int:
+    """The index of a response; it is appended if it is not in the list."""
+    if response not in responses:
+        responses.append(response)
+    return responses.index(response)
 
 
-def pair_objective(recipe: Recipe, iteration: int) -> Callable[[Tensor, Sequence[Item]], Total]:
-    """The recipe's objective at an iteration, summed over pairs."""
+def pair_loss(recipe: Recipe, t: int) -> Callable[[Tensor, Sequence[PairGroup]], LossOutput]:
+    """Make the loss function of the recipe's objective at iteration `t`, a sum over pairs."""
     settings = recipe.objective
-    beta = value_at(settings.beta, iteration)
 
-    def objective(logprobs: Tensor, items: Sequence[Item]) -> Total:
+    def loss_fn(logprobs: Tensor, groups: Sequence[PairGroup]) -> LossOutput:
         device = logprobs.device
-        opponent = torch.tensor([value for item in items for value in item.opponent], device=device)  # [S]
-        tokens = torch.tensor([len(response) for item in items for response in item.tree.responses], device=device)
-        real, synthetic, initial = pair_indices(items).to(device)  # [B] each
-        four = (logprobs[real], logprobs[synthetic], opponent[real], opponent[synthetic])
+        reference = torch.tensor(
+            [value for group in groups for value in group.reference_logprobs], device=device
+        )  # [S]
+        lengths = torch.tensor([len(ids) for group in groups for ids in group.tree.responses], device=device)  # [S]
+        real, synthetic, initial = pair_indices(groups).to(device)  # [B] each
+        four = (logprobs[real], logprobs[synthetic], reference[real], reference[synthetic])
         match settings.name:
             case "spin":
-                lengths = (tokens[real], tokens[synthetic]) if settings.length_normalize else None
-                loss = objectives.spin(*four, beta=beta, loss=settings.link, tokens=lengths)
+                tokens = (lengths[real], lengths[synthetic]) if settings.length_normalize else None
+                beta = value_at(settings.beta, t)
+                loss = objectives.spin(*four, beta=beta, link=settings.link, tokens=tokens)
             case "dpo-positive":
-                loss = objectives.dpo_positive(*four, beta=beta, penalty=settings.dpop_lambda)
+                beta = value_at(settings.beta, t)
+                loss = objectives.dpo_positive(*four, beta=beta, dpop_lambda=settings.dpop_lambda)
             case "space":
                 loss = objectives.space(*four, mu=settings.mu)
             case "t-spin":
-                weight = settings.history_weight
                 three = (logprobs[real], logprobs[synthetic], logprobs[initial])
-                loss = objectives.t_spin(*three, beta=beta, history_weight=weight, loss=settings.link)
+                beta, weight = value_at(settings.beta, t), settings.history_weight
+                loss = objectives.t_spin(*three, beta=beta, history_weight=weight, link=settings.link)
             case _:
                 raise AssertionError(f"{settings.name} is not an objective over pairs")
         margin = objectives.margin(*four).detach()
-        nll = objectives.mean_nll(logprobs[real], tokens[real])  # [B]
+        nll = objectives.mean_nll(logprobs[real], lengths[real])  # [B]
         if settings.nll_weight:
             loss = loss + settings.nll_weight * nll
         extra = {
@@ -106,23 +147,54 @@ def pair_objective(recipe: Recipe, iteration: int) -> Callable[[Tensor, Sequence
             "accuracy": (margin > 0).sum().item(),
             "real_nll": nll.sum().item(),
         }
-        return Total(loss.sum(), extra)
+        return LossOutput(loss.sum(), extra)
 
-    return objective
+    return loss_fn
 
 
-def pair_indices(items: Sequence[Item]) -> Tensor:
-    """Which of the micro-batch's responses are the real, the synthetic and θ_0's one of each pair: [3, B].
+def pair_indices(groups: Sequence[PairGroup]) -> Tensor:
+    """The numbers of the real, the synthetic and θ_0's response of each pair in the micro-batch: [3, B].
 
-    Where a pair has no response of θ_0 beside it, its synthetic one stands for it.
+    For a pair without a response of θ_0, the synthetic response takes its place.
     """
     indices = []
-    before = 0
-    for item in items:
-        initial = item.initial or [synthetic for _, synthetic in item.pairs]
+    offset = 0
+    for group in groups:
+        initial = group.initial or [synthetic for _, synthetic in group.pairs]
         indices += [
-            (before + real, before + synthetic, before + first)
-            for (real, synthetic), first in zip(item.pairs, initial, strict=True)
+            (offset + real, offset + synthetic, offset + first)
+            for (real, synthetic), first in zip(group.pairs, initial, strict=True)
         ]
-        before += len(item.tree.responses)
+        offset += len(group.tree.responses)
     return torch.tensor(indices).T
+
+
+def plan_steps(batch_cost: np.ndarray, batch_size: int, epochs: int, seed: int) -> list[tuple[int, np.ndarray]]:
+    """Decide which groups each optimizer step takes: every group once per epoch, in an order that the seed gives.
+
+    Args:
+        batch_cost: [groups] what each group counts towards a batch.
+        batch_size: the most that a step takes; a group that exceeds it is alone in its step.
+        epochs: number of epochs.
+        seed: decides the order.
+
+    Returns:
+        The epoch and the group indices of each step.
+    """
+    steps = []
+    for epoch in range(epochs):
+        order = np.random.default_rng([seed, epoch]).permutation(len(batch_cost))
+        for chosen in _split(order, batch_cost, batch_size):
+            steps.append((epoch, chosen))
+    return steps
+
+
+def _split(order: np.ndarray, batch_cost: np.ndarray, batch_size: int) -> Iterator[np.ndarray]:
+    begin = filled = 0
+    for place, index in enumerate(order):
+        if place > begin and filled + batch_cost[index] > batch_size:
+            yield order[begin:place]
+            begin, filled = place, 0
+        filled += batch_cost[index]
+    if begin < len(order):
+        yield order[begin:]

@@ -1,4 +1,4 @@
-"""What the main player minimises: pure functions of per-response log-probabilities.
+"""What the main player minimizes: pure functions of per-response log-probabilities.
 
 Shapes: B pairs. Every log-probability is the sum over a response's tokens, its end-of-turn token included.
 """
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
+LINKS: dict[str, Callable[[Tensor], Tensor]] = {
     # SPIN (arXiv 2401.01335), section 4.1: ℓ is any monotonically decreasing convex function of the margin.
     "logistic": lambda z: F.softplus(-z),  # log(1 + e^−z)
     "hinge": lambda z: F.relu(1 - z),  # max(0, 1 − z)
@@ -30,7 +30,7 @@ def spin(
     opponent_synthetic: Tensor,
     *,
     beta: float,
-    loss: str = "logistic",
+    link: str = "logistic",
     tokens: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """The SPIN objective, ℓ(β [r(y) − r(y')]) with r(y) = log p_θ(y|x) − log p_θt(y|x).
@@ -45,7 +45,7 @@ def spin(
         opponent_real: [B] log p_θt(y|x).
         opponent_synthetic: [B] log p_θt(y'|x).
         beta: λ in the paper.
-        loss: ℓ, one of `LOSSES`.
+        link: ℓ, one of `LINKS`.
         tokens: [B] |y| and [B] |y'|, for r(y) / |y| and r(y') / |y'| in place of the sums.
 
     Returns:
@@ -54,7 +54,7 @@ def spin(
     ratio, other = real - opponent_real, synthetic - opponent_synthetic
     if tokens is not None:
         ratio, other = ratio / tokens[0], other / tokens[1]
-    return LOSSES[loss](beta * (ratio - other))
+    return LINKS[link](beta * (ratio - other))
 
 
 def dpo_positive(
@@ -64,14 +64,14 @@ def dpo_positive(
     opponent_synthetic: Tensor,
     *,
     beta: float,
-    penalty: float,
+    dpop_lambda: float,
 ) -> Tensor:
     """DPO-Positive, −log σ(β [r(y) − r(y') − λ max(0, −r(y))]): a real response that becomes less likely costs.
 
-    Smaug (arXiv 2402.13228), equation 3; its λ is `penalty`. Shapes and the other arguments as in `spin`.
+    Smaug (arXiv 2402.13228), equation 3; its λ is `dpop_lambda`. Shapes and the other arguments as in `spin`.
     """
     ratio, other = real - opponent_real, synthetic - opponent_synthetic  # r(y), r(y')
-    return F.softplus(-beta * (ratio - other - penalty * F.relu(-ratio)))
+    return F.softplus(-beta * (ratio - other - dpop_lambda * F.relu(-ratio)))
 
 
 def space(real: Tensor, synthetic: Tensor, opponent_real: Tensor, opponent_synthetic: Tensor, *, mu: float) -> Tensor:
@@ -95,7 +95,7 @@ def t_spin(
     *,
     beta: float,
     history_weight: float,
-    loss: str = "logistic",
+    link: str = "logistic",
 ) -> Tensor:
     """T-SPIN, ℓ(β [log p_θ(y|x) − log p_θ(y'|x)]) + w ℓ(β [log p_θ(y'|x) − log p_θ(y₀|x)]), without a reference.
 
@@ -108,12 +108,12 @@ def t_spin(
         initial: [B] log p_θ(y₀|x).
         beta: scale of the differences.
         history_weight: of the second term.
-        loss: ℓ, one of `LOSSES`.
+        link: ℓ, one of `LINKS`.
 
     Returns:
         [B] the loss of each pair.
     """
-    step = LOSSES[loss]
+    step = LINKS[link]
     return step(beta * (real - synthetic)) + history_weight * step(beta * (synthetic - initial))
 
 

@@ -1,13 +1,14 @@
-"""Training in several processes: each has the whole model (DDP), or all of them have one between them (FSDP2).
+"""How the processes of a run train together: each holds the whole model (DDP), or a shard of it (FSDP2).
 
-With DDP (arXiv 2006.15704) each process keeps everything and gradients are averaged once a step. With FSDP2 (PyTorch's
-`fully_shard`, after arXiv 2304.11277) weights, gradients and optimiser state are divided: each layer is gathered when
-it is needed and let go of afterwards. Either way a step's gradient is what a single process would have computed.
+DDP (arXiv 2006.15704): each process holds all weights, gradients and optimizer state; gradients are averaged once per
+step. FSDP2 (PyTorch's `fully_shard`, after arXiv 2304.11277): weights, gradients and optimizer state are sharded; the
+weights of a layer are gathered when the layer is computed and freed afterwards. Either way the gradient of a step equals
+the gradient that one process would compute.
 """
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,126 +19,139 @@ from spinlm.model.logprobs import LogProbs
 from spinlm.model.prefix_trees import PrefixTree
 
 OptimizerState = dict[int, dict[str, Any]]
-"""By the number of the parameter, as a state dict of torch.optim has it; tensors are whole."""
+"""State by parameter number, as in a state dict of torch.optim; tensors are full, not sharded."""
 
 
-class Parallel:
-    """A model as the processes train it together, each with all of it; on its own, the model."""
+class DDPStrategy:
+    """Each process holds the whole model. A single process trains the bare module."""
 
-    divided = False
-    """Whether weights or gradients are divided over the processes: all then run equally often, and whoever needs a
-    whole tensor has to ask for it."""
+    is_sharded = False
+    """Whether the weights are sharded. If they are, all processes run the same number of forward passes."""
 
     module: Any
+    """The log-probability module to call in training."""
 
-    def __init__(self, logprobs: LogProbs, accelerator: Any):
+    def __init__(self, logprobs: LogProbs):
         """
         Args:
-            logprobs: with the same weights in every process.
-            accelerator: wraps the model for DDP.
+            logprobs: the model, with the same weights in every process.
         """
-        self.module = accelerator.prepare_model(logprobs)
+        self.module = logprobs
+        if processes.world_size() > 1:
+            device = next(logprobs.parameters()).device
+            self.module = nn.parallel.DistributedDataParallel(
+                logprobs,
+                device_ids=[device.index] if device.type == "cuda" else None,
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+            )
 
-    def begin(self, optimizer: torch.optim.Optimizer, max_grad_norm: float, state: OptimizerState) -> None:
-        """Take an optimiser over the module's parameters, and the state to go on from, which may be empty."""
+    def set_up(self, optimizer: torch.optim.Optimizer, max_grad_norm: float, state: OptimizerState) -> None:
+        """Take the optimizer of the module's parameters, and restore its state; `state` may be empty."""
         self.optimizer, self.max_grad_norm = optimizer, max_grad_norm
-        optimizer.zero_grad()  # of a fit that failed in this process
+        optimizer.zero_grad()  # an earlier training in this process may have failed and left gradients
         if state:
             optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
     @contextlib.contextmanager
-    def micro_batch(self, last: bool) -> Iterator[None]:
-        """Forward and backward of one of a step's micro-batches. Gradients are exchanged with the last one."""
+    def micro_batch(self, *, last: bool) -> Iterator[None]:
+        """Enclose forward and backward of a micro-batch. The last micro-batch of a step exchanges the gradients."""
         with contextlib.nullcontext() if processes.world_size() == 1 or last else self.module.no_sync():
             yield
 
-    def backward(self, loss: Tensor) -> None:
-        """Add to the gradients."""
-        loss.backward()
-
-    def step(self, sound: bool) -> float:
-        """Scale the gradients down to the largest norm allowed, and take the optimiser's step.
+    def step(self, *, is_finite: bool) -> float:
+        """Clip the gradients, take the optimizer's step, and zero the gradients.
 
         Args:
-            sound: whether the loss was finite. If it was not, or the gradients are not, no step is taken.
+            is_finite: whether the loss is finite. No step is taken if the loss or a gradient is not.
 
         Returns:
-            The norm that the gradients had.
+            The norm of the gradients before clipping.
         """
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         total: Any = nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
         norm = float(total.full_tensor() if hasattr(total, "full_tensor") else total)
-        if sound and math.isfinite(norm):
+        if is_finite and math.isfinite(norm):
             self.optimizer.step()
         self.optimizer.zero_grad()
         return norm
 
-    def whole(self, tensor: Tensor) -> Tensor | None:
-        """One of the module's tensors or the optimiser's, whole and in the first process's memory; None in the others.
+    def full_tensor(self, tensor: Tensor) -> Tensor | None:
+        """The full tensor in the memory of process 0, None in the other processes.
 
         All processes call this for the same tensors in the same order.
         """
         return tensor.detach().cpu().contiguous() if processes.is_main_process() else None
 
-    def state(self) -> OptimizerState:
-        """The optimiser's state, with whole tensors in the first process."""
+    def full_tensors(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
+        """`full_tensor` of each tensor, by name."""
+        return {name: self.full_tensor(tensor) for name, tensor in tensors.items()}
+
+    def optimizer_state(self) -> OptimizerState:
+        """The state of the optimizer, with full tensors in process 0."""
         return {
-            index: {key: self.whole(value) if isinstance(value, Tensor) else value for key, value in state.items()}
+            index: {
+                key: self.full_tensor(value) if isinstance(value, Tensor) else value for key, value in state.items()
+            }
             for index, state in self.optimizer.state_dict()["state"].items()
         }
 
-    def end(self) -> None:
-        """Before the model is let go of."""
 
+class FSDPStrategy(DDPStrategy):
+    """The model sharded over the processes by FSDP2. Gradients are exchanged in every micro-batch."""
 
-class Sharded(Parallel):
-    """The model divided over the processes by FSDP2. Gradients are exchanged in each micro-batch, since nobody has room
-    for all of them."""
+    is_sharded = True
 
-    divided = True
-
-    def __init__(self, logprobs: LogProbs, *, again: bool):
+    def __init__(self, logprobs: LogProbs, *, reshard_after_forward: bool):
         """
         Args:
-            logprobs: with the same weights in every process; its parameters are replaced.
-            again: weights are gathered `again` for backward, or stay from forward on.
+            logprobs: the model, with the same weights in every process; its parameters are replaced by shards.
+            reshard_after_forward: free the gathered weights after forward and gather them again for backward.
         """
         from torch.distributed.fsdp import fully_shard
 
         layers = set(getattr(logprobs.causal_lm, "_no_split_modules", None) or ())
         for module in logprobs.causal_lm.modules():
             if type(module).__name__ in layers:
-                fully_shard(module, reshard_after_forward=again)
-        # The rest (embeddings, head, last norm) is one group, gathered for the whole of forward and backward: the head
-        # is read outside its own forward.
+                fully_shard(module, reshard_after_forward=reshard_after_forward)
+        # Embeddings, head and last norm are one group, gathered for all of forward and backward: LogProbs reads the
+        # head's weight outside the head's own forward.
         self.module = fully_shard(logprobs, reshard_after_forward=False)
 
-    def begin(self, optimizer: torch.optim.Optimizer, max_grad_norm: float, state: OptimizerState) -> None:
+    def set_up(self, optimizer: torch.optim.Optimizer, max_grad_norm: float, state: OptimizerState) -> None:
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         for index, values in state.items():
-            like = parameters[index]
+            parameter = parameters[index]
             for key, value in values.items():
-                if isinstance(value, Tensor) and value.shape == like.shape:
-                    values[key] = _divide(value, like)
-        super().begin(optimizer, max_grad_norm, state)
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                    values[key] = _shard_like(value, parameter)
+        super().set_up(optimizer, max_grad_norm, state)
 
     @contextlib.contextmanager
-    def micro_batch(self, last: bool) -> Iterator[None]:
+    def micro_batch(self, *, last: bool) -> Iterator[None]:
         yield
 
-    def whole(self, tensor: Tensor) -> Tensor | None:
-        return super().whole(tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor)
+    def full_tensor(self, tensor: Tensor) -> Tensor | None:
+        return super().full_tensor(tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor)
 
 
-def _divide(full: Tensor, like: Any) -> Tensor:
-    """A whole tensor, divided over the processes as another one is."""
+def make_strategy(logprobs: LogProbs, fsdp: str) -> DDPStrategy:
+    """The strategy that the recipe's `train.fsdp` names. A single process does not shard."""
+    if fsdp == "none" or processes.world_size() == 1:
+        return DDPStrategy(logprobs)
+    return FSDPStrategy(logprobs, reshard_after_forward=fsdp == "full_shard")
+
+
+def _shard_like(full: Tensor, parameter: Any) -> Tensor:
+    """Shard a full tensor as a parameter is sharded."""
     from torch.distributed.tensor import distribute_tensor
 
-    return distribute_tensor(full.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+    device_mesh, placements = parameter.device_mesh, parameter.placements
+    return distribute_tensor(full.to(parameter.device), device_mesh, placements, src_data_rank=None)
 
 
-def totals(values: dict[str, float]) -> dict[str, float]:
-    """The sum of each value over the processes."""
+def all_reduce_sum(values: dict[str, float]) -> dict[str, float]:
+    """Sum each value over the processes."""
     if processes.world_size() == 1:
         return values
     import torch.distributed as dist
@@ -147,12 +161,12 @@ def totals(values: dict[str, float]) -> dict[str, float]:
     return dict(zip(values, sums.tolist(), strict=True))
 
 
-def share(trees: Sequence[PrefixTree], processes: int) -> list[list[int]]:
-    """Divide trees over processes, as indices: the longest first, each to whoever has the least to do."""
-    shares: list[list[int]] = [[] for _ in range(processes)]
-    loads = [0] * processes
+def balance_by_tokens(trees: Sequence[PrefixTree], parts: int) -> list[list[int]]:
+    """Divide trees into parts of about equal tokens, as indices: the longest first, each to the smallest part."""
+    shares: list[list[int]] = [[] for _ in range(parts)]
+    tokens = [0] * parts
     for index in sorted(range(len(trees)), key=lambda index: (-len(trees[index]), index)):
-        least = loads.index(min(loads))
-        shares[least].append(index)
-        loads[least] += len(trees[index])
+        smallest = tokens.index(min(tokens))
+        shares[smallest].append(index)
+        tokens[smallest] += len(trees[index])
     return [sorted(indices) for indices in shares]

@@ -1,72 +1,101 @@
-"""What is measured, as it is measured: a line in train_log.jsonl for each optimiser step, and a call to the trackers for
-it and for each player."""
+"""The training log: one line in train_log.jsonl per optimizer step, and the same numbers for the trackers."""
 
 import json
 from collections.abc import Callable
 from typing import Any
 
 from spinlm.distributed import processes
-from spinlm.model.players import Players
-from spinlm.recipe.schema import Recipe
+from spinlm.errors import MissingPackageError, RecipeError
+from spinlm.model.run import Run
 from spinlm.rundir.layout import RunDir
 from spinlm.utils.atomic import atomic_file
 
 
-def step_recorder(
-    players: Players, run: RunDir, recipe: Recipe, stage: str, iteration: int
-) -> Callable[[dict[str, Any]], None]:
-    """A function that records the measurements of a step. Lines of steps that are done again are replaced."""
+def step_recorder(run: Run, stage: str, t: int) -> Callable[[dict[str, Any]], None]:
+    """Make a function that records the measurements of a step. It replaces the lines of steps that are repeated."""
     if not processes.is_main_process():
         return lambda measured: None
-    track = tracker(players, run, recipe, stage, iteration)
-    lines: int | None = None  # in the file, once its old lines are gone
+    track = tracker(run, stage, t)
+    lines: int | None = None  # in the file, once the lines of repeated steps are removed
 
     def record(measured: dict[str, Any]) -> None:
         nonlocal lines
         if lines is None:
-            lines = _forget(run, stage, iteration, int(measured["step"]))
+            lines = _remove_repeated(run.folder, stage, t, int(measured["step"]))
         lines += 1
-        line = {"stage": stage, "iteration": iteration, **measured}
-        with run.train_log.open("a", encoding="utf-8") as file:
+        line = {"stage": stage, "iteration": t, **measured}
+        with run.folder.train_log.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         track({name: value for name, value in measured.items() if name not in ("step", "steps")}, lines)
 
     return record
 
 
-def tracker(
-    players: Players, run: RunDir, recipe: Recipe, stage: str, iteration: int
-) -> Callable[[dict[str, Any], int], None]:
-    """A function that gives the recipe's trackers what was measured in a stage, and after which optimiser step of the
-    run. Called in the first process alone."""
-    if not recipe.report_to:
+def tracker(run: Run, stage: str, t: int) -> Callable[[dict[str, Any], int], None]:
+    """Make a function `track(metrics, step)` that hands metrics to the recipe's trackers.
+
+    Call it in process 0 only. `step` counts the optimizer steps of the whole run.
+    """
+    if not run.recipe.report_to:
         return lambda measured, step: None
-    accelerator = players.accelerator
-    if not accelerator.trackers:
-        name = run.root.absolute().name
-        own = {"wandb": {"name": name, "dir": str(run.root)}, "trackio": {"name": name, "resume": "allow"}}
-        accelerator.init_trackers("spinlm", {"recipe": json.dumps(recipe.model_dump(mode="json"))}, own)
+    accelerator = _trackers(run)
 
     def track(measured: dict[str, Any], step: int) -> None:
         numbers = {f"{stage}/{name}": value for name, value in measured.items() if isinstance(value, int | float)}
-        accelerator.log({**numbers, "iteration": iteration}, step=step)
+        accelerator.log({**numbers, "iteration": t}, step=step)
 
     return track
 
 
-def _forget(run: RunDir, stage: str, iteration: int, step: int) -> int:
-    """Remove the lines of this stage from a step on, and what is no line of ours; returns how many are left."""
-    if not run.train_log.exists():
+def _trackers(run: Run) -> Any:
+    """An Accelerator with the recipe's trackers. A run starts its trackers once and closes them when it ends."""
+    if run.accelerator is None:
+        from accelerate import Accelerator
+
+        check_trackers(run.recipe.report_to)
+        cpu = run.players.device.type == "cpu"
+        accelerator = Accelerator(cpu=cpu, log_with=list(run.recipe.report_to), project_dir=run.folder.root)
+        name = run.folder.root.absolute().name
+        settings = {"wandb": {"name": name, "dir": str(run.folder.root)}, "trackio": {"name": name, "resume": "allow"}}
+        accelerator.init_trackers("spinlm", {"recipe": json.dumps(run.recipe.model_dump(mode="json"))}, settings)
+        run.accelerator = accelerator
+    return run.accelerator
+
+
+def check_trackers(names: list[str]) -> None:
+    """Make sure that Accelerate knows the trackers and that their packages are installed.
+
+    Raises:
+        RecipeError: a tracker is unknown.
+        MissingPackageError: the package of a tracker is not installed.
+    """
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    known = {str(name) for name in LOGGER_TYPE_TO_CLASS}
+    available = {str(name) for name in get_available_trackers()}
+    for name in names:
+        if name not in known:
+            raise RecipeError(f"report_to: Accelerate knows no tracker {name!r}; known: {', '.join(sorted(known))}")
+        if name not in available:
+            package = name.replace("_", "-")
+            raise MissingPackageError(
+                f"report_to: {name} needs a package that is not installed. Run: pip install {package}"
+            )
+
+
+def _remove_repeated(folder: RunDir, stage: str, t: int, step: int) -> int:
+    """Remove the stage's lines from `step` on, and damaged lines; return how many lines are left."""
+    if not folder.train_log.exists():
         return 0
     kept = []
-    for text in run.train_log.read_text(encoding="utf-8", errors="replace").split("\n"):
+    for text in folder.train_log.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             line = json.loads(text)
-            again = (line["stage"], line["iteration"]) == (stage, iteration) and line["step"] >= step
-        except (ValueError, KeyError, TypeError):  # cut off, or damaged
+            is_repeated = (line["stage"], line["iteration"]) == (stage, t) and line["step"] >= step
+        except (ValueError, KeyError, TypeError):  # truncated or damaged
             continue
-        if not again:
+        if not is_repeated:
             kept.append(text + "\n")
-    with atomic_file(run.train_log, "w") as file:
+    with atomic_file(folder.train_log, "w") as file:
         file.writelines(kept)
     return len(kept)

@@ -1,20 +1,22 @@
-"""The optimisation loop: minimise an objective over trees, one optimiser step after the other.
+"""The training loop: minimize a loss over prefix trees, one optimizer step at a time.
 
-A step is a set of items, fixed by the seed alone, and its gradient is the same however it is split into micro-batches
-and over processes. A checkpoint holds all that the next step depends on, so a run that is killed and continued ends, on
-a CPU, in the same weights to the bit.
+The seed alone decides which groups a step takes. The gradient of a step does not depend on how the step is split into
+micro-batches and processes. A checkpoint holds everything that the next step depends on: on a CPU, a run that was killed
+and resumed ends with the same weights to the bit.
+
+Shapes: S responses in a micro-batch.
 """
 
+import contextlib
 import gc
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,53 +24,28 @@ from spinlm.distributed import processes
 from spinlm.distributed.progress import track
 from spinlm.errors import StoppedError, TrainingError, is_out_of_memory
 from spinlm.model.players import Players
-from spinlm.model.prefix_trees import PrefixTree, micro_batches, pack_batch
+from spinlm.model.prefix_trees import PackedBatch, micro_batches, pack_batch
 from spinlm.recipe.schema import Train
-from spinlm.training.checkpoints import newest, resume, save_checkpoint
+from spinlm.training.activation_checkpointing import checkpoint_if_needed
+from spinlm.training.batches import LossOutput, PairGroup, TrainDataset, plan_steps
+from spinlm.training.checkpoints import load_checkpoint, newest_checkpoint, save_checkpoint
 from spinlm.training.optimizers import make_optimizer
-from spinlm.training.parallel import Parallel, share, totals
+from spinlm.training.parallel import all_reduce_sum, balance_by_tokens, make_strategy
+from spinlm.training.schedule import learning_rate_at, set_learning_rate
 from spinlm.utils.seeds import derive_seed
 from spinlm.utils.signals import check_interrupt, defer_interrupts, interrupt_requested
 
 log = logging.getLogger("spinlm")
 
-SHOWN = ("loss", "margin")  # while a fit is under way
+PROGRESS_METRICS = ("loss", "margin")
 
-
-@dataclass(frozen=True, slots=True)
-class Item:
-    """A tree, and what the opponent said of its responses (empty where the objective needs no opponent)."""
-
-    tree: PrefixTree
-    opponent: tuple[float, ...] = ()  # log p_θt of each response
-    pairs: tuple[tuple[int, int], ...] = ()  # which responses are a real and a synthetic one of a pair
-    initial: tuple[int, ...] = ()  # which is θ_0's, for each pair; empty where the objective needs none
-
-
-class Items(Protocol):
-    """Random access to what an objective is trained on, without holding it in memory."""
-
-    sizes: np.ndarray  # [items] what each counts towards a batch
-    weights: np.ndarray  # [items] what each counts towards the mean
-
-    def __getitem__(self, index: int) -> Item: ...
+LossFunction = Callable[[Tensor, Sequence[PairGroup]], LossOutput]
+"""`loss_fn(logprobs, groups)`: from log p(y|x) of the responses [S], in the order of the groups, to sums."""
 
 
 @dataclass(frozen=True)
-class Total:
-    """Sums over a micro-batch. `loss` carries the gradient; `extra` are sums of further things to show."""
-
-    loss: Tensor
-    extra: dict[str, float] = field(default_factory=dict)
-
-
-Objective = Callable[[Tensor, Sequence[Item]], Total]
-"""From the responses' log-probabilities [S], in the order of the items' responses, to sums."""
-
-
-@dataclass(frozen=True)
-class Fit:
-    """How an objective is minimised: the fields of the recipe's `train`, at one iteration, and a seed."""
+class TrainConfig:
+    """The fields of the recipe's `train` at one iteration, and a seed."""
 
     epochs: int
     batch_size: int
@@ -83,207 +60,251 @@ class Fit:
     seed: int
 
     @classmethod
-    def of(cls, train: Train, **own: Any) -> "Fit":
-        """The recipe's settings, and what is the caller's own: at least `learning_rate` and `seed`."""
+    def from_recipe(cls, train: Train, **overrides: Any) -> "TrainConfig":
+        """Take the recipe's fields, and `overrides`: at least `learning_rate` and `seed`."""
         shared = {field.name: getattr(train, field.name) for field in fields(cls) if hasattr(train, field.name)}
-        return cls(**(shared | own))
+        return cls(**(shared | overrides))
 
 
-def fit(
-    players: Players,
-    items: Items,
-    objective: Objective,
-    how: Fit,
-    *,
-    prefix_sharing: bool,
-    checkpoints: Path,
-    what: str,
-    on_step: Callable[[dict[str, float]], None],
-    on_epoch: Callable[[int], bool] = lambda epoch: True,
-) -> int:
-    """Minimise the mean of an objective; the weights of `players` change in place. Returns the number of steps done.
+class Trainer:
+    """Trains the model of `players` in place."""
 
-    Args:
-        players: in the weights to start from.
-        items: what to train on.
-        objective: what to minimise, as sums over items; the mean is over `items.weights`.
-        how: the recipe's settings.
-        prefix_sharing: whether all responses to a prompt share one row.
-        checkpoints: folder to resume from and to save to; the newest checkpoint in it wins.
-        what: for the progress display.
-        on_step: called after each optimiser step with what was measured.
-        on_epoch: called after each epoch with its number, the checkpoint saved, and once more where a run goes on from
-            there; returns whether to go on.
+    def __init__(self, players: Players, config: TrainConfig, *, checkpoints: Path, label: str):
+        """
+        Args:
+            players: the players, with the weights to start from.
+            config: the settings.
+            checkpoints: folder of the checkpoints; training resumes from the newest one.
+            label: name of the training, for progress and messages.
+        """
+        self.players, self.config = players, config
+        self.checkpoints, self.label = checkpoints, label
+        self.token_budget = config.tokens_per_micro_batch
 
-    Raises:
-        TrainingError: a loss or gradient was not finite. The last checkpoint is untouched.
-        StoppedError: the user asked to stop. The state of the last complete step has been saved.
-    """
-    steps = plan_steps(items.sizes, how.batch_size, how.epochs, how.seed)
-    players.make_room(prefix_sharing)
-    players.changed()  # first, as one that is damaged may be loaded in part
-    begin, state = resume(checkpoints, players)
-    parallel = players.parallel()
-    trained = (parameter for _, parameter in players.parameters())
-    optimizer = make_optimizer(how.optimizer, trained, how.learning_rate, how.weight_decay)
-    parallel.begin(optimizer, how.max_grad_norm, state)
-    parallel.module.train()
-    stop, budget = False, how.tokens_per_micro_batch
-    with track(what, len(steps), already=begin) as advance:
-        for step in range(begin, len(steps)):
-            epoch, chosen = steps[step]
-            if step > 0 and steps[step - 1][0] < epoch:
-                if not on_epoch(epoch):
-                    return step
-                parallel.module.train()  # whatever was measured there
-            began = time.perf_counter()
-            rate = set_learning_rate(optimizer, learning_rate_at(step, len(steps), how))
-            batch = [items[index] for index in chosen]
-            backward = _Backward(parallel, objective, prefix_sharing, weight=float(items.weights[chosen].sum()))
-            try:
-                if stop:
-                    raise StoppedError("stopped as asked; run the same command again to continue")
-                while (measured := backward.if_it_fits(batch, budget, derive_seed(how.seed, step))) is None:
-                    optimizer.zero_grad()
-                    budget = min(budget, sum(len(item.tree) for item in batch)) // 2
-                    log.warning("%s: out of memory; going on with %d tokens in a micro-batch", what, budget)
-            except StoppedError:
-                if step > begin:
-                    with defer_interrupts():
-                        save_checkpoint(checkpoints, players, step)
-                raise
-            stop = measured.pop("stop") > 0
-            sound = math.isfinite(measured["loss"])
-            norm = parallel.step(sound)
-            if not sound or not math.isfinite(norm):
-                raise TrainingError(_not_finite(what, step, measured["loss"], norm, checkpoints))
-            tokens = sum(len(item.tree) for item in batch)
-            speed = {"tokens_per_second": tokens / (time.perf_counter() - began)}
-            place = {"step": step + 1, "steps": len(steps), "epoch": epoch + 1}
-            on_step({**place, **measured, "learning_rate": rate, "grad_norm": norm, **speed})
-            advance(1, tokens, ", ".join(f"{name} {measured[name]:.4f}" for name in SHOWN if name in measured))
-            ends = step + 1 == len(steps) or steps[step + 1][0] > epoch  # before anything is measured there
-            if ends or (step + 1) % how.save_steps == 0:
-                save_checkpoint(checkpoints, players, step + 1)
-    if steps:
-        on_epoch(how.epochs)
-    return len(steps)
+    def fit(
+        self,
+        dataset: TrainDataset,
+        loss_fn: LossFunction,
+        *,
+        on_step: Callable[[dict[str, float]], None],
+        on_epoch: Callable[[int], bool] = lambda epoch: True,
+    ) -> int:
+        """Minimize the mean of a loss over the dataset.
+
+        Args:
+            dataset: the groups to train on.
+            loss_fn: the loss, as a sum over groups; the mean is over `dataset.loss_weight`.
+            on_step: called with the measurements of each optimizer step.
+            on_epoch: called with the number of each finished epoch, after its checkpoint; called again if training
+                resumes there. Training ends if it returns False.
+
+        Returns:
+            The number of optimizer steps taken.
+
+        Raises:
+            TrainingError: a loss or gradient is not finite. The last checkpoint is kept.
+            StoppedError: the user asked to stop. The state after the last complete step is saved.
+        """
+        with contextlib.closing(self._steps(dataset, on_step, on_epoch)) as steps:
+            for step, batch in ((step, batch) for step in steps for batch in step):
+                output = None
+                try:
+                    with self.strategy.micro_batch(last=batch.is_last):
+                        output = loss_fn(self.strategy.module(batch.packed), batch.groups)
+                        (output.loss * batch.factor / step.loss_weight).backward()
+                    step.add(output, batch)
+                except (RuntimeError, MemoryError) as error:
+                    output = None  # frees the graph
+                    step.retry_smaller(error)
+        return self.steps_done
+
+    def save_player(self, t: int) -> None:
+        """Save the trained weights as the player of iteration `t`."""
+        if self.strategy.is_sharded:
+            self.players.save(t, self.strategy.full_tensors(self.players.weights()))
+            self.players.unload()  # the model holds shards
+        else:
+            self.players.save(t)
+
+    def _steps(
+        self, dataset: TrainDataset, on_step: Callable[[dict[str, float]], None], on_epoch: Callable[[int], bool]
+    ) -> Generator["_Step", None, None]:
+        """Yield each step for its gradients to be accumulated, then take it, report it, and save checkpoints."""
+        config = self.config
+        steps = plan_steps(dataset.batch_cost, config.batch_size, config.epochs, config.seed)
+        self.steps_done = start = self._set_up()
+        with track(self.label, len(steps), already=start) as advance:
+            for number in range(start, len(steps)):
+                epoch, indices = steps[number]
+                if number > 0 and steps[number - 1][0] < epoch and not on_epoch(epoch):
+                    return
+                rate = set_learning_rate(self.optimizer, self._learning_rate(number, len(steps)))
+                groups = [dataset[index] for index in indices]
+                step = _Step(self, number, groups, float(dataset.loss_weight[indices].sum()))
+                yield step
+                position = {"step": number + 1, "steps": len(steps), "epoch": epoch + 1}
+                measured = step.take()
+                speed = {"tokens_per_second": step.tokens / (time.perf_counter() - step.began)}
+                on_step({**position, **measured, "learning_rate": rate, "grad_norm": step.grad_norm, **speed})
+                advance(1, step.tokens, ", ".join(f"{k} {measured[k]:.4f}" for k in PROGRESS_METRICS if k in measured))
+                self.steps_done = number + 1
+                epoch_ends = number + 1 == len(steps) or steps[number + 1][0] > epoch
+                if epoch_ends or (number + 1) % config.save_steps == 0:
+                    self._save_checkpoint()
+        if steps:
+            on_epoch(config.epochs)
+
+    def _set_up(self) -> int:
+        """Make strategy and optimizer, restore the newest checkpoint, and return the number of completed steps."""
+        players, config = self.players, self.config
+        checkpoint_if_needed(players.logprobs, players.recipe, players.prefix_sharing)
+        players.mark_modified()  # before a damaged checkpoint can be loaded in part
+        steps_done, state = load_checkpoint(self.checkpoints, players)
+        self.strategy = make_strategy(players.logprobs, players.recipe.train.fsdp)
+        trained = (parameter for _, parameter in players.parameters())
+        self.optimizer = make_optimizer(config.optimizer, trained, config.learning_rate, config.weight_decay)
+        self.strategy.set_up(self.optimizer, config.max_grad_norm, state)
+        self.resumed_after = steps_done
+        self.stop_requested = False
+        return steps_done
+
+    def _learning_rate(self, step: int, steps: int) -> float:
+        config = self.config
+        return learning_rate_at(
+            step, steps, peak=config.learning_rate, warmup_ratio=config.warmup_ratio, lr_scheduler=config.lr_scheduler
+        )
+
+    def _save_checkpoint(self) -> None:
+        save_checkpoint(self.checkpoints, self.players, self.strategy, self.steps_done)
+
+    def check_stop(self) -> None:
+        """Save a checkpoint and raise if the user asked to stop. Several processes agree on it after each step.
+
+        Raises:
+            StoppedError: the user asked to stop.
+        """
+        try:
+            if self.stop_requested:
+                raise StoppedError("stopped as requested; run the same command again to continue")
+            if processes.world_size() == 1:
+                check_interrupt()
+        except StoppedError:
+            if self.steps_done > self.resumed_after:
+                with defer_interrupts():
+                    self._save_checkpoint()
+            raise
 
 
 @dataclass(frozen=True)
-class _Backward:
-    """Forward and backward over one step's items, a micro-batch at a time; each process takes a share of them."""
+class _MicroBatch:
+    """What one forward and backward pass computes."""
 
-    parallel: Parallel
-    objective: Objective
-    prefix_sharing: bool
-    weight: float  # of the items together: sums are divided by it
+    groups: list[PairGroup]
+    packed: PackedBatch
+    factor: (
+        int  # of the loss: DDP and FSDP average over the processes; 0 if another process needs this pass, not this one
+    )
+    is_last: bool  # of the step
 
-    def if_it_fits(self, batch: list[Item], tokens: int, seed: int) -> dict[str, float] | None:
-        """As a call; None where memory does not suffice, but may for micro-batches of fewer tokens. One of several
-        processes cannot try again by itself, as the others wait for it elsewhere."""
-        try:
-            return self(batch, tokens, seed)
-        except (RuntimeError, MemoryError) as error:
-            largest = micro_batches([item.tree for item in batch], tokens, self.prefix_sharing)
-            if not is_out_of_memory(error) or processes.world_size() > 1 or max(map(len, largest)) == 1:
-                raise
-        gc.collect()  # now that the error is gone, and with it what it held on to
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        return None
 
-    def __call__(self, batch: list[Item], tokens: int, seed: int) -> dict[str, float]:
-        """Add to the gradients of the parameters.
+class _Step:
+    """One optimizer step: iterate over its micro-batches, `add` what each computed, then `take` the step."""
 
-        Returns:
-            Means over the step, and how many processes have been asked to `stop`.
+    def __init__(self, trainer: Trainer, number: int, groups: list[PairGroup], loss_weight: float):
         """
-        trees = [item.tree for item in batch]
+        Args:
+            trainer: the trainer.
+            number: of the step, from 0.
+            groups: the groups of the step; each process computes its share.
+            loss_weight: of all groups together; sums are divided by it.
+        """
+        self.trainer, self.groups, self.loss_weight = trainer, groups, loss_weight
+        self.seed = derive_seed(trainer.config.seed, number)
+        self.tokens = sum(len(group.tree) for group in groups)
+        self.began = time.perf_counter()
+        self.grad_norm = math.nan
+        self._number = number
+        self._retry = False
+
+    def __iter__(self) -> Iterator[_MicroBatch]:
+        """Yield the micro-batches of this process; yield all of them again, smaller, after `retry_smaller`."""
+        self.trainer.strategy.module.train()  # `on_epoch` may have evaluated
+        while True:
+            self._retry, self._sums = False, dict[str, float]()
+            for batch in self._micro_batches():
+                yield batch
+                if self._retry:
+                    break
+            if not self._retry:
+                return
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            self.trainer.optimizer.zero_grad()
+
+    def _micro_batches(self) -> Iterator[_MicroBatch]:
+        trainer, rank, world_size = self.trainer, processes.rank(), processes.world_size()
+        sharing, device = trainer.players.prefix_sharing, trainer.players.device
+        trees = [group.tree for group in self.groups]
         plans = [
             [
                 [part[index] for index in chosen]
-                for chosen in micro_batches([trees[one] for one in part], tokens, self.prefix_sharing)
+                for chosen in micro_batches([trees[i] for i in part], trainer.token_budget, sharing)
             ]
-            for part in share(trees, processes.world_size())
+            for part in balance_by_tokens(trees, world_size)
         ]
-        mine = plans[processes.rank()]
-        # Where anything is divided, all processes run equally often; and each takes part in the exchange of gradients.
-        most = max(1, *(len(plan) for plan in plans))
-        rounds = most if self.parallel.divided else max(1, len(mine))
-        device = next(self.parallel.module.parameters()).device
-        sums: dict[str, float] = {}
+        own, most = plans[rank], max(1, *(len(plan) for plan in plans))
+        # Every process takes part in the exchange of gradients; with shards, in every forward pass of the others.
+        rounds = most if trainer.strategy.is_sharded else max(1, len(own))
         for number in range(rounds):
-            if processes.world_size() == 1:
-                check_interrupt()
-            torch.manual_seed(derive_seed(seed, processes.rank() * most + number))  # the adapter's dropout
-            idle = number >= len(mine)
-            part = [min(batch, key=lambda item: len(item.tree))] if idle else [batch[index] for index in mine[number]]
-            with self.parallel.micro_batch(last=number + 1 == rounds):
-                logprobs = self.parallel.module(
-                    pack_batch([item.tree for item in part], self.prefix_sharing).to(device)
-                )
-                total = self.objective(logprobs, part)
-                self.parallel.backward(
-                    total.loss * (0 if idle else processes.world_size()) / self.weight
-                )  # they are averaged
-            for name, value in {"loss": total.loss.item(), **total.extra}.items():
-                sums[name] = sums.get(name, 0.0) + (0.0 if idle else value / self.weight)
-        return totals({**sums, "stop": float(processes.world_size() > 1 and interrupt_requested())})
+            trainer.check_stop()
+            torch.manual_seed(derive_seed(self.seed, rank * most + number))  # the adapter's dropout
+            is_idle = number >= len(own)
+            shortest = [min(self.groups, key=lambda group: len(group.tree))]
+            groups = shortest if is_idle else [self.groups[index] for index in own[number]]
+            packed = pack_batch([group.tree for group in groups], sharing).to(device)
+            yield _MicroBatch(groups, packed, 0 if is_idle else world_size, is_last=number + 1 == rounds)
 
+    def add(self, output: LossOutput, batch: _MicroBatch) -> None:
+        """Add the sums of a micro-batch."""
+        for name, value in {"loss": output.loss.item(), **output.extra}.items():
+            self._sums[name] = self._sums.get(name, 0.0) + (value / self.loss_weight if batch.factor else 0.0)
 
-def _not_finite(what: str, step: int, loss: float, norm: float, checkpoints: Path) -> str:
-    kept = newest(checkpoints)
-    return (
-        f"{what}, step {step + 1}: the loss is {loss} and the gradient's norm {norm}. Stopped before this step; "
-        + (f"the last good checkpoint is {kept}" if kept else "no checkpoint had been made yet")
-        + ". Lower train.learning_rate, or compute in model.dtype: float32, and run in another --run-dir"
-    )
+    def retry_smaller(self, error: Exception) -> None:
+        """Repeat the step with half the tokens per micro-batch if memory ran out; raise any other error again.
 
+        One of several processes cannot repeat a step alone.
+        """
+        trainer = self.trainer
+        trees = [group.tree for group in self.groups]
+        batches = micro_batches(trees, trainer.token_budget, trainer.players.prefix_sharing)
+        if not is_out_of_memory(error) or processes.world_size() > 1 or max(map(len, batches)) == 1:
+            raise error
+        trainer.token_budget = min(trainer.token_budget, self.tokens) // 2
+        log.warning("%s: out of memory; continuing with %d tokens per micro-batch", trainer.label, trainer.token_budget)
+        self._retry = True
 
-def plan_steps(sizes: np.ndarray, batch_size: int, epochs: int, seed: int) -> list[tuple[int, np.ndarray]]:
-    """Which items each optimiser step takes: (epoch, indices), every item once an epoch, in an order the seed gives.
+    def take(self) -> dict[str, float]:
+        """Take the optimizer step, and return the means over the step, of all processes.
 
-    Args:
-        sizes: [items] what each counts towards a batch.
-        batch_size: a step takes items while they fit; an item larger than that is alone.
-    """
-    steps = []
-    for epoch in range(epochs):
-        order = np.random.default_rng([seed, epoch]).permutation(len(sizes))
-        for chosen in _groups(order, sizes, batch_size):
-            steps.append((epoch, chosen))
-    return steps
+        Raises:
+            TrainingError: the loss or the norm of the gradients is not finite.
+        """
+        trainer = self.trainer
+        stop = float(processes.world_size() > 1 and interrupt_requested())
+        measured = all_reduce_sum({**self._sums, "stop": stop})
+        trainer.stop_requested = measured.pop("stop") > 0
+        is_finite = math.isfinite(measured["loss"])
+        self.grad_norm = trainer.strategy.step(is_finite=is_finite)
+        if not is_finite or not math.isfinite(self.grad_norm):
+            raise TrainingError(self._not_finite(measured["loss"]))
+        return measured
 
-
-def _groups(order: np.ndarray, sizes: np.ndarray, batch_size: int) -> Iterator[np.ndarray]:
-    begin = filled = 0
-    for place, index in enumerate(order):
-        if place > begin and filled + sizes[index] > batch_size:
-            yield order[begin:place]
-            begin, filled = place, 0
-        filled += sizes[index]
-    if begin < len(order):
-        yield order[begin:]
-
-
-def learning_rate_at(step: int, steps: int, how: Fit) -> float:
-    """The learning rate of a step (from 0): a linear rise to the peak, then the schedule's way down to 0."""
-    rise = math.ceil(how.warmup_ratio * steps)
-    if step < rise:
-        return how.learning_rate * ((step + 1) / rise)  # the other way round it may pass the peak
-    left = (steps - step) / max(steps - rise, 1)  # 1 after the rise, towards 0 at the end
-    match how.lr_scheduler:
-        case "linear":
-            return how.learning_rate * left
-        case "cosine":
-            return how.learning_rate * 0.5 * (1 - math.cos(math.pi * left))
-        case _:
-            return how.learning_rate
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> float:
-    """Set it for every parameter, and return it."""
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    return rate
+    def _not_finite(self, loss: float) -> str:
+        kept = newest_checkpoint(self.trainer.checkpoints)
+        return (
+            f"{self.trainer.label}, step {self._number + 1}: the loss is {loss} and the norm of the gradients "
+            f"{self.grad_norm}. Training stopped before this step; "
+            + (f"the last good checkpoint is {kept}" if kept else "there is no checkpoint yet")
+            + ". Lower train.learning_rate, or compute in model.dtype: float32, and run in another --run-dir"
+        )

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from spinlm.errors import RunError, SpinError, is_out_of_memory
 from spinlm.evals.lm_harness.tasks import TaskGroup, harness_version, load_tasks, select_tasks
 from spinlm.evals.scores import Score, add_scores, read_scores
-from spinlm.recipe.schema import Recipe
+from spinlm.model.run import Run
 from spinlm.rundir.layout import RunDir
 from spinlm.rundir.stage_graph import player_name
 
@@ -40,15 +40,14 @@ class HarnessOptions:
     batch_size: int = 8  # requests per forward pass
 
 
-def run_lm_harness(recipe: Recipe, folder: RunDir, players: Sequence[int], options: HarnessOptions) -> None:
+def run_lm_harness(run: Run, players: Sequence[int], options: HarnessOptions) -> None:
     """Measure players and write their scores: under the name of the suite, or under `tasks`.
 
     The scores of a task or a group are written when it is finished. A score that was measured with the same settings
     is kept. A score with other settings is replaced.
 
     Args:
-        recipe: the recipe of the run.
-        folder: the run folder.
+        run: the run.
         players: iterations of the players; `START` is θ_0.
         options: what to measure.
 
@@ -62,10 +61,9 @@ def run_lm_harness(recipe: Recipe, folder: RunDir, players: Sequence[int], optio
     groups = load_tasks(specs, options.include_path)
 
     from spinlm.evals.lm_harness.model import PlayerLM
-    from spinlm.model.players import seat
 
-    loaded = seat(recipe, folder)
-    loaded.become(players[0])
+    loaded, folder = run.players, run.folder
+    loaded.load(players[0])
     model = PlayerLM(loaded, options.batch_size)
     common = {
         "lm_eval": release,
@@ -75,7 +73,7 @@ def run_lm_harness(recipe: Recipe, folder: RunDir, players: Sequence[int], optio
     }
     settings = {group.name: common | _settings(group, options.limit) for group in groups}
     for player in players:
-        loaded.become(player)
+        loaded.load(player)
         for group in groups:
             _measure(model, folder, player, options.suite or "tasks", group, settings[group.name])
 

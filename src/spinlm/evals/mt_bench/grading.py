@@ -135,7 +135,7 @@ def grade_single(judge_run: JudgeRun, players: Sequence[int]) -> None:
         raise _no_verdict(judge, journal)
     for player in players:
         if scores := _single_scores(judge_run, ratings[player], counts[player]):
-            add_scores(sets[player].run, player, SUITE, scores, replace=True)
+            add_scores(sets[player].run.folder, player, SUITE, scores, replace=True)
         judge_run.note_unparsable(sets[player].name, list(ratings[player].values()))
     for player in players[1:]:
         difference = _paired_difference(ratings[player], ratings[players[0]])
@@ -192,7 +192,7 @@ def grade_pairwise(judge_run: JudgeRun, player: int, baseline: int) -> None:
                 for a, b in ((responses, others), (others, responses)):
                     requests.append(_judge_request(judge_run, question, turn, {"answer_a": a, "answer_b": b}))
     identical = len(results)
-    kind = f"pairwise-{response_set.run.iteration(baseline).name}"
+    kind = f"pairwise-{response_set.run.folder.iteration(baseline).name}"
     journal = _open_journal(kind, judge_run.judge, response_set, baseline_set)
     verdicts = _collect_verdicts(journal, judge_run.judge, requests, parse_choice, f"{label}: compare")
     choices = [verdict.value for verdict in verdicts]
@@ -212,7 +212,7 @@ def grade_pairwise(judge_run: JudgeRun, player: int, baseline: int) -> None:
         **{"chose_first": choices.count("A"), "chose_second": choices.count("B")},
     }
     score = judge_run.score(results, "win rate", counts)
-    add_scores(response_set.run, player, PAIRWISE_SUITE, {f"against {baseline_set.name}": score})
+    add_scores(response_set.run.folder, player, PAIRWISE_SUITE, {f"against {baseline_set.name}": score})
     judge_run.notes.append(
         f"{label}: {tally[1.0]} wins, {tally[0.5]} ties ({identical} with identical responses), {tally[0.0]} losses. "
         f"With the players swapped the judge contradicted itself in {inconsistent} of {len(comparisons)} comparisons; "

@@ -12,10 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from spinlm.data.renderer import Renderer
 from spinlm.distributed.progress import Advance, track
 from spinlm.errors import DataError, RowError
-from spinlm.recipe.schema import Recipe
-from spinlm.rundir.layout import RunDir
+from spinlm.model.run import Run
 from spinlm.rundir.records import Journal, Message
-from spinlm.rundir.stage_graph import START, player_name
+from spinlm.rundir.stage_graph import player_name
 from spinlm.utils.atomic import short_digest
 from spinlm.utils.seeds import derive_seed
 
@@ -166,19 +165,17 @@ class ResponseSet:
     The name of the journal contains a digest of everything that the responses depend on.
     """
 
-    def __init__(
-        self, recipe: Recipe, folder: RunDir, player: int, all_questions: Sequence[Question], max_new_tokens: int
-    ):
-        self.recipe, self.run, self.player, self.name = recipe, folder, player, player_name(player)
+    def __init__(self, run: Run, player: int, all_questions: Sequence[Question], max_new_tokens: int):
+        self.run, self.player, self.name = run, player, player_name(player)
         self.max_new_tokens = max_new_tokens
-        self.folder = folder.iteration(player) / "mt-bench"
+        self.folder = run.folder.iteration(player) / "mt-bench"
         self.fingerprint: dict[str, Any] = {
-            "player": folder.player_digest(player),
+            "player": run.folder.player_digest(player),
             "questions": [question.fingerprint for question in all_questions],
             "temperatures": [TEMPERATURES, DEFAULT_TEMPERATURE],
             "max_new_tokens": max_new_tokens,
             "batch": BATCH_SIZE,
-            "seed": recipe.seed,
+            "seed": run.recipe.seed,
         }
         self._journal = Journal(self.folder / f"responses-{short_digest(self.fingerprint)}.jsonl")
         self._responses = {
@@ -235,12 +232,11 @@ class ResponseSet:
         """Generate the responses to all turns of a batch of questions."""
         from spinlm.generation import local_engine
         from spinlm.generation.base import Sampling
-        from spinlm.model.players import seat
 
-        players = seat(self.recipe, self.run)
-        players.become(self.player)
-        engine = local_engine(self.recipe, players, self.run.metadata("sft", START)["prefix_sharing"])
-        max_length = getattr(players.model.config, "max_position_embeddings", None) or self.recipe.train.max_length
+        players = self.run.players
+        players.load(self.player)
+        engine = local_engine(players)
+        max_length = getattr(players.model.config, "max_position_embeddings", None) or players.recipe.train.max_length
         stop_ids, temperature = players.renderer.stop_ids, batch[0].temperature
         sampling = Sampling(temperature, 1.0, self.max_new_tokens, max_length, samples=1, stop_ids=stop_ids)
         responses = [TurnResponses() for _ in batch]
@@ -253,7 +249,7 @@ class ResponseSet:
                     except RowError as error:
                         responses[index] = replace(responses[index], problem=f"turn {turn + 1}: {error}")
             # All players get the same seed, so that only the players differ.
-            seed = derive_seed(self.recipe.seed, "exam", turn, str(temperature), number)
+            seed = derive_seed(self.run.recipe.seed, "exam", turn, str(temperature), number)
             generated = engine.generate(list(prompts.values()), sampling, seed, advance)
             for index, (response,) in zip(prompts, generated, strict=True):
                 text, before = players.renderer.decode(response.token_ids), responses[index]
@@ -264,7 +260,7 @@ class ResponseSet:
         """Return a row in the format of FastChat's model answers; finished and problem are spinlm's."""
         return {
             "question_id": question.question_id,
-            "model_id": f"{self.run.root.resolve().name}/{self.run.iteration(self.player).name}",
+            "model_id": f"{self.run.folder.root.resolve().name}/{self.run.folder.iteration(self.player).name}",
             "category": question.category,
             "temperature": question.temperature,
             "choices": [{"index": 0, "turns": list(responses.turns)}],

@@ -7,8 +7,7 @@ from spinlm.errors import DataError, RunError
 from spinlm.evals.mt_bench.grading import PAIRWISE_SUITE, SUITE, JudgeRun, grade_pairwise, grade_single
 from spinlm.evals.mt_bench.judge import Judge, prompt_name
 from spinlm.evals.mt_bench.questions import Question, References, ResponseSet, read_questions, read_references
-from spinlm.recipe.schema import Recipe
-from spinlm.rundir.layout import RunDir
+from spinlm.model.run import Run
 from spinlm.rundir.stage_graph import player_name
 from spinlm.utils.atomic import short_digest
 
@@ -19,8 +18,7 @@ def suite_name(pairwise: bool) -> str:
 
 
 def run_mt_bench(
-    recipe: Recipe,
-    folder: RunDir,
+    run: Run,
     players: Sequence[int],
     judge: Path,
     questions: Path,
@@ -33,8 +31,7 @@ def run_mt_bench(
     """Measure players with MT-Bench, and keep their scores as benchmarks of the run.
 
     Args:
-        recipe: the run's recipe.
-        folder: the run folder.
+        run: the run.
         players: iterations whose players are measured, `START` for θ_0.
         judge: judge.yaml, the judge's settings.
         questions: MT-Bench's question.jsonl, or a file in its format.
@@ -62,7 +59,7 @@ def run_mt_bench(
     known = read_references(references, all_questions)
     chosen = all_questions[:limit]
     _check_prompts(loaded, chosen, known, pairwise)
-    response_sets = {player: ResponseSet(recipe, folder, player, all_questions, max_new_tokens) for player in players}
+    response_sets = {player: ResponseSet(run, player, all_questions, max_new_tokens) for player in players}
     if any(response_set.missing(chosen) for response_set in response_sets.values()):
         loaded.check()  # before the responses, which may take hours
     for response_set in response_sets.values():
@@ -75,7 +72,7 @@ def run_mt_bench(
         "without_reference": len(without),
         "limit": limit,
         "max_new_tokens": max_new_tokens,
-        "seed": recipe.seed,
+        "seed": run.recipe.seed,
     }
     notes = [note for response_set in response_sets.values() for note in response_set.notes(chosen)]
     if without:
