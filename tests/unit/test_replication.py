@@ -16,7 +16,7 @@ HERE = Path(__file__).resolve().parents[2] / "benchmarks" / "replication"
 sys.path.insert(0, str(HERE))
 
 from play import Arm, Plan  # noqa: E402  (a script's neighbours, found by the path above)
-from results import Difference, Run, find  # noqa: E402
+from results import Difference, Run, ended_runs  # noqa: E402
 
 PLANS = sorted(HERE.glob("*.yaml"))
 
@@ -44,7 +44,7 @@ def write_run(folder: Path, scores: list[list[float]], *, iterations: int | None
 def test_interval_of_a_difference() -> None:
     """Mean 2, standard deviation 1, three seeds: 4.303 / √3 on either side."""
     difference = Difference([1.0, 2.0, 3.0])
-    assert (difference.mean, difference.half) == (2.0, pytest.approx(4.303 / math.sqrt(3)))
+    assert (difference.mean, difference.half_width) == (2.0, pytest.approx(4.303 / math.sqrt(3)))
     assert str(difference) == "+2.000 [-0.484, +4.484]"
     assert str(Difference([0.5])) == "+0.500"
     assert str(Difference([])) == "–"
@@ -57,7 +57,7 @@ def test_selected_player_is_measured_on_the_other_half(tmp_path: Path) -> None:
     other[1] -= 0.01
     run = write_run(tmp_path / "run", [start, other])
     # Chosen on a, c, e: −0.51, −0.5, −0.5 on the others. Chosen on b, d, f: the start, 0.5 each.
-    assert run.selected == pytest.approx((3 * 0.5 + (-0.51 - 0.5 - 0.5)) / 6)
+    assert run.selected_score == pytest.approx((3 * 0.5 + (-0.51 - 0.5 - 0.5)) / 6)
 
 
 def test_a_run_that_has_not_ended_is_left_out(tmp_path: Path) -> None:
@@ -66,9 +66,9 @@ def test_a_run_that_has_not_ended_is_left_out(tmp_path: Path) -> None:
     write_run(tmp_path / "d" / "seed-0" / "arm", scores)
     write_run(tmp_path / "d" / "seed-1" / "arm", scores, iterations=4)
     write_run(tmp_path / "d" / "seed-2" / "arm", scores, iterations=4, go_on=False)  # stopped by itself
-    found = find(plan, tmp_path, "d", "arm")
-    assert found.keys() == {0, 2}
-    assert [found[0].steps(player) for player in found[0].players] == [0, 3, 6]
+    runs = ended_runs(plan, tmp_path, "d", "arm")
+    assert runs.keys() == {0, 2}
+    assert [runs[0].steps(player) for player in runs[0].players] == [0, 3, 6]
 
 
 @pytest.mark.parametrize("path", PLANS, ids=lambda path: path.stem)
@@ -83,12 +83,12 @@ def test_plans(path: Path, tmp_path: Path) -> None:
             settings = rest[: rest.index("--run-dir")]
             assert command == "run" and load_recipe(Path(recipe), settings).seed == 1
             assert ("--start-from" in rest) == (arm is not plan.arms[0] and arm.start == "shared")
-    for _, arm_name, against in plan.questions:
-        assert arm_name in names and against in (*names, "start")
+    for _, arm_name, baseline in plan.questions:
+        assert arm_name in names and baseline in (*names, "start")
 
 
-def test_mistakes_in_a_plan_are_told(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match="write shared, or own"):
-        Arm.of("a", {"settings": [], "start": "mine"})
+def test_mistakes_in_a_plan_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="write shared or own"):
+        Arm.of("a", {"settings": [], "start": "other"})
     with pytest.raises(SystemExit, match=r"--data gsm9k: small\.yaml has no such data set"):
         Plan.read(HERE / "small.yaml", {"gsm9k": tmp_path})
