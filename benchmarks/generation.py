@@ -1,12 +1,11 @@
-"""The opponent's tokens per second, beside the way of the official SPIN code, with the same model and prompts.
+"""Tokens per second of the local engine and of the official SPIN code's method, with the same model and prompts.
 
     python benchmarks/generation.py [--data FILE.jsonl] [--threads 2] [--prompts 64] [--new 320]
 
-The official code calls `generate` on batches of 16 in the order of the data, padded, each until its longest response
-has ended; here that is transformers' own `generate` on PEFT's own layers, sampling at temperature 1 from the whole
-distribution, as SPIN asks. Beside it stands `generate` with all that can be done for it here. Prompts are GSM8K's
-questions where `--data` names its file, else those of the quickstart; answers end where they end. Greedy answers are
-compared first, token by token.
+The official code calls transformers' `generate` on padded batches of 16 in the order of the data; each batch runs until
+its longest response ends. The benchmark does so with PEFT's own layers at temperature 1, and also measures a tuned
+`generate`: sorted prompts, larger batches, merged adapter. The prompts are those in `--data` (GSM8K) or of the
+quickstart. The benchmark first compares greedy responses token by token.
 """
 
 import argparse
@@ -25,7 +24,7 @@ GREEDY = 24  # tokens to compare
 
 
 class Bench:
-    """One model in memory, and the ways to sample from it."""
+    """A model, and the methods to sample from it."""
 
     def __init__(self, data: str, prompts: int, new: int, dtype: str):
         from spinlm.generation.local import LocalEngine
@@ -46,11 +45,12 @@ class Bench:
         self.engine = LocalEngine(self.players.logprobs, recipe.opponent.batch_size, True)
 
     def spinlm(self, seed: int, temperature: float = 1.0, new: int | None = None) -> list[list[int]]:
+        """Sample with spinlm's local engine."""
         from spinlm.generation.base import Sampling
 
         sampling = Sampling(temperature, 1.0, new or self.new, 4096, 1, self.stop_ids)
-        answers = self.engine.generate(self.prompts, sampling, seed, lambda ended, tokens: None)
-        return [answer.token_ids for (answer,) in answers]
+        responses = self.engine.generate(self.prompts, sampling, seed, lambda completed, tokens: None)
+        return [response.token_ids for (response,) in responses]
 
     def transformers(
         self,
@@ -58,8 +58,9 @@ class Bench:
         order: list[int] | None = None,
         temperature: float = 1.0,
         new: int | None = None,
-        size: int = BATCH,
+        batch_size: int = BATCH,
     ) -> list[list[int]]:
+        """Sample with transformers' `generate`."""
         import torch
 
         from spinlm.model.fused import fuse_layers
@@ -70,12 +71,12 @@ class Bench:
             vars(layer).pop("forward", None)  # PEFT's own
         torch.manual_seed(seed)
         order = order or list(range(len(self.prompts)))
-        found: dict[int, list[int]] = {}
-        how: dict[str, Any] = {"do_sample": False}
+        responses: dict[int, list[int]] = {}
+        options: dict[str, Any] = {"do_sample": False}
         if temperature:
-            how = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
-        for start in range(0, len(order), size):
-            batch = order[start : start + size]
+            options = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
             width = max(len(self.prompts[index]) for index in batch)
             ids = torch.tensor([[0] * (width - len(self.prompts[i])) + self.prompts[i] for i in batch])
             mask = torch.tensor([[0] * (width - len(self.prompts[i])) + [1] * len(self.prompts[i]) for i in batch])
@@ -86,21 +87,21 @@ class Bench:
                     max_new_tokens=new or self.new,
                     eos_token_id=list(self.stop_ids),
                     pad_token_id=0,
-                    **how,
+                    **options,
                 )
             for index, row in zip(batch, out[:, width:].tolist(), strict=True):
                 ends = [place for place, token in enumerate(row) if token in self.stop_ids]
-                found[index] = row[: ends[0] + 1] if ends else row
+                responses[index] = row[: ends[0] + 1] if ends else row
         fuse_layers(model)
-        return [found[index] for index in range(len(self.prompts))]
+        return [responses[index] for index in range(len(self.prompts))]
 
-    def transformers_at_its_best(self, seed: int) -> list[list[int]]:
-        """Sorted by length, as many at once as spinlm has, the adapter merged."""
+    def transformers_tuned(self, seed: int) -> list[list[int]]:
+        """Sample with `generate` on prompts sorted by length, spinlm's batch size, and a merged adapter."""
         order = sorted(range(len(self.prompts)), key=lambda index: len(self.prompts[index]))
         self.players.model.merge_adapter()
-        found = self.transformers(seed, order, size=self.engine.batch_size)
+        responses = self.transformers(seed, order, batch_size=self.engine.batch_size)
         self.players.model.unmerge_adapter()
-        return found
+        return responses
 
 
 def _prompt(row: dict[str, Any]) -> list[dict[str, str]]:
@@ -110,42 +111,41 @@ def _prompt(row: dict[str, Any]) -> list[dict[str, str]]:
 
 
 def measure(data: str, threads: int, prompts: int, new: int, rounds: int, dtype: str = "float32") -> str:
-    """A Markdown table of tokens per second, medians over rounds that are taken in turn."""
+    """Return a Markdown table of tokens per second, medians over rounds that alternate between the methods."""
     import torch
 
     torch.set_num_threads(threads)
     bench = Bench(data, prompts, new, dtype)
-    ours = bench.spinlm(0, temperature=0.0, new=GREEDY)
-    theirs = bench.transformers(0, temperature=0.0, new=GREEDY)
-    same = sum(mine == other for mine, other in zip(ours, theirs, strict=True))
-    if same < 0.9 * prompts:  # rounding may decide between two tokens that are as likely
-        raise SystemExit(f"greedy answers agree for {same} of {prompts} prompts only")
-    ways: dict[str, Callable[[int], list[list[int]]]] = {
+    local = bench.spinlm(0, temperature=0.0, new=GREEDY)
+    reference = bench.transformers(0, temperature=0.0, new=GREEDY)
+    same = sum(a == b for a, b in zip(local, reference, strict=True))
+    if same < 0.9 * prompts:  # rounding may decide between two equally likely tokens
+        raise SystemExit(f"greedy responses agree for only {same} of {prompts} prompts")
+    methods: dict[str, Callable[[int], list[list[int]]]] = {
         "spinlm": bench.spinlm,
-        "transformers, official way": bench.transformers,
-        "transformers, sorted, as many at once as spinlm, adapter merged": bench.transformers_at_its_best,
+        "transformers, official method": bench.transformers,
+        "transformers, sorted, spinlm's batch size, merged adapter": bench.transformers_tuned,
     }
-    rates: dict[str, list[float]] = {name: [] for name in ways}
+    rates: dict[str, list[float]] = {name: [] for name in methods}
     lengths: list[int] = []
     for seed in range(rounds):
-        for name, way in ways.items():
-            began = time.perf_counter()
-            answers = way(seed)
-            count = sum(map(len, answers))
-            rates[name].append(count / (time.perf_counter() - began))
-            lengths += map(len, answers)
-    size = [len(prompt) for prompt in bench.prompts]
+        for name, method in methods.items():
+            started = time.perf_counter()
+            responses = method(seed)
+            rates[name].append(sum(map(len, responses)) / (time.perf_counter() - started))
+            lengths += map(len, responses)
+    sizes = [len(prompt) for prompt in bench.prompts]
     best = statistics.median(rates["spinlm"])
     lines = [
-        f"{prompts} prompts of {min(size)} to {max(size)} tokens; answers of {min(lengths)} to {max(lengths)} tokens, "
-        f"{sum(length < new for length in lengths) / len(lengths):.0%} of which end by themselves within {new}; greedy "
-        f"answers of spinlm and transformers are the same {GREEDY} tokens for {same} of {prompts} prompts.",
+        f"{prompts} prompts of {min(sizes)} to {max(sizes)} tokens; responses of {min(lengths)} to {max(lengths)} tokens "
+        f"({sum(length < new for length in lengths) / len(lengths):.0%} finish within {new}). The first {GREEDY} tokens of "
+        f"greedy responses of spinlm and transformers agree for {same} of {prompts} prompts.",
         "",
         "| | tokens/s | spinlm is |",
         "|---|---|---|",
     ]
-    for name, found in rates.items():
-        rate = statistics.median(found)
+    for name, values in rates.items():
+        rate = statistics.median(values)
         lines.append(f"| {name} | {rate:.0f} | {f'{best / rate:.2f}× faster' if name != 'spinlm' else ''} |")
     return "\n".join(lines)
 
