@@ -3,17 +3,17 @@
 import inspect
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from spinlm.recipe.schema import MUTABLE_FIELDS, ONE, Recipe
+from spinlm.recipe.fields import Section, subsections
+from spinlm.recipe.schema import MUTABLE_FIELDS, Recipe
 
 DOCS = Path(__file__).parent
 REFERENCE = """\
@@ -33,36 +33,40 @@ CLI = "# Command line\n\n`spinlm COMMAND --help` says the same.\n\n"
 
 def recipe_reference() -> str:
     """The settings as Markdown, a table for each section."""
-    return REFERENCE + "\n".join(_tables(Recipe, ""))
+    return REFERENCE + "\n".join(_tables([Recipe], ""))
 
 
-def _tables(section: type[BaseModel], name: str) -> Iterator[str]:
+def _tables(sections: list[type[Section]], name: str) -> Iterator[str]:
+    """A table of a section's settings, then those of the sections in it. Alternatives share one table."""
     yield f"## {name or 'The recipe'}\n"
-    if section.__doc__ and name:
-        yield inspect.cleandoc(section.__doc__) + "\n"
+    if len(sections) == 1 and sections[0].__doc__ and name:
+        yield inspect.cleandoc(sections[0].__doc__) + "\n"
     yield "| setting | type | default | |"
     yield "|---|---|---|---|"
     inner = []
-    for key, field in section.model_fields.items():
+    for key in dict.fromkeys(key for section in sections for key in section.model_fields):
         path = f"{name}.{key}".lstrip(".")
-        below = _section(field.annotation)
-        if below:
+        fields = {section: section.model_fields[key] for section in sections if key in section.model_fields}
+        field = next(iter(fields.values()))
+        if below := subsections(field.annotation):
             inner.append((below, path))
-        kind = f"[section](#{path.replace('.', '')})" if below else _type(field)
+        kind = (
+            f"[section](#{path.replace('.', '')})" if below else ", ".join(dict.fromkeys(map(_type, fields.values())))
+        )
         if below and type(None) in get_args(field.annotation) and field.default is not None:
             kind += ", or `null`"
-        changeable = " ⟳" if path in MUTABLE_FIELDS or path.rpartition(".")[0] in MUTABLE_FIELDS else ""
-        yield f"| `{key}`{changeable} | {kind} | {_default(field, bool(below))} | {_escaped(field.description or '')} |"
+        mutable = " ⟳" if path in MUTABLE_FIELDS or path.rpartition(".")[0] in MUTABLE_FIELDS else ""
+        help_text = _escaped(field.description or "")
+        if len(fields) < len(sections):
+            help_text += f" Only for {', '.join(_names(fields))}."
+        yield f"| `{key}`{mutable} | {kind} | {_default(field, bool(below))} | {help_text} |"
     yield ""
     for below, path in inner:
         yield from _tables(below, path)
 
 
-def _section(annotation: Any) -> type[BaseModel] | None:
-    for one in (annotation, *get_args(annotation)):
-        if isinstance(one, type) and issubclass(one, BaseModel):
-            return one
-    return None
+def _names(sections: Iterable[type[Section]]) -> list[str]:
+    return [f"`{name}`" for section in sections for name in get_args(section.model_fields["name"].annotation)]
 
 
 def _type(field: FieldInfo) -> str:
@@ -77,7 +81,7 @@ def _kind(annotation: Any) -> str:
         return ", ".join(f"`{_yaml(one)}`" for one in arguments)
     if origin in (Union, UnionType):
         choices = [one for one in arguments if one is not type(None)]
-        if any(ONE in str(one) for one in choices):
+        if any("<value>" in str(one) for one in choices):
             number = "number" in _kind(choices[0])
             return _kind(choices[0]) + (", or one for each iteration" if number else ", or a list of texts")
         return " or ".join(map(_kind, choices))

@@ -21,7 +21,8 @@ from spinlm.model.prefix_trees import PrefixTree, micro_batches, pack_batch
 from spinlm.model.quantize import count_parameters
 from spinlm.model.run import Run
 from spinlm.plan import make_plan
-from spinlm.recipe.schema import MEMORY_MARGIN, Objective, Recipe
+from spinlm.recipe.objective import Spin
+from spinlm.recipe.schema import Recipe
 from spinlm.rundir.layout import RunDir
 from spinlm.rundir.records import Example, Generation, read_lines
 from spinlm.rundir.stage_graph import START
@@ -31,6 +32,7 @@ from spinlm.stages.reference_logprobs import reference_logprobs
 from spinlm.stages.sft import sft
 from spinlm.training.activation_checkpointing import checkpoint_if_needed, free_bytes
 from spinlm.training.batches import PairDataset, PairGroup, pair_loss
+from spinlm.training.memory import MEMORY_MARGIN
 from spinlm.utils.atomic import read_json
 
 EXAMPLES = 8
@@ -57,7 +59,7 @@ def check(recipe: Recipe) -> Iterator[str]:
                 }
             ),
             "sft": None,
-            "objective": Objective() if recipe.is_control else recipe.objective,
+            "objective": Spin() if recipe.is_control else recipe.objective,
             "report_to": [],
         }
     )
@@ -253,7 +255,7 @@ def _check_first_step(run: Run, groups: Sequence[PairGroup]) -> str:
     """Compute the SPIN loss before any training, which is ln 2 if main player and opponent agree."""
     players = run.players
     players.logprobs.eval()
-    loss_fn = pair_loss(run.recipe.model_copy(update={"objective": Objective()}), 0)
+    loss_fn = pair_loss(run.recipe.model_copy(update={"objective": Spin()}), 0)
     total = 0.0
     for group in groups:
         batch = pack_batch([group.tree], players.prefix_sharing).to(players.device)

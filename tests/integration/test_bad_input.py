@@ -81,9 +81,7 @@ def test_unknown_key(refused, world):
 
 @pytest.mark.parametrize("name", ["objective.beta", "train.learning_rate"])
 def test_list_of_another_length_than_iterations(refused, world, name):
-    assert refused(f"{name}=[0.1, 0.2, 0.3]") == (
-        f"{world.recipe}: {name} has 3 values for 2 iterations: give one number, or one for each of selfplay.iterations"
-    )
+    assert refused(f"{name}=[0.1, 0.2, 0.3]").startswith(f"{world.recipe}: {name}: 3 values for 2 iterations")
 
 
 def test_recipe_is_not_there(cli, tmp_path):

@@ -662,7 +662,7 @@ def test_the_command_checks_the_endpoint_first(bench, endpoint, tmp_path):
         ({}, {"--judge": "nothing.yaml"}, "--judge: nothing.yaml cannot be read"),
         ({"prompts_file": "nothing.jsonl"}, {}, "prompts_file in judge.yaml: nothing.jsonl cannot be read"),
         ({"prompts_file": "empty.jsonl"}, {}, "empty.jsonl: the prompt single-v1 is missing"),
-        ({"url": "localhost"}, {}, "judge.yaml: url: localhost is not an address"),
+        ({"url": "localhost"}, {}, "judge.yaml: url: localhost is not a URL"),
         ({}, {"--iteration": "1", "--pairwise": ""}, "--pairwise compares players, and iteration 1 is the only one"),
         ({}, {}, "http://127.0.0.1:1/v1/chat/completions: cannot be reached"),
     ],

@@ -20,7 +20,6 @@ from runs import World, assert_whole, read_jsons, readme_command
 
 import spinlm.utils.http
 from spinlm.check import check
-from spinlm.errors import RecipeError
 from spinlm.generation import supervisor
 from spinlm.generation.base import Response, Sampling
 from spinlm.generation.server import ServerEngine, ServerError
@@ -455,23 +454,3 @@ def test_check_compares_the_engines(world: World, tmp_path: Path) -> None:
             parameter.data.mul_(-1)
         report = "\n".join(check(recipe))
     assert "0 of 8 greedy" in report and "rounding does not explain" in report
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        (["opponent.engine=server"], "opponent.server"),
-        (['opponent.server={api: vllm, urls: ["http://a"]}'], "opponent.engine is local"),
-        (using("vllm"), "neither urls nor launch_command"),
-        (using("vllm", urls=["127.0.0.1:8000"]), "begins with http://"),
-        (using("vllm", urls=["http://me:secret@a"]), "without a password"),
-        (using("llama.cpp", urls=["http://a"]), "reload_command"),
-        ((*using("vllm", urls=["http://a"]), "lora=null"), "only LoRA adapters"),
-        (using("vllm", urls=["http://a"], launch_command="x", reload_command="y"), "Leave one of them out"),
-        (using("ollama", urls=["http://a"]), "opponent.server.api"),
-    ],
-)
-def test_invalid_recipes(changes: list[str], message: str, world: World) -> None:
-    with pytest.raises(RecipeError) as caught:
-        load_recipe(world.recipe, list(changes))
-    assert message in str(caught.value)

@@ -6,12 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
 import typer
 
 from spinlm.cli.app import app
+from spinlm.recipe.fields import iterate_fields
 from spinlm.recipe.load import load_recipe
 from spinlm.recipe.schema import Recipe
 
@@ -43,7 +43,7 @@ def test_the_recipe_reference_has_every_setting_with_its_default(generate: Modul
     assert "| `beta` | number > 0, or one for each iteration | `0.1` |" in page
     assert "| `tokens_per_micro_batch` ⟳ | whole number ≥ 1 | `2048` |" in page
     assert "| `iterations` | whole number ≥ 1 | `4` |" in page  # which may change, but changes what is computed
-    settings = [name for name, _ in leaves(Recipe, "")]
+    settings = dict(iterate_fields(Recipe))
     assert len(re.findall(r"^\| `", page, flags=re.MULTILINE)) == len(settings)
 
 
@@ -65,23 +65,11 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert (page.parent / target.partition("#")[0]).exists(), target
 
 
-def leaves(section: Any, prefix: str) -> list[tuple[str, Any]]:
-    """Every setting, sections included, by its whole name."""
-    found = []
-    for key, field in section.model_fields.items():
-        path = f"{prefix}{key}"
-        found.append((path, field))
-        for one in (field.annotation, *getattr(field.annotation, "__args__", ())):
-            if isinstance(one, type) and hasattr(one, "model_fields"):
-                found += leaves(one, f"{path}.")
-    return found
-
-
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
 def test_settings_exist(page: Path) -> None:
     """Whatever stands as `section.key` in code is a setting, where the section is one of a recipe's."""
-    known = {name for name, _ in leaves(Recipe, "")}
-    sections = "|".join(name for name, field in leaves(Recipe, "") if "." not in name and f"{name}.path" != name)
+    known = {name for name, _ in iterate_fields(Recipe)}
+    sections = "|".join(name for name, field in iterate_fields(Recipe) if "." not in name and f"{name}.path" != name)
     for code in re.findall(r"`([^`\n]+)`", text(page)):
         for name in re.findall(rf"(?:^|(?<=[\s'\"]))((?:{sections})\.[a-z_][a-z0-9_.]*[a-z0-9_])", code):
             if not name.endswith((".py", ".yaml", ".jsonl", ".done", ".gguf", ".csv")):

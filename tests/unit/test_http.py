@@ -6,7 +6,8 @@ from collections.abc import Awaitable
 import pytest
 
 from spinlm.errors import SpinError
-from spinlm.utils.http import ErrorContext, redact, run_async, url_fault
+from spinlm.utils.http import ErrorContext, redact, run_async
+from spinlm.utils.urls import url_fault
 
 CONTEXT = ErrorContext(SpinError, "url", "model", "timeout", ("SPINLM_SERVER_KEY",), "Run again")
 
@@ -21,10 +22,10 @@ CONTEXT = ErrorContext(SpinError, "url", "model", "timeout", ("SPINLM_SERVER_KEY
         ("http://me:secret@a", "without a password"),
         ("http://me:secret@a:port", "without a password"),
         ("http://a/?key=secret", "without a password"),
-        ("http://a:port", "is not an address"),
-        ("http://[::1", "is not an address"),
-        ("http://a\tb", "is not an address"),
-        ("http://xn--", "is not an address"),
+        ("http://a:port", "is not a URL"),
+        ("http://[::1", "is not a URL"),
+        ("http://a\tb", "is not a URL"),
+        ("http://xn--", "is not a URL"),
     ],
 )
 def test_urls(url: str, fault: str | None) -> None:

@@ -18,7 +18,9 @@ from spinlm.plan.lengths import Lengths, TokenCount, find_lengths
 from spinlm.plan.model_shape import Shape, find_shape, shape_from_config
 from spinlm.plan.render import format_hours
 from spinlm.recipe.load import load_recipe, parse_recipe
-from spinlm.recipe.schema import Lora, Objective, Opponent, Recipe, Server, Train
+from spinlm.recipe.objective import OBJECTIVES
+from spinlm.recipe.opponent import Opponent, Server
+from spinlm.recipe.schema import Lora, Recipe, Train
 from spinlm.rundir.layout import RunDir
 from spinlm.rundir.records import Example, to_line
 from spinlm.rundir.resume import claim_recipe
@@ -159,7 +161,7 @@ def test_samples_and_replay_multiply_pairs() -> None:
 
 
 def test_the_sft_control_takes_as_many_steps_and_generates_held_out_responses_alone() -> None:
-    spin, sft = (make_plan(paper(objective=Objective(name=name))).iterations for name in ("spin", "sft"))
+    spin, sft = (make_plan(paper(objective=OBJECTIVES[name](name=name))).iterations for name in ("spin", "sft"))
     for control, selfplay in zip(sft[1:], spin[1:], strict=True):
         assert (control.steps, control.pairs, control.responses, control.beta) == (selfplay.steps, 0, 0, None)
         assert control.generated == 3 * 512 * 256
@@ -186,7 +188,7 @@ def test_preferences_generate_held_out_responses_alone(tmp_path: Path) -> None:
 
 def test_t_spin_computes_the_starting_players_response_too() -> None:
     """A full row, the responses in use, and y₀ where it is not one of them."""
-    plan = make_plan(paper(objective=Objective(name="t-spin")))
+    plan = make_plan(paper(objective=OBJECTIVES["t-spin"](name="t-spin")))
     assert [cost.training_tokens.shared for cost in plan.iterations[1:]] == [
         2 * 50_000 * (2048 + responses * 256) for responses in (1, 2, 3, 3)
     ]

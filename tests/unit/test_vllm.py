@@ -11,7 +11,8 @@ from spinlm.generation.base import Response, Sampling
 from spinlm.generation.vllm import VllmError, assign_gpus, engine_arguments, explain, parse_response, request
 from spinlm.generation.vllm_worker import read_output
 from spinlm.recipe.load import parse_recipe
-from spinlm.recipe.schema import Recipe, Vllm
+from spinlm.recipe.opponent import Vllm
+from spinlm.recipe.schema import Recipe
 
 SAMPLING = Sampling(temperature=0.7, top_p=0.9, max_new_tokens=20, max_length=30, samples=1, stop_ids=(2, 5))
 

@@ -22,7 +22,7 @@ from spinlm.generation.base import OnProgress, Response, Sampling
 from spinlm.generation.server_apis import SERVER_APIS, GenerationRequest, GenerationResult
 from spinlm.model.merge import save_for_serving
 from spinlm.model.players import Players
-from spinlm.recipe.schema import Server
+from spinlm.recipe.opponent import Server
 from spinlm.utils.http import (
     Endpoint,
     ErrorContext,

@@ -20,7 +20,8 @@ from spinlm.errors import MissingPackageError, RecipeError, SpinError
 from spinlm.generation import vllm_worker
 from spinlm.generation.base import OnProgress, Response, Sampling
 from spinlm.model.players import Players
-from spinlm.recipe.schema import Recipe, Vllm
+from spinlm.recipe.opponent import Vllm
+from spinlm.recipe.schema import Recipe
 from spinlm.utils.seeds import derive_seed
 from spinlm.utils.signals import check_interrupt
 

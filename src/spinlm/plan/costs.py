@@ -4,7 +4,8 @@ import math
 from dataclasses import dataclass
 
 from spinlm.plan.lengths import Lengths, TokenCount
-from spinlm.recipe.schema import Recipe, value_at
+from spinlm.recipe.fields import get_path, value_at
+from spinlm.recipe.schema import Recipe
 from spinlm.rundir.stage_graph import START
 
 ASSUMED_PROMPTS = 1000  # if neither the recipe nor the data say how many
@@ -131,7 +132,7 @@ def _iteration_cost(recipe: Recipe, lengths: Lengths, t: int) -> IterationCost:
         guard_tokens=lengths.tokens(((train.epochs - 1) * heldout if recipe.selfplay.guard else 0, 0)),
         training_tokens=lengths.tokens((train.epochs * prompts, recipe.num_branches(t))),
         learning_rate=value_at(train.learning_rate, t),
-        beta=value_at(recipe.objective.beta, t) if "beta" in recipe.objective.reads else None,
+        beta=value_at(get_path(recipe, "objective.beta"), t),
     )
 
 

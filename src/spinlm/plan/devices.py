@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from spinlm.plan.costs import GenerationCost, IterationCost
 from spinlm.plan.lengths import Lengths, TokenCount
 from spinlm.plan.model_shape import Shape
-from spinlm.recipe.schema import MEMORY_MARGIN, Recipe, optimizer_bytes
+from spinlm.recipe.schema import Recipe
+from spinlm.training.memory import MEMORY_MARGIN, optimizer_bytes
 from spinlm.utils.hardware import total_memory
 
 GPU_FLOPS = 990e12  # dense bfloat16, of an H100 or H200

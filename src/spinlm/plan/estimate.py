@@ -10,10 +10,11 @@ from spinlm.plan.costs import IterationCost, iteration_costs, num_prompts, num_r
 from spinlm.plan.devices import DEVICES, GPU, TOKENIZER_SPEED, DeviceModel, StageTime
 from spinlm.plan.lengths import MAX_FILE_BYTES, Lengths, find_lengths
 from spinlm.plan.model_shape import Shape, UnknownShapeError, find_shape
-from spinlm.recipe.schema import OPTIMIZER_BYTES, Recipe, optimizer_bytes
+from spinlm.recipe.schema import Recipe
 from spinlm.rundir.layout import RunDir
 from spinlm.rundir.resume import recipe_changes
 from spinlm.rundir.stage_graph import START, stages
+from spinlm.training.memory import OPTIMIZER_BYTES, optimizer_bytes
 from spinlm.utils.hardware import has_gpu
 from spinlm.utils.model_path import existing_path, resolve_model
 

@@ -5,7 +5,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from spinlm.recipe.schema import MUTABLE_FIELDS, PER_ITERATION_FIELDS, Recipe, get_path, value_at
+from spinlm.recipe.fields import get_path, value_at
+from spinlm.recipe.schema import MUTABLE_FIELDS, PER_ITERATION_FIELDS, Recipe
 from spinlm.utils.atomic import short_digest
 
 

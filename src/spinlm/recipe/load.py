@@ -1,7 +1,8 @@
-"""SampleFeatures a recipe: YAML, overrides from the command line, and a line of help for each thing that is wrong."""
+"""Load a recipe: YAML, overrides from the command line, and one line of help for each error."""
 
 import json
 import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,34 +10,38 @@ import yaml
 from pydantic import ValidationError
 
 from spinlm.errors import RecipeError
-from spinlm.recipe.schema import LIST, ONE, Recipe, Section
+from spinlm.recipe.fields import Section, is_tag, iterate_fields, subsections
+from spinlm.recipe.objective import OBJECTIVES
+from spinlm.recipe.schema import Recipe
 from spinlm.utils.model_path import existing_path
 from spinlm.utils.suggest import nearest
 
-LONGEST = 1_000_000  # bytes of a recipe
+MAX_BYTES = 1_000_000  # of a recipe file
 
 
 def load_recipe(path: Path, overrides: tuple[str, ...] | list[str] = ()) -> Recipe:
     """Read a YAML recipe, apply `section.key=value` overrides, and check it.
 
-    `model.path`, `data.path` and `data.chat_template` that exist beside the recipe, or else in the current folder,
-    become absolute.
+    `model.path`, `data.path` and `data.chat_template` become absolute if such a file exists next to the recipe, or
+    else in the current folder.
 
     Raises:
-        RecipeError: the file is missing or no YAML mapping, or a key or value is wrong.
+        RecipeError: the file is missing or not a YAML mapping, or a key or value is wrong.
     """
     if path.suffix.lower() in (".jsonl", ".parquet", ".csv") and path.exists():
-        raise RecipeError(f"{path}: this is data; a recipe, which `spinlm init` writes, names it as data.path")
+        raise RecipeError(
+            f"{path}: this is a data file. Give a recipe that names it as data.path; `spinlm init` writes one"
+        )
     try:
         with path.open("rb") as file:
-            content = file.read(LONGEST + 1)
+            content = file.read(MAX_BYTES + 1)
         text = content.decode()
     except FileNotFoundError:
         raise RecipeError(f"{path}: no such recipe. `spinlm init` writes one to start from") from None
     except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a name that no file can have
         raise RecipeError(f"{path}: cannot be read as text: {error}") from None
-    if len(content) > LONGEST:
-        raise RecipeError(f"{path}: not a recipe: it has more than {LONGEST} bytes")
+    if len(content) > MAX_BYTES:
+        raise RecipeError(f"{path}: not a recipe: it has more than {MAX_BYTES} bytes")
     values = parse_yaml(text, str(path))
     if not isinstance(values, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of sections (model:, data:, …)")
@@ -49,8 +54,12 @@ def load_recipe(path: Path, overrides: tuple[str, ...] | list[str] = ()) -> Reci
 def parse_recipe(values: dict[str, Any], where: str = "recipe") -> Recipe:
     """Check plain data against the recipe's schema.
 
+    Args:
+        values: the sections of the recipe.
+        where: what error messages name as the source.
+
     Raises:
-        RecipeError: with one line for each thing that is wrong.
+        RecipeError: with one line for each error.
     """
     try:
         recipe = Recipe.model_validate(values)
@@ -59,22 +68,24 @@ def parse_recipe(values: dict[str, Any], where: str = "recipe") -> Recipe:
         raise RecipeError("\n".join(f"{where}: {line}" for line in lines)) from None
     try:
         json.dumps(recipe.model_dump(mode="json"), ensure_ascii=False, allow_nan=False).encode()
-    except ValueError as error:  # a lone surrogate, as in a name that is not UTF-8; NaN; a number without end
-        raise RecipeError(f"{where}: holds a text or a number that cannot be written down: {error}") from None
+    except ValueError as error:  # a lone surrogate, as in a name that is not UTF-8; NaN or infinity
+        raise RecipeError(f"{where}: contains a text or a number that JSON cannot represent: {error}") from None
     return recipe
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML where `5e-7` is a number, as in YAML 1.2 and everywhere else.
+    """YAML in which `5e-7` is a number, as in YAML 1.2.
 
-    Errors are: a repeated or empty key; an alias, which recipes do not need and of which a few lines fill any memory; a
-    whole number such as 010 or 1:30, which YAML 1.1 takes for 8 and 90.
+    Refused are repeated keys, keys without a value, aliases (nested ones can fill any memory), and whole numbers such
+    as 010 or 1:30, which YAML 1.1 reads as 8 and 90.
     """
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
             alias = self.peek_event()
-            raise yaml.YAMLError(f"*{alias.anchor} (line {alias.start_mark.line + 1}): write out what it stands for")
+            raise yaml.YAMLError(
+                f"*{alias.anchor} (line {alias.start_mark.line + 1}): aliases are not supported. Repeat the value"
+            )
         return super().compose_node(parent, index)
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
@@ -91,7 +102,7 @@ class _Loader(yaml.SafeLoader):
                 continue
             key, line = key_node.value, key_node.start_mark.line + 1
             if key in seen:
-                raise yaml.YAMLError(f"the key {key!r} stands twice (line {line})")
+                raise yaml.YAMLError(f"the key {key!r} appears twice (line {line})")
             if isinstance(value_node, yaml.ScalarNode) and value_node.value == "" and value_node.style is None:
                 raise yaml.YAMLError(
                     f"the key {key!r} has no value (line {line}): write null for none, or {{}} for a section with its "
@@ -105,7 +116,7 @@ _EXPONENT = re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$")
 
 
 class _Dumper(yaml.SafeDumper):
-    """YAML that `_Loader` reads as it was: a text such as `12e4567`, a commit maybe, is quoted."""
+    """YAML that `_Loader` reads back unchanged: a text such as `12e4567`, perhaps a commit, is quoted."""
 
 
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
@@ -115,15 +126,15 @@ for _kind in (_Loader, _Dumper):
 
 
 def as_yaml(recipe: dict[str, Any]) -> str:
-    """A recipe, given as plain data, as a file that `load_recipe` reads."""
+    """Return a recipe's plain data as text that `load_recipe` reads."""
     return yaml.dump(recipe, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """The value of YAML that anybody may have written.
+    """Parse untrusted YAML.
 
     Raises:
-        RecipeError: it is none.
+        RecipeError: it is not valid YAML.
     """
     try:
         return yaml.load(text, Loader=_Loader)
@@ -132,7 +143,7 @@ def parse_yaml(text: str, where: str) -> Any:
         if "".join(text.splitlines()[line : line + 1]).lstrip(" ").startswith("\t"):
             raise RecipeError(f"{where}: line {line + 1} begins with a tab: indent with spaces: {error}") from None
         raise RecipeError(f"{where}: not valid YAML: {error}") from None
-    except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, OverflowError) as error:  # a tag amiss
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, OverflowError) as error:
         raise RecipeError(f"{where}: not valid YAML: {error}") from None
     except RecursionError:
         raise RecipeError(f"{where}: not valid YAML: nested too deeply") from None
@@ -153,7 +164,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     try:
         target[last] = parse_yaml(text, f"override {override!r}")
     except RecipeError as error:
-        hint = " Put the whole override in quotes, so that the shell leaves it alone" if text.endswith(":") else ""
+        hint = " Put the whole override in quotes, so that the shell does not split it" if text.endswith(":") else ""
         raise RecipeError(f"{error}.{hint}" if hint else str(error)) from None
 
 
@@ -169,62 +180,79 @@ def _resolve_paths(values: dict[str, Any], folder: Path) -> None:
             here = Path(value).expanduser()
         except RuntimeError as error:  # ~name of a user that does not exist
             raise RecipeError(f"{section}.{key}: {value}: {error}") from None
-        # Absolute, so that the run can be continued, and asked, from any folder.
+        # Absolute, so that later commands work from any folder.
         found = next(filter(None, (existing_path(str(path)) for path in (folder / here, here))), None)
         if found is not None or value.startswith("~"):
             block[key] = str((found or here).absolute())
 
 
-def _explain(item: Any) -> str:
-    location = [part for part in item["loc"] if part not in (ONE, LIST)]
-    dotted = ".".join(str(part) for part in location)
-    match item["type"]:
+def _explain(error: Any) -> str:
+    """Say in one line what a validation error of pydantic means: what, where, what to do."""
+    location, kind, value = error["loc"], error["type"], error["input"]
+    path = _dotted(location)
+    match kind:
         case "extra_forbidden":
-            return f"{dotted}: unknown key{_suggest([str(part) for part in location])}"
+            *sections, key = location
+            return f"{'.'.join(filter(None, (_dotted(sections), str(key))))}: {_unknown_key(sections, str(key))}"
         case "missing":
-            return f"{dotted}: missing"
+            return f"{path}: missing"
         case "value_error":
-            return str(item["ctx"]["error"])
+            return ": ".join(filter(None, [path, str(error["ctx"]["error"])]))
         case "model_type" | "model_attributes_type":
-            return f"{dotted}: should be a section with keys, got {_show(item['input'])}"
-    message = item["msg"][0].lower() + item["msg"][1:] + (" (or a list)" if ONE in item["loc"] else "")
+            return f"{path}: should be a section with keys, got {_show(value)}"
+        case "union_tag_invalid":
+            known = ", ".join(OBJECTIVES)
+            return f"{path}.name: should be one of {known}, got {_show(value['name'])}"
+    message = error["msg"][0].lower() + error["msg"][1:] + (" (or a list)" if "<value>" in location else "")
     hint = ""
-    if item["type"] == "string_type" and isinstance(item["input"], int | float):
+    if kind == "string_type" and isinstance(value, int | float):
         hint = "; put it in quotes to make it text"
-    if item["type"] == "float_type" and isinstance(item["input"], str) and _is_number(item["input"]):
-        hint = "; leave the quotes out"
-    secret = "" if "server" in location else f", got {_show(item['input'])}"  # a password or a key may be in it
-    return f"{dotted}: {message.replace('input should', 'should')}{secret}{hint}"
+    if kind == "float_type" and isinstance(value, str) and _is_number(value):
+        hint = "; remove the quotes"
+    shown = "" if "server" in location else f", got {_show(value)}"  # settings of a server may contain a password
+    return f"{path}: {message.replace('input should', 'should')}{shown}{hint}"
 
 
-def _suggest(location: list[str]) -> str:
-    """What may have been meant by an unknown key: one with a similar name here, or the same name in another section."""
-    *sections, key = location
-    known = list(_section(sections).model_fields)
-    elsewhere = [name for name in Recipe.model_fields if key in getattr(_section([name]), "model_fields", {})]
+def _dotted(location: Iterable[Any]) -> str:
+    return ".".join(str(part) for part in location if not is_tag(part))
+
+
+def _unknown_key(sections: Sequence[Any], key: str) -> str:
+    """Name what an unknown key may stand for: the same name in another section, or a similar name in this one."""
+    section = _section_at(sections)
+    owners = [name for name, objective in OBJECTIVES.items() if key in objective.model_fields]
+    if sections and sections[0] == "objective" and owners:
+        name = sections[-1].strip("<>")
+        return (
+            f"not a setting of {name}, only of {', '.join(owners)}. Remove it, or replace the whole section on the "
+            f"command line: 'objective={{name: {name}}}'"
+        )
+    elsewhere = dict.fromkeys(name for name, _ in iterate_fields(Recipe) if name.rpartition(".")[2] == key)
     if 0 < len(elsewhere) <= 2:
-        return f"; did you mean {' or '.join(f'{name}.{key}' for name in elsewhere)}?"
+        return f"unknown key; did you mean {' or '.join(elsewhere)}?"
+    known = list(section.model_fields)
     if near := nearest(key, known):
-        return f"; did you mean {near}?"
-    return f"; known: {', '.join(known)}"
+        return f"unknown key; did you mean {near}?"
+    return f"unknown key; known: {', '.join(known)}"
 
 
-def _section(names: list[str]) -> Any:
-    """The class of a section of the recipe; None for a field that is none."""
-    model: Any = Recipe
-    for name in names:
-        annotation = model.model_fields[name].annotation
-        choices = [annotation, *getattr(annotation, "__args__", ())]
-        model = next((one for one in choices if isinstance(one, type) and issubclass(one, Section)), None)
-    return model
+def _section_at(location: Iterable[Any]) -> type[Section]:
+    """Return the class of a section, given its location in the recipe."""
+    section: type[Section] = Recipe
+    for part in location:
+        if is_tag(part):
+            section = OBJECTIVES[part.strip("<>")]
+        else:
+            section = subsections(section.model_fields[part].annotation)[0]
+    return section
 
 
 def _show(value: Any) -> str:
     try:
         text = json.dumps(value, default=str, ensure_ascii=False)
-    except TypeError:  # keys that JSON has not
+    except TypeError:  # a key that JSON cannot have
         text = repr(value)
-    except ValueError:  # a value that holds itself, a number without end
+    except ValueError:  # a value that contains itself, or an infinite number
         text = f"a value of the type {type(value).__name__}"
     return text[:80].encode("utf-8", "backslashreplace").decode()
 

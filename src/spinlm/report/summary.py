@@ -6,7 +6,6 @@ from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from spinlm.errors import RunError
-from spinlm.recipe.schema import CONTROL
 from spinlm.rundir.layout import RunDir
 from spinlm.rundir.provenance import read_recipe
 from spinlm.rundir.stage_graph import START, player_name
@@ -221,7 +220,7 @@ def start_from(folder: RunDir) -> str | None:
 
 def is_control(folder: RunDir) -> bool:
     """Return whether a run is the control: supervised fine-tuning on the real responses, without self-play."""
-    return bool(read_recipe(folder)["objective"]["name"] == CONTROL)
+    return bool(read_recipe(folder)["objective"]["name"] == "sft")
 
 
 def promotions(folder: RunDir) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ from spinlm.distributed.progress import Advance, track
 from spinlm.model.players import Players
 from spinlm.model.prefix_trees import PrefixTree, micro_batches
 from spinlm.model.run import Run
+from spinlm.recipe.objective import TSpin
 from spinlm.rundir.records import (
     PAIR_SPLITS,
     Example,
@@ -43,7 +44,7 @@ def reference_logprobs(run: Run, t: int) -> None:
         if stage.done:
             return
         recipe, folder, players = run.recipe, run.folder, run.players
-        needs_initial = recipe.objective.name == "t-spin"
+        needs_initial = isinstance(recipe.objective, TSpin)
         earlier = range(max(0, t - recipe.selfplay.replay), t)
         for source in {*earlier, *((0,) if needs_initial and t else ())}:
             processes.on_rank_zero(folder.require, "generate", source)

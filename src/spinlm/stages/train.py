@@ -8,7 +8,7 @@ from spinlm.evals.collapse import detect_collapse
 from spinlm.evals.heldout import HeldoutNLL
 from spinlm.export.model_card import write_card
 from spinlm.model.run import Run
-from spinlm.recipe.schema import value_at
+from spinlm.recipe.fields import value_at
 from spinlm.rundir.records import count_shards
 from spinlm.rundir.stage_graph import START
 from spinlm.training.batches import PairDataset, SftDataset, TrainDataset, pair_loss, sft_loss

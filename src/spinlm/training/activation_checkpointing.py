@@ -9,7 +9,8 @@ from torch import Tensor
 from spinlm.distributed import processes
 from spinlm.model.logprobs import LogProbs
 from spinlm.model.prefix_trees import PrefixTree, pack_batch
-from spinlm.recipe.schema import MEMORY_MARGIN, Recipe, optimizer_bytes
+from spinlm.recipe.schema import Recipe
+from spinlm.training.memory import MEMORY_MARGIN, optimizer_bytes
 from spinlm.utils.hardware import free_memory
 
 log = logging.getLogger("spinlm")

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from spinlm.model.prefix_trees import PrefixTree
-from spinlm.recipe.schema import Recipe, value_at
+from spinlm.recipe.fields import value_at
+from spinlm.recipe.objective import Control, DpoPositive, Space, Spin, TSpin
+from spinlm.recipe.schema import Recipe
 from spinlm.rundir.records import Example, RecordFile, read_lines, read_pairs
 from spinlm.training import objectives
 
@@ -113,6 +115,7 @@ def _index_of(response: list[int], responses: list[list[int]]) -> int:
 def pair_loss(recipe: Recipe, t: int) -> Callable[[Tensor, Sequence[PairGroup]], LossOutput]:
     """Make the loss function of the recipe's objective at iteration `t`, a sum over pairs."""
     settings = recipe.objective
+    assert not isinstance(settings, Control), "the control has no pairs"
 
     def loss_fn(logprobs: Tensor, groups: Sequence[PairGroup]) -> LossOutput:
         device = logprobs.device
@@ -122,22 +125,20 @@ def pair_loss(recipe: Recipe, t: int) -> Callable[[Tensor, Sequence[PairGroup]],
         lengths = torch.tensor([len(ids) for group in groups for ids in group.tree.responses], device=device)  # [S]
         real, synthetic, initial = pair_indices(groups).to(device)  # [B] each
         four = (logprobs[real], logprobs[synthetic], reference[real], reference[synthetic])
-        match settings.name:
-            case "spin":
+        match settings:
+            case Spin():
                 tokens = (lengths[real], lengths[synthetic]) if settings.length_normalize else None
                 beta = value_at(settings.beta, t)
                 loss = objectives.spin(*four, beta=beta, link=settings.link, tokens=tokens)
-            case "dpo-positive":
+            case DpoPositive():
                 beta = value_at(settings.beta, t)
                 loss = objectives.dpo_positive(*four, beta=beta, dpop_lambda=settings.dpop_lambda)
-            case "space":
+            case Space():
                 loss = objectives.space(*four, mu=settings.mu)
-            case "t-spin":
+            case TSpin():
                 three = (logprobs[real], logprobs[synthetic], logprobs[initial])
                 beta, weight = value_at(settings.beta, t), settings.history_weight
                 loss = objectives.t_spin(*three, beta=beta, history_weight=weight, link=settings.link)
-            case _:
-                raise AssertionError(f"{settings.name} is not an objective over pairs")
         margin = objectives.margin(*four).detach()
         nll = objectives.mean_nll(logprobs[real], lengths[real])  # [B]
         if settings.nll_weight:

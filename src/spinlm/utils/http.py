@@ -62,22 +62,6 @@ class _TransientError(Exception):
         self.url, self.unreachable, self.retry_after = url, unreachable, retry_after
 
 
-def url_fault(url: str) -> str | None:
-    """Return what is wrong with the URL of an endpoint, or None."""
-    import httpx
-
-    if any(mark in url for mark in "@?#"):  # the message omits the URL: it may contain a password or a key
-        return "write the address without a password, ? or #. A key belongs in the environment"
-    try:
-        parts, host = urlsplit(url.strip()), httpx.URL(url.strip()).host
-        valid_port = parts.port is None or parts.port > 0
-    except (ValueError, httpx.InvalidURL) as error:
-        return f"{url} is not an address ({error})"
-    if parts.scheme not in ("http", "https") or not host or not valid_port:
-        return f"{url} is not an address that begins with http:// or https:// and a host"
-    return None
-
-
 def open_client(urls: Sequence[str], timeout: float, max_concurrency: int) -> "httpx.AsyncClient":
     """Open a client. It ignores proxy settings if all URLs are on this machine."""
     import httpx

@@ -11,11 +11,12 @@ from pydantic import AfterValidator, Field, ValidationError
 
 from spinlm.errors import DataError, SpinError
 from spinlm.evals.mt_bench.questions import Row, describe_errors, read_rows, read_text
+from spinlm.recipe.fields import Count, Options, Positive, Section
 from spinlm.recipe.load import parse_yaml
-from spinlm.recipe.schema import Count, Options, Positive, Section
 from spinlm.rundir.records import Message
 from spinlm.utils.atomic import short_digest
-from spinlm.utils.http import Endpoint, ErrorContext, gather_bounded, open_client, redact, run_async, url_fault
+from spinlm.utils.http import Endpoint, ErrorContext, gather_bounded, open_client, redact, run_async
+from spinlm.utils.urls import url_fault
 
 CHAT_PATH = "/chat/completions"
 DEFAULT_PROMPTS = Path(__file__).with_name("judge_prompts.jsonl")

@@ -1,0 +1,79 @@
+"""The recipe's section `objective`. Each objective is a class with its own fields."""
+
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import Discriminator, Field, Tag
+
+from spinlm.recipe.fields import NonNegative, PerIteration, Positive, Section, subsections
+
+Name = Field(
+    description="What training minimizes: `spin`, the SPIN objective; `dpo-positive`, `space` or `t-spin`, which were "
+    "designed to be more stable; or `sft`, the control: supervised fine-tuning on the real responses in as many steps."
+)
+Link = Annotated[
+    Literal["logistic", "hinge", "exponential"], Field(description="Convex decreasing function of the margin.")
+]
+
+
+class _Objective(Section):
+    name: str
+
+
+class _PairObjective(_Objective):
+    nll_weight: NonNegative = 0.0
+    """Weight of an added term −log p(y|x)/|y|. It keeps the likelihood of the real responses up."""
+
+
+class _LogRatioObjective(_PairObjective):
+    beta: PerIteration = 0.1
+    """How strongly the main player is held to its opponent: λ in the SPIN paper, α in the T-SPIN paper."""
+
+
+class Spin(_LogRatioObjective):
+    name: Annotated[Literal["spin"], Name] = "spin"
+    link: Link = "logistic"
+    length_normalize: bool = False
+    """Divide each response's log-probability ratio by its number of tokens, so that long responses weigh no more."""
+
+
+class DpoPositive(_LogRatioObjective):
+    name: Annotated[Literal["dpo-positive"], Name]
+    dpop_lambda: NonNegative = 50.0
+    """Weight of the penalty on a real response that has become less likely than under the opponent."""
+
+
+class Space(_PairObjective):
+    name: Annotated[Literal["space"], Name]
+    mu: Positive = 1.0
+    """Weight of a synthetic response relative to a real one. `selfplay.replay: 0` is recommended."""
+
+
+class TSpin(_LogRatioObjective):
+    name: Annotated[Literal["t-spin"], Name]
+    link: Link = "logistic"
+    history_weight: NonNegative = 1.0
+    """Weight of the advantage of the newest synthetic response over θ_0's: β in the T-SPIN paper."""
+
+
+class Control(_Objective):
+    name: Annotated[Literal["sft"], Name]
+
+
+def _tag(value: Any) -> str:
+    name = value.get("name", "spin") if isinstance(value, dict) else getattr(value, "name", "spin")
+    return f"<{name}>"
+
+
+Objective = Annotated[
+    Annotated[Spin, Tag("<spin>")]
+    | Annotated[DpoPositive, Tag("<dpo-positive>")]
+    | Annotated[Space, Tag("<space>")]
+    | Annotated[TSpin, Tag("<t-spin>")]
+    | Annotated[Control, Tag("<sft>")],
+    Discriminator(_tag),
+]
+
+OBJECTIVES: dict[str, type[Section]] = {
+    get_args(section.model_fields["name"].annotation)[0]: section for section in subsections(Objective)
+}
+"""The class of each objective by its name."""
