@@ -1,4 +1,4 @@
-"""Log-probabilities and their gradients, packed in every way, against the model's own full logits."""
+"""Log-probabilities and gradients of packed batches, against those from the model's full logits."""
 
 import math
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from models import save_tiny_model, tiny_model, tiny_recipe
+from models import tiny_model, tiny_recipe
 from spinlm.errors import ModelError
 from spinlm.model import logprobs as logprobs_module
 from spinlm.model import prefix_trees as trees_module
@@ -23,107 +23,108 @@ from spinlm.model.prefix_trees import PrefixTree, pack_batch
 from spinlm.rundir.layout import RunDir
 from spinlm.training.activation_checkpointing import switch_checkpointing
 
-SHARINGS = (True, False)
-TAKES_TREES = ("llama", "mistral", "qwen2", "gemma2", "gpt2", "gpt_neox")
+TREE_ARCHITECTURES = ("llama", "mistral", "qwen2", "gemma2", "gpt2", "gpt_neox")
 V = 97
 
 register_tree_attention()
+Folders = Callable[[str], Path]
+both_packings = pytest.mark.parametrize("prefix_sharing", [True, False], ids=["shared", "unshared"])
 
 
 def ids(count: int, seed: int) -> list[int]:
     return torch.randint(3, V, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-# Some are longer than the sliding windows of 8; there are one-token prompts and responses, and two equal responses.
+# Responses longer than the sliding windows of 8, one-token prompts and responses, and two equal responses.
 TREES = [
     PrefixTree(ids(12, 1), (ids(9, 2), ids(14, 3), ids(1, 4))),
     PrefixTree(ids(1, 5), (ids(11, 6),)),
     PrefixTree(ids(5, 7), (ids(1, 8), ids(4, 9), ids(4, 9))),
 ]
 RESPONSES = [(tree.prompt, response) for tree in TREES for response in tree.responses]
-# Weights of different size and sign, so that no response's gradient can stand in for another's.
+# Distinct weights, so that mixed-up gradients of two responses do not go unnoticed.
 UPSTREAM = torch.tensor([1.0, -2.0, 0.5, 3.0, -1.0, 0.25, -0.75])
 
 
-def plain_logprobs(model: Any) -> Tensor:
-    """One unpadded row for each response, all logits of the model itself: [S]."""
-    found = []
+def expected_logprobs(model: Any) -> Tensor:
+    """Compute log-probabilities from the model's full logits of one unpadded row per response: [S]."""
+    sums = []
     for prompt, response in RESPONSES:
         logits = model(input_ids=torch.tensor([[*prompt, *response]])).logits[0].float()
-        table = torch.log_softmax(logits, dim=-1)
-        found.append(torch.stack([table[len(prompt) - 1 + place, token] for place, token in enumerate(response)]).sum())
-    return torch.stack(found)
+        table = torch.log_softmax(logits, dim=-1)[len(prompt) - 1 : -1]
+        sums.append(table[torch.arange(len(response)), response].sum())
+    return torch.stack(sums)
 
 
 def gradients(model: nn.Module, values: Tensor) -> dict[str, Tensor]:
-    """Of the weighted sum of the responses' log-probabilities, by name of the trained parameter."""
+    """Compute gradients of the responses' weighted log-probabilities, by name of the trained parameter."""
     model.zero_grad()
     (values * UPSTREAM).sum().backward()
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     return {name: p.grad.clone() if p.grad is not None else torch.zeros_like(p) for name, p in trained.items()}
 
 
-def assert_same_gradients(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: float = 1e-5) -> None:
-    """Each parameter's error is within `tolerance` of its own gradient's norm.
+def assert_same_gradients(gradient: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-5) -> None:
+    """Assert that the error of each parameter's gradient is within `tolerance` of the gradient's norm.
 
-    A gradient that is zero but for rounding, as that of a bias on attention keys, has no digits to compare: norms below
-    1e-3 of the largest parameter's count as that.
+    Norms below 1e-3 of the largest count as that. Some gradients, as of the bias on attention keys, are rounding errors
+    only.
     """
-    assert ours.keys() == theirs.keys()
-    floor = 1e-3 * max(gradient.norm().item() for gradient in theirs.values())
-    wrong = {
-        name: ((ours[name] - theirs[name]).norm() / max(theirs[name].norm().item(), floor)).item() for name in theirs
+    assert gradient.keys() == expected.keys()
+    floor = 1e-3 * max(grad.norm().item() for grad in expected.values())
+    errors = {
+        name: ((gradient[name] - grad).norm() / max(grad.norm().item(), floor)).item()
+        for name, grad in expected.items()
     }
-    assert max(wrong.values()) <= tolerance, {name: error for name, error in wrong.items() if error > tolerance}
+    assert max(errors.values()) <= tolerance, {name: error for name, error in errors.items() if error > tolerance}
 
 
-def assert_parity(model: Any, prefix_sharing: bool, change: Callable[[Any], object] = lambda model: None) -> None:
-    """Log-probabilities and all gradients equal the plain ones to 1e-5, relatively, whatever is changed in between."""
-    plain = plain_logprobs(model)
-    theirs = gradients(model, plain)
-
+def assert_same_as_full_logits(
+    model: Any, prefix_sharing: bool, change: Callable[[Any], object] = lambda model: None
+) -> None:
+    """Assert that log-probabilities and gradients equal those from the full logits before `change`."""
+    expected = expected_logprobs(model)
+    expected_gradients = gradients(model, expected)
     change(model)
     packed = LogProbs(model)(pack_batch(TREES, prefix_sharing))
-    ours = gradients(model, packed)
-
-    assert ((packed - plain).abs() / plain.abs()).max() <= 1e-5
-    assert_same_gradients(ours, theirs)
+    assert ((packed - expected).abs() / expected.abs()).max() <= 1e-5
+    assert_same_gradients(gradients(model, packed), expected_gradients)
 
 
-@pytest.mark.parametrize("prefix_sharing", SHARINGS)
-@pytest.mark.parametrize("architecture", TAKES_TREES)
-def test_log_probabilities_and_gradients_are_the_plain_ones(architecture: str, prefix_sharing: bool) -> None:
-    assert_parity(tiny_model(architecture, vocabulary=V), prefix_sharing)
+@both_packings
+@pytest.mark.parametrize("architecture", TREE_ARCHITECTURES)
+def test_logprobs_and_gradients(architecture: str, prefix_sharing: bool) -> None:
+    assert_same_as_full_logits(tiny_model(architecture, vocabulary=V), prefix_sharing)
 
 
-@pytest.mark.parametrize("prefix_sharing", SHARINGS)
+@both_packings
 @pytest.mark.parametrize(
     ("architecture", "changes"),
     [
         ("gemma2", {"final_logit_softcapping": 0.7, "attn_logit_softcapping": 1.5}),
-        ("cohere", {}),  # logits times logit_scale
-        ("granite", {}),  # logits over logits_scaling
+        ("cohere", {}),  # logit_scale
+        ("granite", {}),  # logits_scaling
         ("phi", {"tie_word_embeddings": False}),  # a head with a bias
-        ("llama", {"tie_word_embeddings": True}),  # the head's weights are also the embedding's
+        ("llama", {"tie_word_embeddings": True}),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
-def test_every_shape_of_head(architecture: str, changes: dict[str, Any], prefix_sharing: bool) -> None:
+def test_output_heads(architecture: str, changes: dict[str, Any], prefix_sharing: bool) -> None:
     model = tiny_model(architecture, vocabulary=V, **changes)
     head = model.get_output_embeddings()
     if getattr(head, "bias", None) is not None:
         nn.init.normal_(head.bias)
-    assert_parity(model, prefix_sharing)
+    assert_same_as_full_logits(model, prefix_sharing)
 
 
-@pytest.mark.parametrize("prefix_sharing", SHARINGS)
-def test_gpt_neo_cannot_take_trees_but_pairs(prefix_sharing: bool) -> None:
+@both_packings
+def test_gpt_neo_works_without_prefix_sharing_only(prefix_sharing: bool) -> None:
     model = tiny_model("gpt_neo", vocabulary=V)
-    if not prefix_sharing:
-        assert_parity(model, prefix_sharing)
-    else:
+    if prefix_sharing:
         with pytest.raises(ModelError, match="cannot be replaced"):
             max_logprob_error(LogProbs(model), TREES, prefix_sharing)
+    else:
+        assert_same_as_full_logits(model, prefix_sharing)
 
 
 def with_adapter(architecture: str, **settings: Any) -> Any:
@@ -136,45 +137,43 @@ def with_adapter(architecture: str, **settings: Any) -> Any:
     return model.eval()
 
 
-@pytest.mark.parametrize("prefix_sharing", SHARINGS)
+@both_packings
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2"])
-def test_adapters_have_the_plain_gradients(architecture: str, prefix_sharing: bool) -> None:
+def test_adapters(architecture: str, prefix_sharing: bool) -> None:
     model = with_adapter(architecture)
     with model.disable_adapter():
-        base = plain_logprobs(model)
-    assert (plain_logprobs(model) - base).abs().max() > 1  # the adapter matters, so that parity says something
-    assert_parity(model, prefix_sharing)
+        base = expected_logprobs(model)
+    assert (expected_logprobs(model) - base).abs().max() > 1  # the adapter has an effect
+    assert_same_as_full_logits(model, prefix_sharing)
 
 
-@pytest.mark.parametrize("prefix_sharing", SHARINGS)
+@both_packings
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2", "gemma2", "gpt2", "gpt_neox"])
-def test_fused_layers_have_the_plain_gradients(
-    monkeypatch: pytest.MonkeyPatch, architecture: str, prefix_sharing: bool
-) -> None:
-    """In a row that is padded to a whole block, too."""
+def test_fused_layers(monkeypatch: pytest.MonkeyPatch, architecture: str, prefix_sharing: bool) -> None:
+    """With padding to a whole block of tokens."""
     monkeypatch.setattr(trees_module, "ROW_BLOCK", 16)
     padding = pack_batch(TREES, True).input_ids.shape[1] - sum(map(len, TREES))
     assert padding > 0
-    assert_parity(with_adapter(architecture), prefix_sharing, fuse_layers)
+    assert_same_as_full_logits(with_adapter(architecture), prefix_sharing, fuse_layers)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_gradient_checkpointing_changes_nothing_to_the_bit(dropout: float) -> None:
-    """A run that is continued may find less memory free than it began with."""
+def test_gradient_checkpointing_is_bit_identical(dropout: float) -> None:
+    """A resumed run may turn checkpointing on, because less memory is free."""
     model = with_adapter("llama", lora_dropout=dropout).train()
     fuse_layers(model)
     logprobs = LogProbs(model)
-    found = []
+    results = []
     for on in (False, True, False):
         switch_checkpointing(logprobs.causal_lm, on=on)
         torch.manual_seed(6)
         values = logprobs(pack_batch(TREES, True))
-        found.append({"values": values.detach(), **gradients(model, values)})
-    for other in found[1:]:
-        assert all(torch.equal(other[name], found[0][name]) for name in found[0])
+        results.append({"values": values.detach(), **gradients(model, values)})
+    for result in results[1:]:
+        assert all(torch.equal(result[name], results[0][name]) for name in results[0])
 
 
-@pytest.mark.parametrize("prefix_sharing", SHARINGS)
+@both_packings
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "cohere", "phi"])
 def test_frozen_and_trained_head_give_the_same_hidden_gradients(architecture: str, prefix_sharing: bool) -> None:
     changes = {"final_logit_softcapping": 0.7} if architecture == "gemma2" else {}
@@ -197,18 +196,18 @@ def test_chunks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch, frozen
     model = tiny_model("gemma2", vocabulary=V, final_logit_softcapping=0.7, tie_word_embeddings=False)
     model.lm_head.requires_grad_(not frozen)
     logprobs = LogProbs(model)
-    found = []
+    results = []
     for rows in (1000, 16, 17):  # 44 predicted tokens
         monkeypatch.setattr(logprobs_module, "CHUNK_ELEMENTS", rows * V)
         values = logprobs(pack_batch(TREES, True))
-        found.append((values.detach(), gradients(model, values)))
-    for values, grads in found[1:]:
-        torch.testing.assert_close(values, found[0][0], rtol=1e-6, atol=0)
-        assert_same_gradients(grads, found[0][1], 1e-6)
+        results.append((values.detach(), gradients(model, values)))
+    for values, grads in results[1:]:
+        torch.testing.assert_close(values, results[0][0], rtol=1e-6, atol=0)
+        assert_same_gradients(grads, results[0][1], 1e-6)
 
 
 class LargestLogits(TorchDispatchMode):
-    """Remembers the largest tensor with the vocabulary as its last dimension, the transposed head aside."""
+    """Records the size of the largest tensor [..., V], except the transposed head."""
 
     largest = 0
 
@@ -221,23 +220,21 @@ class LargestLogits(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trained"])
-@pytest.mark.parametrize("prefix_sharing", SHARINGS)
-def test_logits_are_never_held_but_for_one_chunk(
-    monkeypatch: pytest.MonkeyPatch, prefix_sharing: bool, frozen: bool
-) -> None:
+@both_packings
+def test_memory_of_logits_is_one_chunk(monkeypatch: pytest.MonkeyPatch, prefix_sharing: bool, frozen: bool) -> None:
     rows = 16  # of 44 predicted tokens
     monkeypatch.setattr(logprobs_module, "CHUNK_ELEMENTS", rows * V)
     model = tiny_model("llama", vocabulary=V)
     model.lm_head.requires_grad_(not frozen)
-    with LargestLogits() as plain:
-        gradients(model, plain_logprobs(model))
-    with LargestLogits() as ours:
+    with LargestLogits() as full:
+        gradients(model, expected_logprobs(model))
+    with LargestLogits() as chunked:
         gradients(model, LogProbs(model)(pack_batch(TREES, prefix_sharing)))
-    assert plain.largest == max(len(prompt) + len(response) for prompt, response in RESPONSES) * V  # it can see them
-    assert ours.largest == rows * V
+    assert full.largest == max(len(prompt) + len(response) for prompt, response in RESPONSES) * V
+    assert chunked.largest == rows * V
 
 
-def test_head_shape_by_hand() -> None:
+def test_logit_transform_by_hand() -> None:
     hidden, weight, bias = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 0.0], [0.0, 1.0]]), torch.tensor([1.0, 0.0])
     assert LogitTransform().logits(hidden, weight, bias).tolist() == [[4.0, 2.0]]
     assert LogitTransform(scale=0.5).logits(hidden, weight, bias).tolist() == [[2.0, 1.0]]
@@ -245,54 +242,52 @@ def test_head_shape_by_hand() -> None:
     assert capped[0].tolist() == pytest.approx([4 * math.tanh(0.5), 4 * math.tanh(0.25)])
 
 
-def test_tokens_add_up_to_responses() -> None:
+def test_token_logprobs_add_up_to_responses() -> None:
     logprobs = LogProbs(tiny_model("llama", vocabulary=V))
     batch = pack_batch(TREES, True)
-    length_normalize = logprobs.token_logprobs(batch)
-    assert length_normalize.shape == (sum(len(response) for _, response in RESPONSES),)
-    sums = [part.sum() for part in length_normalize.split([len(response) for _, response in RESPONSES])]
-    torch.testing.assert_close(logprobs(batch), torch.stack(sums))
+    parts = logprobs.token_logprobs(batch).split([len(response) for _, response in RESPONSES])
+    torch.testing.assert_close(logprobs(batch), torch.stack([part.sum() for part in parts]))
 
 
-@pytest.mark.parametrize("prefix_sharing", SHARINGS)
-def test_reading_gives_log_probabilities_and_the_mean_state_of_each_response(prefix_sharing: bool) -> None:
+@both_packings
+def test_features_are_mean_hidden_states(prefix_sharing: bool) -> None:
     model = tiny_model("llama", vocabulary=V).eval()
-    bodies = [model.model(torch.tensor([[*prompt, *response]])).last_hidden_state[0] for prompt, response in RESPONSES]
-    states = [body[len(prompt) - 1 : -1].mean(dim=0) for body, (prompt, _) in zip(bodies, RESPONSES, strict=True)]
+    means = []
+    for prompt, response in RESPONSES:
+        hidden = model.model(torch.tensor([[*prompt, *response]])).last_hidden_state[0]
+        means.append(hidden[len(prompt) - 1 : -1].mean(dim=0))
     logprobs = LogProbs(model)
     batch = pack_batch(TREES, prefix_sharing)
     values, features = logprobs.logprobs_and_features(batch)
     torch.testing.assert_close(values, logprobs(batch))
-    torch.testing.assert_close(features, torch.stack(states), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(features, torch.stack(means), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("architecture", TAKES_TREES)
-def test_a_token_changes_only_what_follows_it_in_its_own_branch(architecture: str) -> None:
-    """Per-token log-probabilities, to a rounding error."""
+@pytest.mark.parametrize("architecture", TREE_ARCHITECTURES)
+def test_a_token_changes_only_later_tokens_of_its_response(architecture: str) -> None:
     logprobs = LogProbs(tiny_model(architecture, vocabulary=V))
     before = logprobs.token_logprobs(pack_batch(TREES, True))
     first, second, third = TREES[0].responses
-    other = [*second[:3], 3 + (second[3] - 2) % (V - 3), *second[4:]]
-    after = logprobs.token_logprobs(pack_batch([PrefixTree(TREES[0].prompt, (first, other, third)), *TREES[1:]], True))
+    changed = [*second[:3], 3 + (second[3] - 2) % (V - 3), *second[4:]]
+    trees = [PrefixTree(TREES[0].prompt, (first, changed, third)), *TREES[1:]]
+    difference = (before - logprobs.token_logprobs(pack_batch(trees, True))).abs()
+    start, end = len(first) + 3, len(first) + len(second)  # from the changed token to the end of its response
+    assert difference[:start].max() < 1e-5
+    assert difference[start:end].min() > 1e-5
+    assert difference[end:].max() < 1e-5
 
-    apart = (before - after).abs()
-    start = len(first) + 3  # the changed token itself is predicted differently, and all that follow it
-    assert apart[:start].max() < 1e-5
-    assert apart[start : len(first) + len(second)].min() > 1e-5
-    assert apart[len(first) + len(second) :].max() < 1e-5
 
-
-def test_computing_in_bfloat16_over_float32_weights() -> None:
+@both_packings
+def test_bfloat16_autocast_over_float32_weights(prefix_sharing: bool) -> None:
     model = tiny_model("llama", vocabulary=V)
-    exact, rough = LogProbs(model), LogProbs(model, autocast=torch.bfloat16)
-    for prefix_sharing in SHARINGS:
-        batch = pack_batch(TREES, prefix_sharing)
-        gap = ((exact(batch) - rough(batch)).abs() / torch.tensor([len(r) for _, r in RESPONSES])).max()
-        assert 1e-4 < gap < 0.15
-        assert {gradient.dtype for gradient in gradients(model, rough(batch)).values()} == {torch.float32}
+    batch = pack_batch(TREES, prefix_sharing)
+    expected, values = LogProbs(model)(batch), LogProbs(model, autocast=torch.bfloat16)(batch)
+    error = ((expected - values).abs() / torch.tensor([len(response) for _, response in RESPONSES])).max()
+    assert 1e-4 < error < 0.15
+    assert {gradient.dtype for gradient in gradients(model, values).values()} == {torch.float32}
 
 
-def test_a_head_with_a_bias_in_bfloat16_over_float32_weights() -> None:
+def test_bfloat16_autocast_of_a_head_with_a_bias() -> None:
     model = tiny_model("phi", vocabulary=V)
     assert max_logprob_error(LogProbs(model, autocast=torch.bfloat16), TREES, False) < 0.15
 
@@ -303,23 +298,11 @@ def test_an_adapter_on_the_head_is_refused() -> None:
         LogProbs(get_peft_model(tiny_model("llama", vocabulary=V), config))
 
 
-# Which batch a run uses
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    folders: dict[str, Path] = {}
-
-    def save(architecture: str) -> Path:
-        if architecture not in folders:
-            folders[architecture] = save_tiny_model(tmp_path_factory.mktemp(architecture), architecture)
-        return folders[architecture]
-
-    return save
+# Whether a run shares prefixes
 
 
 @pytest.mark.parametrize(
-    ("architecture", "wanted", "chosen"),
+    ("architecture", "setting", "expected"),
     [
         ("llama", "auto", True),
         ("llama", "always", True),
@@ -328,42 +311,44 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Any:
         ("gpt_neo", "auto", False),
         ("gpt_neo", "never", False),
         ("bloom", "auto", False),
-        ("stablelm", "auto", False),  # does not hand down what the tree attention needs
+        ("stablelm", "auto", False),  # passes no keyword arguments to its attention
         ("stablelm", "never", False),
         ("nemotron", "auto", False),
     ],
 )
-def test_prefix_sharing_is_what_the_model_can_take(
-    saved: Any, tmp_path: Path, architecture: str, wanted: str, chosen: bool
+def test_prefix_sharing_depends_on_model_and_recipe(
+    model_folder: Folders, tmp_path: Path, architecture: str, setting: str, expected: bool
 ) -> None:
-    recipe = tiny_recipe(saved(architecture), lora={"r": 4}, train={"prefix_sharing": wanted})
-    assert Players(recipe, RunDir(tmp_path)).measure_prefix_sharing(TREES) == chosen
+    recipe = tiny_recipe(model_folder(architecture), lora={"r": 4}, train={"prefix_sharing": setting})
+    assert Players(recipe, RunDir(tmp_path)).measure_prefix_sharing(TREES) is expected
 
 
 @pytest.mark.parametrize("architecture", ["gpt_neo", "stablelm"])
-def test_trees_where_the_model_cannot_take_them_are_an_error(saved: Any, tmp_path: Path, architecture: str) -> None:
-    recipe = tiny_recipe(saved(architecture), lora={"r": 4}, train={"prefix_sharing": "always"})
-    with pytest.raises(ModelError, match=r"cannot take prefix trees.*Set train\.prefix_sharing: auto or never"):
+def test_prefix_sharing_on_request_is_an_error_where_it_does_not_work(
+    model_folder: Folders, tmp_path: Path, architecture: str
+) -> None:
+    recipe = tiny_recipe(model_folder(architecture), lora={"r": 4}, train={"prefix_sharing": "always"})
+    with pytest.raises(ModelError, match=r"train\.prefix_sharing"):
         Players(recipe, RunDir(tmp_path)).measure_prefix_sharing(TREES)
 
 
 @pytest.mark.parametrize("architecture", ["gpt_neo", "gptj", "bloom"])
-def test_bfloat16_does_not_hide_that_a_model_cannot_take_trees(saved: Any, tmp_path: Path, architecture: str) -> None:
-    """Short responses to a long prompt: what a branch should not see is little beside what it should."""
+def test_bfloat16_does_not_hide_wrong_attention(model_folder: Folders, tmp_path: Path, architecture: str) -> None:
+    """With short responses to a long prompt, attention to other branches changes little."""
     trees = [PrefixTree(ids(60, 10), (ids(4, 11), ids(5, 12))), PrefixTree(ids(40, 13), (ids(6, 14), ids(3, 15)))]
     for dtype in ("float32", "bfloat16"):
-        recipe = tiny_recipe(saved(architecture), lora={"r": 4}, model={"dtype": dtype})
+        recipe = tiny_recipe(model_folder(architecture), lora={"r": 4}, model={"dtype": dtype})
         assert Players(recipe, RunDir(tmp_path / dtype)).measure_prefix_sharing(trees) is False, dtype
 
 
-def test_bfloat16_does_not_stand_in_the_way_of_trees(saved: Any, tmp_path: Path) -> None:
-    recipe = tiny_recipe(saved("llama"), lora={"r": 4}, model={"dtype": "bfloat16"})
+def test_prefix_sharing_in_bfloat16(model_folder: Folders, tmp_path: Path) -> None:
+    recipe = tiny_recipe(model_folder("llama"), lora={"r": 4}, model={"dtype": "bfloat16"})
     assert Players(recipe, RunDir(tmp_path)).measure_prefix_sharing(TREES) is True
 
 
-def test_prefix_sharing_is_decided_once_for_a_run(saved: Any, tmp_path: Path) -> None:
-    recipe = tiny_recipe(saved("llama"), lora={"r": 4})
+def test_prefix_sharing_is_decided_once_per_run(model_folder: Folders, tmp_path: Path) -> None:
+    recipe = tiny_recipe(model_folder("llama"), lora={"r": 4})
     assert Players(recipe, RunDir(tmp_path)).measure_prefix_sharing(TREES) is True
-    noted = RunDir(tmp_path).prefix_sharing
-    noted.write_text(noted.read_text().replace('"prefix_sharing": true', '"prefix_sharing": false'))
+    record = RunDir(tmp_path).prefix_sharing
+    record.write_text(record.read_text().replace('"prefix_sharing": true', '"prefix_sharing": false'))
     assert Players(recipe, RunDir(tmp_path)).measure_prefix_sharing(TREES) is False
