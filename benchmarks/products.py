@@ -1,4 +1,4 @@
-"""Matrix products by PyTorch's own choice of library and by oneDNN, at the shapes of SmolLM2-135M, one thread, float32.
+"""Measure matrix products of SmolLM2-135M's shapes with PyTorch's default library and with oneDNN, on one thread.
 
 python benchmarks/products.py
 """
@@ -15,31 +15,30 @@ SHAPES = ((576, 1536), (1536, 576), (576, 49152))  # inputs, outputs
 ROWS = (32, 64, 192, 384)
 
 
-def rate(product: Callable[[torch.Tensor], object], weights: list[torch.Tensor], flops: float) -> float:
-    """GFLOP/s over many different weights, so that none stays in the cache, as in a model."""
+def gflops_per_second(product: Callable[[torch.Tensor], object], weights: list[torch.Tensor], flops: float) -> float:
+    """Measure the rate over many weights, so that no weight stays in the cache, as in a model."""
     for weight in weights[:2]:
         product(weight)
-    began = time.perf_counter()
+    start = time.perf_counter()
     for weight in weights:
         product(weight)
-    return flops * len(weights) / (time.perf_counter() - began) / 1e9
+    return flops * len(weights) / (time.perf_counter() - start) / 1e9
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    print("GFLOP/s of x · Wᵀ, one thread, float32: PyTorch's own choice, oneDNN, oneDNN with the weight packed.\n")
+    print("GFLOP/s of x · Wᵀ, one thread, float32: PyTorch's default / oneDNN / oneDNN with a prepacked weight.\n")
     print("| inputs × outputs | " + " | ".join(f"{rows} rows" for rows in ROWS) + " |")
     print("|---|" + "---|" * len(ROWS))
     for inputs, outputs in SHAPES:
-        count = 2 if outputs > 10_000 else 60
-        weights = [torch.randn(outputs, inputs) for _ in range(count)]
+        weights = [torch.randn(outputs, inputs) for _ in range(2 if outputs > 10_000 else 60)]
         cells = []
         for rows in ROWS:
             x, flops = torch.randn(rows, inputs), 2.0 * rows * inputs * outputs
-            packed = [one for one in (prepack(weight, rows) for weight in weights) if one is not None]
-            ways = [(torch.nn.functional.linear, weights), (linear, weights), (linear, packed or weights)]
-            found = [rate(partial(how, x), given, flops) for how, given in ways]
-            cells.append(" / ".join(f"{one:.0f}" for one in found))
+            packed = [tensor for weight in weights if (tensor := prepack(weight, rows)) is not None] or weights
+            methods = ((torch.nn.functional.linear, weights), (linear, weights), (linear, packed))
+            rates = [gflops_per_second(partial(function, x), operands, flops) for function, operands in methods]
+            cells.append(" / ".join(f"{rate:.0f}" for rate in rates))
         print(f"| {inputs} × {outputs} | {' | '.join(cells)} |")
 
 

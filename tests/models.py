@@ -1,4 +1,4 @@
-"""Language models of many architectures, small enough for a test, with random weights."""
+"""Tiny language models of many architectures, with random weights."""
 
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ _LLAMA_LIKE = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 256,
 }
-# Weights are large, so that a token that sees what it should not changes the result by far more than rounding does.
+# The initial weights are large, so that wrong attention changes results by far more than rounding errors.
 _CONFIGS: dict[str, dict[str, Any]] = {
     "llama": _LLAMA_LIKE,
     "mistral": _LLAMA_LIKE | {"sliding_window": 8},
@@ -41,7 +41,7 @@ _CONFIGS: dict[str, dict[str, Any]] = {
         "window_size": 8,
         "max_position_embeddings": 256,
     },
-    # Those that follow differ from the ones above in one thing each, which their tests name.
+    # Each of the following differs from those above in one property, which the tests name.
     "cohere": _LLAMA_LIKE | {"logit_scale": 0.5},
     "granite": _LLAMA_LIKE | {"logits_scaling": 4.0},
     "mixtral": _LLAMA_LIKE | {"num_local_experts": 4, "num_experts_per_tok": 2},
@@ -65,7 +65,7 @@ ARCHITECTURES = ("llama", "mistral", "qwen2", "gemma2", "gpt2", "gpt_neox", "gpt
 
 
 def tiny_model(architecture: str, vocabulary: int = 512, eos: int = 2, spread: float = 0.2, **changes: Any) -> Any:
-    """A causal language model with seeded random weights."""
+    """Make a causal language model with seeded random weights."""
     config = CONFIG_MAPPING[architecture](
         vocab_size=vocabulary,
         initializer_range=spread,
@@ -79,7 +79,7 @@ def tiny_model(architecture: str, vocabulary: int = 512, eos: int = 2, spread: f
 
 
 def save_tiny_model(folder: Path, architecture: str = "llama", kind: Kind = "chatml", **changes: Any) -> Path:
-    """A folder with a tiny model and tokenizer, as a user would have one."""
+    """Save a tiny model and its tokenizer as a model folder."""
     tokenizer = tiny_tokenizer(kind)
     model = tiny_model(architecture, len(tokenizer), eos=tokenizer.eos_token_id, **changes)
     model.save_pretrained(folder)
@@ -88,12 +88,12 @@ def save_tiny_model(folder: Path, architecture: str = "llama", kind: Kind = "cha
 
 
 def tiny_recipe(folder: Path, **sections: Any) -> Recipe:
-    """A recipe for a saved model; a `model` section adds to the path."""
+    """Make a recipe for a saved model. A `model` section is merged with the path."""
     model = {"path": str(folder), **sections.pop("model", {})}
     return parse_recipe({"model": model, "data": {"path": "unused.jsonl"}, **sections})
 
 
 def load_player(model_folder: Path, player: Path):
-    """A player, as a user of PEFT loads it."""
+    """Load a player with PEFT alone."""
     base = AutoModelForCausalLM.from_pretrained(model_folder)
     return PeftModel.from_pretrained(base, str(player)).eval()

@@ -1,4 +1,4 @@
-"""Real tokenizers, small enough to be trained in milliseconds, each with the chat template of a well-known family."""
+"""Tiny tokenizers, trained in milliseconds, with the chat templates of well-known model families."""
 
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -23,17 +23,17 @@ CORPUS = [
 
 @dataclass(frozen=True)
 class _Family:
-    specials: tuple[str, ...]  # their ids are 0, 1, 2, …
+    specials: tuple[str, ...]  # with the ids 0, 1, 2, …
     bos: str | None
     eos: str
     template: str | None
-    adds_bos: bool = False  # when it encodes plain text
-    words: str | None = None  # regex that splits text into words; absent means GPT-2's
+    adds_bos: bool = False  # to plain text
+    word_regex: str | None = None  # regex that splits text into words; None is GPT-2's
 
 
 _FAMILIES: dict[Kind, _Family] = {
-    # SmolLM2: bos is the start of every message, a newline follows the end of every message, and a conversation without
-    # a system message gets one.
+    # SmolLM2: BOS starts every message, a newline follows every message, and a conversation without a system message
+    # gets one.
     "chatml": _Family(
         specials=("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
         bos="<|im_start|>",
@@ -45,7 +45,7 @@ _FAMILIES: dict[Kind, _Family] = {
             "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
         ),
     ),
-    # Zephyr: role markers are ordinary text, eos ends every message; the tokenizer adds BOS, the template does not.
+    # Zephyr: role markers are plain text, EOS ends every message, and the tokenizer adds BOS, not the template.
     "zephyr": _Family(
         specials=("<unk>", "<s>", "</s>"),
         bos="<s>",
@@ -59,8 +59,8 @@ _FAMILIES: dict[Kind, _Family] = {
         ),
         adds_bos=True,
     ),
-    # Llama 3: the turn ends with <|eot_id|>, which is not the tokenizer's eos; both template and tokenizer add BOS. Its
-    # words keep line breaks together, without which a prompt could not end in two of them.
+    # Llama 3: <|eot_id|> ends a turn and is not the tokenizer's EOS; template and tokenizer both add BOS. The regex
+    # keeps line breaks together, because the generation prompt ends with two.
     "llama3": _Family(
         specials=("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
         bos="<|begin_of_text|>",
@@ -72,9 +72,9 @@ _FAMILIES: dict[Kind, _Family] = {
             "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
         ),
         adds_bos=True,
-        words=r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+        word_regex=r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
     ),
-    # Mistral: refuses a system message, and roles that do not alternate; nothing marks where an answer begins.
+    # Mistral: rejects system messages and roles that do not alternate; no token starts a response.
     "mistral": _Family(
         specials=("<unk>", "<s>", "</s>"),
         bos="<s>",
@@ -88,7 +88,7 @@ _FAMILIES: dict[Kind, _Family] = {
         ),
         adds_bos=True,
     ),
-    # Reasoning models: the generation prompt opens a block that a finished conversation does not have.
+    # Reasoning models: the generation prompt opens a <think> block, which a finished conversation does not contain.
     "unprefixed": _Family(
         specials=("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
         bos=None,
@@ -107,11 +107,11 @@ _FAMILIES: dict[Kind, _Family] = {
 
 
 def tiny_tokenizer(kind: Kind = "chatml") -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer with at most 512 tokens; pad is eos. Special tokens have the lowest ids, in order."""
+    """Train a byte-level BPE tokenizer. Special tokens have the lowest ids, in order; the padding token is EOS."""
     family = _FAMILIES[kind]
     tokenizer = Tokenizer(models.BPE())
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=family.words is None)
-    words = [pre_tokenizers.Split(Regex(family.words), "isolated")] if family.words else []
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=family.word_regex is None)
+    words = [pre_tokenizers.Split(Regex(family.word_regex), "isolated")] if family.word_regex else []
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*words, byte_level])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(

@@ -1,6 +1,6 @@
-"""What a step costs, in things that can be counted: tokens through the model, rows through the head, logits held.
+"""Counted costs of a step: tokens through the model, rows through the head, logits in memory.
 
-No clock, so these hold on any machine. A number here only ever goes down.
+Nothing is timed, so the numbers hold on any machine. A change may lower a number here, but never raise it.
 """
 
 from collections.abc import Callable
@@ -33,7 +33,7 @@ def players(tmp_path_factory: pytest.TempPathFactory) -> Players:
     return Players(tiny_recipe(save_tiny_model(folder / "model"), lora={"r": 2}), RunDir(folder / "run"))
 
 
-def items(trees: int, opponents: int) -> list[Item]:
+def random_items(trees: int, opponents: int) -> list[Item]:
     def ids(count: int) -> list[int]:
         return torch.randint(3, 90, (count,)).tolist()
 
@@ -41,19 +41,19 @@ def items(trees: int, opponents: int) -> list[Item]:
         Item(
             PrefixTree(ids(PROMPT), (ids(REAL), *(ids(SYNTHETIC) for _ in range(opponents)))),
             (-1.0,) * (1 + opponents),
-            tuple((0, other + 1) for other in range(opponents)),
+            tuple((0, synthetic + 1) for synthetic in range(opponents)),
         )
         for _ in range(trees)
     ]
 
 
 class Cost(TorchDispatchMode):
-    """Counts tokens through a layer and rows through the head; remembers the most logits in one tensor."""
+    """Counts tokens through a layer, rows through the head, and elements of the largest tensor of logits."""
 
     def __init__(self, players: Players):
         super().__init__()
         self.vocabulary = players.logprobs.causal_lm.config.vocab_size
-        self.head_rows = self.largest = self.tokens = 0
+        self.head_rows = self.largest_logits = self.tokens = 0
         self._layer = players.logprobs.causal_lm.base_model.layers[1].mlp.gate_proj
 
     def __enter__(self) -> "Cost":
@@ -75,69 +75,69 @@ class Cost(TorchDispatchMode):
             if "linear" in name or "mm" in name:
                 self.head_rows += out.shape[0]
             if name != "aten.t.default":
-                self.largest = max(self.largest, out.numel())
+                self.largest_logits = max(self.largest_logits, out.numel())
         return out
 
 
-def training(players: Players, part: list[Item], prefix_sharing: bool = True) -> None:
+def train_step(players: Players, items: list[Item], prefix_sharing: bool = True) -> None:
     players.logprobs.train()
-    batch = pack_batch([item.tree for item in part], prefix_sharing)
-    pair_objective(players.recipe, 0)(players.logprobs(batch), part).loss.backward()
+    batch = pack_batch([item.tree for item in items], prefix_sharing)
+    pair_objective(players.recipe, 0)(players.logprobs(batch), items).loss.backward()
     players.model.zero_grad()
 
 
-def scoring(players: Players, part: list[Item], prefix_sharing: bool = True) -> None:
-    players.response_logprobs([item.tree for item in part], prefix_sharing)
+def score(players: Players, items: list[Item], prefix_sharing: bool = True) -> None:
+    players.response_logprobs([item.tree for item in items], prefix_sharing)
 
 
-@pytest.mark.parametrize("work", [training, scoring])
+@pytest.mark.parametrize("work", [train_step, score])
 @pytest.mark.parametrize("opponents", [1, 2])
-def test_tokens_and_head_rows_of_a_tree(players: Players, work: Callable[..., None], opponents: int) -> None:
-    """The prompt and the real response once, the last token of a response never; the head at response tokens alone."""
+def test_tokens_and_head_rows_with_prefix_sharing(players: Players, work: Callable[..., None], opponents: int) -> None:
+    """Prompt and real response count once, the last token of a response never. The head sees only response tokens."""
     with Cost(players) as cost:
-        work(players, items(3, opponents))
+        work(players, random_items(3, opponents))
     tokens = 3 * (PROMPT + (REAL - 1) + opponents * (SYNTHETIC - 1))
-    assert tokens <= cost.tokens < tokens + ROW_BLOCK  # the row is padded to a whole block
+    assert tokens <= cost.tokens < tokens + ROW_BLOCK  # the row is padded
     rows = REAL + opponents * SYNTHETIC
-    assert 3 * rows <= cost.head_rows < 3 * rows + ROW_BLOCK  # products are padded to a whole block
+    assert 3 * rows <= cost.head_rows < 3 * rows + ROW_BLOCK  # products are padded
     with Cost(players) as cost:
-        work(players, items(1, 1))
-    assert cost.tokens == PROMPT + REAL - 1 + SYNTHETIC - 1  # fewer than a block
+        work(players, random_items(1, 1))
+    assert cost.tokens == PROMPT + REAL - 1 + SYNTHETIC - 1  # no padding
     assert cost.head_rows == REAL + SYNTHETIC
 
 
-def test_what_is_counted_can_go_up(players: Players) -> None:
-    """One response to a row costs the prompt again, and padding."""
+def test_tokens_without_prefix_sharing(players: Players) -> None:
+    """Every response costs its prompt again, and padding."""
     with Cost(players) as cost:
-        training(players, items(3, 2), False)
+        train_step(players, random_items(3, 2), prefix_sharing=False)
     assert cost.tokens == 3 * 3 * (PROMPT + REAL - 1)
 
 
-def test_logits_are_held_a_chunk_at_a_time(players: Players, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_of_logits_is_one_chunk(players: Players, monkeypatch: pytest.MonkeyPatch) -> None:
     vocabulary = players.logprobs.causal_lm.config.vocab_size
     monkeypatch.setattr(logprobs_module, "CHUNK_ELEMENTS", 16 * vocabulary)
-    for work in (training, scoring):
+    for work in (train_step, score):
         with Cost(players) as cost:
-            work(players, items(4, 2))
-        assert cost.largest == 16 * vocabulary
+            work(players, random_items(4, 2))
+        assert cost.largest_logits == 16 * vocabulary
 
 
-def test_checkpointing_computes_every_token_once_more(players: Players) -> None:
+def test_checkpointing_computes_every_token_twice(players: Players) -> None:
     model = players.logprobs.causal_lm
     switch_checkpointing(model, on=True)
     with Cost(players) as cost:
-        training(players, items(2, 1))
+        train_step(players, random_items(2, 1))
     switch_checkpointing(model, on=False)
     assert cost.tokens == 2 * 2 * (PROMPT + REAL - 1 + SYNTHETIC - 1)
 
 
-def test_generation_computes_each_prompt_once_and_no_padding(players: Players) -> None:
-    """Prompts of different lengths, two samples each: the head sees one row for each token that is drawn."""
+def test_generation_prefills_prompts_once_and_computes_no_padding(players: Players) -> None:
+    """With prompts of different lengths and two samples each, the head sees one row per sampled token."""
     prompts = [[5] * length for length in (7, 30, 11, 23)]
     engine = LocalEngine(players.logprobs, 3, True)
     with Cost(players) as cost, torch.inference_mode():
-        answers = engine.generate(prompts, Sampling(1.0, 1.0, 6, 500, 2, (50, 51, 52, 53, 54)), 0, lambda *_: None)
-    drawn = sum(len(one.token_ids) for given in answers for one in given)
-    again = 2  # a prompt whose second sample finds no row free beside its first
-    assert cost.head_rows == drawn
-    assert cost.tokens <= sum(map(len, prompts)) + again * 30 + drawn - len(prompts) * 2
+        responses = engine.generate(prompts, Sampling(1.0, 1.0, 6, 500, 2, (50, 51, 52, 53, 54)), 0, lambda *_: None)
+    sampled = sum(len(response.token_ids) for samples in responses for response in samples)
+    repeated = 2  # prompts whose second sample starts later than the first
+    assert cost.head_rows == sampled
+    assert cost.tokens <= sum(map(len, prompts)) + repeated * 30 + sampled - len(prompts) * 2
