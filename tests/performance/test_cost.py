@@ -21,8 +21,7 @@ from spinlm.model.players import Players
 from spinlm.model.prefix_trees import PrefixTree, pack_batch
 from spinlm.rundir.layout import RunDir
 from spinlm.training.activation_checkpointing import switch_checkpointing
-from spinlm.training.batches import pair_objective
-from spinlm.training.trainer import Item
+from spinlm.training.batches import PairGroup, pair_loss
 
 PROMPT, REAL, SYNTHETIC = 30, 20, 16
 
@@ -30,15 +29,17 @@ PROMPT, REAL, SYNTHETIC = 30, 20, 16
 @pytest.fixture(scope="module")
 def players(tmp_path_factory: pytest.TempPathFactory) -> Players:
     folder: Path = tmp_path_factory.mktemp("cost")
-    return Players(tiny_recipe(save_tiny_model(folder / "model"), lora={"r": 2}), RunDir(folder / "run"))
+    players = Players(tiny_recipe(save_tiny_model(folder / "model"), lora={"r": 2}), RunDir(folder / "run"))
+    players.prefix_sharing = True
+    return players
 
 
-def random_items(trees: int, opponents: int) -> list[Item]:
+def random_groups(trees: int, opponents: int) -> list[PairGroup]:
     def ids(count: int) -> list[int]:
         return torch.randint(3, 90, (count,)).tolist()
 
     return [
-        Item(
+        PairGroup(
             PrefixTree(ids(PROMPT), (ids(REAL), *(ids(SYNTHETIC) for _ in range(opponents)))),
             (-1.0,) * (1 + opponents),
             tuple((0, synthetic + 1) for synthetic in range(opponents)),
@@ -79,15 +80,15 @@ class Cost(TorchDispatchMode):
         return out
 
 
-def train_step(players: Players, items: list[Item], prefix_sharing: bool = True) -> None:
+def train_step(players: Players, groups: list[PairGroup], prefix_sharing: bool = True) -> None:
     players.logprobs.train()
-    batch = pack_batch([item.tree for item in items], prefix_sharing)
-    pair_objective(players.recipe, 0)(players.logprobs(batch), items).loss.backward()
+    batch = pack_batch([group.tree for group in groups], prefix_sharing)
+    pair_loss(players.recipe, 0)(players.logprobs(batch), groups).loss.backward()
     players.model.zero_grad()
 
 
-def score(players: Players, items: list[Item], prefix_sharing: bool = True) -> None:
-    players.response_logprobs([item.tree for item in items], prefix_sharing)
+def score(players: Players, groups: list[PairGroup]) -> None:
+    players.response_logprobs([group.tree for group in groups])
 
 
 @pytest.mark.parametrize("work", [train_step, score])
@@ -95,13 +96,13 @@ def score(players: Players, items: list[Item], prefix_sharing: bool = True) -> N
 def test_tokens_and_head_rows_with_prefix_sharing(players: Players, work: Callable[..., None], opponents: int) -> None:
     """Prompt and real response count once, the last token of a response never. The head sees only response tokens."""
     with Cost(players) as cost:
-        work(players, random_items(3, opponents))
+        work(players, random_groups(3, opponents))
     tokens = 3 * (PROMPT + (REAL - 1) + opponents * (SYNTHETIC - 1))
     assert tokens <= cost.tokens < tokens + ROW_BLOCK  # the row is padded
     rows = REAL + opponents * SYNTHETIC
     assert 3 * rows <= cost.head_rows < 3 * rows + ROW_BLOCK  # products are padded
     with Cost(players) as cost:
-        work(players, random_items(1, 1))
+        work(players, random_groups(1, 1))
     assert cost.tokens == PROMPT + REAL - 1 + SYNTHETIC - 1  # no padding
     assert cost.head_rows == REAL + SYNTHETIC
 
@@ -109,7 +110,7 @@ def test_tokens_and_head_rows_with_prefix_sharing(players: Players, work: Callab
 def test_tokens_without_prefix_sharing(players: Players) -> None:
     """Every response costs its prompt again, and padding."""
     with Cost(players) as cost:
-        train_step(players, random_items(3, 2), prefix_sharing=False)
+        train_step(players, random_groups(3, 2), prefix_sharing=False)
     assert cost.tokens == 3 * 3 * (PROMPT + REAL - 1)
 
 
@@ -118,7 +119,7 @@ def test_memory_of_logits_is_one_chunk(players: Players, monkeypatch: pytest.Mon
     monkeypatch.setattr(logprobs_module, "CHUNK_ELEMENTS", 16 * vocabulary)
     for work in (train_step, score):
         with Cost(players) as cost:
-            work(players, random_items(4, 2))
+            work(players, random_groups(4, 2))
         assert cost.largest_logits == 16 * vocabulary
 
 
@@ -126,7 +127,7 @@ def test_checkpointing_computes_every_token_twice(players: Players) -> None:
     model = players.logprobs.causal_lm
     switch_checkpointing(model, on=True)
     with Cost(players) as cost:
-        train_step(players, random_items(2, 1))
+        train_step(players, random_groups(2, 1))
     switch_checkpointing(model, on=False)
     assert cost.tokens == 2 * 2 * (PROMPT + REAL - 1 + SYNTHETIC - 1)
 

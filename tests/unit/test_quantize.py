@@ -40,7 +40,9 @@ def folder(model_folder: Callable[[str], Path]) -> Path:
 
 def players_in_4bit(folder: Path, run: Path, dtype: str = "float32", **lora: Any) -> Players:
     model = {"load_in_4bit": True, "dtype": dtype}
-    return Players(tiny_recipe(folder, lora=LORA | lora, model=model), RunDir(run))
+    players = Players(tiny_recipe(folder, lora=LORA | lora, model=model), RunDir(run))
+    players.prefix_sharing = True
+    return players
 
 
 def randomize_adapter(model: nn.Module) -> None:
@@ -91,11 +93,11 @@ def test_logprobs_and_gradients_equal_pefts(
     randomize_adapter(players.model)
     reference = reference_model(model_folder(architecture), **lora)
     expected = logprobs_of_trees(reference)
-    prefix_sharing = architecture != "gpt_neo"
+    players.prefix_sharing = architecture != "gpt_neo"
     # Scoring first: outside of training, bitsandbytes would convert its weights in place.
-    scores = players.response_logprobs(TREES, prefix_sharing)
+    scores = players.response_logprobs(TREES)
     torch.testing.assert_close(torch.tensor(scores), expected.detach(), **TOLERANCE)
-    values = players.logprobs.train()(pack_batch(TREES, prefix_sharing))
+    values = players.logprobs.train()(pack_batch(TREES, players.prefix_sharing))
     torch.testing.assert_close(values, expected, **TOLERANCE)
     weights = torch.tensor([1.0, -2.0, 0.5, 1.5])
     (values * weights).sum().backward()
@@ -139,7 +141,7 @@ def test_bfloat16(folder: Path, tmp_path: Path) -> None:
     assert dequantize(layer).dtype == torch.bfloat16
     randomize_adapter(players.model)
     randomize_adapter(exact.model)
-    values, expected = (torch.tensor(p.response_logprobs(TREES, True)) for p in (players, exact))
+    values, expected = (torch.tensor(p.response_logprobs(TREES)) for p in (players, exact))
     assert 0 < (values - expected).abs().max() < 2
 
 
@@ -173,19 +175,18 @@ def saved_player(folder: Path, run: Path) -> tuple[Players, Path]:
     """Players with a random adapter, and the folder where it is saved as the player of iteration 0."""
     players = players_in_4bit(folder, run)
     randomize_adapter(players.model)
-    players.changed()
+    players.mark_modified()
     players.save(0)
-    return players, players.run.player(0)
+    return players, players.folder.player(0)
 
 
 def test_a_saved_player_is_an_adapter_for_peft(folder: Path, tmp_path: Path) -> None:
     players, player = saved_player(folder, tmp_path)
     assert {path.name for path in player.glob("*.safetensors")} == {"adapter_model.safetensors"}
-    assert "4 bits" in (player / "README.md").read_text()
     reloaded = players_in_4bit(folder, tmp_path)
-    reloaded.become(0)
-    values = players.response_logprobs(TREES, True)
-    assert reloaded.response_logprobs(TREES, True) == values
+    reloaded.load(0)
+    values = players.response_logprobs(TREES)
+    assert reloaded.response_logprobs(TREES) == values
 
     over_4bit = PeftModel.from_pretrained(reference_model(folder).unload(), player).eval()
     over_float32 = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), player).eval()
@@ -199,7 +200,7 @@ def test_an_adapter_is_merged_into_the_unquantized_base(
 ) -> None:
     players, player = saved_player(folder, tmp_path)
     with caplog.at_level(logging.INFO, logger="spinlm"):
-        save_merged(players.recipe, players.run, 0, tmp_path / "output")
+        save_merged(players, 0, tmp_path / "output")
     assert "merged into the base in torch.float32" in caplog.text
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "output").eval()
     assert not any(is_4bit(layer) for layer in merged.modules())
