@@ -63,11 +63,11 @@ def test_the_control_that_a_run_names_can_be_run(world, cli, reference, tmp_path
     assert told["seconds"] == pytest.approx(sum(json.loads(path.read_text())["seconds"] for path in markers))
     cli("report", "a run-control", folder=tmp_path)
     page = (tmp_path / "a run-control" / "report.html").read_text()
-    assert page.count("start, in the run that it was taken from: not counted") == 1
+    assert page.count("made by another run; not counted") == 1
     line = next(line for line in said.splitlines() if "--baseline" in line)
     command = shlex.split(line, comments=True)
     said = cli(*command[command.index("status") :], folder=tmp_path).out
-    assert "a run against a run-control, both after iteration 0: " in " ".join(said.split())
+    assert "a run vs a run-control after iteration 0: " in " ".join(said.split())
 
 
 def test_a_branch_may_play_otherwise(branch, reference, tmp_path):
@@ -93,7 +93,7 @@ def test_a_start_that_cannot_be_taken_costs_nothing(world, cli, branch, referenc
     assert "is the run folder itself" in branch("--overwrite", name="own", source=own, code=2).message
     assert "was made with other settings" in branch("--overwrite", "data.prompts=5", name="own", code=2).message
     assert (
-        "no starting player that has been measured"
+        "no evaluated starting player"
         in branch("--overwrite", name="own", source=tmp_path / "nothing", code=2).message
     )
     assert contents(own) == before
@@ -122,14 +122,14 @@ def test_another_start_is_refused(branch, tmp_path, change):
 
 
 def test_a_run_without_a_start_is_refused(branch, tmp_path):
-    assert "no starting player that has been measured" in branch(source=tmp_path / "nothing", code=2).message
+    assert "no evaluated starting player" in branch(source=tmp_path / "nothing", code=2).message
 
 
 def test_a_folder_that_has_another_start_is_refused(branch, world, cli, reference, tmp_path):
     source = shutil.copytree(reference, tmp_path / "source", symlinks=True)
     branch("selfplay.iterations=1")
     change_marker(tmp_path / "branch" / ".spinlm" / "start" / "sft.done", prefix_sharing=False)
-    assert "has begun with another start than that of" in branch(source=source, code=2).message
+    assert "has another start than" in branch(source=source, code=2).message
 
 
 def test_what_is_written_into_a_branch_is_not_written_into_the_run_it_left(branch, reference, tmp_path):

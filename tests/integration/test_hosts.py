@@ -110,7 +110,7 @@ def test_a_cut_link_ends_both_sides_and_a_rerun_goes_on(hosts: Hosts, world: Wor
         text = log.read_text()
         assert text.count("spinlm: ") == 1, text
         assert f"spinlm: process {number} on" in text
-        assert "run the same command again, and it goes on" in text
+        assert "run the same command again to continue" in text
     done = len(steps(run))
     assert_whole(run)
 

@@ -11,9 +11,9 @@ from spinlm.distributed import progress
 def test_lines_say_how_far_how_fast_and_how_long(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", -1)
+    monkeypatch.setattr(progress, "LOG_SECONDS", -1)
     caplog.set_level(logging.INFO)
-    with progress.track("train", 8, already=2) as advance:
+    with progress.track("train", 8, completed=2) as advance:
         advance(3, 600, "loss 0.5000")
         advance(3, 600)
     first, last = caplog.messages
@@ -24,9 +24,9 @@ def test_lines_say_how_far_how_fast_and_how_long(
 def test_no_end_is_told_from_the_first_responses_of_a_batch(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", -1)
+    monkeypatch.setattr(progress, "LOG_SECONDS", -1)
     caplog.set_level(logging.INFO)
-    with progress.track("generate", 20, already=4, responses="responses") as advance:
+    with progress.track("generate", 20, completed=4, responses="responses") as advance:
         advance(3, 600)
         advance(1, 600)
     first, last = caplog.messages
@@ -38,16 +38,16 @@ def test_what_was_done_before_says_nothing_about_the_rate(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = iter([0.0, 10.0])
-    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", -1)
+    monkeypatch.setattr(progress, "LOG_SECONDS", -1)
     monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
     caplog.set_level(logging.INFO)
-    with progress.track("reference_logprobs", 100, already=90) as advance:
+    with progress.track("reference_logprobs", 100, completed=90) as advance:
         advance(5, 50)
     assert caplog.messages == ["reference_logprobs 95/100, 5 tokens/s, 10 s left"]
 
 
 def test_nothing_is_said_to_whom_wants_quiet(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", -1)
+    monkeypatch.setattr(progress, "LOG_SECONDS", -1)
     caplog.set_level(logging.WARNING)
     with progress.track("train", 1) as advance:
         advance(1, 10)

@@ -1,4 +1,4 @@
-"""Progress of long stages: a bar on a terminal, a line now and then elsewhere. Of several processes one shows it."""
+"""Progress of a long stage: a bar on a terminal, otherwise a line in the log every 30 seconds. Only rank 0 shows it."""
 
 import contextlib
 import logging
@@ -6,46 +6,39 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
-from spinlm.distributed import processes
+from spinlm.distributed.processes import SharedCounter, is_main_process
 
 log = logging.getLogger("spinlm")
 
 Advance = Callable[..., None]
-"""`advance(done=1, amount=0, note="")`: so many more items are done, with so many more units (tokens), and a note."""
+"""`advance(done=1, amount=0, note="")`: `done` more items with `amount` more units (tokens) are complete."""
 
-SECONDS_BETWEEN_LINES = 30
-SECONDS_BETWEEN_COUNTS = 1  # among several processes
+LOG_SECONDS = 30  # between lines in the log
+SYNC_SECONDS = 1  # between exchanges with other processes
 
 
 @contextlib.contextmanager
 def track(
-    what: str, total: int, already: int = 0, unit: str = "tokens", *, shared: bool = False, responses: str = ""
+    label: str, total: int, completed: int = 0, unit: str = "tokens", *, shared: bool = False, responses: str = ""
 ) -> Iterator[Advance]:
-    """Show how far a stage has come, its rate in units per second, and when it will end.
+    """Show completed items, units per second, and the time left.
 
     Args:
-        what: the stage.
-        total: items it has.
-        already: items that were done before, which say nothing about the rate.
+        label: name of the stage.
+        total: number of items.
+        completed: items that an earlier process completed. They do not count for the rate.
         unit: what the rate counts.
-        shared: whether each process does a part of the items, and not each of them all.
-        responses: what the items are called where they are responses, written or read. Those of a batch end late, so
-            no line says when all will, before a quarter has.
+        shared: whether the processes share the items. Otherwise every process does all of them.
+        responses: name of the items if they are responses. Responses of a batch end together, so no time left is shown
+            before a quarter of them is complete.
     """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
-    shown = (
-        sys.stderr.isatty()
-        and not console.is_dumb_terminal
-        and processes.is_main_process()
-        and log.isEnabledFor(logging.INFO)
+    show_bar = (
+        sys.stderr.isatty() and not console.is_dumb_terminal and is_main_process() and log.isEnabledFor(logging.INFO)
     )
-    begun = time.monotonic()
-    spoken = counted = begun
-    counter = processes.SharedCounter(shared)
-    new_items = new_units = 0
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
@@ -53,28 +46,31 @@ def track(
         TextColumn("{task.fields[rate]}"),
         TimeRemainingColumn(),
         console=console,
-        disable=not shown,
+        disable=not show_bar,
     )
+    item_counter, unit_counter = SharedCounter(shared), SharedCounter(shared)
+    new_items = new_units = 0
+    started = logged = synced = time.monotonic()
     with bar:
-        task = bar.add_task(what, total=total, completed=already, rate="")
+        task = bar.add_task(label, total=total, completed=completed, rate="")
 
         def advance(done: int = 1, amount: int = 0, note: str = "") -> None:
-            nonlocal new_items, new_units, spoken, counted
+            nonlocal new_items, new_units, logged, synced
             new_items += done
             new_units += amount
             now = time.monotonic()
-            if counter.costs and now - counted < SECONDS_BETWEEN_COUNTS:
+            if item_counter.shared and now - synced < SYNC_SECONDS:
                 return
-            counted = now
-            items, units = counter.add(new_items, new_units)
+            synced = now
+            items, units = item_counter.add(new_items), unit_counter.add(new_units)
             new_items = new_units = 0
-            rate = f"{units / max(now - begun, 1e-9):,.0f} {unit}/s" + (f", {note}" if note else "")
-            bar.update(task, completed=already + items, rate=rate)
-            if bar.disable and processes.is_main_process() and now - spoken > SECONDS_BETWEEN_LINES:
-                spoken = now
-                left = (total - already - items) * (now - begun) / max(items, 1)
-                ending = "" if responses and items < (total - already) / 4 else f", {left:.0f} s left"
-                name = f"{total} {responses}".strip()
-                log.info("%s %d/%s, %s%s", what, already + items, name, rate, ending)
+            rate = f"{units / max(now - started, 1e-9):,.0f} {unit}/s" + (f", {note}" if note else "")
+            bar.update(task, completed=completed + items, rate=rate)
+            if bar.disable and is_main_process() and now - logged > LOG_SECONDS:
+                logged = now
+                seconds_left = (total - completed - items) * (now - started) / max(items, 1)
+                hide_time = responses and items < (total - completed) / 4
+                time_left = "" if hide_time else f", {seconds_left:.0f} s left"
+                log.info("%s %d/%s, %s%s", label, completed + items, f"{total} {responses}".strip(), rate, time_left)
 
         yield advance

@@ -1,10 +1,11 @@
-"""Looking after the other processes of a run, so that none waits for ever for one that is gone.
+"""Ends every process of a run when one of them fails, hangs, or loses its machine, with one message.
 
-Each process leaves a sign of life in the store they share. The first looks for everybody's, the others for the first's;
-a process that cannot reach the store has lost them all. Whoever has to end says why in the store. A process that learns
-of such a thing ends at the next safe point; where it hangs in a collective and comes to none, it is ended.
+Each process writes a heartbeat to the store that all processes share. Rank 0 reads all heartbeats, the others read rank
+0's. A process that cannot reach the store has lost the others. A process that fails writes its error to the store; the
+others stop at their next safe point, or are ended if they hang in a collective operation.
 """
 
+import contextlib
 import os
 import signal
 import socket
@@ -13,101 +14,131 @@ import threading
 import time
 from typing import Any
 
-from spinlm.errors import PeerError, RunError, SpinError
+from spinlm.errors import PeerError, RunError, SpinError, StoppedError
 from spinlm.utils.signals import request_stop
 
-ERROR_KEY, ACK_KEY = "fault", "heard"
-"""Keys in the store: why the run ends, and how many processes have learned of it from another."""
+ERROR_KEY = "error"
+"""Key in the store: the error that ends the run."""
 
-HEARTBEAT_SECONDS = 1.0  # seconds between signs of life
-EXIT_GRACE_SECONDS = 10.0  # seconds in which a process may end by itself
+HEARTBEAT_SECONDS = 1.0
+EXIT_GRACE_SECONDS = 10.0  # a process that is exiting is ended after this time
+SHUTDOWN_TIMEOUT = 3.0  # seconds for which rank 0 keeps the store open, so that the others can read its error
+CONTINUE = "Finished work is kept: run the same command again to continue"
 
 
 class Watchdog:
-    """Two threads: one that speaks with the store, and may hang there, and one that looks at the clock."""
+    """Two threads: one talks to the store, which may hang; the other watches the clock."""
 
     def __init__(self, store: Any, rank: int, size: int):
-        self.lost_after = float(os.environ.get("SPINLM_LOST_AFTER", 120))
-        self._store = store.clone()  # a connection of its own: others may be waiting on theirs
-        self._rank = rank
-        self._parent = os.getppid()
+        self._lost_after = float(os.environ.get("SPINLM_LOST_AFTER", 120))  # seconds without a heartbeat
+        self._store = store.clone()  # a connection that no other thread waits on
+        self._rank, self._name = rank, f"process {rank} on {socket.gethostname()}"
+        self._launcher = os.getppid()
         self._watched = range(1, size) if rank == 0 else range(1)
-        self._over = threading.Event()
+        self._stopped = threading.Event()
 
-    def begin(self) -> None:
-        """Start watching."""
-        self._over = threading.Event()
-        self._failing: float | None = None  # since when this process is ending
-        self.fault: str | None = None  # why another has ended the run
-        self._contact = time.monotonic()
-        self._heard = dict.fromkeys(self._watched, (0, self._contact))  # signs of life, and when the last one came
-        self._store.set(f"beat/{self._rank}", f"0 {socket.gethostname()}")
-        for work in (self._beat, self._monitor):
-            threading.Thread(target=work, args=(self._over,), daemon=True).start()
+    def start(self) -> None:
+        """Start both threads."""
+        self._stopped = threading.Event()
+        self._exiting_since: float | None = None
+        self._peer_error: str | None = None
+        self._last_contact = time.monotonic()
+        self._heartbeats = dict.fromkeys(self._watched, (b"", self._last_contact))  # rank → last beat, when it changed
+        for loop in (self._beat, self._monitor):
+            threading.Thread(target=loop, args=(self._stopped,), daemon=True).start()
 
-    def end(self) -> None:
-        """Stop watching."""
-        self._over.set()
+    def stop(self) -> None:
+        """Stop both threads."""
+        self._stopped.set()
 
-    def mark_exiting(self) -> None:
-        """Say that this process is about to end; where that takes too long, it is ended."""
-        self._failing = time.monotonic()
+    def report(self, error: BaseException) -> BaseException:
+        """Tell the other processes why this one ends. Return the error to raise: `PeerError` if another one failed."""
+        self._exiting_since = time.monotonic()
+        if self._peer_error is not None and not isinstance(error, PeerError):
+            error = PeerError(self._peer_error)
+        if not isinstance(error, PeerError):
+            error = self._write_error(error)
+        self._kill_launcher()
+        return error
 
-    def kill_launcher(self) -> None:
-        """End torchrun where the store is out of reach: it would wait for that without limit, and deaf to signals."""
-        if self._out_of_reach() and "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() == self._parent:
-            os.kill(self._parent, signal.SIGKILL)  # unless another worker has, and somebody else has taken its place
+    def _write_error(self, error: BaseException) -> BaseException:
+        if _is_collective_error(error):
+            error = RunError(f"a process ended or cannot be reached ({first_line(error)}). {CONTINUE}")
+        elif isinstance(error, StoppedError):
+            error = StoppedError(f"stopped by a signal, or by the launcher after another process ended. {CONTINUE}")
+        text = f"{self._name}: {first_line(error)}"
+        with contextlib.suppress(Exception):  # the store may be out of reach
+            first_error = self._store.compare_set(ERROR_KEY, "", text).decode()
+            if first_error != text:
+                return PeerError(first_error)
+            if self._rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # the store ends with us
+                time.sleep(SHUTDOWN_TIMEOUT)
+        return type(error)(f"{self._name}: {error}") if isinstance(error, SpinError) else error
 
-    def _out_of_reach(self) -> bool:
-        return time.monotonic() - self._contact > self.lost_after
+    def _kill_launcher(self) -> None:
+        """Kill torchrun if the store is out of reach: torchrun would wait for the store for ever, ignoring signals."""
+        if self._lost_contact() and "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() == self._launcher:
+            os.kill(self._launcher, signal.SIGKILL)
 
-    def _beat(self, over: threading.Event) -> None:
-        number = 0
-        keys = [f"beat/{rank}" for rank in self._watched]
-        while not over.wait(HEARTBEAT_SECONDS):
-            number += 1
+    def _lost_contact(self) -> bool:
+        return time.monotonic() - self._last_contact > self._lost_after
+
+    def _beat(self, stopped: threading.Event) -> None:
+        count = 0
+        while not stopped.wait(HEARTBEAT_SECONDS):
+            count += 1
             try:
-                self._store.set(f"beat/{self._rank}", f"{number} {socket.gethostname()}")
-                for rank, value in zip(self._watched, self._store.multi_get(keys), strict=True):
-                    if value != self._heard[rank][0]:
-                        self._heard[rank] = value, time.monotonic()
-                if self.fault is None and self._store.check([ERROR_KEY]):
-                    self.fault = self._store.get(ERROR_KEY).decode()
-                    self._store.add(ACK_KEY, 1)
-            except RuntimeError:  # gone, for now or for good: the other thread counts the seconds
+                self._store.set(f"heartbeat/{self._rank}", f"{count} {self._name}")
+                for rank in self._watched:
+                    key = f"heartbeat/{rank}"
+                    if self._store.check([key]) and (beat := self._store.get(key)) != self._heartbeats[rank][0]:
+                        self._heartbeats[rank] = beat, time.monotonic()
+                if self._store.check([ERROR_KEY]):
+                    self._peer_error = self._store.get(ERROR_KEY).decode()
+            except RuntimeError:  # out of reach, for now or for good: the other thread counts the seconds
                 continue
-            self._contact = time.monotonic()
+            self._last_contact = time.monotonic()
 
-    def _monitor(self, over: threading.Event) -> None:
+    def _monitor(self, stopped: threading.Event) -> None:
         error: SpinError | None = None
-        while not over.wait(HEARTBEAT_SECONDS):
-            now = time.monotonic()
-            if error is None and self._failing is None and (error := self._diagnose(now)):
+        while not stopped.wait(HEARTBEAT_SECONDS):
+            if self._exiting_since is None and (error := self._diagnose()):
                 request_stop(error)
-                self._failing = now
-            if self._failing is not None and now - self._failing > EXIT_GRACE_SECONDS:
+                self._exiting_since = time.monotonic()
+            if self._exiting_since is not None and time.monotonic() - self._exiting_since > EXIT_GRACE_SECONDS:
                 if error is not None and not isinstance(error, PeerError):
                     print(f"spinlm: {error}", file=sys.stderr, flush=True)
-                self.kill_launcher()
+                self._kill_launcher()
                 os._exit(SpinError.exit_code)
 
-    def _diagnose(self, now: float) -> SpinError | None:
-        """What is wrong with the others."""
-        if self.fault is not None:
-            return PeerError(f"another process has ended the run: {self.fault}")
-        silent = [rank for rank, (_, when) in self._heard.items() if now - when > self.lost_after]
-        me = f"process {self._rank} on {socket.gethostname()}"
-        if self._out_of_reach():
-            lost = f"{me}: no contact with the other processes"
+    def _diagnose(self) -> SpinError | None:
+        """The error to end this process with, if another process failed or is lost."""
+        if self._peer_error is not None:
+            return PeerError(self._peer_error)
+        silent = [
+            beat.decode().partition(" ")[2] or f"process {rank}"
+            for rank, (beat, changed) in self._heartbeats.items()
+            if time.monotonic() - changed > self._lost_after
+        ]
+        if self._lost_contact():
+            problem = "no contact with the other processes"
         elif silent:
-            lost = f"{me}: no sign of life from {', '.join(self._name(rank) for rank in silent)}"
+            problem = f"no heartbeat from {', '.join(silent)}"
         else:
             return None
         return RunError(
-            f"{lost} for {self.lost_after:.0f} s. Is a machine or the network between them down? Nothing that was "
-            "saved is lost: run the same command again, and it goes on"
+            f"{self._name}: {problem} for {self._lost_after:.0f} s. Check the machines and the network between them. "
+            f"{CONTINUE}"
         )
 
-    def _name(self, rank: int) -> str:
-        value = self._heard[rank][0]
-        return f"process {rank}" + (f" on {value.decode().split()[1]}" if isinstance(value, bytes) else "")
+
+def first_line(error: BaseException) -> str:
+    """First line of an error's message, or the name of its class."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _is_collective_error(error: BaseException) -> bool:
+    """Whether a collective operation failed because another process is gone."""
+    import torch.distributed as dist
+
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())

@@ -133,7 +133,7 @@ class Trainer:
         config = self.config
         steps = plan_steps(dataset.batch_cost, config.batch_size, config.epochs, config.seed)
         self.steps_done = start = self._set_up()
-        with track(self.label, len(steps), already=start) as advance:
+        with track(self.label, len(steps), completed=start) as advance:
             for number in range(start, len(steps)):
                 epoch, indices = steps[number]
                 if number > 0 and steps[number - 1][0] < epoch and not on_epoch(epoch):

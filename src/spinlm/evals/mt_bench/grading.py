@@ -256,7 +256,7 @@ def _collect_verdicts(
     verdicts = {row["request"]: Verdict(row["verdict"], tuple(row["judgments"])) for row in journal.records}
     new = list({request.digest: request for request in requests if request.digest not in verdicts}.values())
 
-    with track(label, len(requests), already=len(requests) - len(new), unit="characters") as advance:
+    with track(label, len(requests), completed=len(requests) - len(new), unit="characters") as advance:
 
         def record(index: int, verdict: Verdict[Value]) -> None:
             request = new[index]
