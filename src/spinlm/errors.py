@@ -1,12 +1,11 @@
-"""Everything that can go wrong on the user's side, as one family of exceptions.
+"""Errors for the user. A message says what happened, where, and what to do.
 
-An error says what happened, where, and what to do. The command line shows it without a traceback and exits with
-`exit_code`.
+The command line prints the message without a traceback and exits with `exit_code`.
 """
 
 
 class SpinError(Exception):
-    """Base of every error that is meant to be read by a user."""
+    """Base class of all errors for the user."""
 
     exit_code = 2
 
@@ -16,7 +15,7 @@ class RecipeError(SpinError, ValueError):
 
 
 class DataError(SpinError, ValueError):
-    """A data file or a row of it cannot be used."""
+    """A data file, or a row of it, cannot be used."""
 
 
 class ModelError(SpinError, ValueError):
@@ -28,19 +27,19 @@ class RunError(SpinError, RuntimeError):
 
 
 class PeerError(RunError):
-    """Another process of the run has ended it; that one says why."""
+    """Another process of the run failed. That process prints the error."""
 
 
 class TrainingError(SpinError, ArithmeticError):
-    """Training produced a number that is not finite."""
+    """Training produced NaN or an infinity."""
 
 
 class MissingPackageError(SpinError, ImportError):
-    """An optional package is needed; the message holds the install command."""
+    """An optional package is not installed. The message holds the install command."""
 
 
 class StoppedError(SpinError):
-    """The user pressed Ctrl-C or the process was asked to end; the run can be continued."""
+    """Ctrl-C or SIGTERM stopped the run. The run can be continued."""
 
     exit_code = 130
 
@@ -53,13 +52,13 @@ class RowError(Exception):
         self.reason = reason
 
 
-def shortened(text: str, most: int = 200) -> str:
-    """The beginning of a text that may be as long as its author liked."""
-    return text if len(text) <= most else f"{text[:most]}…"
+def shortened(text: str, limit: int = 200) -> str:
+    """Cut a text to `limit` characters."""
+    return text if len(text) <= limit else f"{text[:limit]}…"
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether too little memory was found, on a GPU or for a CPU tensor, by whichever library."""
+    """Whether an error means too little memory, on a GPU or for a CPU tensor."""
     signs = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
     return (
         isinstance(error, MemoryError)

@@ -571,7 +571,7 @@ def test_marker_that_is_damaged(stage_refused, rewound, text):
     marker.write_text(text)
     message = stage_refused("train", run)
     assert message.startswith(f"{marker}: damaged (")
-    assert message.endswith(("Delete it and run again to make it anew", "Delete it and run again to redo the stage"))
+    assert "Delete it and run again" in message
 
 
 def test_checkpoint_that_is_cut(cli, world, stopped_in_training):

@@ -14,7 +14,7 @@ from runs import PROMPTS, SAVE_STEPS, World, assert_whole, fifo, held_by, read_r
 
 LAST = "iteration-1"
 MARKER = "../.spinlm/iteration-1/.{}.done.tmp"
-STOPPED = "stopped as asked; run the same command again to continue"
+STOPPED = "stopped; run the same command again to continue"
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written under a temporary name, brought to disk, then renamed."""
+"""Atomic files: written under a temporary name, flushed to disk, then renamed. Also JSON files and digests."""
 
 import contextlib
 import errno
@@ -17,7 +17,7 @@ STORAGE_ERRNOS = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
     *(errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE),
 )
-"""What is wrong with a disk, or with who may write to it, not with what is written."""
+"""Errors of a disk or of its permissions, not of the content."""
 
 _UMASK = os.umask(0)
 os.umask(_UMASK)
@@ -25,7 +25,7 @@ os.umask(_UMASK)
 
 @contextlib.contextmanager
 def atomic_file(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
-    """Open a temporary file that takes `path`'s name, complete and on disk, when the block ends without an error."""
+    """Open a temporary file. It is renamed to `path` when the block ends without an error."""
     with atomic_path(path) as temporary:
         with temporary.open(mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
@@ -33,10 +33,10 @@ def atomic_file(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary path for a file or a folder that takes the name `path` when the block ends without an error.
+    """Yield a temporary path for a file or a folder. It is renamed to `path` when the block ends without an error.
 
     Raises:
-        OSError: it cannot be written; a full disk is ENOSPC and one of `STORAGE_ERRNOS`, whatever library noticed it.
+        OSError: the path cannot be written. Its errno is one of `STORAGE_ERRNOS`, whichever error a library raised.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{path.name}.tmp"
@@ -44,33 +44,33 @@ def atomic_path(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary)
     try:
         yield temporary
-        _sync(temporary)
-        if path.is_dir() and temporary.is_dir():  # a file never takes the place of a folder
+        _sync_tree(temporary)
+        if path.is_dir() and temporary.is_dir():  # a file never replaces a folder
             shutil.rmtree(path)
         temporary.replace(path)
-        _sync_one(path.parent)
+        _fsync(path.parent)
     except OSError as error:
-        if error.filename is None or Path(error.filename) == temporary:  # a name that means nothing to the user
+        if error.filename is None or Path(error.filename) == temporary:  # users know the final name
             error.filename = str(path)
         raise
     except SpinError:
         raise
-    except Exception as error:  # each library tells of a full disk in its own class; anything else goes on as it came
+    except Exception as error:  # each library has its own class for a full disk
         for number in STORAGE_ERRNOS:
             if os.strerror(number) in str(error):
                 raise OSError(number, os.strerror(number), str(path)) from error
         raise
 
 
-def _sync(path: Path) -> None:
+def _sync_tree(path: Path) -> None:
     for child in [*path.rglob("*"), path]:
         if child.is_file():
-            with contextlib.suppress(PermissionError):  # a file system without modes
-                child.chmod(0o666 & ~_UMASK)  # safetensors lets nobody else read what it writes
-        _sync_one(child)
+            with contextlib.suppress(PermissionError):  # a file system without file modes
+                child.chmod(0o666 & ~_UMASK)  # safetensors makes files private
+        _fsync(child)
 
 
-def _sync_one(path: Path) -> None:
+def _fsync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -90,7 +90,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read JSON this program wrote.
+    """Read a JSON file that spinlm wrote.
 
     Raises:
         RunError: the file is missing or damaged.
@@ -98,13 +98,13 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise RunError(f"{path}: is missing. Run again to make it anew") from error
+        raise RunError(f"{path}: is missing. Run the same command again to make the file") from error
     except ValueError as error:
-        raise RunError(f"{path}: damaged ({error}). Delete it and run again to make it anew") from error
+        raise RunError(f"{path}: damaged ({error}). Delete it and run again to replace it") from error
 
 
 def read_json_lines(path: Path) -> Iterator[Any]:
-    """The values in a JSON-lines file. Lines end with a line feed alone: text may hold other ends of lines.
+    """Yield the values in a JSON-lines file. Only a line feed ends a line, because text may hold other separators.
 
     Raises:
         RunError: the file is missing, or a line is damaged.
@@ -121,11 +121,11 @@ def read_json_lines(path: Path) -> Iterator[Any]:
 
 
 def finite(value: Any) -> Any:
-    """A JSON value with null for numbers that JSON has not: NaN and infinities."""
+    """Replace NaN and infinities, which JSON cannot hold, by None."""
     if isinstance(value, dict):
-        return {key: finite(one) for key, one in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [finite(one) for one in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -141,6 +141,6 @@ def text_digest(text: str) -> str:
 
 
 def short_digest(value: Any) -> str:
-    """Twelve hexadecimal digits that stand for a JSON value."""
+    """First 12 hexadecimal digits of the SHA-256 of a JSON value."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM, and other reasons to end: stop at the next safe point instead of anywhere."""
+"""Ctrl-C, SIGTERM and other reasons to stop: the main thread stops at the next safe point."""
 
 import contextlib
 import signal
@@ -8,56 +8,56 @@ from types import FrameType
 
 from spinlm.errors import SpinError, StoppedError
 
-_reason: SpinError | None = None
-_must_finish = False
+_stop_error: SpinError | None = None
+_deferred = False
 
 
 def check_interrupt() -> None:
-    """Raise StoppedError if the user has asked to stop, or what else came up. Called where stopping loses little."""
-    if _reason is not None and not _must_finish:
-        raise _reason
+    """Raise the requested error, if any. Call this at safe points: where stopping loses little work."""
+    if _stop_error is not None and not _deferred:
+        raise _stop_error
 
 
 @contextlib.contextmanager
 def defer_interrupts() -> Iterator[None]:
-    """Within the block nothing is a safe point to stop at: what is being saved because of a stop is saved."""
-    global _must_finish
-    _must_finish = True
+    """Within the block, `check_interrupt` does nothing. For saving a checkpoint before stopping."""
+    global _deferred
+    _deferred = True
     try:
         yield
     finally:
-        _must_finish = False
+        _deferred = False
 
 
 def interrupt_requested() -> bool:
-    """Whether `check_interrupt` would raise."""
-    return _reason is not None
+    """Whether a stop was requested."""
+    return _stop_error is not None
 
 
 def request_stop(error: SpinError) -> None:
-    """Let the main thread raise an error at the next safe point."""
-    global _reason
-    _reason = error
+    """Make the main thread raise an error at its next safe point."""
+    global _stop_error
+    _stop_error = error
 
 
 @contextlib.contextmanager
 def graceful_shutdown() -> Iterator[None]:
-    """Turn the first SIGINT or SIGTERM into a request; a second SIGINT stops at once."""
-    global _reason
-    _reason = None
-    if threading.current_thread() is not threading.main_thread():  # only the main one may set handlers
+    """Turn the first SIGINT or SIGTERM into a request to stop. A second SIGINT stops at once."""
+    global _stop_error
+    _stop_error = None
+    if threading.current_thread() is not threading.main_thread():  # other threads cannot set signal handlers
         yield
         return
 
-    def ask(number: int, frame: FrameType | None) -> None:
-        if _reason is None:
-            request_stop(StoppedError("stopped as asked; run the same command again to continue"))
+    def handle(number: int, frame: FrameType | None) -> None:
+        if _stop_error is None:
+            request_stop(StoppedError("stopped; run the same command again to continue"))
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)
-        _reason = None
+        _stop_error = None
