@@ -1,15 +1,14 @@
 """The shape of a model, read from its config.json or .gguf header, and the sizes that follow from the shape."""
 
 import json
-import os
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from spinlm.errors import ModelError
 from spinlm.recipe.schema import Lora, Model
+from spinlm.utils.gguf_header import read_gguf_header
 from spinlm.utils.model_path import resolve_model
 
 BYTES_IN_4BIT = 0.5 + 1 / 64 + 4 / (64 * 256)
@@ -211,20 +210,14 @@ _GGUF_SIZES = {
     "head_dim": "attention.key_length",
     "max_position_embeddings": "context_length",
 }
-_GGUF_STRING, _GGUF_ARRAY = 8, 9
-_GGUF_NUMBERS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 
 
 def _gguf_config(path: Path) -> dict[str, Any]:
-    """Return the header of a .gguf file with the keys of a config.json.
-
-    The gguf package's reader is not used: it builds an array of the whole vocabulary, which takes seconds.
-    """
+    """Return the header of a .gguf file with the keys of a config.json."""
     try:
-        with path.open("rb") as file:
-            values, tensors = _gguf_header(file)
-    except (OSError, ValueError, KeyError, OverflowError, MemoryError, struct.error) as error:
-        raise UnknownShapeError(f"{path} is not a readable .gguf file: {error}") from None
+        values, tensors = read_gguf_header(path)
+    except ValueError as error:
+        raise UnknownShapeError(str(error)) from None
     family = values.get("general.architecture")
     return {
         "model_type": family,
@@ -232,34 +225,3 @@ def _gguf_config(path: Path) -> dict[str, Any]:
         "tie_word_embeddings": "output.weight" not in tensors,
         **{name: values.get(f"{family}.{key}") for name, key in _GGUF_SIZES.items()},
     }
-
-
-def _gguf_header(file: BinaryIO) -> tuple[dict[str, Any], set[str]]:
-    """Return the metadata (the length instead of an array) and the names of the tensors."""
-
-    def take(form: str) -> Any:
-        return struct.unpack(form, file.read(struct.calcsize(form)))[0]
-
-    def text() -> str:
-        return file.read(take("<Q")).decode("utf-8", "replace")
-
-    def value(kind: int) -> Any:
-        if kind != _GGUF_ARRAY:
-            return text() if kind == _GGUF_STRING else take(_GGUF_NUMBERS[kind])
-        element, count = take("<I"), take("<Q")
-        if element == _GGUF_STRING:
-            for _ in range(count):
-                file.seek(take("<Q"), os.SEEK_CUR)
-        else:
-            file.seek(count * struct.calcsize(_GGUF_NUMBERS[element]), os.SEEK_CUR)
-        return count
-
-    if take("4s") != b"GGUF":
-        raise ValueError("the file does not begin with GGUF")
-    _version, tensors, values = take("<I"), take("<Q"), take("<Q")
-    metadata = {text(): value(take("<I")) for _ in range(values)}
-    names = set()
-    for _ in range(tensors):
-        names.add(text())
-        take(f"{8 * take('<I') + 12}s")  # sizes, type and offset
-    return metadata, names

@@ -1,41 +1,41 @@
-"""The machine: the memory that this process may use, in bytes, and whether there is a GPU. Imports no torch."""
+"""Memory that this process may use, and whether the machine has a GPU. Imports no torch."""
 
 from pathlib import Path
 
 import psutil
 
-CGROUPS = (
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+CGROUP_FILES = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),  # version 2
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),  # version 1
 )
-"""Where a container or a batch system says what it allows and what is used of that: cgroups 2 and 1."""
-
+"""Memory limit and usage of a container or a batch job."""
 
 DEVICES = Path("/dev")
-GPU_FILES = "nvidia[0-9]*", "dxg", "kfd"
-"""What drivers put there for a GPU: CUDA's, that of Windows' subsystem for Linux, and ROCm's."""
+GPU_DEVICE_FILES = "nvidia[0-9]*", "dxg", "kfd"
+"""Device files of CUDA, the Windows Subsystem for Linux, and ROCm."""
 
 
 def has_gpu() -> bool:
-    """Whether there is one, as far as that shows without its libraries."""
-    return any(any(DEVICES.glob(file)) for file in GPU_FILES)
+    """Return whether a GPU's device file exists."""
+    return any(any(DEVICES.glob(file)) for file in GPU_DEVICE_FILES)
 
 
 def total_memory() -> int:
-    """All that may be used."""
-    return min([int(psutil.virtual_memory().total), *(limit for limit, _ in _limits())])
+    """Return the bytes of memory that this process may use in all."""
+    return min([int(psutil.virtual_memory().total), *(limit for limit, _ in _cgroup_memory())])
 
 
 def free_memory() -> int:
-    """What can still be had."""
-    return min([int(psutil.virtual_memory().available), *(limit - used for limit, used in _limits())])
+    """Return the bytes of memory that this process can still allocate."""
+    return min([int(psutil.virtual_memory().available), *(limit - usage for limit, usage in _cgroup_memory())])
 
 
-def _limits() -> list[tuple[int, int]]:
-    found = []
-    for limit, used in CGROUPS:
+def _cgroup_memory() -> list[tuple[int, int]]:
+    """Return limit and usage, in bytes, of each cgroup that has a limit."""
+    pairs = []
+    for limit, usage in CGROUP_FILES:
         try:
-            found.append((int(Path(limit).read_text()), int(Path(used).read_text())))
-        except (OSError, ValueError):  # there is no such file, or it says "max"
+            pairs.append((int(Path(limit).read_text()), int(Path(usage).read_text())))
+        except (OSError, ValueError):  # no such file, or the limit is "max"
             continue
-    return found
+    return pairs
