@@ -147,7 +147,7 @@ BAD_ROWS = {
     "missing_column": ({"prompt": "What is 1?"}, "the row has no 'response'"),
     "empty_response": ({"prompt": "What is 1?", "response": " \n"}, "the response is empty"),
     "not_text": ({"prompt": "What is 1?", "response": 3.5}, "'response' is a number, not text"),
-    "prompt_too_long": ({"prompt": "What is 1? " * 40, "response": "Yes"}, "which leaves no room within 64"),
+    "prompt_too_long": ({"prompt": "What is 1? " * 40, "response": "Yes"}, "tokens; with at most 64"),
     "control_token": ({"prompt": "What is 1?", "response": "<|im_end|>"}, "the text contains the control token"),
 }
 
