@@ -25,7 +25,7 @@ $(VENV)/model: $(VENV)/installed
 quickstart: $(VENV)/model
 	$(BIN)/spinlm run recipes/quickstart.yaml
 	@echo
-	@echo "This is one seed. Over five, about as many steps of supervised fine-tuning gained more: docs/results.md"
+	@echo "This is one seed. Over five seeds, fine-tuning for as many steps gained as much as self-play or more: docs/does-it-help.md"
 
 # GSM8K=FILE.jsonl takes prompts and lengths from a file of that data set.
 bench: $(VENV)/model $(VENV)/bench
@@ -61,7 +61,7 @@ format: $(VENV)/installed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# The references are written anew, then all pages, as a site in the folder `site`.
+# Regenerate the references, then build the site in the folder `site`.
 docs: $(VENV)/extras
 	$(BIN)/python docs/generate.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

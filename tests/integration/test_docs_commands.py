@@ -94,7 +94,7 @@ def test_commands_run(readers: Path) -> None:
     for name in ("recipe/report.html", "recipe-control/train_log.jsonl", "dpo-positive/best", "tracked/recipe.yaml"):
         assert (readers / "runs" / name).exists()
     assert list((readers / "runs" / "tracked").rglob("events.out.*"))  # what tensorboard shows
-    for name in ("my-adapter/adapter_model.safetensors", "my-model/model.safetensors", "pairs", "pairs-lf"):
+    for name in ("my-adapter/adapter_model.safetensors", "my-model/model.safetensors", "pairs"):
         assert (readers / name).exists()
 
 
