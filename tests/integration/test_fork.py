@@ -93,8 +93,7 @@ def test_a_start_that_cannot_be_taken_costs_nothing(world, cli, branch, referenc
     assert "is the run folder itself" in branch("--overwrite", name="own", source=own, code=2).message
     assert "was made with other settings" in branch("--overwrite", "data.prompts=5", name="own", code=2).message
     assert (
-        "no evaluated starting player"
-        in branch("--overwrite", name="own", source=tmp_path / "nothing", code=2).message
+        "no evaluated starting player" in branch("--overwrite", name="own", source=tmp_path / "nothing", code=2).message
     )
     assert contents(own) == before
 

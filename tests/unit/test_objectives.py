@@ -2,9 +2,7 @@
 
 import itertools
 import math
-from dataclasses import asdict
 
-import pyarrow as pa
 import pytest
 import torch
 from torch import Tensor
@@ -13,10 +11,9 @@ from models import tiny_model, tiny_recipe
 from spinlm.model.attention import register_tree_attention
 from spinlm.model.logprobs import LogProbs
 from spinlm.model.prefix_trees import PrefixTree, pack_batch
-from spinlm.rundir.records import Pair, _pair_schema, write_pairs
-from spinlm.training.batches import PairItems, pair_indices, pair_objective
-from spinlm.training.objectives import LOSSES, dpo_positive, margin, mean_nll, space, spin, t_spin
-from spinlm.training.trainer import Item
+from spinlm.rundir.records import Pair, write_pairs
+from spinlm.training.batches import PairDataset, PairGroup, pair_indices, pair_loss
+from spinlm.training.objectives import LINKS, dpo_positive, margin, mean_nll, space, spin, t_spin
 
 SLOPE_AT_0 = {"logistic": 0.5, "hinge": 1.0, "exponential": 1.0}  # −ℓ'(0)
 AT_0 = {"logistic": math.log(2), "hinge": 1.0, "exponential": 1.0}  # ℓ(0)
@@ -28,7 +25,7 @@ FOUR = (REAL, SYNTHETIC, OPPONENT_REAL, OPPONENT_SYNTHETIC)
 
 
 @pytest.mark.parametrize(
-    ("loss", "beta", "expected"),
+    ("link", "beta", "expected"),
     [
         ("logistic", 0.5, [0.313261688, 1.313261688]),  # log(1 + 1/e), log(1 + e)
         ("logistic", 2.0, [0.018149927, 4.018149927]),  # log(1 + e^−4), log(1 + e^4)
@@ -38,13 +35,13 @@ FOUR = (REAL, SYNTHETIC, OPPONENT_REAL, OPPONENT_SYNTHETIC)
         ("exponential", 2.0, [0.018315639, 54.598150033]),
     ],
 )
-def test_spin_by_hand(loss: str, beta: float, expected: list[float]) -> None:
-    torch.testing.assert_close(spin(*FOUR, beta=beta, loss=loss), torch.tensor(expected))
+def test_spin_by_hand(link: str, beta: float, expected: list[float]) -> None:
+    torch.testing.assert_close(spin(*FOUR, beta=beta, link=link), torch.tensor(expected))
     assert margin(*FOUR).tolist() == [2.0, -2.0]
 
 
 def test_logistic_is_the_default() -> None:
-    assert torch.equal(spin(*FOUR, beta=1.0), spin(*FOUR, beta=1.0, loss="logistic"))
+    assert torch.equal(spin(*FOUR, beta=1.0), spin(*FOUR, beta=1.0, link="logistic"))
 
 
 @pytest.mark.parametrize("beta", [0.1, 5.0])
@@ -89,9 +86,9 @@ def test_spin_per_token_by_hand() -> None:
 
 def test_dpo_positive_by_hand() -> None:
     """The second real response has become less likely, by 0.5: its margin of −2 is taken for −2 − 3 · 0.5."""
-    losses = dpo_positive(*FOUR, beta=0.4, penalty=3.0)
+    losses = dpo_positive(*FOUR, beta=0.4, dpop_lambda=3.0)
     assert losses.tolist() == pytest.approx([math.log1p(math.exp(-0.8)), math.log1p(math.exp(1.4))])
-    assert torch.equal(dpo_positive(*FOUR, beta=0.4, penalty=0.0), spin(*FOUR, beta=0.4))
+    assert torch.equal(dpo_positive(*FOUR, beta=0.4, dpop_lambda=0.0), spin(*FOUR, beta=0.4))
 
 
 @pytest.mark.parametrize("mu", [0.25, 1.0, 3.0])
@@ -129,16 +126,16 @@ def test_space_asks_of_each_response_alone() -> None:
         assert torch.autograd.grad(loss.sum(), real)[0].item() == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-def test_t_spin_by_hand(loss: str) -> None:
+@pytest.mark.parametrize("link", LINKS)
+def test_t_spin_by_hand(link: str) -> None:
     """log p: −2, −5 and −6 in the first pair: ℓ(0.5 · 3) + 2 ℓ(0.5 · 1); −3, −2 and −1.5 in the second."""
     initial = torch.tensor([-6.0, -1.5])
-    losses = t_spin(REAL, SYNTHETIC, initial, beta=0.5, history_weight=2.0, loss=loss)
+    losses = t_spin(REAL, SYNTHETIC, initial, beta=0.5, history_weight=2.0, link=link)
     ell = {
         "logistic": lambda z: math.log1p(math.exp(-z)),
         "hinge": lambda z: max(0.0, 1 - z),
         "exponential": lambda z: math.exp(-z),
-    }[loss]
+    }[link]
     assert losses.tolist() == pytest.approx([ell(1.5) + 2 * ell(0.5), ell(-0.5) + 2 * ell(-0.25)])
 
 
@@ -155,7 +152,7 @@ def test_t_spin_learns_nothing_from_a_response_beside_itself() -> None:
 def test_losses_stay_finite_at_large_margins() -> None:
     zero = torch.zeros(2)
     real = torch.tensor([-1000.0, 1000.0])
-    assert dpo_positive(real, zero, zero, zero, beta=1.0, penalty=2.0).tolist() == [3000.0, 0.0]
+    assert dpo_positive(real, zero, zero, zero, beta=1.0, dpop_lambda=2.0).tolist() == [3000.0, 0.0]
     assert space(real, -real, zero, zero, mu=1.0).tolist() == [2000.0, 0.0]
     assert t_spin(real, zero, -real, beta=1.0, history_weight=1.0).tolist() == [2000.0, 0.0]
 
@@ -164,8 +161,8 @@ def test_mean_nll_is_per_token() -> None:
     assert mean_nll(torch.tensor([-6.0, -1.0]), torch.tensor([3, 4])).tolist() == [2.0, 0.25]
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-def test_gradient_before_the_first_step(loss: str) -> None:
+@pytest.mark.parametrize("link", LINKS)
+def test_gradient_before_the_first_step(link: str) -> None:
     """It is −β · (−ℓ'(0)) · ∇[log p(y) − log p(y')], averaged over pairs; with the logistic ℓ that is β/2."""
     register_tree_attention()
     model = tiny_model("llama", vocabulary=64)
@@ -174,7 +171,7 @@ def test_gradient_before_the_first_step(loss: str) -> None:
 
     logprobs = LogProbs(model)(pack_batch(trees, True))  # y, y' of each tree
     frozen = logprobs.detach()
-    spin(logprobs[0::2], logprobs[1::2], frozen[0::2], frozen[1::2], beta=beta, loss=loss).mean().backward()
+    spin(logprobs[0::2], logprobs[1::2], frozen[0::2], frozen[1::2], beta=beta, link=link).mean().backward()
     ours = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
     model.zero_grad()
@@ -183,7 +180,7 @@ def test_gradient_before_the_first_step(loss: str) -> None:
         plain(model, tree.prompt, tree.responses[0]) - plain(model, tree.prompt, tree.responses[1]) for tree in trees
     ]
     torch.stack(gaps).mean().backward()
-    theirs = {name: -beta * SLOPE_AT_0[loss] * parameter.grad for name, parameter in model.named_parameters()}
+    theirs = {name: -beta * SLOPE_AT_0[link] * parameter.grad for name, parameter in model.named_parameters()}
     assert distance(ours, theirs) < 1e-5
 
 
@@ -206,14 +203,14 @@ DATA = torch.softmax(torch.randn(3, 5, dtype=torch.float64), dim=1)  # p_data(y|
 OPPONENT = torch.softmax(torch.randn(3, 5, dtype=torch.float64), dim=1)  # p_θt(y|x)
 
 
-def expected_loss(theta: Tensor, data: Tensor, opponent: Tensor, beta: float, loss: str) -> Tensor:
+def expected_loss(theta: Tensor, data: Tensor, opponent: Tensor, beta: float, link: str) -> Tensor:
     """E[ℓ] over prompts, y ~ data and y' ~ opponent, for the player softmax(theta)."""
     player, reference = torch.log_softmax(theta, dim=1), opponent.log()
     prompts, responses = theta.shape
     total = torch.zeros((), dtype=theta.dtype)
     for x in range(prompts):
         y, z = (index.flatten() for index in torch.meshgrid(*[torch.arange(responses)] * 2, indexing="ij"))
-        losses = spin(player[x, y], player[x, z], reference[x, y], reference[x, z], beta=beta, loss=loss)
+        losses = spin(player[x, y], player[x, z], reference[x, y], reference[x, z], beta=beta, link=link)
         total = total + (data[x, y] * opponent[x, z] * losses).sum() / prompts
     return total
 
@@ -230,24 +227,24 @@ def kl(data: Tensor, theta: Tensor) -> float:
 
 
 @pytest.mark.parametrize("beta", [0.1, 1.0, 5.0])
-@pytest.mark.parametrize("loss", LOSSES)
-def test_the_data_is_a_fixed_point(loss: str, beta: float) -> None:
+@pytest.mark.parametrize("link", LINKS)
+def test_the_data_is_a_fixed_point(link: str, beta: float) -> None:
     """Theorem 5.2: an opponent that equals the data leaves nothing to learn."""
-    gradient = gradient_at(DATA.log(), DATA, DATA, beta, loss)
+    gradient = gradient_at(DATA.log(), DATA, DATA, beta, link)
     assert gradient.abs().max() < 1e-15
-    assert expected_loss(DATA.log(), DATA, DATA, beta, loss).item() == pytest.approx(AT_0[loss], abs=1e-12)
+    assert expected_loss(DATA.log(), DATA, DATA, beta, link).item() == pytest.approx(AT_0[link], abs=1e-12)
 
 
 @pytest.mark.parametrize("beta", [0.1, 1.0, 5.0])
-@pytest.mark.parametrize("loss", LOSSES)
-def test_another_opponent_can_be_improved_on(loss: str, beta: float) -> None:
+@pytest.mark.parametrize("link", LINKS)
+def test_another_opponent_can_be_improved_on(link: str, beta: float) -> None:
     """At θ = θ_t the gradient is −β·(−ℓ'(0))·(p_data − p_θt), so a step against it goes towards the data."""
     theta = OPPONENT.log()
-    gradient = gradient_at(theta, DATA, OPPONENT, beta, loss)
-    torch.testing.assert_close(gradient, -beta * SLOPE_AT_0[loss] * (DATA - OPPONENT) / 3, rtol=1e-10, atol=1e-15)
+    gradient = gradient_at(theta, DATA, OPPONENT, beta, link)
+    torch.testing.assert_close(gradient, -beta * SLOPE_AT_0[link] * (DATA - OPPONENT) / 3, rtol=1e-10, atol=1e-15)
 
     stepped = theta - 0.1 / beta * gradient
-    assert expected_loss(stepped, DATA, OPPONENT, beta, loss) < expected_loss(theta, DATA, OPPONENT, beta, loss)
+    assert expected_loss(stepped, DATA, OPPONENT, beta, link) < expected_loss(theta, DATA, OPPONENT, beta, link)
     assert kl(DATA, stepped) < kl(DATA, theta)
 
 
@@ -258,13 +255,13 @@ def test_best_answer_to_an_opponent(beta: float) -> None:
     assert gradient_at(best, DATA, OPPONENT, beta, "logistic").abs().max() < 1e-15
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-def test_the_game_comes_ever_closer_to_the_data(loss: str) -> None:
+@pytest.mark.parametrize("link", LINKS)
+def test_the_game_comes_ever_closer_to_the_data(link: str) -> None:
     """A small step against each opponent, which then takes the player's place."""
     theta = OPPONENT.log()
     distances = [kl(DATA, theta)]
     for _ in range(100):
-        theta = theta - gradient_at(theta, DATA, torch.softmax(theta, dim=1), 1.0, loss)
+        theta = theta - gradient_at(theta, DATA, torch.softmax(theta, dim=1), 1.0, link)
         distances.append(kl(DATA, theta))
     assert distances == sorted(distances, reverse=True)
     assert distances[-1] < 0.05 * distances[0]
@@ -273,13 +270,13 @@ def test_the_game_comes_ever_closer_to_the_data(loss: str) -> None:
 def test_objective_of_a_micro_batch_by_hand(tmp_path) -> None:
     """Two trees, three pairs: the real response is shared by the pairs of its tree; sums, not means."""
     items = [
-        Item(PrefixTree([1, 2], ([3, 4], [5], [6, 7, 8])), (-3.0, -4.0, -1.0), ((0, 1), (0, 2))),
-        Item(PrefixTree([1], ([3, 4, 5, 6], [5])), (-2.5, -3.5), ((0, 1),)),
+        PairGroup(PrefixTree([1, 2], ([3, 4], [5], [6, 7, 8])), (-3.0, -4.0, -1.0), ((0, 1), (0, 2))),
+        PairGroup(PrefixTree([1], ([3, 4, 5, 6], [5])), (-2.5, -3.5), ((0, 1),)),
     ]
     logprobs = torch.tensor([-2.0, -5.0, -1.5, -3.0, -2.0], requires_grad=True)
     recipe = tiny_recipe(tmp_path, objective={"beta": [9.0, 0.5], "nll_weight": 0.1}, selfplay={"iterations": 2})
 
-    total = pair_objective(recipe, 1)(logprobs, items)
+    total = pair_loss(recipe, 1)(logprobs, items)
     total.loss.backward()
 
     # Margins 1 + 1, 1 + 0.5 and −0.5 − 1.5; −log p(y)/|y| of the real ones: 2/2 (twice), 3/4.
@@ -300,39 +297,40 @@ ONE = tuple(torch.tensor([value]) for value in (-4.0, -5.0, -3.0, -4.0))
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({"name": "dpo-positive", "dpop_lambda": 3.0}, dpo_positive(*ONE, beta=0.1, penalty=3.0)),
+        ({"name": "dpo-positive", "dpop_lambda": 3.0}, dpo_positive(*ONE, beta=0.1, dpop_lambda=3.0)),
         ({"name": "space", "mu": 2.0}, space(*ONE, mu=2.0)),
-        ({"name": "spin", "link": "hinge", "beta": 2.0}, spin(*ONE, beta=2.0, loss="hinge")),
+        ({"name": "spin", "link": "hinge", "beta": 2.0}, spin(*ONE, beta=2.0, link="hinge")),
         (
             {"name": "spin", "length_normalize": True},
             spin(*ONE, beta=0.1, tokens=(torch.tensor([2.0]), torch.tensor([1.0]))),
         ),
         (
             {"name": "t-spin", "history_weight": 0.3, "link": "exponential"},
-            t_spin(ONE[0], ONE[1], torch.tensor([-7.0]), beta=0.1, history_weight=0.3, loss="exponential"),
+            t_spin(ONE[0], ONE[1], torch.tensor([-7.0]), beta=0.1, history_weight=0.3, link="exponential"),
         ),
     ],
 )
 def test_the_recipes_settings_reach_the_objective(tmp_path, settings, expected) -> None:
     """A response of θ_0 stands beside the pair, for the objective that asks for it."""
-    item = Item(PrefixTree([1], ([3, 4], [5], [6])), (-3.0, -4.0, math.nan), ((0, 1),), (2,))
-    total = pair_objective(tiny_recipe(tmp_path, objective=settings), 0)(torch.tensor([-4.0, -5.0, -7.0]), [item])
+    item = PairGroup(PrefixTree([1], ([3, 4], [5], [6])), (-3.0, -4.0, math.nan), ((0, 1),), (2,))
+    total = pair_loss(tiny_recipe(tmp_path, objective=settings), 0)(torch.tensor([-4.0, -5.0, -7.0]), [item])
     assert total.loss.item() == pytest.approx(expected.item(), rel=1e-6)
 
 
 def test_responses_of_the_start_beside_pairs(tmp_path) -> None:
-    """One that is there already is not computed twice; a pair file of before there were any counts as without."""
+    """A response that the tree already has is not computed twice."""
     with_start = [
         Pair("a", 1, 0, [1], [2, 3], [4], -1.0, -2.0, initial_ids=[5, 6]),
         Pair("a", 0, 0, [1], [2, 3], [5, 6], -1.0, -3.0, initial_ids=[5, 6]),
     ]
     write_pairs(tmp_path / "new.arrow", with_start)
-    older = pa.Table.from_pylist([asdict(Pair("b", 0, 0, [1], [2], [4], -1.0, -2.0))], schema=_pair_schema())
-    older = older.drop_columns("initial_ids")
-    with pa.OSFile(str(tmp_path / "old.arrow"), "wb") as sink, pa.ipc.new_stream(sink, older.schema) as writer:
-        writer.write_table(older)
-    items = PairItems([tmp_path / "old.arrow", tmp_path / "new.arrow"], batch_size=8)
+    write_pairs(tmp_path / "without.arrow", [Pair("b", 0, 0, [1], [2], [4], -1.0, -2.0)])
+    items = PairDataset([tmp_path / "without.arrow", tmp_path / "new.arrow"], batch_size=8)
     assert [items[0].tree.responses, items[0].initial] == [([2], [4]), ()]
     assert items[1].tree.responses == ([2, 3], [4], [5, 6]) and items[1].initial == (2, 2)
-    alone = PairItems([tmp_path / "new.arrow"], batch_size=1)[0]  # the group is split: y₀ is added
-    assert alone.tree.responses == ([2, 3], [4], [5, 6]) and alone.initial == (2,) and math.isnan(alone.opponent[2])
+    alone = PairDataset([tmp_path / "new.arrow"], batch_size=1)[0]  # the group is split: y₀ is added
+    assert (
+        alone.tree.responses == ([2, 3], [4], [5, 6])
+        and alone.initial == (2,)
+        and math.isnan(alone.reference_logprobs[2])
+    )

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from models import ARCHITECTURES, save_tiny_model, tiny_model, tiny_recipe
 from spinlm.errors import ModelError
+from spinlm.export.model_card import write_card
 from spinlm.model.attention import register_tree_attention
 from spinlm.model.loading import (
     add_adapter,
@@ -23,8 +24,9 @@ from spinlm.model.loading import (
     prepare_base_model,
 )
 from spinlm.model.logprobs import LogProbs
-from spinlm.model.players import Players, seat
+from spinlm.model.players import Players
 from spinlm.model.prefix_trees import PrefixTree, pack_batch
+from spinlm.model.run import Run
 from spinlm.recipe.schema import Lora, Model
 from spinlm.rundir.layout import RunDir
 from spinlm.rundir.stage_graph import START
@@ -54,7 +56,7 @@ def change(players: Players, seed: int) -> None:
     with torch.no_grad():
         for _, parameter in players.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
-    players.changed()
+    players.mark_modified()
 
 
 def weights_of(players: Players) -> dict[str, Tensor]:
@@ -94,15 +96,15 @@ def test_a_player_becomes_what_was_saved_to_the_bit(saved: Any, tmp_path: Path, 
         players.save(iteration)
         weights[iteration] = weights_of(players)
     for iteration in (START, 1, 0, 0):
-        players.become(iteration)
+        players.load(iteration)
         assert_equal(weights_of(players), weights[iteration])
 
     change(players, 9)  # the player is no longer the one it became, so becoming it again must load it
-    players.become(0)
+    players.load(0)
     assert_equal(weights_of(players), weights[0])
 
     later = Players(recipe, RunDir(tmp_path))
-    later.become(1)
+    later.load(1)
     assert_equal(weights_of(later), weights[1])
 
 
@@ -128,6 +130,7 @@ def test_a_fresh_adapter_changes_nothing_and_depends_on_the_seed(saved: Any, tmp
 def test_a_player_says_what_it_is_and_not_whose_folders_it_came_from(saved: Any, tmp_path: Path) -> None:
     players = Players(tiny_recipe(saved(), lora=LORA), RunDir(tmp_path))
     players.save(1)
+    write_card(players.recipe, 1, tmp_path / "iteration-1" / "player")
     card = (tmp_path / "iteration-1" / "player" / "README.md").read_text()
     assert "iteration 1 of self-play fine-tuning" in card
     assert f"a LoRA adapter over the base model {saved().name}." in card
@@ -138,7 +141,8 @@ def test_a_player_says_what_it_is_and_not_whose_folders_it_came_from(saved: Any,
 def test_plain_peft_loads_a_saved_adapter(saved: Any, tmp_path: Path, prefix_sharing: bool) -> None:
     players = Players(tiny_recipe(saved(), lora=LORA), RunDir(tmp_path))
     change(players, 1)
-    players.response_logprobs(TREES, prefix_sharing)  # whatever attention was last in use
+    players.prefix_sharing = prefix_sharing
+    players.response_logprobs(TREES)  # whatever attention was last in use
     players.save(0)
     players.logprobs.use_tree_attention(False)
 
@@ -159,7 +163,8 @@ def test_plain_transformers_loads_a_saved_model(
 ) -> None:
     players = Players(tiny_recipe(saved(architecture)), RunDir(tmp_path))
     change(players, 1)
-    players.response_logprobs(TREES, prefix_sharing)
+    players.prefix_sharing = prefix_sharing
+    players.response_logprobs(TREES)
     players.save(0)
     players.logprobs.use_tree_attention(False)
 
@@ -210,15 +215,16 @@ def test_a_player_that_cannot_be_loaded_is_an_error(saved: Any, tmp_path: Path, 
             weights.pop(next(name for name in weights if "layers.1." in name))
             save_file(weights, file, metadata={"format": "pt"})
     with pytest.raises(ModelError, match="iteration-0/player"):
-        Players(tiny_recipe(saved(), lora=lora), RunDir(tmp_path)).become(0)
+        Players(tiny_recipe(saved(), lora=lora), RunDir(tmp_path)).load(0)
 
 
-def test_a_run_has_one_model_in_a_process(saved: Any, tmp_path: Path) -> None:
-    recipe = tiny_recipe(saved(), lora=LORA)
-    players = seat(recipe, RunDir(tmp_path))
-    assert seat(recipe, RunDir(tmp_path)) is players
-    assert seat(recipe.model_copy(update={"seed": 1}), RunDir(tmp_path)) is not players
-    assert seat(recipe, RunDir(tmp_path / "other")) is not players
+def test_a_run_loads_its_model_once_and_again_after_closing(saved: Any, tmp_path: Path) -> None:
+    run = Run(tiny_recipe(saved(), lora=LORA), RunDir(tmp_path))
+    players = run.players
+    model = players.model
+    assert run.players is players and players.model is model
+    run.close()
+    assert run.players is not players and run.players.model is not model
 
 
 # Dropout
@@ -382,8 +388,8 @@ def test_a_model_that_transformers_does_not_know(saved: Any, tmp_path: Path) -> 
 def test_the_models_own_attention_is_restored(saved: Any, tmp_path: Path) -> None:
     register_tree_attention()
     players = Players(tiny_recipe(saved(), lora=LORA), RunDir(tmp_path))
-    players.response_logprobs(TREES, True)
-    players.response_logprobs(TREES, False)
+    for players.prefix_sharing in (True, False):
+        players.response_logprobs(TREES)
     assert players.logprobs.causal_lm.config._attn_implementation == "sdpa"
 
 

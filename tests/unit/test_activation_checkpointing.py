@@ -9,11 +9,15 @@ import torch
 from models import save_tiny_model, tiny_recipe
 from spinlm.model.players import Players
 from spinlm.plan.model_shape import shape_from_config
-from spinlm.recipe.schema import Lora
+from spinlm.recipe.schema import MEMORY_MARGIN, Lora, optimizer_bytes
 from spinlm.rundir.layout import RunDir
 from spinlm.training import activation_checkpointing
-from spinlm.training.activation_checkpointing import free_bytes, saved_activation_bytes, switch_checkpointing
-from spinlm.training.memory import MEMORY_MARGIN, optimizer_bytes
+from spinlm.training.activation_checkpointing import (
+    checkpoint_if_needed,
+    free_bytes,
+    saved_activation_bytes,
+    switch_checkpointing,
+)
 from spinlm.utils import hardware
 
 
@@ -50,7 +54,7 @@ def test_checkpointing_keeps_less_and_leaves_nothing_behind(model: Path, tmp_pat
     ours = players(model, tmp_path, gradient_checkpointing=True)
     kept = saved_activation_bytes(ours.logprobs, True, 100)
     for _ in range(2):
-        assert ours.make_room(True) and on(ours)
+        assert checkpoint_if_needed(ours.logprobs, ours.recipe, True) and on(ours)
     assert saved_activation_bytes(ours.logprobs, True, 100) < kept / 3
     switch_checkpointing(ours.logprobs.causal_lm, on=False)
     assert not on(ours) and saved_activation_bytes(ours.logprobs, True, 100) == kept
@@ -76,9 +80,9 @@ def test_checkpointing_by_need(
     need = bytes_needed(ours, copy=2 if dtype == "bfloat16" else 0)
     monkeypatch.setattr(activation_checkpointing, "free_memory", lambda: int(need + more))
     for _ in range(2):  # what is kept with it on says nothing about what would be without
-        assert ours.make_room(True) == on(ours) == needed
+        assert checkpoint_if_needed(ours.logprobs, ours.recipe, True) == on(ours) == needed
     monkeypatch.setattr(activation_checkpointing, "free_memory", lambda: int(2 * need))
-    assert not ours.make_room(True) and not on(ours)  # off again when there is room
+    assert not checkpoint_if_needed(ours.logprobs, ours.recipe, True) and not on(ours)  # off again when there is room
 
 
 def test_a_model_that_cannot_checkpoint_is_left_alone(
@@ -87,7 +91,7 @@ def test_a_model_that_cannot_checkpoint_is_left_alone(
     ours = players(model, tmp_path)
     monkeypatch.setattr(ours.logprobs.causal_lm, "supports_gradient_checkpointing", False)
     monkeypatch.setattr(activation_checkpointing, "free_memory", lambda: 0)
-    assert not ours.make_room(True) and not on(ours)
+    assert not checkpoint_if_needed(ours.logprobs, ours.recipe, True) and not on(ours)
 
 
 def test_the_largest_micro_batch_is_the_budget_or_a_longer_prompt_with_its_responses(model: Path) -> None:
@@ -104,7 +108,7 @@ def test_the_largest_micro_batch_is_the_budget_or_a_longer_prompt_with_its_respo
 
 def test_memory_is_what_the_system_and_the_container_allow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     limit, used = tmp_path / "memory.max", tmp_path / "memory.current"
-    monkeypatch.setattr(hardware, "CGROUP_FILES", ((str(limit), str(used)),))
+    monkeypatch.setattr(hardware, "CGROUPS", ((str(limit), str(used)),))
     everything = hardware.total_memory()
     assert 0 < hardware.free_memory() < everything  # no such files
     used.write_text("300\n")

@@ -26,13 +26,13 @@ from spinlm.model.players import Players
 from spinlm.model.prefix_trees import PackedBatch, PrefixTree
 from spinlm.rundir.layout import RunDir
 from spinlm.rundir.stage_graph import START
-from spinlm.stages.sft import sft_objective
-from spinlm.training.batches import pair_objective
+from spinlm.training.batches import PairGroup, pair_loss, plan_steps, sft_loss
 from spinlm.training.optimizers import check_optimizer, find_optimizer, make_optimizer
-from spinlm.training.trainer import Fit, Item, Objective, fit, learning_rate_at, plan_steps
+from spinlm.training.schedule import learning_rate_at
+from spinlm.training.trainer import LossFunction, TrainConfig, Trainer
 from spinlm.utils.signals import graceful_shutdown
 
-HOW = Fit(
+CONFIG = TrainConfig(
     epochs=1,
     batch_size=4,
     learning_rate=1e-2,
@@ -50,12 +50,12 @@ HOW = Fit(
 class InMemory:
     """Items in a list, weighed as the stages weigh theirs."""
 
-    def __init__(self, items: Sequence[Item], weights: Sequence[int]):
+    def __init__(self, items: Sequence[PairGroup], weights: Sequence[int]):
         self.items = items
-        self.sizes = np.array([max(len(item.pairs), 1) for item in items])
-        self.weights = np.array(weights)
+        self.batch_cost = np.array([max(len(item.pairs), 1) for item in items])
+        self.loss_weight = np.array(weights)
 
-    def __getitem__(self, index: int) -> Item:
+    def __getitem__(self, index: int) -> PairGroup:
         return self.items[index]
 
 
@@ -63,7 +63,7 @@ def ids(count: int, seed: int) -> list[int]:
     return torch.randint(3, 300, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def pair_items(count: int, synthetic: tuple[int, int] = (1, 1)) -> InMemory:
+def pair_groups(count: int, synthetic: tuple[int, int] = (1, 1)) -> InMemory:
     """Prompts with a real and some synthetic responses (so many to even and odd prompts) of uneven lengths, and made-up
     opponent log-probabilities."""
     items = []
@@ -73,12 +73,12 @@ def pair_items(count: int, synthetic: tuple[int, int] = (1, 1)) -> InMemory:
             ids(2 + 5 * n % 13, 100 + n), tuple(ids(length, 10 * n + k) for k, length in enumerate(lengths))
         )
         opponent = tuple(-6.0 * length - k for k, length in enumerate(lengths))
-        items.append(Item(tree, opponent, tuple((0, k) for k in range(1, len(lengths)))))
+        items.append(PairGroup(tree, opponent, tuple((0, k) for k in range(1, len(lengths)))))
     return InMemory(items, [len(item.pairs) for item in items])
 
 
-def sft_items(count: int) -> InMemory:
-    items = [Item(PrefixTree(ids(2 + 3 * n % 7, 200 + n), (ids(1 + 5 * n % 9, 300 + n),))) for n in range(count)]
+def sft_groups(count: int) -> InMemory:
+    items = [PairGroup(PrefixTree(ids(2 + 3 * n % 7, 200 + n), (ids(1 + 5 * n % 9, 300 + n),))) for n in range(count)]
     return InMemory(items, [len(item.tree.responses[0]) for item in items])
 
 
@@ -96,6 +96,7 @@ def new_players(saved: Path, tmp_path: Path) -> NewPlayers:
 
     def make(**sections: Any) -> Players:
         players = Players(tiny_recipe(saved, **sections), RunDir(tmp_path))
+        players.prefix_sharing = True
         torch.manual_seed(5)
         for name, parameter in players.parameters():
             if "lora_B" in name:
@@ -105,18 +106,23 @@ def new_players(saved: Path, tmp_path: Path) -> NewPlayers:
     return make
 
 
-def spin_of(players: Players) -> Objective:
-    return pair_objective(players.recipe, 0)
+def spin_loss(players: Players) -> LossFunction:
+    return pair_loss(players.recipe, 0)
 
 
 def run_fit(
-    players: Players, items: InMemory, objective: Objective, how: Fit, folder: Path, **options: Any
+    players: Players, groups: InMemory, loss_fn: LossFunction, config: TrainConfig, folder: Path, **options: Any
 ) -> list[dict[str, float]]:
     """Fit, and what was measured after each step."""
     steps: list[dict[str, float]] = []
-    defaults: dict[str, Any] = {"prefix_sharing": True, "what": "test", "on_step": steps.append}
-    fit(players, items, objective, how, checkpoints=folder / "checkpoints", **(defaults | options))
+    trainer = Trainer(players, config, checkpoints=folder / "checkpoints", label="test")
+    trainer.fit(groups, loss_fn, **({"on_step": steps.append} | options))
     return steps
+
+
+def rate_at(step: int, steps: int, config: TrainConfig) -> float:
+    ratio, scheduler = config.warmup_ratio, config.lr_scheduler
+    return learning_rate_at(step, steps, peak=config.learning_rate, warmup_ratio=ratio, lr_scheduler=scheduler)
 
 
 @pytest.fixture
@@ -158,8 +164,8 @@ def test_a_step_has_the_gradient_of_the_mean_over_pairs(
     new_players: NewPlayers, seen: list[list[Tensor]], tmp_path: Path, lora: Any
 ) -> None:
     """Whatever the micro-batches and prefix sharing: the loss of 9 pairs in 6 trees, worked out pair by pair."""
-    items = pair_items(6, synthetic=(1, 2))
-    how = replace(HOW, batch_size=100, optimizer="sgd", learning_rate=0.0)
+    items = pair_groups(6, synthetic=(1, 2))
+    config = replace(CONFIG, batch_size=100, optimizer="sgd", learning_rate=0.0)
     recipe: dict[str, Any] = {"lora": lora, "objective": {"beta": 0.05, "nll_weight": 0.3}}
 
     def naive(logprob: Any) -> Tensor:
@@ -168,7 +174,7 @@ def test_a_step_has_the_gradient_of_the_mean_over_pairs(
             responses = item.tree.responses
             for _, k in item.pairs:
                 real, synthetic = logprob(item.tree.prompt, responses[0]), logprob(item.tree.prompt, responses[k])
-                margin = (real - item.opponent[0]) - (synthetic - item.opponent[k])
+                margin = (real - item.reference_logprobs[0]) - (synthetic - item.reference_logprobs[k])
                 losses.append(torch.log1p(torch.exp(-0.05 * margin)) - 0.3 * real / len(responses[0]))
         return torch.stack(losses).mean()
 
@@ -178,8 +184,9 @@ def test_a_step_has_the_gradient_of_the_mean_over_pairs(
         [(10**6, True), (1, True), (25, True), (10**6, False), (25, False)]
     ):
         folder = tmp_path / str(number)
-        changed = replace(how, tokens_per_micro_batch=budget)
-        (step,) = run_fit(players, items, spin_of(players), changed, folder, prefix_sharing=prefix_sharing)
+        changed = replace(config, tokens_per_micro_batch=budget)
+        players.prefix_sharing = prefix_sharing
+        (step,) = run_fit(players, items, spin_loss(players), changed, folder)
         assert step["loss"] == pytest.approx(value, rel=1e-5)
         assert step["grad_norm"] == pytest.approx(math.sqrt(sum(g.square().sum().item() for g in expected)), rel=1e-4)
         assert apart(seen[-1], expected) < 1e-5
@@ -188,7 +195,7 @@ def test_a_step_has_the_gradient_of_the_mean_over_pairs(
 def test_a_warm_up_step_has_the_gradient_of_the_mean_over_tokens(
     new_players: NewPlayers, seen: list[list[Tensor]], tmp_path: Path
 ) -> None:
-    items = sft_items(6)
+    items = sft_groups(6)
     players = new_players(lora={"r": 4})
 
     def naive(logprob: Any) -> Tensor:
@@ -197,8 +204,8 @@ def test_a_warm_up_step_has_the_gradient_of_the_mean_over_tokens(
 
     value, expected = plain_gradient(players, naive)
     for budget in (1, 10**6):
-        how = replace(HOW, batch_size=100, optimizer="sgd", learning_rate=0.0, tokens_per_micro_batch=budget)
-        (step,) = run_fit(players, items, sft_objective, how, tmp_path / str(budget))
+        config = replace(CONFIG, batch_size=100, optimizer="sgd", learning_rate=0.0, tokens_per_micro_batch=budget)
+        (step,) = run_fit(players, items, sft_loss, config, tmp_path / str(budget))
         assert step["loss"] == pytest.approx(value, rel=1e-5)
         assert apart(seen[-1], expected) < 1e-5
 
@@ -206,10 +213,10 @@ def test_a_warm_up_step_has_the_gradient_of_the_mean_over_tokens(
 def test_steps_do_not_add_up_each_others_gradients(
     new_players: NewPlayers, seen: list[list[Tensor]], tmp_path: Path
 ) -> None:
-    items = pair_items(1)
+    items = pair_groups(1)
     players = new_players(lora={"r": 4})
-    how = replace(HOW, epochs=3, optimizer="sgd", learning_rate=0.0)
-    run_fit(players, items, spin_of(players), how, tmp_path)
+    config = replace(CONFIG, epochs=3, optimizer="sgd", learning_rate=0.0)
+    run_fit(players, items, spin_loss(players), config, tmp_path)
     assert len(seen) == 3
     for later in seen[1:]:
         assert all(torch.equal(a, b) for a, b in zip(later, seen[0], strict=True))
@@ -218,22 +225,22 @@ def test_steps_do_not_add_up_each_others_gradients(
 def test_the_first_loss_is_ln_2(new_players: NewPlayers, tmp_path: Path) -> None:
     """With the opponent's log-probabilities taken from the same weights."""
     players = new_players(lora={"r": 4}, objective={"beta": 5.0})
-    items = pair_items(5)
+    items = pair_groups(5)
     for number, item in enumerate(items.items):
-        opponent = tuple(players.response_logprobs([item.tree], True))
-        items.items[number] = replace(item, opponent=opponent)  # type: ignore[index]
-    (step,) = run_fit(players, items, spin_of(players), replace(HOW, batch_size=100), tmp_path)
+        opponent = tuple(players.response_logprobs([item.tree]))
+        items.items[number] = replace(item, reference_logprobs=opponent)  # type: ignore[index]
+    (step,) = run_fit(players, items, spin_loss(players), replace(CONFIG, batch_size=100), tmp_path)
     assert step["loss"] == pytest.approx(math.log(2), abs=1e-4)
     assert step["margin"] == pytest.approx(0, abs=1e-4)
 
 
 def test_gradients_are_clipped_to_the_norm(new_players: NewPlayers, seen: list[list[Tensor]], tmp_path: Path) -> None:
     players = new_players(lora={"r": 4})
-    how = replace(HOW, batch_size=100, optimizer="sgd", learning_rate=0.0)
+    config = replace(CONFIG, batch_size=100, optimizer="sgd", learning_rate=0.0)
     norms = []
     for number, limit in enumerate((1e9, 1e-3)):
         (step,) = run_fit(
-            players, pair_items(4), spin_of(players), replace(how, max_grad_norm=limit), tmp_path / str(number)
+            players, pair_groups(4), spin_loss(players), replace(config, max_grad_norm=limit), tmp_path / str(number)
         )
         norms.append(step["grad_norm"])
     free, clipped = seen
@@ -244,7 +251,7 @@ def test_gradients_are_clipped_to_the_norm(new_players: NewPlayers, seen: list[l
 
 def test_training_can_end_after_an_epoch_and_does_again_when_resumed(new_players: NewPlayers, tmp_path: Path) -> None:
     """Killed after that epoch's last step: the next process asks again, and ends in the same weights."""
-    how = replace(HOW, epochs=3, batch_size=2)
+    config = replace(CONFIG, epochs=3, batch_size=2)
     ended = []
     for _ in range(2):
         players = new_players(lora={"r": 4})
@@ -254,7 +261,7 @@ def test_training_can_end_after_an_epoch_and_does_again_when_resumed(new_players
             asked.append(epoch)
             return epoch < 2
 
-        steps = run_fit(players, pair_items(4), spin_of(players), how, tmp_path, on_epoch=until_two)
+        steps = run_fit(players, pair_groups(4), spin_loss(players), config, tmp_path, on_epoch=until_two)
         ended.append(([step["step"] for step in steps], asked, weights_of(players)))
     (first, asked_first, before), (second, asked_second, after) = ended
     assert (first, asked_first) == ([1, 2, 3, 4], [1, 2])
@@ -264,8 +271,8 @@ def test_training_can_end_after_an_epoch_and_does_again_when_resumed(new_players
 
 def test_a_kill_while_an_epoch_is_looked_at_loses_no_step(new_players: NewPlayers, tmp_path: Path) -> None:
     """What is looked at, in evaluation mode, leaves the dropout of the next epoch on, resumed or not."""
-    how = replace(HOW, epochs=2, batch_size=2)
-    items = pair_items(4)
+    config = replace(CONFIG, epochs=2, batch_size=2)
+    items = pair_groups(4)
     lora = {"r": 4, "dropout": 0.3}
 
     def look(players: Players, kill: bool) -> Callable[[int], bool]:
@@ -278,12 +285,12 @@ def test_a_kill_while_an_epoch_is_looked_at_loses_no_step(new_players: NewPlayer
         return measure
 
     straight = new_players(lora=lora)
-    run_fit(straight, items, spin_of(straight), how, tmp_path / "straight", on_epoch=look(straight, False))
+    run_fit(straight, items, spin_loss(straight), config, tmp_path / "straight", on_epoch=look(straight, False))
     killed = new_players(lora=lora)
     with pytest.raises(KeyboardInterrupt):
-        run_fit(killed, items, spin_of(killed), how, tmp_path / "parts", on_epoch=look(killed, True))
+        run_fit(killed, items, spin_loss(killed), config, tmp_path / "parts", on_epoch=look(killed, True))
     continued = new_players(lora=lora)
-    rest = run_fit(continued, items, spin_of(continued), how, tmp_path / "parts", on_epoch=look(continued, False))
+    rest = run_fit(continued, items, spin_loss(continued), config, tmp_path / "parts", on_epoch=look(continued, False))
     assert [step["step"] for step in rest] == [3, 4]
     assert_equal_to_the_bit(weights_of(continued), weights_of(straight))
 
@@ -291,9 +298,14 @@ def test_a_kill_while_an_epoch_is_looked_at_loses_no_step(new_players: NewPlayer
 def test_what_is_reported_of_each_step(new_players: NewPlayers, tmp_path: Path) -> None:
     players = new_players(lora={"r": 4})
     epochs: list[int] = []
-    how = replace(HOW, epochs=2, batch_size=2)
+    config = replace(CONFIG, epochs=2, batch_size=2)
     steps = run_fit(
-        players, pair_items(4), spin_of(players), how, tmp_path, on_epoch=lambda epoch: epochs.append(epoch) is None
+        players,
+        pair_groups(4),
+        spin_loss(players),
+        config,
+        tmp_path,
+        on_epoch=lambda epoch: epochs.append(epoch) is None,
     )
     assert [(step["step"], step["steps"], step["epoch"]) for step in steps] == [
         (1, 4, 1),
@@ -308,7 +320,7 @@ def test_what_is_reported_of_each_step(new_players: NewPlayers, tmp_path: Path) 
 
 def test_training_goes_down_the_loss(new_players: NewPlayers, tmp_path: Path) -> None:
     players = new_players(lora={"r": 4})
-    steps = run_fit(players, pair_items(4), spin_of(players), replace(HOW, epochs=8, batch_size=100), tmp_path)
+    steps = run_fit(players, pair_groups(4), spin_loss(players), replace(CONFIG, epochs=8, batch_size=100), tmp_path)
     assert steps[-1]["loss"] < 0.5 * steps[0]["loss"]
     assert steps[-1]["margin"] > steps[0]["margin"]
 
@@ -363,10 +375,8 @@ def test_epochs_and_seeds_differ_in_order() -> None:
     ],
 )
 def test_learning_rate_of_each_of_ten_steps(schedule: str, warmup: float, expected: list[float]) -> None:
-    how = replace(HOW, learning_rate=3e-4, lr_scheduler=schedule, warmup_ratio=warmup)
-    assert [learning_rate_at(step, 10, how) for step in range(10)] == pytest.approx(
-        [3e-4 * share for share in expected]
-    )
+    config = replace(CONFIG, learning_rate=3e-4, lr_scheduler=schedule, warmup_ratio=warmup)
+    assert [rate_at(step, 10, config) for step in range(10)] == pytest.approx([3e-4 * share for share in expected])
 
 
 @given(
@@ -376,11 +386,11 @@ def test_learning_rate_of_each_of_ten_steps(schedule: str, warmup: float, expect
 )
 @settings(max_examples=100, deadline=None)
 def test_learning_rate_rises_to_its_peak_and_never_beyond(steps: int, warmup: float, schedule: str) -> None:
-    how = replace(HOW, learning_rate=3e-4, lr_scheduler=schedule, warmup_ratio=warmup)
-    rates = [learning_rate_at(step, steps, how) for step in range(steps)]
-    assert all(0 < rate <= how.learning_rate for rate in rates)
-    assert max(rates) == how.learning_rate
-    peak = rates.index(how.learning_rate)
+    config = replace(CONFIG, learning_rate=3e-4, lr_scheduler=schedule, warmup_ratio=warmup)
+    rates = [rate_at(step, steps, config) for step in range(steps)]
+    assert all(0 < rate <= config.learning_rate for rate in rates)
+    assert max(rates) == config.learning_rate
+    peak = rates.index(config.learning_rate)
     assert rates[: peak + 1] == sorted(rates[: peak + 1])
     assert rates[peak:] == sorted(rates[peak:], reverse=True)
 
@@ -426,11 +436,11 @@ def assert_equal_to_the_bit(ours: dict[str, Tensor], theirs: dict[str, Tensor]) 
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
 
 
-def interrupted_at(call: int, objective: Objective) -> Objective:
+def interrupted_at(call: int, objective: LossFunction) -> LossFunction:
     """The objective, with Ctrl-C pressed during its nth call."""
     calls = 0
 
-    def wrapped(logprobs: Tensor, items: Sequence[Item]) -> Any:
+    def wrapped(logprobs: Tensor, items: Sequence[PairGroup]) -> Any:
         nonlocal calls
         calls += 1
         if calls == call:
@@ -445,37 +455,43 @@ def interrupted_at(call: int, objective: Objective) -> Objective:
 def test_an_interrupted_training_ends_in_the_same_weights(
     new_players: NewPlayers, tmp_path: Path, optimizer: str, lora: Any
 ) -> None:
-    how = replace(
-        HOW, epochs=2, batch_size=2, optimizer=optimizer, warmup_ratio=0.3, max_grad_norm=1.0, tokens_per_micro_batch=1
+    config = replace(
+        CONFIG,
+        epochs=2,
+        batch_size=2,
+        optimizer=optimizer,
+        warmup_ratio=0.3,
+        max_grad_norm=1.0,
+        tokens_per_micro_batch=1,
     )
-    items = pair_items(6)
+    items = pair_groups(6)
 
     straight = new_players(lora=lora)
     before = weights_of(straight)
-    whole = run_fit(straight, items, spin_of(straight), how, tmp_path / "straight")
+    whole = run_fit(straight, items, spin_loss(straight), config, tmp_path / "straight")
     assert len(whole) == 6
     assert any(not torch.equal(before[name], value) for name, value in weights_of(straight).items())
 
     # Each step has two micro-batches: after the seventh call half of the fourth step is done.
     stopped = new_players(lora=lora)
     with graceful_shutdown(), pytest.raises(StoppedError):
-        run_fit(stopped, items, interrupted_at(7, spin_of(stopped)), how, tmp_path / "parts")
+        run_fit(stopped, items, interrupted_at(7, spin_loss(stopped)), config, tmp_path / "parts")
     assert [path.name for path in (tmp_path / "parts" / "checkpoints").iterdir()] == ["step-000003"]
 
     torch.manual_seed(99)  # a new process is in another random state
     continued = new_players(lora=lora)
-    rest = run_fit(continued, items, spin_of(continued), how, tmp_path / "parts")
+    rest = run_fit(continued, items, spin_loss(continued), config, tmp_path / "parts")
     assert_equal_to_the_bit(weights_of(continued), weights_of(straight))
     timeless = [{key: value for key, value in step.items() if key != "tokens_per_second"} for step in whole]
     assert [{key: value for key, value in step.items() if key != "tokens_per_second"} for step in rest] == timeless[3:]
 
 
 def test_a_killed_training_goes_on_from_its_last_checkpoint(new_players: NewPlayers, tmp_path: Path) -> None:
-    how = replace(HOW, epochs=3, batch_size=2, save_steps=2)
-    items = pair_items(4)
+    config = replace(CONFIG, epochs=3, batch_size=2, save_steps=2)
+    items = pair_groups(4)
     lora = {"r": 4, "dropout": 0.3}
     straight = new_players(lora=lora)
-    run_fit(straight, items, spin_of(straight), how, tmp_path / "straight")
+    run_fit(straight, items, spin_loss(straight), config, tmp_path / "straight")
 
     def die(step: dict[str, float]) -> None:
         if step["step"] == 5:
@@ -483,9 +499,9 @@ def test_a_killed_training_goes_on_from_its_last_checkpoint(new_players: NewPlay
 
     killed = new_players(lora=lora)
     with pytest.raises(KeyboardInterrupt):
-        run_fit(killed, items, spin_of(killed), how, tmp_path / "parts", on_step=die)
+        run_fit(killed, items, spin_loss(killed), config, tmp_path / "parts", on_step=die)
     continued = new_players(lora=lora)
-    rest = run_fit(continued, items, spin_of(continued), how, tmp_path / "parts")
+    rest = run_fit(continued, items, spin_loss(continued), config, tmp_path / "parts")
     assert [step["step"] for step in rest] == [5, 6]
     assert_equal_to_the_bit(weights_of(continued), weights_of(straight))
     assert [path.name for path in (tmp_path / "parts" / "checkpoints").iterdir()] == ["step-000006"]
@@ -494,7 +510,7 @@ def test_a_killed_training_goes_on_from_its_last_checkpoint(new_players: NewPlay
         tmp_path / "parts" / "checkpoints" / "step-000006", tmp_path / "parts" / "checkpoints" / "step-000005"
     )
     done = new_players(lora=lora)  # a complete training is loaded, not done again
-    assert run_fit(done, items, spin_of(done), how, tmp_path / "parts") == []
+    assert run_fit(done, items, spin_loss(done), config, tmp_path / "parts") == []
     assert_equal_to_the_bit(weights_of(done), weights_of(straight))
     assert [path.name for path in (tmp_path / "parts" / "checkpoints").iterdir()] == ["step-000006"]
 
@@ -503,23 +519,23 @@ def test_a_killed_training_goes_on_from_its_last_checkpoint(new_players: NewPlay
 @pytest.mark.parametrize("damage", ["cut", "gone"])
 def test_a_damaged_checkpoint_is_named(new_players: NewPlayers, tmp_path: Path, file: str, damage: str) -> None:
     players = new_players(lora={"r": 4})
-    run_fit(players, pair_items(1), spin_of(players), HOW, tmp_path)
+    run_fit(players, pair_groups(1), spin_loss(players), CONFIG, tmp_path)
     path = tmp_path / "checkpoints" / "step-000001" / file
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]) if damage == "cut" else path.unlink()
     with pytest.raises(RunError, match=re.escape(str(path.parent))):
-        run_fit(players, pair_items(1), spin_of(players), HOW, tmp_path)
+        run_fit(players, pair_groups(1), spin_loss(players), CONFIG, tmp_path)
 
 
 @pytest.mark.parametrize("file", ["weights.safetensors", "optimizer.safetensors", "state.json"])
 def test_a_bit_of_a_checkpoint_that_has_flipped_is_noticed(new_players: NewPlayers, tmp_path: Path, file: str) -> None:
     players = new_players(lora={"r": 4})
-    run_fit(players, pair_items(1), spin_of(players), HOW, tmp_path)
+    run_fit(players, pair_groups(1), spin_loss(players), CONFIG, tmp_path)
     path = tmp_path / "checkpoints" / "step-000001" / file
     content = path.read_bytes()
     for place in range(0, len(content), len(content) // 7):
         path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
         with pytest.raises(RunError, match=r"damaged checkpoint .*Delete it and run again: training starts over"):
-            run_fit(players, pair_items(1), spin_of(players), HOW, tmp_path)
+            run_fit(players, pair_groups(1), spin_loss(players), CONFIG, tmp_path)
 
 
 # Numbers that are not finite
@@ -538,7 +554,7 @@ def test_a_loss_that_is_not_finite_stops_training_and_spares_the_checkpoint(
     new_players: NewPlayers, tmp_path: Path
 ) -> None:
     players = new_players(lora={"r": 4})
-    how = replace(HOW, epochs=2, batch_size=1)  # two steps an epoch, and a checkpoint after each epoch
+    config = replace(CONFIG, epochs=2, batch_size=1)  # two steps an epoch, and a checkpoint after each epoch
     checkpoint = tmp_path / "checkpoints" / "step-000002"
     contents = []
 
@@ -548,7 +564,7 @@ def test_a_loss_that_is_not_finite_stops_training_and_spares_the_checkpoint(
             poison(players)
 
     with pytest.raises(TrainingError, match=r"test, step 4: the loss is nan") as caught:
-        run_fit(players, pair_items(2), spin_of(players), how, tmp_path, on_step=watch)
+        run_fit(players, pair_groups(2), spin_loss(players), config, tmp_path, on_step=watch)
     assert str(checkpoint) in str(caught.value)
     assert "Lower train.learning_rate" in str(caught.value)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000002"]
@@ -558,27 +574,27 @@ def test_a_loss_that_is_not_finite_stops_training_and_spares_the_checkpoint(
 def test_a_loss_that_is_not_finite_at_once(new_players: NewPlayers, tmp_path: Path) -> None:
     players = new_players()
     poison(players)
-    with pytest.raises(TrainingError, match=r"test, step 1: the loss is nan.*no checkpoint had been made yet"):
-        run_fit(players, pair_items(2), spin_of(players), HOW, tmp_path)
+    with pytest.raises(TrainingError, match=r"test, step 1: the loss is nan.*there is no checkpoint yet"):
+        run_fit(players, pair_groups(2), spin_loss(players), CONFIG, tmp_path)
 
 
 def test_weights_that_are_not_finite_are_not_saved(new_players: NewPlayers, tmp_path: Path) -> None:
     """Whatever was measured of the step that made them so; the checkpoint before it stays."""
     players = new_players(lora={"r": 4})
-    how = replace(HOW, epochs=2, batch_size=2)
+    config = replace(CONFIG, epochs=2, batch_size=2)
 
     def watch(step: dict[str, float]) -> None:
         if step["step"] == 2:
             poison(players)
 
     with pytest.raises(TrainingError, match=r"step-000002: not saved: 1 weights are not finite") as caught:
-        run_fit(players, pair_items(2), spin_of(players), how, tmp_path, on_step=watch)
+        run_fit(players, pair_groups(2), spin_loss(players), config, tmp_path, on_step=watch)
     kept = tmp_path / "checkpoints" / "step-000001"
     assert f"The last good checkpoint is {kept}. Lower train.learning_rate" in str(caught.value)
     assert list((tmp_path / "checkpoints").iterdir()) == [kept]
     with pytest.raises(ModelError, match=r"player: not saved: 1 weights are not finite"):
         players.save(0)
-    assert not players.run.player(0).exists()
+    assert not players.folder.player(0).exists()
 
 
 @pytest.mark.parametrize("lora", [{"r": 4}, None])
@@ -587,35 +603,35 @@ def test_a_player_that_is_not_finite_is_neither_loaded_nor_measured(new_players:
     players.save(0)
     poison(players)
     tree = PrefixTree(ids(4, 1), (ids(3, 2), ids(5, 3)))
-    for measure in (players.response_logprobs, players.read):
+    for measure in (players.response_logprobs, players.logprobs_and_features):
         with pytest.raises(ModelError, match=r"player: its log-probabilities are not finite"):
-            measure([tree], True)
-    (path,) = players.run.player(0).glob("*.safetensors")
+            measure([tree])
+    (path,) = players.folder.player(0).glob("*.safetensors")
     tensors = load_file(path)
     next(iter(tensors.values())).view(-1)[0] = math.inf
     save_file(tensors, path, metadata={"format": "pt"})
-    players.changed()
+    players.mark_modified()
     with pytest.raises(ModelError, match=r"1 weights are not finite .*diverged"):
-        players.become(0)
+        players.load(0)
 
 
 def test_a_gradient_that_is_not_finite_leaves_the_weights_alone(new_players: NewPlayers, tmp_path: Path) -> None:
     """Two responses at equal distance from their opponent, at a β so large that only the gradient overflows."""
     players = new_players(lora={"r": 4}, objective={"beta": 1e30})
     tree = PrefixTree(ids(4, 1), (ids(3, 2), ids(5, 3)))
-    items = InMemory([Item(tree, tuple(players.response_logprobs([tree], True)), ((0, 1),))], [1])
+    items = InMemory([PairGroup(tree, tuple(players.response_logprobs([tree])), ((0, 1),))], [1])
     before = weights_of(players)
-    with pytest.raises(TrainingError, match=r"gradient's norm inf"):
-        run_fit(players, items, spin_of(players), HOW, tmp_path)
+    with pytest.raises(TrainingError, match=r"norm of the gradients inf"):
+        run_fit(players, items, spin_loss(players), CONFIG, tmp_path)
     assert_equal_to_the_bit(weights_of(players), before)
 
 
 def test_a_loss_that_is_not_finite_stops_even_a_finite_gradient(new_players: NewPlayers, tmp_path: Path) -> None:
     """An opponent that held the synthetic response for impossible: ℓ is infinite, its slope is −1."""
     players = new_players(lora={"r": 4})
-    items = InMemory([Item(PrefixTree(ids(4, 1), (ids(3, 2), ids(5, 3))), (-10.0, -math.inf), ((0, 1),))], [1])
-    with pytest.raises(TrainingError, match=r"the loss is inf and the gradient's norm [0-9]"):
-        run_fit(players, items, spin_of(players), HOW, tmp_path)
+    items = InMemory([PairGroup(PrefixTree(ids(4, 1), (ids(3, 2), ids(5, 3))), (-10.0, -math.inf), ((0, 1),))], [1])
+    with pytest.raises(TrainingError, match=r"the loss is inf and the norm of the gradients [0-9]"):
+        run_fit(players, items, spin_loss(players), CONFIG, tmp_path)
 
 
 def little_memory(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
@@ -633,15 +649,15 @@ def little_memory(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
 def test_too_little_memory_makes_micro_batches_smaller_and_changes_nothing(
     new_players: NewPlayers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    items, how = pair_items(8), replace(HOW, tokens_per_micro_batch=1000)
+    items, config = pair_groups(8), replace(CONFIG, tokens_per_micro_batch=1000)
     players = new_players(lora={"r": 4}, train={"gradient_checkpointing": False})
-    expected = run_fit(players, items, spin_of(players), how, tmp_path / "plenty")
+    expected = run_fit(players, items, spin_loss(players), config, tmp_path / "plenty")
     weights = [parameter.detach().clone() for _, parameter in players.parameters()]
     again = new_players(lora={"r": 4}, train={"gradient_checkpointing": False})
     little_memory(monkeypatch, most=60)
     with caplog.at_level("WARNING"):
-        found = run_fit(again, items, spin_of(again), how, tmp_path / "little")
-    assert "test: out of memory; going on with " in caplog.text
+        found = run_fit(again, items, spin_loss(again), config, tmp_path / "little")
+    assert "test: out of memory; continuing with " in caplog.text
     assert caplog.text.count("out of memory") == 1, "it stays with what fits"
     for one, other in zip(found, expected, strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
@@ -656,7 +672,7 @@ def test_too_little_memory_for_a_single_tree_is_an_error(
     players = new_players(lora={"r": 4}, train={"gradient_checkpointing": False})
     little_memory(monkeypatch, most=5)
     with pytest.raises(torch.OutOfMemoryError):
-        run_fit(players, pair_items(4), spin_of(players), HOW, tmp_path)
+        run_fit(players, pair_groups(4), spin_loss(players), CONFIG, tmp_path)
 
 
 def test_another_error_is_no_reason_to_try_again(
@@ -671,7 +687,7 @@ def test_another_error_is_no_reason_to_try_again(
 
     monkeypatch.setattr(LogProbs, "forward", broken)
     with pytest.raises(RuntimeError, match="shapes"):
-        run_fit(players, pair_items(4), spin_of(players), HOW, tmp_path)
+        run_fit(players, pair_groups(4), spin_loss(players), CONFIG, tmp_path)
     assert len(calls) == 1
 
 
@@ -680,7 +696,7 @@ def test_training_can_be_tried_again_in_the_same_process(new_players: NewPlayers
     players.save(START)
     poison(players)
     with pytest.raises(TrainingError):
-        run_fit(players, pair_items(2), spin_of(players), HOW, tmp_path / "first")
-    players.become(START)
-    (step,) = run_fit(players, pair_items(2), spin_of(players), HOW, tmp_path / "second")
+        run_fit(players, pair_groups(2), spin_loss(players), CONFIG, tmp_path / "first")
+    players.load(START)
+    (step,) = run_fit(players, pair_groups(2), spin_loss(players), CONFIG, tmp_path / "second")
     assert math.isfinite(step["loss"])
