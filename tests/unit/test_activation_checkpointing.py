@@ -9,7 +9,7 @@ import torch
 from models import save_tiny_model, tiny_recipe
 from spinlm.model.players import Players
 from spinlm.plan.model_shape import shape_from_config
-from spinlm.recipe.schema import MEMORY_MARGIN, Lora, optimizer_bytes
+from spinlm.recipe.schema import Lora
 from spinlm.rundir.layout import RunDir
 from spinlm.training import activation_checkpointing
 from spinlm.training.activation_checkpointing import (
@@ -18,6 +18,7 @@ from spinlm.training.activation_checkpointing import (
     saved_activation_bytes,
     switch_checkpointing,
 )
+from spinlm.training.memory import MEMORY_MARGIN, optimizer_bytes
 from spinlm.utils import hardware
 
 
