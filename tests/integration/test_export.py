@@ -1,4 +1,4 @@
-"""What leaves a run: players with their cards, and pairs for other trainers."""
+"""Export: players with their model cards, and pairs for TRL."""
 
 import json
 import re
@@ -42,8 +42,8 @@ def logits(model) -> torch.Tensor:
 
 
 def test_export_an_adapter(world, cli, reference, theta_2, tmp_path):
-    said = cli("export", reference, "--iteration", "1", "--output", "adapter", folder=tmp_path)
-    assert said.out == "wrote adapter (iteration-1)\n"
+    result = cli("export", reference, "--iteration", "1", "--output", "adapter", folder=tmp_path)
+    assert result.out == "wrote adapter (iteration-1)\n"
     exported = load_player(world.model, tmp_path / "adapter")
     assert torch.equal(logits(exported), logits(theta_2))
     question = [{"role": "user", "content": "What is 4?"}]
@@ -72,15 +72,15 @@ def test_export_of_the_best_and_of_the_start(cli, reference, tmp_path):
 
 
 def test_export_does_not_overwrite(cli, reference, tmp_path):
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").write_text("years of work")
     for options in ((), ("--merge",)):
-        refused = cli("export", reference, *options, "--output", "mine", folder=tmp_path, code=2)
-        assert refused.message.startswith("mine: already exists")
-    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+        refused = cli("export", reference, *options, "--output", "other", folder=tmp_path, code=2)
+        assert refused.message.startswith("other: already exists")
+    assert [path.name for path in (tmp_path / "other").iterdir()] == ["thesis.txt"]
 
 
-def test_export_of_a_player_that_is_not_there(cli, reference, tmp_path):
+def test_export_of_a_missing_player(cli, reference, tmp_path):
     refused = cli("export", reference, "--iteration", "7", "--output", "new", folder=tmp_path, code=2)
     assert refused.message == f"{reference}: has no player 7; it has iteration-0, iteration-1, start"
     refused = cli("export", reference, "--iteration", "last", "--output", "new", folder=tmp_path, code=2)
@@ -89,20 +89,23 @@ def test_export_of_a_player_that_is_not_there(cli, reference, tmp_path):
 
 
 @pytest.mark.parametrize("command", ["export", "chat"])
-def test_a_player_that_has_changed_is_not_handed_out(cli, reference, tmp_path, command):
+def test_a_changed_player_is_refused(cli, reference, tmp_path, command):
     run = shutil.copytree(reference, tmp_path / "run", symlinks=True)
     weights = run / "iteration-1" / "player" / "adapter_model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
-    how = {"export": ("--iteration", "1", "--output", "new"), "chat": ("--iteration", "1", "--prompt", "What is 4?")}
-    refused = cli(command, run, *how[command], folder=tmp_path, code=2)
+    options = {
+        "export": ("--iteration", "1", "--output", "new"),
+        "chat": ("--iteration", "1", "--prompt", "What is 4?"),
+    }
+    refused = cli(command, run, *options[command], folder=tmp_path, code=2)
     assert refused.message.startswith(f"{weights}: has changed since it was written")
     assert not (tmp_path / "new").exists()
 
 
 def test_a_hub_that_cannot_be_reached(cli, reference, tmp_path):
-    """The export is there, and works here."""
+    """The exported folder is complete."""
     nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
     refused = cli("export", reference, "--push-to-hub", "a/b", "--output", "new", folder=tmp_path, code=2, **nowhere)
     assert refused.message.startswith("a/b: could not be pushed: ") and "new is complete" in refused.message
@@ -111,8 +114,8 @@ def test_a_hub_that_cannot_be_reached(cli, reference, tmp_path):
     )
 
 
-def test_what_is_pushed_names_no_folder_of_this_machine(world, reference, monkeypatch, tmp_path):
-    # the hub is out of reach in tests; what it would be given is looked at
+def test_push_uploads_no_local_path(world, reference, monkeypatch, tmp_path):
+    # Tests cannot reach the hub: record the uploads.
     given = {}
 
     class Hub:
@@ -136,8 +139,8 @@ def test_what_is_pushed_names_no_folder_of_this_machine(world, reference, monkey
     assert not any(str(world.folder).encode() in content for content in given.values())
 
 
-def test_a_card_where_the_model_and_the_data_are_gone(reference, cli, tmp_path):
-    """As on the machine at home, after a run elsewhere: their places are nobody's business."""
+def test_a_card_hides_local_paths(reference, cli, tmp_path):
+    """Also where the model and the data no longer exist."""
     run = shutil.copytree(reference, tmp_path / "run", symlinks=True)
     change_recipe(run, model={"path": "/home/alice/clients/acme/model"}, data={"path": "/data.jsonl"})
     cli("export", run, "--output", "new", folder=tmp_path)
@@ -166,7 +169,7 @@ def test_licenses_that_cards_state(given, taken, tmp_path):
 
 
 def card_of(folder):
-    """The front matter of a card, and its text."""
+    """Return the metadata of a card and its text."""
     opening, matter, text = (folder / "README.md").read_text().split("---\n", 2)
     assert opening == ""
     return yaml.safe_load(matter), text
@@ -224,7 +227,7 @@ def test_a_card_asks_with_a_system_prompt_where_the_data_have_one(reference, tmp
     assert "THE SYSTEM PROMPT" not in render_card(recipe, RunDir(run), 0, merged=False)
 
 
-def test_a_whole_player_keeps_what_else_its_generation_config_says(world, cli, tmp_path):
+def test_a_whole_player_keeps_its_generation_config(world, cli, tmp_path):
     model = shutil.copytree(world.model, tmp_path / "model")
     write_json(model / "generation_config.json", {"eos_token_id": 3, "repetition_penalty": 1.5})
     few = ("data.prompts=4", "data.heldout=2", "selfplay.iterations=1", "sft=null", "train.epochs=1")
@@ -235,8 +238,8 @@ def test_a_whole_player_keeps_what_else_its_generation_config_says(world, cli, t
     assert set(found.eos_token_id) == {3, *ends} and found.repetition_penalty == 1.5
 
 
-def test_a_player_stops_elsewhere_where_it_stopped_here(world, cli, tmp_path):
-    """By its chat template's end of turn, though its base's generation config names another."""
+def test_an_exported_player_keeps_the_stop_tokens_of_its_template(world, cli, tmp_path):
+    """The end of turn of the chat template, though the generation config of the base names another token."""
     model = shutil.copytree(world.model, tmp_path / "model")
     config = read_json(model / "config.json")
     end = Renderer(AutoTokenizer.from_pretrained(model)).stop_ids
@@ -244,9 +247,9 @@ def test_a_player_stops_elsewhere_where_it_stopped_here(world, cli, tmp_path):
         write_json(model / name, (config if name == "config.json" else {}) | {"eos_token_id": config["vocab_size"] - 1})
     few = ("data.prompts=4", "data.heldout=2", "selfplay.iterations=1", "sft=null", "train.epochs=1")
     cli("run", world.recipe, f"model.path={model}", *few, "--run-dir", tmp_path / "run", folder=tmp_path)
-    for how in (("--output", "adapter"), ("--merge", "--output", "whole")):
-        cli("export", tmp_path / "run", "--iteration", "0", *how, folder=tmp_path)
-        found = GenerationConfig.from_pretrained(tmp_path / how[-1]).eos_token_id
+    for options in (("--output", "adapter"), ("--merge", "--output", "whole")):
+        cli("export", tmp_path / "run", "--iteration", "0", *options, folder=tmp_path)
+        found = GenerationConfig.from_pretrained(tmp_path / options[-1]).eos_token_id
         assert set(found) == {*end, config["vocab_size"] - 1}
 
 
@@ -292,7 +295,7 @@ def test_how_to_use_a_player(world, reference, changes, merged, says, says_not):
 
 @pytest.mark.parametrize("file", ["m.gguf", "a/b/m.gguf"])
 def test_a_card_finds_its_base_in_a_package_that_cannot_be_imported(reference, tmp_path, monkeypatch, file):
-    """Installed without what it needs itself, as a model that it carries does not."""
+    """The package is installed without its dependencies, which its model does not need."""
     package = tmp_path / "carries_a_model"
     (package / file).parent.mkdir(parents=True)
     (package / file).write_text("")
@@ -301,21 +304,21 @@ def test_a_card_finds_its_base_in_a_package_that_cannot_be_imported(reference, t
     path = f"package://carries_a_model/{file}"
     recipe = Recipe.model_validate({"data": {"path": "d"}, "model": {"path": path}, "lora": {}})
     code = render_card(recipe, RunDir(reference), 0, merged=False, license="mit").split("```python")[1]
-    found: dict[str, Any] = {}
+    namespace: dict[str, Any] = {}
     base = re.search(r"from_pretrained\((find_spec.*), gguf_file", code)
-    exec(f"{code.strip().splitlines()[0]}\nbase = {base[1]}", found)
-    assert Path(found["base"]) / Path(file).name == resolve_model(path)
+    exec(f"{code.strip().splitlines()[0]}\nbase = {base[1]}", namespace)
+    assert Path(namespace["base"]) / Path(file).name == resolve_model(path)
 
 
-def test_a_merged_player_of_4_bits_is_not_the_one_that_was_measured(reference):
+def test_a_card_says_that_a_4_bit_player_was_measured_before_merging(reference):
     recipe = Recipe.model_validate({"data": {"path": "d"}, "model": {"path": "m"}} | LORA_4_BITS)
-    said = "It was measured over the base model in 4 bits"
-    assert said in render_card(recipe, RunDir(reference), 0, merged=True)
-    assert said not in render_card(recipe, RunDir(reference), 0, merged=False)
+    sentence = "It was measured over the base model in 4 bits"
+    assert sentence in render_card(recipe, RunDir(reference), 0, merged=True)
+    assert sentence not in render_card(recipe, RunDir(reference), 0, merged=False)
 
 
 def test_license_of_a_card(world, cli, reference, tmp_path):
-    """That of the base model, where it says one, unless another is given."""
+    """The license of the base model, unless another is given."""
     (world.model / "README.md").write_text("---\nlicense: apache-2.0\n---\nA model.\n")
     try:
         cli("export", reference, "--iteration", "1", "--merge", "--output", tmp_path / "whole", folder=world.folder)
@@ -341,7 +344,7 @@ def exported(session_cli, reference, tmp_path_factory):
 
 
 def test_pairs_for_trl(world, reference, exported):
-    """The newest pairs that ended, word for word, and nothing else."""
+    """The newest pairs without truncated responses, with unchanged texts."""
     folder, output = exported
     data = datasets.load_dataset(str(folder))
     examples = {line["id"]: line for path in (reference / "examples").glob("*.jsonl") for line in read_rows(path)}
@@ -385,11 +388,11 @@ def test_trl_trains_two_steps_on_the_pairs_and_sees_our_tokens(world, reference,
     trainer = trl.DPOTrainer(model, args=settings, train_dataset=data["train"], processing_class=tokenizer)
     assert trainer.train().global_step == 2
     ours = {(pair["id"], pair["source_iteration"], pair["sample"]): pair for pair in read_pairs(reference, 1, "train")}
-    for row, theirs in zip(data["train"], trainer.train_dataset, strict=True):
+    for row, example in zip(data["train"], trainer.train_dataset, strict=True):
         pair = ours[row["id"], row["source_iteration"], row["sample"]]
         length = len(pair["real_ids"])
-        assert (theirs["prompt_ids"], theirs["chosen_ids"][:length]) == (pair["prompt_ids"], pair["real_ids"])
-        assert tokenizer.decode(theirs["chosen_ids"][length:]) == "\n"  # of the template, behind the end of the turn
+        assert (example["prompt_ids"], example["chosen_ids"][:length]) == (pair["prompt_ids"], pair["real_ids"])
+        assert tokenizer.decode(example["chosen_ids"][length:]) == "\n"  # the template's text after the end of the turn
 
 
 def test_pairs_that_cannot_be_exported(cli, reference, rewound, tmp_path):

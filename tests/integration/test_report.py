@@ -1,4 +1,4 @@
-"""A run on one page: what it shows of runs that ended and of others, and that no data become part of it."""
+"""The report page: its content for finished and unfinished runs, and that data cannot inject HTML."""
 
 import fcntl
 import json
@@ -33,7 +33,7 @@ CHARTS = (
 
 
 class Page(HTMLParser):
-    """What a browser makes of a page: its elements, its text, and its scripts."""
+    """A parsed page: its elements, texts, scripts and links."""
 
     def __init__(self, path: Path):
         super().__init__(convert_charrefs=True)
@@ -63,8 +63,8 @@ class Page(HTMLParser):
 
     @property
     def charts(self) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads(self.scripts[0])
-        return found
+        charts: dict[str, Any] = json.loads(self.scripts[0])
+        return charts
 
 
 @pytest.fixture
@@ -102,7 +102,7 @@ def test_a_finished_run(run, cli, tmp_path):
     assert "tokens_per_micro_batch: 128" in page.text
 
 
-def test_it_loads_nothing(run, cli, tmp_path):
+def test_the_page_loads_nothing(run, cli, tmp_path):
     cli("report", run, "--output", tmp_path / "page.html", folder=tmp_path)
     page = Page(tmp_path / "page.html")
     assert not (run / "report.html").exists()
@@ -118,7 +118,7 @@ def test_a_run_that_stopped(rewound, cli, tmp_path, stage):
     assert f"The run is not finished: {stage} of iteration 1 is not complete." in Page(run / "report.html").text
 
 
-def test_a_run_that_has_hardly_begun(run, cli, tmp_path):
+def test_a_run_without_stages(run, cli, tmp_path):
     for entry in run.iterdir():
         if entry.name not in ("recipe.yaml", ".spinlm"):
             shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
@@ -132,7 +132,7 @@ def test_a_run_that_has_hardly_begun(run, cli, tmp_path):
 
 
 def test_a_run_without_a_scorer_and_without_margins(run, cli, tmp_path):
-    """As earlier versions wrote it: wins and losses are then those of likelihood."""
+    """Wins and losses are then by NLL."""
     for folder in run.glob("*/heldout_greedy.jsonl"):
         rows = read_jsons(folder.parent, folder.name)
         write_rows(folder, [{key: value for key, value in row.items() if key != "margins"} for row in rows])
@@ -152,7 +152,7 @@ def test_a_run_without_a_scorer_and_without_margins(run, cli, tmp_path):
 def test_a_run_under_way(rewound, cli, tmp_path):
     run = rewound(1, "train")
     with (run / "train_log.jsonl").open("a") as file:
-        file.write('{"stage": "train", "iterat')  # a line that is being written
+        file.write('{"stage": "train", "iterat')  # a line that is still being written
     with (run / ".spinlm" / "lock").open("a") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         cli("report", run, folder=tmp_path)
@@ -180,7 +180,7 @@ def poison(run: Path) -> None:
     change_recipe(run, data={"path": HOSTILE})
 
 
-def test_what_data_and_models_wrote_stays_text(run, cli, tmp_path):
+def test_texts_of_data_and_models_are_escaped(run, cli, tmp_path):
     cli("report", run, folder=tmp_path)
     clean = Page(run / "report.html")
     poison(run)
@@ -208,19 +208,19 @@ def test_in_a_browser(run, cli, tmp_path, hostile):
     assert "<title>run · spinlm</title>" in done.stdout
     for name in CHARTS:
         (figure,) = re.findall(rf'<div[^>]* id="chart-{name}"[^>]*>', done.stdout)
-        assert "js-plotly-plot" in figure, f"{name} is not drawn"
+        assert "js-plotly-plot" in figure, f"{name} has no chart"
     assert done.stdout.count("main-svg") >= len(CHARTS)
 
 
-def test_a_folder_is_written_into_and_never_over(run, cli, tmp_path):
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
-    said = cli("report", run, "--output", "mine", folder=tmp_path).out
-    assert said == "wrote mine/report.html\n"
-    assert {path.name for path in (tmp_path / "mine").iterdir()} == {"thesis.txt", "report.html"}
-    (tmp_path / "mine" / "report.html").unlink()
-    (tmp_path / "mine" / "report.html").mkdir()
-    assert "is a folder" in cli("report", run, "--output", "mine", folder=tmp_path, code=2).message
+def test_the_page_goes_into_a_folder_without_replacing_it(run, cli, tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").write_text("years of work")
+    output = cli("report", run, "--output", "other", folder=tmp_path).out
+    assert output == "wrote other/report.html\n"
+    assert {path.name for path in (tmp_path / "other").iterdir()} == {"thesis.txt", "report.html"}
+    (tmp_path / "other" / "report.html").unlink()
+    (tmp_path / "other" / "report.html").mkdir()
+    assert "is a folder" in cli("report", run, "--output", "other", folder=tmp_path, code=2).message
 
 
 @pytest.mark.parametrize(
@@ -246,7 +246,7 @@ def test_damaged_lines_of_the_log_are_skipped(run, cli, tmp_path):
     assert values["last_step"]["loss"] is None
 
 
-def test_times_of_stages_that_went_on_with_others_work(run, cli, tmp_path):
+def test_times_of_resumed_stages(run, cli, tmp_path):
     change_marker(run / ".spinlm" / "iteration-1" / "train.done", resumed=True, seconds=90.0)
     cli("report", run, folder=tmp_path)
     page = Page(run / "report.html")
@@ -257,10 +257,10 @@ def test_times_of_stages_that_went_on_with_others_work(run, cli, tmp_path):
 def test_benchmarks(run, cli, tmp_path):
     score = Score(0.25, 0.125, "acc", 8, {})
     for iteration in (START, 1):
-        add_scores(RunDir(run), iteration, "tasks", {"<b>mine</b>": score})
+        add_scores(RunDir(run), iteration, "tasks", {"<b>own</b>": score})
     cli("report", run, folder=tmp_path)
     page = Page(run / "report.html")
-    assert "tasks metric examples start iteration 1 <b>mine</b> acc 8 0.250 ± 0.125 0.250 ± 0.125" in page.text
+    assert "tasks metric examples start iteration 1 <b>own</b> acc 8 0.250 ± 0.125 0.250 ± 0.125" in page.text
 
 
 def test_comparison_with_a_baseline(run, reference, cli, tmp_path):

@@ -1,4 +1,4 @@
-"""How far runs have come: for people, and for programs."""
+"""The state of runs, for people and for programs."""
 
 import fcntl
 import json
@@ -9,9 +9,9 @@ from runs import change_marker, change_recipe, read_jsons
 
 
 def test_a_finished_run(reference, cli, tmp_path):
-    said = cli("status", reference, folder=tmp_path).out
-    assert said.startswith("The run is finished.\n") and "Last step" not in said
-    assert "iteration 1" in said and "Self-play" in said
+    output = cli("status", reference, folder=tmp_path).out
+    assert output.startswith("The run is finished.\n") and "Last step" not in output
+    assert "iteration 1" in output and "Self-play" in output
     values = json.loads(cli("status", reference, "--json", folder=tmp_path).out)
     assert (values["state"], values["stage"], values["iteration"]) == ("finished", None, None)
     assert values["last_step"] == read_jsons(reference, "train_log.jsonl")[-1]
@@ -30,20 +30,20 @@ def test_a_run_that_stopped(rewound, cli, tmp_path, stage):
     assert (values["state"], values["stage"], values["iteration"]) == ("stopped", stage, 1)
 
 
-def test_how_far_training_is(stopped_in_training, cli, tmp_path):
+def test_progress_of_training(stopped_in_training, cli, tmp_path):
     step = read_jsons(stopped_in_training, "train_log.jsonl")[-1]
     assert (
         f"\nLast step: {step['step']}/{step['steps']}, loss " in cli("status", stopped_in_training, folder=tmp_path).out
     )
 
 
-def test_how_far_a_stage_is_that_trains_nothing(rewound, cli, tmp_path):
-    """What it has left itself, and not the last step of another; 24 prompts and 10 held-out ones, in fours."""
+def test_progress_of_a_stage_without_training(rewound, cli, tmp_path):
+    """Progress counts the files of the stage, not the steps of another one. 24 prompts and 10 held-out ones, shard size 4."""
     run = rewound(1)
     for folder, kind, stage in (("generations", "jsonl", "generate"), ("pairs", "arrow", "reference_logprobs")):
         assert "\n0/34 prompts done (shard size 4).\n" in cli("status", run, folder=tmp_path).out
         (run / "iteration-1" / folder).mkdir(exist_ok=True)
-        # Ten in shards of 4, 4 and 2; and what others have left.
+        # Ten prompts in shards of 4, 4 and 2; and files with other names.
         for shard in ("train-00000", "heldout-00000", "heldout-00002", ".train-00001", "train-00000.copy-2", "a-b-c"):
             (run / "iteration-1" / folder / f"{shard}.{kind}").write_text("")
         assert "\n10/34 prompts done" in cli("status", run, folder=tmp_path).out
@@ -51,7 +51,7 @@ def test_how_far_a_stage_is_that_trains_nothing(rewound, cli, tmp_path):
     assert "Last step" not in cli("status", run, folder=tmp_path).out
 
 
-def test_a_run_before_its_start_is_made(reference, cli, tmp_path):
+def test_a_run_without_players(reference, cli, tmp_path):
     run = shutil.copytree(reference, tmp_path / "run", symlinks=True)
     for folder in ("iteration-0", "iteration-1", "start"):
         shutil.rmtree(run / folder)
@@ -64,7 +64,7 @@ def test_a_run_before_its_start_is_made(reference, cli, tmp_path):
     assert "No player has been evaluated yet" in output and (run / "report.html").exists()
 
 
-def test_what_the_last_attempt_ended_with_is_kept_until_the_next(world, cli, tmp_path):
+def test_the_last_error_is_kept_until_the_next_attempt(world, cli, tmp_path):
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"prompt": "p", "response": ""}\n' * 60)
     run = tmp_path / "run"
@@ -78,7 +78,7 @@ def test_what_the_last_attempt_ended_with_is_kept_until_the_next(world, cli, tmp
     assert json.loads(cli("status", run, "--json", folder=tmp_path).out)["error"] == other.message
 
 
-def test_rows_that_cannot_be_read_at_the_beginning_stop_nothing_that_was_told_to_skip(world, cli, tmp_path):
+def test_unreadable_first_rows_are_skipped_on_request(world, cli, tmp_path):
     data = tmp_path / "data.jsonl"
     data.write_text("{\n" * 120 + (world.folder / "data.jsonl").read_text())
     few = ("sft=null", "selfplay.iterations=1", "data.prompts=4", "data.heldout=2", "data.on_bad_row=skip")
@@ -86,7 +86,7 @@ def test_rows_that_cannot_be_read_at_the_beginning_stop_nothing_that_was_told_to
         cli(command, world.recipe, f"data.path={data}", *few, "--run-dir", tmp_path / "run", folder=world.folder)
 
 
-def test_a_run_that_ends_well_tells_of_no_failure(world, rewound, cli, tmp_path):
+def test_a_successful_run_removes_the_error(world, rewound, cli, tmp_path):
     run = rewound(1)
     (run / "error.txt").write_text("what was wrong before\n")
     assert "what was wrong before" in cli("status", run, folder=tmp_path).out
@@ -99,7 +99,7 @@ def test_a_run_under_way(rewound, cli, tmp_path):
     run = rewound(1, "train")
     complete = read_jsons(run, "train_log.jsonl")[-1]
     with (run / "train_log.jsonl").open("a") as file:
-        file.write('{"stage": "tra')  # being written
+        file.write('{"stage": "tra')  # a line that is still being written
     with (run / ".spinlm" / "lock").open("a") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         values = json.loads(cli("status", run, "--json", folder=tmp_path).out)
@@ -107,7 +107,7 @@ def test_a_run_under_way(rewound, cli, tmp_path):
     assert values["last_step"] == complete
 
 
-def test_a_run_that_promotion_ended(reference, cli, tmp_path):
+def test_a_run_that_promote_ended(reference, cli, tmp_path):
     run = shutil.copytree(reference, tmp_path / "run", symlinks=True)
     change_marker(run / ".spinlm" / "iteration-1" / "promote.done", go_on=False)
     change_recipe(run, selfplay={"iterations": 4})
@@ -119,12 +119,14 @@ def test_a_list_of_runs(reference, rewound, cli, tmp_path):
     (tmp_path / "runs" / "something else").mkdir(parents=True)
     shutil.copytree(reference, tmp_path / "runs" / "whole", symlinks=True)
     rewound(0, "reference_logprobs").rename(tmp_path / "runs" / "part")
-    said = cli("list", folder=tmp_path).out
-    assert "whole" in said and "part" in said and "stopped, reference_logprobs" in said and "something" not in said
-    assert "Self-play" not in said and max(map(len, said.splitlines())) > 40
+    output = cli("list", folder=tmp_path).out
+    assert (
+        "whole" in output and "part" in output and "stopped, reference_logprobs" in output and "something" not in output
+    )
+    assert "Self-play" not in output and max(map(len, output.splitlines())) > 40
     narrow = cli("list", folder=tmp_path, COLUMNS="40").out
     assert max(map(len, narrow.splitlines())) <= 40
     for odd in ("", "0", "wide"):
-        assert cli("list", folder=tmp_path, COLUMNS=odd).out == said
+        assert cli("list", folder=tmp_path, COLUMNS=odd).out == output
     values = [json.loads(line) for line in cli("list", "--json", folder=tmp_path).out.splitlines()]
     assert [(run["run"], run["state"]) for run in values] == [("runs/part", "stopped"), ("runs/whole", "finished")]
