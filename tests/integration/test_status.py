@@ -38,7 +38,7 @@ def test_progress_of_training(stopped_in_training, cli, tmp_path):
 
 
 def test_progress_of_a_stage_without_training(rewound, cli, tmp_path):
-    """Progress counts the files of the stage, not the steps of another one. 24 prompts and 10 held-out ones, shard size 4."""
+    """Progress counts the files of the stage. 24 prompts, 10 held-out prompts, shard size 4."""
     run = rewound(1)
     for folder, kind, stage in (("generations", "jsonl", "generate"), ("pairs", "arrow", "reference_logprobs")):
         assert "\n0/34 prompts done (shard size 4).\n" in cli("status", run, folder=tmp_path).out
