@@ -1,7 +1,7 @@
-"""The real command line, in processes of its own that start quickly.
+"""The real command line, in processes that start quickly.
 
-Importing torch and transformers takes seconds. So a server imports them once and forks for every command. The child
-runs what `python -m spinlm` runs, with its own arguments, standard streams, signals and exit code.
+Importing torch and transformers takes seconds. A server imports them once and forks for every command. The child runs
+what `python -m spinlm` runs, with separate arguments, standard streams, signals and exit code.
 """
 
 import atexit
@@ -27,67 +27,69 @@ PRELOADED = (
     *("transformers.models.llama.modeling_llama", "transformers.models.gpt_neo.modeling_gpt_neo"),
     *(f"spinlm.{name}" for name in ("chat", "check", "cli.app", "export.player", "plan", "selfplay", "report.summary")),
 )
-PATIENCE = 60  # seconds until a process that should have got somewhere counts as stuck
+TIMEOUT = 60  # seconds to wait for a process
 
-Ask = Callable[[dict[str, Any]], Any]
-"""Sends a request to the server and returns its answer."""
+Request = Callable[[dict[str, Any]], Any]
+"""Send a request to the server and return its reply."""
 
 
 @dataclass
 class Result:
-    """How a command ended."""
+    """The outcome of a command."""
 
-    code: int  # minus the signal's number if one ended it
+    code: int  # negative: the number of the signal that ended it
     out: str
     err: str
 
     @property
     def message(self) -> str:
-        """What the command told the user about its failure: the one message, to its end."""
+        """The one error message of the command."""
         assert "Traceback" not in self.err, self.err
         assert self.err.count("spinlm: ") == 1, self.err
         return self.err[self.err.index("spinlm: ") :].removeprefix("spinlm: ").strip()
 
 
 class Process:
-    """A command that is running."""
+    """A running command."""
 
-    def __init__(self, ask: Ask, arguments: list[str], folder: Path, streams: Path, environment: dict[str, str]):
+    def __init__(
+        self, request: Request, arguments: list[str], folder: Path, streams: Path, environment: dict[str, str]
+    ):
         streams.mkdir(parents=True)
-        self._ask, self._out, self._err = ask, streams / "out", streams / "err"
+        self._request, self._out, self._err = request, streams / "out", streams / "err"
         self.arguments = arguments
         places = {"folder": str(folder), "stdout": str(self._out), "stderr": str(self._err)}
-        self.pid: int = ask({"arguments": arguments, **places, "environment": environment})
+        self.pid: int = request({"arguments": arguments, **places, "environment": environment})
         self._code: int | None = None
 
     def poll(self) -> int | None:
-        """The exit code, or None while it runs."""
+        """Return the exit code, or None while the command runs."""
         if self._code is None:
-            self._code = self._ask({"poll": self.pid})
+            self._code = self._request({"poll": self.pid})
         return self._code
 
     def send(self, number: signal.Signals) -> None:
-        """Send a signal, unless the process has ended (its number might be another's by now)."""
+        """Send a signal, unless the process has ended and its pid may be reused."""
         if self.poll() is None:
             os.kill(self.pid, number)
 
     def wait(self) -> Result:
-        """Wait for the end."""
+        """Wait until the command ends."""
         self.wait_until(lambda: self.poll() is not None, every=0.02)
         assert self._code is not None
         return Result(self._code, self._out.read_text(), self._err.read_text())
 
-    def wait_until(self, happened: Callable[[], bool], every: float = 0.002) -> None:
-        """Wait for something that this process is to bring about, and look for it so often (in seconds)."""
-        deadline = time.monotonic() + PATIENCE
-        while not happened():
+    def wait_until(self, condition: Callable[[], bool], every: float = 0.002) -> None:
+        """Wait until a condition holds; test it every `every` seconds. Fail if the process ends first."""
+        deadline = time.monotonic() + TIMEOUT
+        while not condition():
             ended = self.poll()
-            assert ended is None or happened(), f"{self.arguments} ended ({ended}) first:\n{self._err.read_text()}"
+            assert ended is None or condition(), f"{self.arguments} ended ({ended}) first:\n{self._err.read_text()}"
             assert time.monotonic() < deadline, f"{self.arguments} is stuck:\n{self._stacks()}"
             time.sleep(every)
 
     def _stacks(self) -> str:
-        """What the process has said, and where its threads are; ends it."""
+        """End the process; return its standard error with the stacks of its threads."""
         self.send(signal.SIGABRT)
         deadline = time.monotonic() + 5
         while self.poll() is None and time.monotonic() < deadline:
@@ -95,22 +97,22 @@ class Process:
         return self._err.read_text()
 
     def kill(self) -> None:
-        """SIGKILL, as the power going out would do it to a process."""
+        """Send SIGKILL, as if the power failed."""
         self.send(signal.SIGKILL)
         assert self.wait().code == -signal.SIGKILL
 
 
 class Cli:
-    """Starts commands in a folder."""
+    """Start commands in a folder."""
 
-    def __init__(self, ask: Ask, streams: Path):
-        self._ask, self._streams = ask, streams
+    def __init__(self, request: Request, streams: Path):
+        self._request, self._streams = request, streams
         self.started: list[Process] = []
 
     def start(self, *arguments: str | Path, folder: Path, **environment: str) -> Process:
         """Start a command without waiting for it."""
         streams = self._streams / str(len(self.started))
-        process = Process(self._ask, [str(argument) for argument in arguments], folder, streams, environment)
+        process = Process(self._request, [str(argument) for argument in arguments], folder, streams, environment)
         self.started.append(process)
         return process
 
@@ -122,7 +124,7 @@ class Cli:
 
 
 def asleep(pid: int) -> bool:
-    """Whether a process waits for something, such as the reader of a pipe, rather than computes."""
+    """Whether a process waits, for example for the reader of a pipe."""
     for _ in range(3):
         if state(pid) != "S":
             return False
@@ -131,16 +133,16 @@ def asleep(pid: int) -> bool:
 
 
 def state(pid: int) -> str:
-    """R runs, S sleeps, D waits for the disk, T is stopped."""
+    """Return the state of a process: R runs, S sleeps, D waits for the disk, T is stopped."""
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
 @contextlib.contextmanager
-def serving(**environment: str) -> Iterator[Ask]:
-    """A server of commands, with changes to the environment."""
+def serving(**environment: str) -> Iterator[Request]:
+    """Start a server of commands, with changes to the environment."""
     command = [sys.executable, __file__]
     quiet = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    inherited = {name: value for name, value in os.environ.items() if name != "COLUMNS"}  # which pytest's workers have
+    inherited = {name: value for name, value in os.environ.items() if name != "COLUMNS"}  # pytest's workers set it
     whole = inherited | quiet | environment
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=whole, start_new_session=True
@@ -148,43 +150,43 @@ def serving(**environment: str) -> Iterator[Ask]:
         assert process.stdin and process.stdout
         assert process.stdout.readline() == "ready\n"
 
-        def ask(request: dict[str, Any]) -> Any:
+        def send(request: dict[str, Any]) -> Any:
             assert process.stdin and process.stdout
             process.stdin.write(json.dumps(request) + "\n")
             process.stdin.flush()
             return json.loads(process.stdout.readline())
 
-        yield ask
+        yield send
         process.stdin.close()
 
 
 def serve() -> None:
-    """Obey one JSON request a line: `start` forks a command and answers its pid, `poll` answers its exit code."""
+    """Serve one JSON request per line: a command is forked and its pid returned, `poll` returns the exit code."""
     for name in PRELOADED:
         importlib.import_module(name)
     gc.collect()
-    gc.freeze()  # children need not look at all this again
+    gc.freeze()  # children do not collect these objects
     print("ready", flush=True)
     for line in sys.stdin:
         request = json.loads(line)
         if "poll" in request:
             pid, status = os.waitpid(request["poll"], os.WNOHANG)
-            answer = os.waitstatus_to_exitcode(status) if pid else None
+            reply = os.waitstatus_to_exitcode(status) if pid else None
         else:
-            answer = os.fork()
-            if answer == 0:
-                obey(**request)
-        print(json.dumps(answer), flush=True)
+            reply = os.fork()
+            if reply == 0:
+                run_command(**request)
+        print(json.dumps(reply), flush=True)
 
 
-def obey(arguments: list[str], folder: str, stdout: str, stderr: str, environment: dict[str, str]) -> NoReturn:
-    """Become a command. Taking the imported modules down would last longer than most commands, so that is left out."""
+def run_command(arguments: list[str], folder: str, stdout: str, stderr: str, environment: dict[str, str]) -> NoReturn:
+    """Run a command in the forked child. Skip the slow teardown of imported modules."""
     for number, path in ((0, "/dev/null"), (1, stdout), (2, stderr)):
         os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644), number)
     faulthandler.enable()
     os.chdir(folder)
     os.environ.update(environment)
-    sys.path[:0] = environment.get("PYTHONPATH", "").split(":")  # which is read when Python starts
+    sys.path[:0] = environment.get("PYTHONPATH", "").split(":")  # Python reads the variable only when it starts
     sys.argv = ["spinlm", *arguments]
     code: Any = 0
     try:

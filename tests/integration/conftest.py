@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import Ask, Cli, serving
+from commands import Cli, Request, serving
 from runs import ITERATIONS, RECIPE, World, rows, steps, write_rows
 
 from models import save_tiny_model
 
 
 @pytest.fixture(scope="session")
-def server() -> Iterator[Ask]:
+def server() -> Iterator[Request]:
     with serving() as ask:
         yield ask
 

@@ -1,4 +1,4 @@
-"""What a command shows: on a terminal, in a log, and to a program."""
+"""The output of commands: on a terminal, in a log, and for a program."""
 
 import contextlib
 import io
@@ -20,19 +20,21 @@ ESCAPE = "\x1b"
 
 
 def on_a_terminal(*arguments, folder, columns=100):
-    """What a command writes to a terminal, and its exit code."""
-    ours, theirs = pty.openpty()
+    """Run a command on a terminal; return its output and its exit code."""
+    main, terminal = pty.openpty()
     environment = os.environ | {"TERM": "xterm-256color", "COLUMNS": str(columns), "LINES": "30"}
     command = [sys.executable, "-m", "spinlm", *map(str, arguments)]
-    with subprocess.Popen(command, cwd=folder, stdin=theirs, stdout=theirs, stderr=theirs, env=environment) as process:
-        os.close(theirs)
+    with subprocess.Popen(
+        command, cwd=folder, stdin=terminal, stdout=terminal, stderr=terminal, env=environment
+    ) as process:
+        os.close(terminal)
         written = b""
         try:
-            while chunk := os.read(ours, 1 << 16):
+            while chunk := os.read(main, 1 << 16):
                 written += chunk
         except OSError:  # the other end is closed
             pass
-    os.close(ours)
+    os.close(main)
     return written.decode(), process.returncode
 
 
@@ -42,17 +44,17 @@ def test_a_run_on_a_terminal_shows_bars_with_rate_loss_and_margin(world, rewound
     for stage in ("generate", "reference_logprobs", "train"):
         assert f"iteration 1: {stage}" in output
     assert ESCAPE in output and "tokens/s, loss 0." in output and ", margin " in output
-    assert "0:00:0" in output  # the time it still takes
+    assert "0:00:0" in output  # the remaining time
 
 
-def test_a_run_elsewhere_writes_no_control_characters(world, rewound, cli):
+def test_a_run_in_a_log_writes_no_control_characters(world, rewound, cli):
     done = cli("run", world.recipe, "--run-dir", rewound(1), folder=world.folder)
     assert "Next:" in done.out and "1: " in done.err
     assert ESCAPE not in done.out + done.err
     assert "\r" not in done.out + done.err
 
 
-def test_a_quiet_run_says_its_result_and_nothing_else(world, rewound, cli):
+def test_a_quiet_run_prints_only_its_result(world, rewound, cli):
     done = cli("run", world.recipe, "--run-dir", rewound(1), "--quiet", folder=world.folder)
     assert "Next:" in done.out
     assert done.err == ""
@@ -60,17 +62,17 @@ def test_a_quiet_run_says_its_result_and_nothing_else(world, rewound, cli):
 
 def test_a_run_for_a_program(world, rewound, cli):
     run = rewound(1)
-    told = json.loads(cli("run", world.recipe, "--run-dir", run, "--json", folder=world.folder).out)
-    assert told["state"] == "finished" and len(told["players"]) == 3
-    assert told == json.loads(cli("status", run, "--json", folder=world.folder).out)
+    data = json.loads(cli("run", world.recipe, "--run-dir", run, "--json", folder=world.folder).out)
+    assert data["state"] == "finished" and len(data["players"]) == 3
+    assert data == json.loads(cli("status", run, "--json", folder=world.folder).out)
 
 
 def test_a_plan_for_a_program(world, cli, tmp_path):
-    told = json.loads(cli("plan", world.recipe, "--json", folder=tmp_path).out)
-    assert [cost["iteration"] for cost in told["iterations"]] == [-1, 0, 1]
-    assert told["iterations"][2]["pairs"] == 2 * told["iterations"][1]["pairs"] > 0
-    assert told["devices"][0]["memory"]["training"] > 0 and told["devices"][0]["hours"][1]["train"] > 0
-    assert told["disk"]["players"] > 0
+    data = json.loads(cli("plan", world.recipe, "--json", folder=tmp_path).out)
+    assert [cost["iteration"] for cost in data["iterations"]] == [-1, 0, 1]
+    assert data["iterations"][2]["pairs"] == 2 * data["iterations"][1]["pairs"] > 0
+    assert data["devices"][0]["memory"]["training"] > 0 and data["devices"][0]["hours"][1]["train"] > 0
+    assert data["disk"]["players"] > 0
     write_rows(tmp_path / "odd.jsonl", [{"prompt": "p", "respons": "r"}] * 40)
     odd = cli("plan", world.recipe, f"data.path={tmp_path / 'odd.jsonl'}", "--json", folder=tmp_path, code=2)
     assert "cannot tell which columns hold the prompt and the response" in json.loads(odd.out)["refusals"][0]
@@ -79,7 +81,7 @@ def test_a_plan_for_a_program(world, cli, tmp_path):
 
 
 @pytest.mark.parametrize("columns", [100, 50])
-def test_players_answer_beside_each_other_where_there_is_room(world, reference, columns):
+def test_chat_uses_columns_on_a_wide_terminal(world, reference, columns):
     command = ("chat", reference, "--iteration", "start,1", "--prompt", "What is 4?")
     output, code = on_a_terminal(*command, folder=world.folder, columns=columns)
     assert code == 0
@@ -88,8 +90,8 @@ def test_players_answer_beside_each_other_where_there_is_room(world, reference, 
     assert ("[start" in output and "[iteration 1" in output) == (columns == 50)
 
 
-def test_the_recipe_of_init_runs_as_it_is(world, cli, tmp_path):
-    """But for the model, and for sizes that take minutes on a real one."""
+def test_the_recipe_of_init_runs(world, cli, tmp_path):
+    """With a tiny model and small sizes."""
     cli("init", folder=tmp_path)
     small = ("data.heldout=4", "data.prompts=8", "opponent.max_new_tokens=8", "selfplay.iterations=1")
     model = f"model.path={world.model}"
@@ -108,8 +110,8 @@ def test_init_leaves_data_alone(cli, tmp_path):
 ODD = "{a:100:b} :smile: [red]not red[/red] \x1b[31m\x9b31m"
 
 
-def test_text_is_shown_as_it_is(reference, cli, tmp_path):
-    """No emoji for codes, no markup, no control characters: what models wrote, and what folders are called."""
+def test_text_is_shown_literally(reference, cli, tmp_path):
+    """Text of models and names of folders: no emoji codes, no markup, no control characters."""
     run = shutil.copytree(reference, tmp_path / "runs" / "lr[red]1e-5\x1b[31m", symlinks=True)
     for path in run.glob("*/heldout_greedy.jsonl"):
         write_rows(path, [row | {"text": ODD} for row in read_rows(path)])
@@ -128,13 +130,13 @@ def test_a_damaged_run_hides_no_other(reference, cli, tmp_path):
         shutil.copytree(reference, tmp_path / "runs" / name, symlinks=True)
     (tmp_path / "runs" / "a" / "iteration-1" / "eval.json").unlink()
     (tmp_path / "runs" / "b" / "recipe.yaml").write_text("{}")
-    told = [json.loads(line) for line in cli("list", "--json", folder=tmp_path).out.splitlines()]
-    assert [one["state"] for one in told] == ["damaged", "damaged", "finished"]
-    assert "runs/a/iteration-1/eval.json: is missing" in told[0]["verdict"]
+    data = [json.loads(line) for line in cli("list", "--json", folder=tmp_path).out.splitlines()]
+    assert [run["state"] for run in data] == ["damaged", "damaged", "finished"]
+    assert "runs/a/iteration-1/eval.json: is missing" in data[0]["verdict"]
     assert "damaged" in cli("list", folder=tmp_path).out
 
 
-def test_colours_asked_for_in_a_log_are_no_bars(world, rewound, cli):
+def test_forced_colors_in_a_log_are_no_bars(world, rewound, cli):
     done = cli("run", world.recipe, "--run-dir", rewound(1), folder=world.folder, FORCE_COLOR="1")
     assert ESCAPE not in done.err
 

@@ -1,4 +1,4 @@
-"""Answers of several players, while they grow."""
+"""The display of responses of several players, while they grow."""
 
 import io
 
@@ -7,33 +7,33 @@ from rich.console import Console
 
 from spinlm.chat import ShowResponse, show_responses
 
-WAYS = ["H", "Hi", "Hi [bold]there[/bold]"], ["", "Yes"]
+STEPS = ["H", "Hi", "Hi [bold]there[/bold]"], ["", "Yes"]
 
 
-def answers(show: ShowResponse) -> list[str]:
-    for player, texts in enumerate(WAYS):
+def responses(show: ShowResponse) -> list[str]:
+    for player, texts in enumerate(STEPS):
         for text in texts:
             show(player, text)
-    return [texts[-1] for texts in WAYS]
+    return [texts[-1] for texts in STEPS]
 
 
-def test_below_each_other_each_piece_as_it_comes() -> None:
+def test_a_file_gets_each_piece_in_sequence() -> None:
     file = io.StringIO()
-    show_responses(Console(file=file), ["start", "best"], answers)
+    show_responses(Console(file=file), ["start", "best"], responses)
     assert file.getvalue() == "\n[start]\nHi [bold]there[/bold]\n\n[best]\nYes\n"
 
 
-def test_beside_each_other_what_was_shown_is_replaced_by_the_whole() -> None:
+def test_a_terminal_gets_columns_with_the_whole_responses() -> None:
     file = io.StringIO()
     show_responses(
-        Console(file=file, force_terminal=True, width=80, height=20, color_system=None), ["start", "best"], answers
+        Console(file=file, force_terminal=True, width=80, height=20, color_system=None), ["start", "best"], responses
     )
     *_, names, _rule, row, _end = file.getvalue().split("\n")[-6:-1]
     assert names.split() == ["start", "best"]
     assert row.split("  ")[0].strip() == "Hi [bold]there[/bold]" and row.rstrip().endswith("Yes")
 
 
-def test_a_long_answer_shows_its_end_while_it_grows_and_then_all_of_it() -> None:
+def test_a_long_response_shows_its_end_while_it_grows_and_then_all_of_it() -> None:
     file = io.StringIO()
     text = "\n".join(f"line {number}" for number in range(40))
 
@@ -48,7 +48,7 @@ def test_a_long_answer_shows_its_end_while_it_grows_and_then_all_of_it() -> None
 
 
 @pytest.mark.parametrize("terminal", [False, True])
-def test_an_answer_cannot_command_the_terminal(terminal: bool) -> None:
+def test_a_response_cannot_control_the_terminal(terminal: bool) -> None:
     file = io.StringIO()
     clears = "a\x1b[2Jb\x9b2Jc\x07"
 

@@ -40,7 +40,7 @@ class HarnessOptions:
     batch_size: int = 8  # requests per forward pass
 
 
-def run_lm_harness(run: Run, players: Sequence[int], options: HarnessOptions) -> None:
+def run_lm_harness(run: Run, iterations: Sequence[int], options: HarnessOptions) -> None:
     """Measure players and write their scores: under the name of the suite, or under `tasks`.
 
     The scores of a task or a group are written when it is finished. A score that was measured with the same settings
@@ -48,7 +48,7 @@ def run_lm_harness(run: Run, players: Sequence[int], options: HarnessOptions) ->
 
     Args:
         run: the run.
-        players: iterations of the players; `START` is θ_0.
+        iterations: the iterations of the players; `START` is θ_0.
         options: what to measure.
 
     Raises:
@@ -62,29 +62,29 @@ def run_lm_harness(run: Run, players: Sequence[int], options: HarnessOptions) ->
 
     from spinlm.evals.lm_harness.model import PlayerLM
 
-    loaded, folder = run.players, run.folder
-    loaded.load(players[0])
-    model = PlayerLM(loaded, options.batch_size)
+    players = run.players
+    players.load(iterations[0])
+    model = PlayerLM(players, options.batch_size)
     common = {
         "lm_eval": release,
         "limit": options.limit,
         "chat_template": options.apply_chat_template,
-        "precision": str(loaded.dtype).removeprefix("torch."),
+        "precision": str(players.dtype).removeprefix("torch."),
     }
     settings = {group.name: common | _settings(group, options.limit) for group in groups}
-    for player in players:
-        loaded.load(player)
+    for iteration in iterations:
+        players.load(iteration)
         for group in groups:
-            _measure(model, folder, player, options.suite or "tasks", group, settings[group.name])
+            _measure(model, run.folder, iteration, options.suite or "tasks", group, settings[group.name])
 
 
 def _measure(
-    model: "PlayerLM", folder: RunDir, player: int, suite: str, group: TaskGroup, settings: dict[str, Any]
+    model: "PlayerLM", folder: RunDir, iteration: int, suite: str, group: TaskGroup, settings: dict[str, Any]
 ) -> None:
     """Measure a group of tasks unless it has a score with these settings. Its tasks are kept under SUITE/GROUP."""
-    title = player_name(player)
-    counts = {"player": folder.player_digest(player)}
-    score = read_scores(folder, player).get(suite, {}).get(group.name)
+    title = player_name(iteration)
+    counts = {"player": folder.player_digest(iteration)}
+    score = read_scores(folder, iteration).get(suite, {}).get(group.name)
     if score is not None and (score.settings, score.counts) == (settings, counts):
         log.info("%s: %s was already measured with the same settings", title, group.name)
         return
@@ -98,9 +98,9 @@ def _measure(
     if group.group is not None:
         members = [_scores(name, results[name], None, settings, counts) for name in group.tasks]
         merged = {name: score for scores in members for name, score in scores.items()}
-        add_scores(folder, player, f"{suite}/{group.name}", merged)
+        add_scores(folder, iteration, f"{suite}/{group.name}", merged)
         results[group.name] = dict(group.group.aggregate(results))
-    add_scores(folder, player, suite, _scores(group.name, results[group.name], group.metric, settings, counts))
+    add_scores(folder, iteration, suite, _scores(group.name, results[group.name], group.metric, settings, counts))
 
 
 def _evaluate(model: "PlayerLM", group: TaskGroup, limit: int | None, chat_template: bool) -> dict[str, Any]:
