@@ -41,8 +41,8 @@ def on_a_terminal(*arguments, folder, columns=100):
 def test_a_run_on_a_terminal_shows_bars_with_rate_loss_and_margin(world, rewound):
     output, code = on_a_terminal("run", world.recipe, "--run-dir", rewound(1), folder=world.folder)
     assert code == 0
-    for stage in ("generate", "reference_logprobs", "train"):
-        assert f"iteration 1: {stage}" in output
+    for label in ("generate", "reference log-probabilities", "train"):
+        assert f"iteration 1: {label}" in output
     assert ESCAPE in output and "tokens/s, loss 0." in output and ", margin " in output
     assert "0:00:0" in output  # the remaining time
 
