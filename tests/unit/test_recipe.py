@@ -34,13 +34,13 @@ def load(tmp_path: Path, text: str, *overrides: str) -> Recipe:
     return load_recipe(path, overrides)
 
 
-def complaint(tmp_path: Path, text: str, *overrides: str) -> str:
+def load_error(tmp_path: Path, text: str, *overrides: str) -> str:
     with pytest.raises(RecipeError) as error:
         load(tmp_path, text, *overrides)
     return str(error.value).replace(f"{tmp_path}/", "")
 
 
-def with_section(**sections: Any) -> str:
+def parse_error(**sections: Any) -> str:
     with pytest.raises(RecipeError) as error:
         parse_recipe({"model": {"path": "m"}, "data": {"path": "d"}} | sections)
     return str(error.value)
@@ -107,33 +107,33 @@ def test_overrides(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("override", ["train.epochs", "=1", "train.epochs=", "train.epochs= "])
-def test_an_override_that_is_none(tmp_path: Path, override: str) -> None:
-    assert "write section.key=value" in complaint(tmp_path, SMALLEST, override)
+def test_an_override_without_key_or_value(tmp_path: Path, override: str) -> None:
+    assert "write section.key=value" in load_error(tmp_path, SMALLEST, override)
 
 
-def test_an_override_that_the_shell_has_taken_apart(tmp_path: Path) -> None:
-    told = complaint(tmp_path, SMALLEST, "objective={name:", "sft}")
-    assert "not valid YAML" in told and told.endswith(
+def test_an_override_split_by_the_shell(tmp_path: Path) -> None:
+    message = load_error(tmp_path, SMALLEST, "objective={name:", "sft}")
+    assert "not valid YAML" in message and message.endswith(
         "Put the whole override in quotes, so that the shell does not split it"
     )
-    assert "quotes, so" not in complaint(tmp_path, SMALLEST, "objective={name")
+    assert "quotes, so" not in load_error(tmp_path, SMALLEST, "objective={name")
 
 
 def test_an_override_into_a_value(tmp_path: Path) -> None:
-    assert complaint(tmp_path, SMALLEST + "seed: 1\n", "seed.x=1") == "override 'seed.x=1': seed is not a section"
-    assert complaint(tmp_path, SMALLEST, "model.path.x=1") == "override 'model.path.x=1': path is not a section"
+    assert load_error(tmp_path, SMALLEST + "seed: 1\n", "seed.x=1") == "override 'seed.x=1': seed is not a section"
+    assert load_error(tmp_path, SMALLEST, "model.path.x=1") == "override 'model.path.x=1': path is not a section"
 
 
 def test_a_wrong_override_is_explained_like_a_wrong_recipe(tmp_path: Path) -> None:
     assert (
-        complaint(tmp_path, SMALLEST, "train.epoch=1") == "recipe.yaml: train.epoch: unknown key; did you mean epochs?"
+        load_error(tmp_path, SMALLEST, "train.epoch=1") == "recipe.yaml: train.epoch: unknown key; did you mean epochs?"
     )
 
 
 # Paths
 
 
-def test_paths_beside_the_recipe_are_found(tmp_path: Path) -> None:
+def test_paths_next_to_the_recipe(tmp_path: Path) -> None:
     (tmp_path / "d").write_text("")
     recipe = load(tmp_path, SMALLEST)
     assert (recipe.data.path, recipe.model.path) == (str(tmp_path / "d"), "m")
@@ -142,15 +142,15 @@ def test_paths_beside_the_recipe_are_found(tmp_path: Path) -> None:
 def test_home_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/someone")
     assert load(tmp_path, SMALLEST, "data.path=~/d.jsonl").data.path == "/home/someone/d.jsonl"
-    assert "data.path: ~no_such_user/d" in complaint(tmp_path, SMALLEST, "data.path=~no_such_user/d")
+    assert "data.path: ~no_such_user/d" in load_error(tmp_path, SMALLEST, "data.path=~no_such_user/d")
 
 
-# Complaints
+# Error messages
 
 
-def test_every_wrong_thing_has_one_line(tmp_path: Path) -> None:
-    said = complaint(tmp_path, "model: {pth: x}\ntrain: {epochs: 0, batch_size: many}\n")
-    assert said.splitlines() == [
+def test_one_line_for_each_error(tmp_path: Path) -> None:
+    message = load_error(tmp_path, "model: {pth: x}\ntrain: {epochs: 0, batch_size: many}\n")
+    assert message.splitlines() == [
         "recipe.yaml: model.path: missing",
         "recipe.yaml: model.pth: unknown key; did you mean path?",
         "recipe.yaml: data: missing",
@@ -160,7 +160,7 @@ def test_every_wrong_thing_has_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("sections", "said"),
+    ("sections", "message"),
     [
         ({"trian": {}}, "trian: unknown key; did you mean train?"),
         ({"selfplay": {"select": {"patiance": 1}}}, "selfplay.select.patiance: unknown key; did you mean patience?"),
@@ -170,12 +170,12 @@ def test_every_wrong_thing_has_one_line(tmp_path: Path) -> None:
         ({"train": {"x]": 1}, "seed": 1}, "train.x]: unknown key; known: epochs, batch_size"),
     ],
 )
-def test_unknown_keys(sections: dict[str, Any], said: str) -> None:
-    assert with_section(**sections).startswith(f"recipe: {said}")
+def test_unknown_keys(sections: dict[str, Any], message: str) -> None:
+    assert parse_error(**sections).startswith(f"recipe: {message}")
 
 
 @pytest.mark.parametrize(
-    ("sections", "said"),
+    ("sections", "message"),
     [
         ({"train": {"learning_rate": "a"}}, 'train.learning_rate: should be a valid number (or a list), got "a"'),
         (
@@ -206,27 +206,27 @@ def test_unknown_keys(sections: dict[str, Any], said: str) -> None:
         ({"model": {"path": {(1,): 4}}}, "model.path: should be a valid string, got {(1,): 4}"),
     ],
 )
-def test_wrong_values(sections: dict[str, Any], said: str) -> None:
-    whole = with_section(**sections)
-    assert whole.startswith(f"recipe: {said}")
+def test_wrong_values(sections: dict[str, Any], message: str) -> None:
+    whole = parse_error(**sections)
+    assert whole.startswith(f"recipe: {message}")
     assert len(whole.splitlines()) == 1
 
 
-def test_a_list_of_another_length_than_the_iterations() -> None:
-    said = with_section(objective={"beta": [0.1, 0.2, 0.3]})
-    assert said.startswith("recipe: objective.beta: 3 values for 4 iterations.")
+def test_list_of_wrong_length() -> None:
+    message = parse_error(objective={"beta": [0.1, 0.2, 0.3]})
+    assert message.startswith("recipe: objective.beta: 3 values for 4 iterations.")
 
 
 def test_preferences_last_one_iteration() -> None:
     data = {"path": "d", "columns": {"rejected": "worse"}}
-    said = with_section(data=data)
-    assert said.startswith("recipe: data.columns.rejected: a prompt has one rejected response")
-    two = with_section(data=data, selfplay={"iterations": 1}, opponent={"samples_per_prompt": 2})
-    assert two == said
+    message = parse_error(data=data)
+    assert message.startswith("recipe: data.columns.rejected: a prompt has one rejected response")
+    two = parse_error(data=data, selfplay={"iterations": 1}, opponent={"samples_per_prompt": 2})
+    assert two == message
 
 
 @pytest.mark.parametrize(
-    ("section", "said"),
+    ("section", "message"),
     [
         ({"mu": 2.0}, "objective.mu: not a setting of spin, only of space. Remove it"),
         (
@@ -242,8 +242,8 @@ def test_preferences_last_one_iteration() -> None:
         ),
     ],
 )
-def test_a_setting_of_another_objective(section: dict[str, Any], said: str) -> None:
-    assert said in with_section(objective=section)
+def test_key_of_another_objective(section: dict[str, Any], message: str) -> None:
+    assert message in parse_error(objective=section)
 
 
 def test_objectives_by_name() -> None:
@@ -277,21 +277,21 @@ def test_an_objective_written_out_is_read_again() -> None:
         (served(api="ollama"), "opponent.server.api"),
     ],
 )
-def test_servers_that_no_recipe_can_have(opponent: dict[str, Any], message: str) -> None:
-    assert message in with_section(opponent=opponent, lora={})
+def test_invalid_servers(opponent: dict[str, Any], message: str) -> None:
+    assert message in parse_error(opponent=opponent, lora={})
 
 
-def test_servers_that_fit_the_players() -> None:
-    assert "can load only LoRA adapters" in with_section(opponent=served(launch_command=None))
+def test_servers_and_adapters() -> None:
+    assert "can load only LoRA adapters" in parse_error(opponent=served(launch_command=None))
     reloaded = served(launch_command=None, reload_command="reload {player}")
-    assert "opponent.server.model: missing" in with_section(opponent=reloaded, lora={})
+    assert "opponent.server.model: missing" in parse_error(opponent=reloaded, lora={})
     sections = {"model": {"path": "m"}, "data": {"path": "d"}, "lora": {}}
     for changes in ({"model": "adapter"}, {"reload_command": "reload {merged}"}, {"api": "llama.cpp"}):
         parse_recipe(sections | {"opponent": {"engine": "server", "server": reloaded["server"] | changes}})
 
 
 def test_choosing_by_task_score_needs_a_scorer() -> None:
-    assert "selfplay.select.metric: task_score needs a scorer" in with_section(
+    assert "selfplay.select.metric: task_score needs a scorer" in parse_error(
         selfplay={"select": {"metric": "task_score"}}
     )
 
@@ -299,24 +299,24 @@ def test_choosing_by_task_score_needs_a_scorer() -> None:
 @pytest.mark.parametrize("section", ["train", "sft"])
 def test_fsdp_hides_shapes_from_the_optimizer(section: str) -> None:
     fsdp = {"train": {"fsdp": "full_shard"}}
-    said = with_section(**(fsdp | {section: {**fsdp.get(section, {}), "optimizer": "Adafactor"}}))
-    assert said.startswith(f"recipe: {section}.optimizer: Adafactor needs whole weights")
+    message = parse_error(**(fsdp | {section: {**fsdp.get(section, {}), "optimizer": "Adafactor"}}))
+    assert message.startswith(f"recipe: {section}.optimizer: Adafactor needs whole weights")
 
 
 IN_4_BITS = {"path": "m", "load_in_4bit": True}
 
 
 def test_four_bits_need_an_adapter() -> None:
-    assert "Add a section lora" in with_section(model=IN_4_BITS)
+    assert "Add a section lora" in parse_error(model=IN_4_BITS)
 
 
 def test_four_bits_are_not_divided() -> None:
-    said = with_section(model=IN_4_BITS, lora={}, train={"fsdp": "full_shard"})
-    assert "4-bit weights cannot be divided" in said
+    message = parse_error(model=IN_4_BITS, lora={}, train={"fsdp": "full_shard"})
+    assert "4-bit weights cannot be divided" in message
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("", "a recipe is a mapping of sections"),
         ("- a\n", "a recipe is a mapping of sections"),
@@ -341,12 +341,12 @@ def test_four_bits_are_not_divided() -> None:
         ("a: &a 1\nseed: *a\n", "*a (line 2): aliases are not supported"),
     ],
 )
-def test_files_that_are_no_recipe(tmp_path: Path, text: str, said: str) -> None:
-    whole = complaint(tmp_path, text)
-    assert whole.startswith("recipe.yaml: ") and said in whole
+def test_invalid_files(tmp_path: Path, text: str, message: str) -> None:
+    whole = load_error(tmp_path, text)
+    assert whole.startswith("recipe.yaml: ") and message in whole
 
 
-def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+def test_unreadable_files(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"no such recipe. `spinlm init` writes one"):
         load_recipe(tmp_path / "absent.yaml")
     with pytest.raises(RecipeError, match=r"rows.jsonl: this is a data file"):
@@ -360,7 +360,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"model": {"path": ""}}, "model.path: string should have at least 1 character"),
         ({"model": {"path": "x\ud800"}}, "model.path: should be a valid string"),
@@ -381,13 +381,13 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_values_that_no_recipe_can_have(changes: dict[str, Any], said: str) -> None:
-    """And what may be a password is not shown."""
-    whole = with_section(**changes)
-    assert said in whole and "secret" not in whole and len(whole) < 500
+def test_invalid_values(changes: dict[str, Any], message: str) -> None:
+    """No message shows a possible password."""
+    whole = parse_error(**changes)
+    assert message in whole and "secret" not in whole and len(whole) < 500
 
 
-def test_paths_that_no_file_can_have_are_names(tmp_path: Path) -> None:
+def test_impossible_paths_are_hub_ids(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text("model: {path: a/b}\ndata: {path: c/d}\n", encoding="utf-8")
     assert load_recipe(tmp_path / "r.yaml", [f"data.path={'x' * 300}"]).data.path == "x" * 300
 
@@ -413,7 +413,7 @@ def test_no_dead_knob(name: str) -> None:
     assert any(read.search(path.read_text()) for path in sources), f"nothing in src/spinlm reads {name}"
 
 
-# Whatever a recipe holds
+# Random recipes
 
 words = st.text(st.characters(exclude_categories=["C", "Z"]), min_size=1, max_size=8) | st.from_regex(
     r"[0-9]{1,3}e[0-9]{1,2}|0x[0-9a-f]{2}|[0-9]{1,4}|yes|null|~", fullmatch=True
@@ -421,7 +421,7 @@ words = st.text(st.characters(exclude_categories=["C", "Z"]), min_size=1, max_si
 
 
 def values_of(annotation: Any, metadata: Sequence[Any] = ()) -> st.SearchStrategy[Any]:
-    """Anything that a field of this type takes."""
+    """Valid values of a field of this type."""
     bounds = {name: value for one in metadata for name, value in vars_of(one).items()}
     match get_origin(annotation), annotation:
         case typing.Annotated, _:
@@ -461,7 +461,7 @@ def section_of(section: type[Section]) -> st.SearchStrategy[dict[str, Any]]:
 
 @st.composite
 def recipes(draw: st.DrawFn) -> dict[str, Any]:
-    """Recipes that are accepted: what a section takes by itself, made to fit the others."""
+    """Valid recipes: valid sections, adapted to each other."""
     values = draw(section_of(Recipe))
     values["model"]["path"], values["data"]["path"] = "org/model", "org/data"
     values["data"].pop("chat_template", None)
@@ -482,7 +482,7 @@ def recipes(draw: st.DrawFn) -> dict[str, Any]:
 
 @given(values=recipes())
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-def test_a_recipe_written_out_is_the_same_recipe(values: dict[str, Any]) -> None:
+def test_dump_and_load(values: dict[str, Any]) -> None:
     recipe = parse_recipe(values)
     written = recipe.model_dump(mode="json")
     assert parse_recipe(json.loads(json.dumps(written))) == recipe
@@ -492,8 +492,8 @@ def test_a_recipe_written_out_is_the_same_recipe(values: dict[str, Any]) -> None
 
 @given(values=recipes(), chance=st.randoms(use_true_random=False))
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-def test_overrides_say_what_the_file_could_have_said(values: dict[str, Any], chance: Random) -> None:
-    """In any order, and each for a value or for a whole section."""
+def test_overrides_equal_values_in_the_file(values: dict[str, Any], chance: Random) -> None:
+    """Overrides apply in any order, to single values and to whole sections."""
     overrides = []
     for section, value in values.items():
         if isinstance(value, dict) and (section in ("model", "data") or chance.random() < 0.7) and value:
@@ -507,7 +507,7 @@ def test_overrides_say_what_the_file_could_have_said(values: dict[str, Any], cha
 
 @given(values=recipes(), chance=st.randoms(use_true_random=False))
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-def test_an_unknown_key_is_named_wherever_it_is(values: dict[str, Any], chance: Random) -> None:
+def test_unknown_key_in_any_section(values: dict[str, Any], chance: Random) -> None:
     place, names = values, []
     while inner := [name for name, value in place.items() if isinstance(value, dict)]:
         if chance.random() < 0.3:
@@ -538,7 +538,7 @@ junk = st.recursive(
 @example(text="[" * 5000, override=None)
 @example(text="model: &m {path: *m}\ndata: *m\n", override="model.path.x=[" + "{" * 3000)
 @settings(max_examples=300, deadline=None)
-def test_junk_is_refused_in_words(text: str, override: str | None) -> None:
+def test_junk_raises_recipe_errors(text: str, override: str | None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "recipe.yaml"
         path.write_bytes(text.encode("utf-8", "surrogatepass"))
