@@ -61,8 +61,7 @@ def _player_charts(run: RunData) -> list[Chart]:
             "players",
             "Real vs generated",
             "Probe AUC: a linear probe separates real responses from the player's own samples (0.5 = "
-            "indistinguishable). Pair accuracy: share of held-out pairs in which the player prefers the real response "
-            "over its opponent's.",
+            "indistinguishable). Pair accuracy: share of held-out pairs with a positive margin (0.5 = no preference).",
             _metric(run, "probe_auc", "probe AUC") + _metric(run, "pair_accuracy", "pair accuracy"),
             {"shapes": [_level(0.5)]},
         ),
