@@ -1,10 +1,10 @@
-"""The share of a run's time that the model and the optimiser take, and what is left for everything else.
+"""Measure how much of a run's time the model and the optimizer take, and how much is left for everything else.
 
     python benchmarks/overhead.py [section.key=value ...]
 
-Plays the quickstart in this process, with the overrides given or else a smaller one, and times the calls that compute:
-forward and backward passes, the comparison of layouts, gradient norms and optimiser steps, merging and packing weights,
-decoding steps and sampling.
+Runs the quickstart in this process, with the given overrides or else with a smaller size. Times the calls that compute:
+forward and backward passes, the check of prefix sharing, gradient norms and optimizer steps, merging and prepacking
+weights, decoding steps and sampling.
 """
 
 import sys
@@ -20,7 +20,6 @@ RECIPE = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
 def main() -> None:
     began = time.perf_counter()
     import torch
-    from accelerate import Accelerator
 
     from spinlm.generation import local
     from spinlm.model import fused, loading, players
@@ -28,48 +27,47 @@ def main() -> None:
     from spinlm.model.logprobs import LogProbs
     from spinlm.recipe.load import load_recipe
     from spinlm.selfplay import run
+    from spinlm.training import trainer
 
-    imported = time.perf_counter() - began
-    spent: dict[str, float] = {}
+    seconds = {"importing": time.perf_counter() - began}
     timing = False
 
-    def timed(owner: Any, name: str, kind: str) -> None:
+    def time_calls(owner: Any, name: str, kind: str) -> None:
         inner = getattr(owner, name)
 
         def outer(*args: Any, **kwargs: Any) -> Any:
             nonlocal timing
-            if timing:  # within another call that is timed
+            if timing:  # the enclosing call is timed already
                 return inner(*args, **kwargs)
             timing, start = True, time.perf_counter()
             try:
                 return inner(*args, **kwargs)
             finally:
                 timing = False
-                spent[kind] = spent.get(kind, 0.0) + time.perf_counter() - start
+                seconds[kind] = seconds.get(kind, 0.0) + time.perf_counter() - start
 
         setattr(owner, name, outer)
 
-    timed(LogProbs, "forward", "forward")
-    timed(Accelerator, "backward", "backward")
-    timed(players, "max_logprob_error", "forward")
-    timed(players, "checkpoint_if_needed", "forward")
-    timed(Accelerator, "clip_grad_norm_", "optimiser")
-    timed(torch.optim.AdamW, "step", "optimiser")
-    timed(fused, "_merged_weight", "decoding")
-    timed(fused, "prepack", "decoding")
-    timed(RaggedBatch, "prefill", "decoding")
-    timed(RaggedBatch, "step", "decoding")
-    timed(local, "sample", "sampling")
-    timed(loading, "_unpack_gguf", "unpacking the .gguf file, once in a run's life")
-    timed(players, "load_model", "loading the model")
+    time_calls(LogProbs, "forward", "forward")
+    time_calls(torch.Tensor, "backward", "backward")
+    time_calls(players, "max_logprob_error", "forward")
+    time_calls(trainer, "checkpoint_if_needed", "forward")
+    time_calls(torch.nn.utils, "clip_grad_norm_", "optimizer")
+    time_calls(torch.optim.AdamW, "step", "optimizer")
+    time_calls(fused, "_merged_weight", "decoding")
+    time_calls(fused, "prepack", "decoding")
+    time_calls(RaggedBatch, "prefill", "decoding")
+    time_calls(RaggedBatch, "step", "decoding")
+    time_calls(local, "sample", "sampling")
+    time_calls(loading, "_convert_gguf", "converting the .gguf file, once per run")
+    time_calls(players, "load_model", "loading the model")
     with tempfile.TemporaryDirectory() as folder:
         run(load_recipe(RECIPE, sys.argv[1:] or SMALL), Path(folder) / "run")
     total = time.perf_counter() - began
-    spent["importing"] = imported
-    spent["everything else"] = total - sum(spent.values())
+    seconds["everything else"] = total - sum(seconds.values())
     print("| | seconds | share |\n|---|---|---|")
-    for name, seconds in sorted(spent.items(), key=lambda item: -item[1]):
-        print(f"| {name} | {seconds:.1f} | {seconds / total:.1%} |")
+    for kind, value in sorted(seconds.items(), key=lambda item: -item[1]):
+        print(f"| {kind} | {value:.1f} | {value / total:.1%} |")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from flops import SMOLLM2, flops, peak
+from flops import SMOLLM2, flops, peak_gflops
 from training import CONTENDERS, Shape, compare, table
 
 HERE = Path(__file__).parent
@@ -60,7 +60,7 @@ def training(rounds: int, threads: int, data: str, count: int) -> list[str]:
         lines += ["", f"**{title}**", "", table(results, shape)]
         if not shape.data:
             step, score = flops(SMOLLM2, shape)
-            rate = peak(shape.dtype, threads=threads)
+            rate = peak_gflops(shape.dtype, threads=threads)
             ours = results["spinlm"]
             lines += [
                 "",
