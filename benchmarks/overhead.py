@@ -49,6 +49,7 @@ def main() -> None:
         setattr(owner, name, outer)
 
     time_calls(LogProbs, "forward", "forward")
+    time_calls(LogProbs, "logprobs_and_features", "forward")
     time_calls(torch.Tensor, "backward", "backward")
     time_calls(players, "max_logprob_error", "forward")
     time_calls(trainer, "checkpoint_if_needed", "forward")
