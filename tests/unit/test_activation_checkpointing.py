@@ -109,7 +109,7 @@ def test_the_largest_micro_batch_is_the_budget_or_a_longer_prompt_with_its_respo
 
 def test_memory_is_what_the_system_and_the_container_allow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     limit, used = tmp_path / "memory.max", tmp_path / "memory.current"
-    monkeypatch.setattr(hardware, "CGROUPS", ((str(limit), str(used)),))
+    monkeypatch.setattr(hardware, "CGROUP_FILES", ((str(limit), str(used)),))
     everything = hardware.total_memory()
     assert 0 < hardware.free_memory() < everything  # no such files
     used.write_text("300\n")
