@@ -20,7 +20,7 @@ from spinlm.evals.lm_harness import tasks as harness_tasks
 from spinlm.evals.lm_harness.measure import HarnessOptions, run_lm_harness
 from spinlm.evals.lm_harness.tasks import SUITES, TaskGroup, load_tasks, select_tasks
 from spinlm.evals.scores import Score, read_scores
-from spinlm.model.players import Players, seat
+from spinlm.model.players import Players
 from spinlm.model.run import Run
 from spinlm.rundir.layout import RunDir
 from spinlm.rundir.stage_graph import START
@@ -161,12 +161,12 @@ def test_player_is_the_one_that_peft_loads(world: Any) -> None:
     from spinlm.evals.lm_harness.model import PlayerLM
 
     recipe, folder = world
-    players = seat(recipe, RunDir(folder / "run"))
+    players = Players(recipe, RunDir(folder / "run"))
     model = PlayerLM(players, batch_size=3)
     questions = [f"What is {'one two three ' * n}?" for n in range(4)]
     found = {}
     for iteration in (START, 0):
-        players.become(iteration)
+        players.load(iteration)
         theirs = plain(world, iteration)
         asked = [(question, f" {word}") for question in questions for word in WORDS]
         ours = model.loglikelihood([Instance("loglikelihood", {}, pair, n) for n, pair in enumerate(asked)])
@@ -188,7 +188,7 @@ def test_player_is_the_one_that_peft_loads(world: Any) -> None:
 
 @pytest.mark.parametrize("iteration", [START, 0])
 def test_multiple_choice_score_is_that_of_the_plain_model(world: Any, measure: Any, iteration: int) -> None:
-    model, tokenizer = plain(world, iteration), seat(*_recipe_and_run(world)).tokenizer
+    model, tokenizer = plain(world, iteration), Players(*_recipe_and_run(world)).tokenizer
     right = []
     for row in ROWS:
         prompt = tokenizer(f"Question: {row['question']}\nAnswer:")["input_ids"]
@@ -210,7 +210,7 @@ def _recipe_and_run(world: Any) -> tuple[Any, RunDir]:
 
 def test_generated_answers_are_scored(world: Any, measure: Any, tasks: Path) -> None:
     """Half of the targets are what the plain player says."""
-    model, tokenizer = plain(world, 0), seat(*_recipe_and_run(world)).tokenizer
+    model, tokenizer = plain(world, 0), Players(*_recipe_and_run(world)).tokenizer
     data = []
     for row in ROWS[:8]:
         ids = tokenizer(f"Question: {row['question']}\nAnswer:", return_tensors="pt").input_ids
