@@ -120,7 +120,7 @@ def test_code_that_comes_with_a_model_is_not_run_unless_allowed(cli, world, tmp_
     shutil.copy(world.folder / "data.jsonl", tmp_path)
     (tmp_path / "recipe.yaml").write_text(RECIPE, encoding="utf-8")
     refused = cli("run", "recipe.yaml", folder=tmp_path, code=2).message
-    assert "not run unless the recipe has model.trust_remote_code: true" in refused
+    assert "model.trust_remote_code: true" in refused
     assert not (tmp_path / "sprung").exists()
     allowed = cli.start("run", "recipe.yaml", "model.trust_remote_code=true", "--overwrite", folder=tmp_path).wait()
     assert "model.trust_remote_code is on" in allowed.err

@@ -123,7 +123,7 @@ def _targets(trees: Sequence[PrefixTree]) -> tuple[Tensor, Tensor, int]:
 def micro_batches(trees: Sequence[PrefixTree], budget: int, prefix_sharing: bool = True) -> list[list[int]]:
     """Split trees into micro-batches of at most `budget` tokens, padding included, as lists of indices.
 
-    A tree longer than the budget is a micro-batch of one. Trees are taken from the longest to the shortest, so that
+    A tree longer than the budget is alone in a micro-batch. Trees are taken from the longest to the shortest, so that
     padded rows have little padding.
     """
     row_lengths = [len(tree.prompt) + max(map(len, tree.responses)) - 1 for tree in trees]  # without prefix sharing
