@@ -175,8 +175,8 @@ def test_fresh_starts_again(world, cli, reference, tmp_path):
     assert not (run / "iteration-1").exists()
     assert yaml.safe_load((run / "recipe.yaml").read_text())["selfplay"]["iterations"] == 1
     first, again = contents(reference), contents(run)
-    same = [name for name in again if name.startswith(("start/", "iteration-0/"))]
-    assert len(same) > 40
+    same = [name for name in again if name.removeprefix(".spinlm/").startswith(("start/", "iteration-0/"))]
+    assert len(same) > 30
     assert [name for name in same if again[name] != first[name]] == []
 
 
@@ -383,7 +383,7 @@ def test_preference_data_are_trained_on_as_they_are(variant, preferences):
 def test_check_of_preference_data(world, cli, preferences, tmp_path):
     said = cli("check", world.recipe, f"data.path={preferences}", *PREFER, folder=tmp_path).out
     assert "rejected responses of the data: " in said and "synthetic  blue" in said
-    assert "sampler and scorer" not in said and "ready: " in said
+    assert "log-probabilities differ" not in said and "Ready: " in said
 
 
 def test_a_collapse_ends_training_after_its_epoch_and_the_run_after_its_iteration(world, cli, tmp_path):
@@ -391,8 +391,8 @@ def test_a_collapse_ends_training_after_its_epoch_and_the_run_after_its_iteratio
     ruin = ("train.learning_rate=5e-2", "train.epochs=3", "selfplay.guard.max_nll_increase=0.5", "objective.beta=5.0")
     run = tmp_path / "run"
     said = cli("run", world.recipe, *ruin, "--run-dir", run, folder=world.folder)
-    assert "iteration 0: collapsing, training ends after epoch 1: held-out NLL" in said.err
-    assert "iteration 0: collapsed: held-out NLL" in said.err
+    assert "iteration 0: collapse, training ends after epoch 1: held-out NLL" in said.err
+    assert "iteration 0: collapse: held-out NLL" in said.err
     assert "Iteration 0 collapsed and ended the run: held-out NLL" in " ".join(said.out.split())
     lines = [line for line in steps(run) if line["stage"] == "train"]
     assert lines[-1]["epoch"] == 1 and lines[-1]["step"] == len(lines) < lines[-1]["steps"]
@@ -423,8 +423,8 @@ def test_a_memorised_answer_leaves_nothing_to_learn(world, cli, tmp_path):
         *("run", world.recipe, f"data.path={data}", "opponent.temperature=0", "--run-dir", tmp_path / "run"),
         folder=tmp_path,
     )
-    assert "iteration 0: every synthetic response equals the real one; nothing is left to learn" in result.err
-    assert "The starting player stays the best" in " ".join(result.out.split())
+    assert "iteration 0: every synthetic response equals the real one" in result.err
+    assert "did not help" in " ".join(result.out.split())
     run = RunDir(tmp_path / "run")
     start = (run.player(START) / "adapter_model.safetensors").read_bytes()
     for iteration in range(ITERATIONS):

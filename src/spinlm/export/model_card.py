@@ -28,7 +28,7 @@ MAX_CARD_BYTES = 1_000_000
 
 
 def write_card(recipe: Recipe, iteration: int, player: Path) -> None:
-    """Write the card of a player that was just saved: its origin and its recipe, without results."""
+    """Write the card of a player that was just saved: its origin and its base model."""
     title = player_name(iteration).capitalize()
     card = _render(recipe, iteration, {}, merged=False, title=title, version=metadata.version("spinlm"), results=None)
     write_text(player / CARD, card)
