@@ -188,7 +188,7 @@ def test_settings_of_a_judge(tmp_path):
 
 def test_every_setting_is_documented(tmp_path):
     assert all(field.description for field in Judge.model_fields.values())
-    page = (Path(__file__).parents[2] / "docs" / "mt-bench.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "benchmarks.md").read_text(encoding="utf-8")
     example = page.partition('```yaml title="judge.yaml"\n')[2].partition("```")[0]
     judge = Judge.load(write_settings(tmp_path, example))
     assert judge.model_fields_set == Judge.model_fields.keys()
