@@ -36,7 +36,7 @@ SHAPES: tuple[tuple[str, Shape, tuple[str, ...]], ...] = (
 
 
 SCALING = (
-    "A model of three tiny layers, one thread, so that everything but the model shows: seconds of each stage, and its "
+    "A model of three tiny layers on one thread, so that the time is not the model's: seconds of each stage, and its "
     "peak memory above the loaded model."
 )
 
@@ -46,12 +46,12 @@ def training(rounds: int, threads: int, data: str, count: int) -> list[str]:
     if data and count > len(SHAPES):
         shapes.append(("lengths of GSM8K, one synthetic response, float32", Shape(data=data, pairs=8), SHORT))
     lines = [
-        "SmolLM2-135M, LoRA of rank 16 on all linear layers, four pairs in a step (eight of GSM8K's lengths). `trl` is "
-        "DPOTrainer as it comes; `trl-best` has the reference computed once and checkpointing off, `trl-best-1` the "
-        "same with one pair in a pass. Rates count two epochs and every reference pass. bfloat16 is autocast over "
-        "float32 weights for TRL, and bfloat16 weights for spinlm. Loss and gradients of all agree before anything is "
-        "timed: to 1e-4 of the gradient's norm in float32, to 0.2 in bfloat16. `spinlm-checkpointed` computes "
-        "activations again in the backward pass, as `trl` does.",
+        "SmolLM2-135M with LoRA of rank 16 on all linear layers, four pairs per step (eight with the lengths of "
+        "GSM8K). `trl` is DPOTrainer with its defaults. `trl-best` computes the reference once and has no "
+        "gradient checkpointing; `trl-best-1` is the same with one pair per pass. `spinlm-checkpointed` has "
+        "gradient checkpointing, as `trl` has. Rates count two epochs and all reference passes. In bfloat16, TRL "
+        "uses autocast over float32 weights and spinlm bfloat16 weights. Before the timing, loss and gradients of "
+        "all contenders agree: to 1e-4 of the gradient's norm in float32, to 0.2 in bfloat16.",
     ]
     for title, given, contenders in shapes:
         shape = replace(given, threads=threads)
@@ -103,8 +103,8 @@ def main() -> None:
         "# Performance",
         "",
         f"Measured by `{command}` on {datetime.date.today()}: {machine()}, {args.threads} threads, Python "
-        f"{platform.python_version()}, {versions}. Contenders take turns; times of 128 + 128 in float32 are medians "
-        f"of {args.rounds}, the others single measurements. Such machines are noisy: read the ratios.",
+        f"{platform.python_version()}, {versions}. Contenders take turns. Times of 128 + 128 in float32 are medians "
+        f"of {args.rounds}, all others are single measurements. The machine is noisy: read the ratios.",
     ]
     for part in args.parts.split(","):
         match part:

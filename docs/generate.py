@@ -1,17 +1,17 @@
-"""Writes the two references from what they describe: python docs/generate.py."""
+"""Generate the references of recipe and command line from the code: python docs/generate.py."""
 
 import inspect
-import subprocess
-import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
+from typer.models import ArgumentInfo
 
+from spinlm.cli.app import app
 from spinlm.recipe.fields import Section, subsections
 from spinlm.recipe.schema import MUTABLE_FIELDS, Recipe
 
@@ -19,16 +19,20 @@ DOCS = Path(__file__).parent
 REFERENCE = """\
 # Recipe reference
 
-Every setting of a recipe, its type and its default. A name that is not here is refused, and so is a value of another
-type; `spinlm plan RECIPE` looks at a whole recipe in a second. Any of them can be changed on the command line, as
-`section.key=value`. [Recipes](recipes.md) has whole ones.
+All settings of a recipe. An unknown setting or a value of another type is an error. Change a setting on the command
+line with `section.key=value`. [Recipes](recipes.md) shows whole recipes.
 
-A type that says *or one for each iteration* takes a number, or a list with `selfplay.iterations` numbers. Settings
-marked ⟳ say how a run is carried out, not what it computes: they may be changed while it is under way. Where the
-default is –, the setting is absent, which `null` says, too.
+A *list of float* has one value for each iteration. A setting marked ⟳ may change during a run, because it does not
+change the result. The default – means absent; write it as `null`.
 
 """
-CLI = "# Command line\n\n`spinlm COMMAND --help` says the same.\n\n"
+CLI = """\
+# Command line
+
+`spinlm COMMAND --help` says the same. `spinlm --version` prints the version. Every command has `--help`.
+"""
+VALUES = {Path: " PATH", str: " TEXT", int: " N", float: " X", bool: ""}
+"""Placeholders for the value of an option, by its type."""
 
 
 def recipe_reference() -> str:
@@ -78,28 +82,27 @@ def _kind(annotation: Any) -> str:
     if origin is Annotated:
         return _kind(arguments[0]) + "".join(map(_bound, _metadata(arguments[1:])))
     if origin is Literal:
-        return ", ".join(f"`{_yaml(one)}`" for one in arguments)
+        return ", ".join(f"`{_yaml(value)}`" for value in arguments)
     if origin in (Union, UnionType):
-        choices = [one for one in arguments if one is not type(None)]
-        if any("<value>" in str(one) for one in choices):
-            number = "number" in _kind(choices[0])
-            return _kind(choices[0]) + (", or one for each iteration" if number else ", or a list of texts")
+        choices = [choice for choice in arguments if choice is not type(None)]
+        if any("<value>" in str(choice) for choice in choices):
+            return f"{_kind(choices[0])}, or list of {'float' if 'float' in _kind(choices[0]) else 'str'}"
         return " or ".join(map(_kind, choices))
     if origin is list:
-        return f"list of {_kind(arguments[0])}s"
+        return f"list of {_kind(arguments[0])}"
     if origin is dict:
         return "mapping"
-    return {str: "text", int: "whole number", float: "number", bool: "`true`, `false`"}[annotation]
+    return {str: "str", int: "int", float: "float", bool: "`true`, `false`"}[annotation]
 
 
 def _metadata(annotations: tuple[Any, ...]) -> list[Any]:
-    return [part for one in annotations for part in (one.metadata if isinstance(one, FieldInfo) else [one])]
+    return [part for item in annotations for part in (item.metadata if isinstance(item, FieldInfo) else [item])]
 
 
-def _bound(one: Any) -> str:
+def _bound(constraint: Any) -> str:
     for name, sign in (("gt", " >"), ("ge", " ≥"), ("lt", ", <"), ("le", ", ≤")):
-        if (value := getattr(one, name, None)) is not None:
-            return f"{sign} {value:g}"
+        if (value := getattr(constraint, name, None)) is not None:
+            return f"{sign} {'2^63' if value == 1 << 63 else f'{value:g}'}"
     return ""
 
 
@@ -122,10 +125,29 @@ def _yaml(value: Any) -> str:
 
 
 def command_line() -> str:
-    """The commands as Markdown, from what typer makes of them."""
-    command = [sys.executable, "-m", "typer", "spinlm.cli.app", "utils", "docs", "--name", "spinlm"]
-    written = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return CLI + written.split("\n", 1)[1].strip() + "\n"
+    """The commands as Markdown, a table of arguments and options for each."""
+    return CLI + "".join(line + "\n" for command in app.registered_commands for line in _command(command))
+
+
+def _command(command: Any) -> Iterator[str]:
+    """The section of one command, line by line, from the signature of its function."""
+    yield f"\n## `spinlm {command.name or command.callback.__name__.replace('_', '-')}`\n"
+    yield inspect.cleandoc(command.callback.__doc__) + "\n"
+    yield "| argument or option | |"
+    yield "|---|---|"
+    hints = get_type_hints(command.callback, include_extras=True)
+    for name, parameter in inspect.signature(command.callback).parameters.items():
+        kind, info = get_args(hints[name])[:2]
+        if isinstance(info, ArgumentInfo):
+            names = name.upper()
+        else:
+            value = next(VALUES[part] for part in (kind, *get_args(kind)) if part in VALUES)
+            declared = [part for part in (info.default, *(info.param_decls or ())) if isinstance(part, str)]
+            names = ", ".join(declared or [f"--{name.replace('_', '-')}"]) + value
+        default = parameter.default
+        required = default is inspect.Parameter.empty
+        notes = "required" if required else "" if default in (None, False) else f"default: {default}"
+        yield f"| `{names}` | {_escaped(info.help)}{f' ({notes})' if notes else ''} |"
 
 
 PAGES = {"recipe-reference.md": recipe_reference, "cli.md": command_line}

@@ -40,9 +40,9 @@ def test_the_references_are_fresh(generate: ModuleType) -> None:
 
 def test_the_recipe_reference_has_every_setting_with_its_default(generate: ModuleType) -> None:
     page = generate.recipe_reference()
-    assert "| `beta` | number > 0, or one for each iteration | `0.1` |" in page
-    assert "| `tokens_per_micro_batch` ⟳ | whole number ≥ 1 | `2048` |" in page
-    assert "| `iterations` | whole number ≥ 1 | `4` |" in page  # which may change, but changes what is computed
+    assert "| `beta` | float > 0, or list of float | `0.1` |" in page
+    assert "| `tokens_per_micro_batch` ⟳ | int ≥ 1 | `2048` |" in page
+    assert "| `iterations` | int ≥ 1 | `4` |" in page  # which may change, but changes what is computed
     settings = dict(iterate_fields(Recipe))
     assert len(re.findall(r"^\| `", page, flags=re.MULTILINE)) == len(settings)
 
