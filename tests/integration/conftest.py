@@ -24,33 +24,33 @@ def server() -> Iterator[Request]:
 
 @pytest.fixture(scope="session")
 def session_cli(server, tmp_path_factory) -> Iterator[Cli]:
-    """As `cli`, for fixtures that live as long as the session."""
+    """As `cli`, for fixtures with session scope."""
     yield from _cli(server, tmp_path_factory.mktemp("streams"))
 
 
 @pytest.fixture
 def cli(server, tmp_path_factory) -> Iterator[Cli]:
-    """Runs commands; what a test leaves running is killed."""
+    """Run commands. Processes still running after the test are killed."""
     yield from _cli(server, tmp_path_factory.mktemp("streams"))
 
 
 @pytest.fixture(scope="session")
 def filling(tmp_path_factory) -> Iterator[Cli]:
-    """Runs commands on a disk that gets full when their environment says so: see full_disk.c."""
+    """Run commands on a disk that fills up as their environment says: see full_disk.c."""
     yield from _under("full_disk", tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
 def jumping(tmp_path_factory) -> Iterator[Cli]:
-    """Runs commands under a clock that jumps when their environment says so: see jumping_clock.c."""
+    """Run commands with a clock that jumps as their environment says: see jumping_clock.c."""
     yield from _under("jumping_clock", tmp_path_factory)
 
 
 def _under(name: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cli]:
-    """Runs commands with a library of ours between them and the system."""
+    """Run commands with a preloaded library that replaces system calls."""
     compiler = shutil.which("cc")
     if compiler is None or sys.platform != "linux":
-        pytest.skip("needs a C compiler, and Linux, to come between a program and its system")
+        pytest.skip("needs a C compiler and Linux, to replace system calls")
     source, library = Path(__file__).with_name(f"{name}.c"), tmp_path_factory.mktemp(name) / f"{name}.so"
     subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", library, source, "-ldl"], check=True)
     with serving(LD_PRELOAD=str(library)) as ask:
@@ -66,7 +66,7 @@ def _cli(server: Any, streams: Path) -> Iterator[Cli]:
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory) -> World:
-    """Shared by all tests, so nobody writes to it. Runs go elsewhere."""
+    """Shared by all tests: do not write to it."""
     folder = tmp_path_factory.mktemp("world")
     save_tiny_model(folder / "model")
     write_rows(folder / "data.jsonl", rows())
@@ -76,7 +76,7 @@ def world(tmp_path_factory) -> World:
 
 @pytest.fixture(scope="session")
 def reference(world, tmp_path_factory) -> Path:
-    """A finished run, by a process that nobody disturbed. Copy it before you change it."""
+    """A finished, undisturbed run. Copy it before changing it."""
     run = tmp_path_factory.mktemp("reference") / "run"
     command = [sys.executable, "-m", "spinlm", "run", str(world.recipe), "--run-dir", str(run)]
     done = subprocess.run(command, cwd=world.folder, capture_output=True, text=True)
@@ -86,7 +86,7 @@ def reference(world, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def rewind(tmp_path) -> Callable[..., Path]:
-    """Makes a run of a finished one that stopped before an iteration, or before a stage of it."""
+    """Copy a finished run and undo it back to an iteration, or to a stage of it."""
 
     def rewind(reference: Path, iteration: int, stage: str = "generate") -> Path:
         run = tmp_path / "run"
@@ -114,13 +114,13 @@ def rewind(tmp_path) -> Callable[..., Path]:
 
 @pytest.fixture
 def rewound(reference, rewind) -> Callable[..., Path]:
-    """As `rewind`, of the reference."""
+    """As `rewind`, from the reference run."""
     return lambda iteration, stage="generate": rewind(reference, iteration, stage)
 
 
 @pytest.fixture
 def stopped_in_training(world, cli, rewound) -> Path:
-    """A run that was killed in the last iteration's training, with a checkpoint of it."""
+    """A run killed in the last training, with a checkpoint."""
     from test_kill import between_checkpoints, catch
 
     command = ("run", world.recipe, "--run-dir")

@@ -1,4 +1,4 @@
-"""A tiny recipe with its data, and how to look into run folders."""
+"""A tiny recipe with its data, and helpers to read run folders."""
 
 import contextlib
 import hashlib
@@ -33,14 +33,14 @@ PROMPTS, HELDOUT, ITERATIONS, SAVE_STEPS, SHARDS = 24, 10, 2, 5, 6
 
 
 def write_rows(path: Path, rows: list[Any]) -> Path:
-    """A JSON-lines file; a row that is text already is written as it is."""
+    """Write a JSON-lines file. A row that is text is written unchanged."""
     lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
     path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     return path
 
 
 def rows() -> list[dict[str, str]]:
-    """48 rows, of which twelve repeat the prompt of another with another response."""
+    """48 rows; twelve of them repeat another row's prompt with another response."""
     answers = ("Paris", "Yes", "red", "three")
     first = [{"prompt": f"What is {n}?", "response": answers[n % 4]} for n in range(36)]
     return first + [{"prompt": f"What is {n}?", "response": "green"} for n in range(0, 36, 3)]
@@ -48,7 +48,7 @@ def rows() -> list[dict[str, str]]:
 
 @dataclass(frozen=True)
 class World:
-    """A folder with a model, data and a recipe, as a user would have it."""
+    """A user's folder: a model, data and a recipe."""
 
     folder: Path
     recipe: Path
@@ -72,14 +72,14 @@ def read_pairs(run: Path, iteration: int, split: str) -> list[dict[str, Any]]:
 
 
 def readme_command(where: str) -> list[str]:
-    """The command that README's table gives for a kind of machine."""
+    """The command for a kind of machine in the README's table."""
     readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     (line,) = (line for line in readme.splitlines() if line.startswith(f"| {where}"))
     return shlex.split(line.split("`")[1])
 
 
 def steps(run: Path) -> list[dict[str, Any]]:
-    """The lines of train_log.jsonl, as far as they are complete."""
+    """The complete lines of train_log.jsonl."""
     path = run / "train_log.jsonl"
     lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
     return [json.loads(line) for line in lines]
@@ -102,7 +102,7 @@ def change_marker(path: Path, **facts: Any) -> None:
 
 
 def reseal(run: Path) -> None:
-    """Make all markers fit what the run folder holds now, as if its stages had come to that."""
+    """Rewrite all markers so that they match the files in the run folder."""
     folder = RunDir(run)
     players = [("prepare", START), ("sft", START), ("evaluate", START)]
     stages = ("generate", "reference_logprobs", "train", "evaluate", "promote")
@@ -118,7 +118,7 @@ def without(values: dict[str, Any], *names: str) -> dict[str, Any]:
 
 
 def contents(run: Path) -> dict[str, str]:
-    """Digest of every file of a run, without what a clock or a process number decides."""
+    """Digest of every file of a run, without values that depend on the clock or the process."""
     found = {}
     for path in sorted(run.rglob("*")):
         name = path.relative_to(run).as_posix()
@@ -133,7 +133,7 @@ def contents(run: Path) -> dict[str, str]:
 
 
 def assert_whole(run: Path) -> None:
-    """Every file under its final name is complete."""
+    """Every file with its final name is complete."""
     from safetensors.torch import load_file
 
     for path in run.rglob("*"):
@@ -154,13 +154,13 @@ def assert_whole(run: Path) -> None:
 
 
 def held_by(run: Path, pid: int) -> bool:
-    """Whether the process has locked the run folder."""
+    """Whether a process holds the run folder."""
     return RunDir(run).lock_owner().startswith(f"pid {pid} on ")
 
 
 @contextlib.contextmanager
 def fifo(path: Path) -> Iterator[Path]:
-    """A pipe without a reader: whoever opens it to write stops there, until it is killed."""
+    """Make a pipe without a reader: a process that opens it for writing waits until it is killed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     os.mkfifo(path)
     try:

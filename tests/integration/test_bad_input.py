@@ -1,4 +1,4 @@
-"""Whatever is wrong, the user is told once: what, where and what to do. Nothing half-written is left behind."""
+"""Wrong input ends in one message that says what, where and what to do. No half-written file is left."""
 
 import contextlib
 import fcntl
@@ -30,7 +30,7 @@ Refused = Callable[..., str]
 
 @pytest.fixture
 def refused(cli: Cli, world: World, tmp_path: Path) -> Refused:
-    """Runs the recipe with changes, in vain; returns the message. What was not done is not marked as done."""
+    """Run the recipe with changes and expect an error. Return the message."""
 
     def refused(
         *changes: str, failed: str = ".spinlm/start/prepare.done", run: Path | None = None, whole: bool = True
@@ -47,7 +47,7 @@ def refused(cli: Cli, world: World, tmp_path: Path) -> Refused:
 
 @pytest.fixture
 def stage_refused(cli: Cli, world: World) -> Refused:
-    """Runs one stage, in vain; returns the message."""
+    """Run one stage and expect an error. Return the message."""
 
     def refused(stage: str, run: Path, iteration: int = 1) -> str:
         result = cli(stage.replace("_", "-"), run, "--iteration", str(iteration), folder=world.folder, code=2)
@@ -57,8 +57,8 @@ def stage_refused(cli: Cli, world: World) -> Refused:
     return refused
 
 
-def goes_on(cli: Cli, world: World, run: Path, *changes: str) -> None:
-    """The same command works once the cause is gone."""
+def assert_resumes(cli: Cli, world: World, run: Path, *changes: str) -> None:
+    """The same command works after the cause is removed."""
     cli("run", world.recipe, *changes, "--run-dir", run, folder=world.folder)
     assert (run / ".spinlm" / "iteration-1" / "promote.done").exists()
     assert_whole(run)
@@ -80,18 +80,18 @@ def test_unknown_key(refused, world):
 
 
 @pytest.mark.parametrize("name", ["objective.beta", "train.learning_rate"])
-def test_list_of_another_length_than_iterations(refused, world, name):
+def test_list_with_another_length_than_iterations(refused, world, name):
     assert refused(f"{name}=[0.1, 0.2, 0.3]").startswith(f"{world.recipe}: {name}: 3 values for 2 iterations")
 
 
-def test_recipe_is_not_there(cli, tmp_path):
+def test_missing_recipe(cli, tmp_path):
     missing = cli("run", "nothing.yaml", folder=tmp_path, code=2)
     assert missing.message == "nothing.yaml: no such recipe. `spinlm init` writes one to start from"
     assert list(tmp_path.iterdir()) == []
 
 
 def assert_nothing_made(run: Path) -> None:
-    """A slip of the pen is told at once, not after hours of work."""
+    """A wrong name is reported before any work is done."""
     made = {path.name for path in run.iterdir()}
     assert made == {".spinlm", "recipe.yaml", "error.txt"}
 
@@ -118,7 +118,7 @@ def test_unknown_tracker(refused, tmp_path):
 
 
 def test_tracker_that_is_not_installed(refused, tmp_path):
-    """Any of these that is missing here."""
+    """Use one that is not installed here."""
     name = next(name for name in ("wandb", "comet_ml", "clearml") if find_spec(name) is None)
     message = refused(f"report_to=[{name}]")
     assert (
@@ -130,13 +130,13 @@ def test_tracker_that_is_not_installed(refused, tmp_path):
 # The data
 
 
-def test_data_is_not_there(refused, tmp_path):
+def test_missing_data(refused, tmp_path):
     path = tmp_path / "nothing.jsonl"
     assert refused(f"data.path={path}") == f"{path}: no such file"
 
 
 @pytest.mark.parametrize(("text", "why"), [("", "is empty"), ("\n \n", "is empty: it has no rows")])
-def test_data_is_empty(refused, tmp_path, text, why):
+def test_empty_data(refused, tmp_path, text, why):
     path = tmp_path / "empty.jsonl"
     path.write_text(text)
     assert refused(f"data.path={path}") == f"{path}: {why}"
@@ -188,7 +188,7 @@ def test_bad_rows_can_be_skipped(cli, world, tmp_path):
     assert found["rows"] == len(BAD_ROWS) + 48
 
 
-def test_fewer_rows_than_asked_for(refused):
+def test_too_few_rows(refused):
     message = refused("data.prompts=100")
     assert (
         "data.jsonl: not enough usable examples: 10 of 10 heldout, 37 of 100 train. 48 rows gave 47 examples; "
@@ -198,7 +198,7 @@ def test_fewer_rows_than_asked_for(refused):
 
 
 def test_row_can_be_corrected(refused, cli, world, tmp_path):
-    """The message says so, and nothing has been made of the old file."""
+    """As the message says: nothing was made from the old file."""
     path = write_rows(tmp_path / "rows.jsonl", [*rows(), "{"])
     changes = (f"data.path={path}", *few("data.prompts=null"))
     assert "row 49" in refused(*changes)
@@ -207,7 +207,7 @@ def test_row_can_be_corrected(refused, cli, world, tmp_path):
 
 
 def test_recipe_can_be_corrected(refused, cli, world, tmp_path):
-    """The message says so, and nothing has been made from the old recipe."""
+    """As the message says: nothing was made from the old recipe."""
     path = write_rows(tmp_path / "rows.jsonl", [*rows(), "{"])
     changes = (f"data.path={path}", *few("data.prompts=null"))
     assert "set data.on_bad_row: skip" in refused(*changes)
@@ -222,15 +222,15 @@ def test_data_that_changed_since_the_run_began(cli, world, tmp_path):
     write_rows(own / "data.jsonl", [*rows(), *rows()[:1]])
     message = cli(*command, folder=own, code=2).message
     assert message.startswith("run: the model or data has changed since this run began:\n  data.sha256: was ")
-    assert message.endswith("Put the old one back, choose another --run-dir, or start again with --overwrite")
+    assert "choose another --run-dir, or start again with --overwrite" in message
     assert contents(own / "run") == before
     write_rows(own / "data.jsonl", rows())
-    cli(*command, folder=own)  # the old one was put back
+    cli(*command, folder=own)  # the old data is back
     assert contents(own / "run") == before
 
 
 def test_model_that_changed_since_the_run_began(cli, world, tmp_path):
-    """To another of the same shape, as another fine-tuning of the same base is."""
+    """The new model has the same shape, like another fine-tuning of the same base."""
     own = shutil.copytree(world.folder, tmp_path / "world")
     command = ("run", "recipe.yaml", *few(), "--run-dir", "run")
     cli(*command, folder=own)
@@ -244,20 +244,19 @@ def test_model_that_changed_since_the_run_began(cli, world, tmp_path):
     )
 
 
-def test_provenance_that_is_damaged_or_gone(cli, world, reference, tmp_path):
+def test_damaged_or_missing_provenance(cli, world, reference, tmp_path):
     run = shutil.copytree(reference, tmp_path / "run", symlinks=True)
     for content in ("[]", "{}", "{"):
         (run / "provenance.json").write_text(content)
         message = cli("run", world.recipe, "--run-dir", run, folder=world.folder, code=2).message
         assert message.startswith(f"{run / 'provenance.json'}: damaged")
     (run / "provenance.json").unlink()
-    goes_on(cli, world, run)
+    assert_resumes(cli, world, run)
     inputs = [json.loads((one / "provenance.json").read_text())["inputs"] for one in (run, reference)]
     assert inputs[0] == inputs[1]
 
 
-def test_recipe_of_a_run_that_is_damaged(stage_refused, rewound):
-    """A stage by hand has no other."""
+def test_edited_recipe_of_a_run(stage_refused, rewound):
     run = rewound(1, "train")
     path = run / "recipe.yaml"
     path.write_text(path.read_text().replace("learning_rate: 0.002", "learning_rate: 0.003"))
@@ -265,7 +264,7 @@ def test_recipe_of_a_run_that_is_damaged(stage_refused, rewound):
 
 
 def test_relative_paths_mean_the_same_from_any_folder(cli, world, reference, tmp_path):
-    """The recipe lies elsewhere, and so does the run: what is relative is beside the recipe."""
+    """Relative paths start at the recipe's folder."""
     run = shutil.copytree(reference, tmp_path / "run", symlinks=True)
     before = contents(run)
     cli("run", os.path.relpath(world.recipe, tmp_path), "--run-dir", "run", folder=tmp_path)
@@ -277,14 +276,14 @@ def test_relative_paths_mean_the_same_from_any_folder(cli, world, reference, tmp
 # The model
 
 
-def test_model_is_not_there(refused, tmp_path):
+def test_missing_model(refused, tmp_path):
     path = tmp_path / "nothing"
     assert refused(f"model.path={path}") == (
         f"{path}: no such file or folder. Give a folder, a .gguf file, package://NAME/FILE or a hub id"
     )
 
 
-def test_folder_that_is_no_model(refused, tmp_path):
+def test_folder_without_a_model(refused, tmp_path):
     (tmp_path / "empty").mkdir()
     message = refused(f"model.path={tmp_path / 'empty'}")
     assert message.startswith(f"{tmp_path / 'empty'}: not a model folder")
@@ -296,7 +295,7 @@ def test_model_without_weights(refused, world, tmp_path):
     assert refused(f"model.path={folder}") == (f"{folder}: a model folder without weights (no *.safetensors, no *.bin)")
 
 
-def test_model_whose_weights_are_cut_off(refused, world, tmp_path):
+def test_model_with_truncated_weights(refused, world, tmp_path):
     folder = shutil.copytree(world.model, tmp_path / "model")
     cut(folder / "model.safetensors", 0.5)
     message = refused(f"model.path={folder}", failed=".spinlm/start/sft.done")
@@ -335,7 +334,7 @@ def test_model_in_a_package_that_is_not_installed(refused):
     )
 
 
-def test_model_with_a_weight_that_is_not_a_number(refused, world, tmp_path):
+def test_model_with_a_nan_weight(refused, world, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(world.model)
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[3, 5] = torch.nan
@@ -387,7 +386,7 @@ def test_run_folder_in_use(cli, world, reference, tmp_path):
     cli(*commands[0], folder=world.folder)
 
 
-def test_fresh_deletes_no_folder_that_is_no_run(cli, world, tmp_path):
+def test_overwrite_deletes_only_run_folders(cli, world, tmp_path):
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "thesis.txt").write_text("years of work")
@@ -397,8 +396,8 @@ def test_fresh_deletes_no_folder_that_is_no_run(cli, world, tmp_path):
     assert [path.name for path in mine.iterdir()] == ["thesis.txt"]
 
 
-def test_run_does_not_move_into_a_folder_of_somebody_else(cli, world, tmp_path):
-    """`--run-dir .` by mistake."""
+def test_run_dir_with_other_files(cli, world, tmp_path):
+    """For example `--run-dir .`, by mistake."""
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "recipe.yaml").write_text("mine")
@@ -428,7 +427,7 @@ def test_run_dir_cannot_be_written(world, tmp_path):
     assert list(closed.iterdir()) == []
 
 
-def test_folder_is_no_run(cli, world, tmp_path):
+def test_folder_without_a_run(cli, world, tmp_path):
     commands = [
         ("train", tmp_path, "--iteration", "0"),
         ("chat", tmp_path, "--prompt", "What?"),
@@ -446,7 +445,7 @@ def test_stages_out_of_order(stage_refused, rewound):
     hint = "`spinlm run` does all stages in order"
     for stage, iteration, before in (
         ("reference_logprobs", 0, "generate of iteration 0"),
-        ("train", 0, "score of iteration 0"),
+        ("train", 0, "reference_logprobs of iteration 0"),
         ("evaluate", 0, "train of iteration 0"),
         ("generate", 1, "train of iteration 0"),
     ):
@@ -462,7 +461,7 @@ def test_iteration_out_of_range(cli, world, reference, iteration):
     assert message == f"--iteration {iteration}: this run has iterations 0 to 1"
 
 
-# Files that were damaged
+# Damaged files
 
 
 def cut(path: Path, share: float) -> None:
@@ -488,8 +487,8 @@ def cut_in_a_line(path: Path) -> None:
 
 
 @pytest.mark.parametrize(("damage", "what"), [(cut_in_a_line, CHANGED), (drop_a_line, CHANGED), (Path.unlink, MISSING)])
-@pytest.mark.parametrize("iteration", [1, 0])  # the one before is replayed
-def test_generations_that_are_damaged(stage_refused, rewound, iteration, damage, what):
+@pytest.mark.parametrize("iteration", [1, 0])  # the iteration before is replayed
+def test_damaged_generations(stage_refused, rewound, iteration, damage, what):
     run = rewound(1, "reference_logprobs")
     folder = run / f"iteration-{iteration}"
     path = folder / "generations" / "train-00002.jsonl"
@@ -499,8 +498,8 @@ def test_generations_that_are_damaged(stage_refused, rewound, iteration, damage,
 
 
 @pytest.mark.parametrize("line", ["{}", "[]", "nonsense", '{"id": "a"}'])
-def test_line_that_is_no_record(tmp_path, line):
-    """Of a file that was damaged while its stage was at work, and so is in no marker."""
+def test_damaged_line(tmp_path, line):
+    """A file whose stage is not complete is in no marker."""
     path = tmp_path / "train-00000.jsonl"
     path.write_text(json.dumps(asdict(Generation("a", 0, 0, [1, 2], "Yes", True, -1.0))) + f"\n{line}\n")
     with pytest.raises(RunError) as caught:
@@ -509,14 +508,14 @@ def test_line_that_is_no_record(tmp_path, line):
 
 
 def after_the_schema(path: Path) -> None:
-    """To arrow, what is left is a whole file without pairs."""
+    """Arrow reads the rest as a complete file without pairs."""
     data = path.read_bytes()
     for length in range(0, len(data), 8):
         path.write_bytes(data[:length])
         with contextlib.suppress(RunError):
             assert len(read_pairs([path])) == 0
             return
-    raise AssertionError("this can be left out by now: arrow notices it")
+    raise AssertionError("Arrow now notices this: delete this case")
 
 
 @pytest.mark.parametrize(
@@ -529,7 +528,7 @@ def after_the_schema(path: Path) -> None:
         (Path.unlink, MISSING),
     ],
 )
-def test_pairs_that_are_damaged(stage_refused, rewound, damage, what):
+def test_damaged_pairs(stage_refused, rewound, damage, what):
     run = rewound(1, "train")
     path = run / "iteration-1" / "pairs" / "train-00002.arrow"
     damage(path)
@@ -545,9 +544,7 @@ def test_pairs_that_are_damaged(stage_refused, rewound, damage, what):
         ("evaluate", "heldout_greedy.jsonl", "promote"),
     ],
 )
-def test_damaged_file_can_be_made_again_as_the_message_says(
-    refused, cli, world, reference, rewound, stage, name, follows
-):
+def test_damaged_file_is_replaced_as_the_message_says(refused, cli, world, reference, rewound, stage, name, follows):
     run = rewound(1, follows)
     folder = run / "iteration-1"
     with (folder / name).open("ab") as file:
@@ -557,7 +554,7 @@ def test_damaged_file_can_be_made_again_as_the_message_says(
     (folder / name).unlink()
     (run / ".spinlm" / "iteration-1" / f"{stage}.done").unlink()
     others = {path: path.stat().st_ino for path in (folder / name).parent.glob("train-*")}
-    goes_on(cli, world, run)
+    assert_resumes(cli, world, run)
     assert {path: path.stat().st_ino for path in others} == others  # the other shards are kept
     assert (folder / name).read_bytes() == (reference / "iteration-1" / name).read_bytes()
     repeated, first = (RunDir(folder).reproducible_metadata(stage, 1) for folder in (run, reference))
@@ -565,7 +562,7 @@ def test_damaged_file_can_be_made_again_as_the_message_says(
 
 
 @pytest.mark.parametrize("text", ["", "{", "{}", "[]", "null"])
-def test_marker_that_is_damaged(stage_refused, rewound, text):
+def test_damaged_marker(stage_refused, rewound, text):
     run = rewound(1, "train")
     marker = run / ".spinlm" / "iteration-1" / "reference_logprobs.done"
     marker.write_text(text)
@@ -574,7 +571,7 @@ def test_marker_that_is_damaged(stage_refused, rewound, text):
     assert "Delete it and run again" in message
 
 
-def test_checkpoint_that_is_cut(cli, world, stopped_in_training):
+def test_truncated_checkpoint(cli, world, stopped_in_training):
     run = stopped_in_training
     (checkpoint,) = (run / "iteration-1" / "checkpoints").glob("step-*")
     for file in ("weights.safetensors", "optimizer.safetensors", "state.json"):
@@ -587,14 +584,14 @@ def test_checkpoint_that_is_cut(cli, world, stopped_in_training):
         (checkpoint / file).write_bytes(kept)
 
 
-def test_player_that_is_cut(stage_refused, rewound):
+def test_truncated_player(stage_refused, rewound):
     run = rewound(1)
     path = run / "iteration-0" / "player" / "adapter_model.safetensors"
     cut(path, 0.5)
     assert_names(stage_refused("generate", run), path, "train", CHANGED)
 
 
-def test_stage_that_was_redone_with_another_result(refused, rewound):
+def test_stage_redone_with_another_result(refused, rewound):
     run = rewound(1, "train")
     change_marker(run / ".spinlm" / "iteration-1" / "generate.done", digest="0" * 64)
     message = refused(run=run, failed=".spinlm/iteration-1/train.done")
@@ -605,8 +602,8 @@ def test_stage_that_was_redone_with_another_result(refused, rewound):
 # A full disk
 
 
-def test_disk_that_is_full(refused, cli, world, reference, rewound):
-    """At one file after the other; what was done before is kept each time."""
+def test_full_disk(refused, cli, world, reference, rewound):
+    """One file after another cannot be written. Earlier work is kept each time."""
     run = rewound(1)
     for name in (
         "generations/.train-00001.jsonl.tmp",
@@ -622,10 +619,10 @@ def test_disk_that_is_full(refused, cli, world, reference, rewound):
         assert "the disk is full (" in message
         assert "No space left on device" in message
         assert "run folder" in message or str(run) in message
-        assert "Make room or choose another --run-dir, then run the same command again" in message
+        assert "choose another --run-dir, then run the same command again" in message
         assert not (full.parent / name.split("/")[-1].removeprefix(".").removesuffix(".tmp")).exists()
         full.unlink()
-    goes_on(cli, world, run)
+    assert_resumes(cli, world, run)
     player = "iteration-1/player/adapter_model.safetensors"
     assert (run / player).read_bytes() == (reference / player).read_bytes()
 
@@ -636,8 +633,8 @@ def test_disk_that_is_full(refused, cli, world, reference, rewound):
     else True,
     reason="needs a namespace of its own to mount a small disk in",
 )
-def test_disk_that_gets_full_while_training(cli, world, reference, rewound, tmp_path):
-    """A real small disk, which has room for what comes before the first checkpoint and not for the checkpoint."""
+def test_disk_that_fills_up_while_training(cli, world, reference, rewound, tmp_path):
+    """A small disk with room for everything but the first checkpoint."""
     run, small, kept = rewound(1, "train"), tmp_path / "small", tmp_path / "kept"
     small.mkdir()
     kept.mkdir()
@@ -660,31 +657,31 @@ def test_disk_that_gets_full_while_training(cli, world, reference, rewound, tmp_
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     assert "the disk is full" in done.stderr
-    goes_on(cli, world, kept)
+    assert_resumes(cli, world, kept)
     player = "iteration-1/player/adapter_model.safetensors"
     assert (kept / player).read_bytes() == (reference / player).read_bytes()
 
 
-def test_disk_that_gets_full_again_and_again(filling, world, reference, tmp_path):
-    """From an empty folder: whenever some more has been written, by whatever library, the disk is full."""
+def test_disk_that_fills_up_again_and_again(filling, world, reference, tmp_path):
+    """Every attempt writes some more before the disk is full."""
     run, failures = tmp_path / "run", 0
     while (result := run_until_full(filling, world, run, 150)).code != 0:
-        assert_told_of_full_disk(result, run)
+        assert_full_disk_message(result, run)
         failures += 1
-    assert 8 <= failures <= 15, "each goes on where the one before stopped"
+    assert 8 <= failures <= 15, "each attempt continues where the last one stopped"
     assert contents(run) == contents(reference)
 
 
 def run_until_full(filling: Cli, world: World, run: Path, at: int, *changes: str, **environment: str) -> Result:
-    """Play the recipe until something is written for the n-th time: from then on the disk is full."""
+    """Run the recipe on a disk that is full from the n-th write on."""
     environment = {"FULL_DISK_FOLDER": str(run), "FULL_DISK_AT": str(at), **environment}
     return filling.start("run", world.recipe, *changes, "--run-dir", run, folder=world.folder, **environment).wait()
 
 
-def assert_told_of_full_disk(result: Result, run: Path, what: str = "the disk is full") -> None:
+def assert_full_disk_message(result: Result, run: Path, what: str = "the disk is full") -> None:
     assert result.code == 2, result.err
     assert result.message.startswith(str(run))
     assert f": {what} (" in result.message
-    assert ".tmp:" not in result.message, "a name that means nothing to the user"
+    assert ".tmp:" not in result.message, "the temporary name"
     if run.exists():
         assert_whole(run)

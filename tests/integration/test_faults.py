@@ -1,4 +1,4 @@
-"""Faults by the dozen, for `make test-all`: each ends in the right result or in a message, never in a wrong player."""
+"""Many faults, for `make test-all`: each one ends in the right result or in a message, never in a wrong player."""
 
 import errno
 import json
@@ -18,7 +18,7 @@ import torch
 from commands import Process
 from runs import assert_whole, contents, reseal, without
 from safetensors.torch import load_file, save_file
-from test_bad_input import assert_told_of_full_disk, run_until_full
+from test_bad_input import assert_full_disk_message, run_until_full
 from test_kill import assert_same_result, between_checkpoints, catch
 
 from spinlm.recipe.fingerprint import recipe_fingerprint
@@ -32,12 +32,12 @@ pytestmark = pytest.mark.slow
 
 LOGS = ("lock", "train_log.jsonl")  # nothing is made from these files
 KILLS, SEEDS = 20, 5
-LONGEST = 5.0  # seconds until a run is killed: longer than a whole one takes on a quiet machine
+LONGEST = 5.0  # seconds until a run is killed: longer than a complete run on an idle machine
 
 
 @pytest.fixture
 def start(world, cli) -> Callable[..., Process]:
-    """Starts `spinlm run` on a run folder."""
+    """Start `spinlm run` on a run folder."""
     return lambda run, **environment: cli.start(
         "run", world.recipe, "--run-dir", run, folder=world.folder, **environment
     )
@@ -45,7 +45,7 @@ def start(world, cli) -> Callable[..., Process]:
 
 @pytest.mark.parametrize("seed", range(SEEDS))
 def test_killed_at_random_points(start, reference, tmp_path, seed):
-    """A run that ends before it is killed counts as none; the kills that are left are given to the next."""
+    """If a run ends before all kills are used, the next run gets the rest."""
     moments, kills, runs = random.Random(seed), 0, 0
     while kills < KILLS:
         run, runs = tmp_path / f"run-{runs}", runs + 1
@@ -82,7 +82,7 @@ def flip(path: Path, chance: random.Random) -> bytes:
 
 @pytest.mark.parametrize("stage", ["generate", "reference_logprobs", "train", "evaluate", "promote"])
 def test_a_flipped_bit_in_any_file(start, reference, rewound, stage):
-    """One bit of one file, before a stage of the last iteration: the run refuses it, or nothing else is different."""
+    """One bit of one file, before a stage of the last iteration: the run refuses it, or gives the same result."""
     run, chance = rewound(1, stage), random.Random(stage)
     kept = run.with_name("kept")
     shutil.copytree(run, kept, symlinks=True)
@@ -106,7 +106,7 @@ def test_a_flipped_bit_in_any_file(start, reference, rewound, stage):
 
 @pytest.mark.parametrize(("stage", "folder"), [("generate", "generations"), ("reference_logprobs", "pairs")])
 def test_a_flipped_bit_in_a_shard_of_an_unfinished_stage(start, reference, rewound, stage, folder):
-    """It is made anew, and the others are kept."""
+    """The damaged shard is written again, the others are kept."""
     run, chance = RunDir(rewound(1, stage)), random.Random(stage)
     shards = run.iteration(1) / folder
     source = reference / "iteration-1" / folder
@@ -142,9 +142,9 @@ FULL_DISKS = int(os.environ.get("FULL_DISKS", "40"))  # a large number tries eve
     ],
 )
 def test_disk_that_fails_at_any_write(filling, world, tmp_path, error, lasting, what):
-    """The n-th call that writes fails: open, write, ftruncate, fsync, rename, mkdir, symlink, in whatever language.
+    """The n-th call that writes fails: open, write, ftruncate, fsync, rename, mkdir, symlink.
 
-    A disk that has room again at once finds out whether a library goes on as if it had written everything.
+    If only that call fails, a library must not continue as if it had written everything.
     """
     reference, log = tmp_path / "reference", tmp_path / "log"
     assert run_until_full(filling, world, reference, 0, *BRIEF, FULL_DISK_LOG=str(log)).code == 0
@@ -157,7 +157,7 @@ def test_disk_that_fails_at_any_write(filling, world, tmp_path, error, lasting, 
         run = tmp_path / "run"
         result = run_until_full(filling, world, run, 1 + number * points // count, *BRIEF, **fault)
         if result.code != 0 or lasting:
-            assert_told_of_full_disk(result, run, what)
+            assert_full_disk_message(result, run, what)
             refused += 1
             assert run_until_full(filling, world, run, 0, *BRIEF).code == 0
         assert contents(run) == contents(reference), number
@@ -166,7 +166,7 @@ def test_disk_that_fails_at_any_write(filling, world, tmp_path, error, lasting, 
 
 
 def assert_every_file_is_seen(run: Path, log: Path) -> None:
-    """What is in the run folder has gone through the calls that can be made to fail, each byte of it."""
+    """Every byte in the run folder was written by calls that can be made to fail."""
     written: Counter[str] = Counter()
     for line in log.read_text().splitlines():
         _, call, count, path = line.split(" ", 3)
@@ -178,7 +178,7 @@ def assert_every_file_is_seen(run: Path, log: Path) -> None:
         assert written[str(folder)] >= sum(sizes), folder
 
 
-# Weights that are no numbers
+# NaN weights
 
 
 def poison(path: Path, chance: random.Random) -> None:
@@ -191,7 +191,7 @@ def poison(path: Path, chance: random.Random) -> None:
 
 
 def assert_numbers(folder: Path) -> None:
-    """Nothing in a folder is made of what is no number."""
+    """No file in a folder holds NaN or infinity."""
     for path in folder.rglob("*.json*"):
         assert not {"NaN", "Infinity"} & set(re.findall(r"\w+", path.read_text(encoding="utf-8"))), path
     for path in folder.rglob("*.safetensors"):
@@ -202,13 +202,13 @@ def assert_numbers(folder: Path) -> None:
 
 
 def made(run: Path) -> dict[str, str]:
-    """What the last iteration has made, without markers: they know what it was made of."""
+    """Files of the last iteration, without markers."""
     return contents(run / "iteration-1")
 
 
 @pytest.mark.parametrize("kind", ["adapter", "whole model"])
-def test_a_weight_of_a_player_that_is_no_number(cli, world, rewind, tmp_path, kind):
-    """Before each stage of the last iteration, in each player, with markers as if it had been trained so."""
+def test_nan_weight_of_a_player(cli, world, rewind, tmp_path, kind):
+    """Before each stage of the last iteration, in each player, with matching markers."""
     changes = (*BRIEF, *(() if kind == "adapter" else ("lora=null",)))
     reference, chance = tmp_path / "reference", random.Random(kind)
     cli("run", world.recipe, *changes, "--run-dir", reference, folder=world.folder)
@@ -235,8 +235,8 @@ def test_a_weight_of_a_player_that_is_no_number(cli, world, rewind, tmp_path, ki
     assert told > silent
 
 
-def test_a_weight_of_the_base_that_is_no_number(cli, world, tmp_path):
-    """Under an adapter. It may be of a token that nobody says."""
+def test_nan_weight_of_the_base(cli, world, tmp_path):
+    """With an adapter. The weight may belong to a token that is never used."""
     own = shutil.copytree(world.folder, tmp_path / "world")
     command = ("run", own / "recipe.yaml", *BRIEF, "--run-dir")
     cli(*command, own / "reference", folder=own)
@@ -259,8 +259,8 @@ def test_a_weight_of_the_base_that_is_no_number(cli, world, tmp_path):
 
 
 @pytest.mark.parametrize("file", ["weights.safetensors", "optimizer.safetensors", "state.json"])
-def test_a_checkpoint_that_has_changed(start, stopped_in_training, file):
-    """One bit of it, or one number that is none, with digests as if it had been saved so."""
+def test_changed_checkpoint(start, stopped_in_training, file):
+    """One bit, or one NaN with matching digests."""
     run, chance, flips = stopped_in_training, random.Random(file), 20
     (checkpoint,) = (run / "iteration-1" / "checkpoints").glob("step-*")
     kept = (checkpoint / file).read_bytes()
@@ -286,7 +286,7 @@ def test_a_checkpoint_that_has_changed(start, stopped_in_training, file):
 @pytest.mark.parametrize("year", [1980, 2040])
 @pytest.mark.parametrize("killed", [True, False])
 def test_clock_that_is_set(start, reference, rewound, year, killed):
-    """While a run is in training, or after it was killed there: all files seem old, or from the future."""
+    """During training, or after a kill: all files seem old, or from the future."""
     run, process = catch(start, lambda: rewound(1), lambda run: between_checkpoints(run, "train", 1))
     if killed:
         process.kill()
@@ -303,7 +303,7 @@ def test_clock_that_is_set(start, reference, rewound, year, killed):
 
 @pytest.mark.parametrize("every", [1, 7, 50])
 def test_clock_that_jumps(jumping, world, reference, tmp_path, every):
-    """By years, forth and back, from the first moment of a run to its end."""
+    """By years, forward and back, during the whole run."""
     run, log = tmp_path / "run", tmp_path / "log"
     clock = {"JUMPING_CLOCK": str(every), "JUMPING_CLOCK_LOG": str(log)}
     process = jumping.start("run", world.recipe, "--run-dir", run, folder=world.folder, **clock)

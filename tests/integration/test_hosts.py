@@ -1,4 +1,4 @@
-"""Two hosts with a network between them: namespaces with addresses of their own, and torchrun on each of them."""
+"""Two hosts and a network, simulated by two network namespaces with torchrun in each."""
 
 import os
 import shutil
@@ -42,7 +42,7 @@ class Hosts:
         self.link("up")
 
     def link(self, state: str) -> None:
-        """Join or cut the cable."""
+        """Connect (`up`) or cut (`down`) the cable."""
         for namespace, cable in zip(self.names, self.cables, strict=True):
             ip("-n", namespace, "link", "set", cable, state)
 
@@ -51,8 +51,8 @@ class Hosts:
         torchrun, *command = readme_command("several nodes")
         assert torchrun == "torchrun"
         command = [FIRST + ":29400" if word == "HOST:29400" else "1" if word == "8" else word for word in command]
-        at = command.index("run")  # what comes after is the test's own
-        # A name would say which of them is to hold the store; here both have the machine's name.
+        at = command.index("run")  # the test gives its own arguments after this
+        # torchrun compares host names to choose the host of the store; here both hosts have the same name.
         place = ("--local-addr", (FIRST, SECOND)[number], "--rdzv-conf", f"is_host={int(number == 0)}")
         environment = os.environ | {
             "GLOO_SOCKET_IFNAME": self.cables[number],
@@ -65,7 +65,7 @@ class Hosts:
             return subprocess.Popen(command, cwd=folder, stdout=output, stderr=output, env=environment)
 
     def remove(self) -> None:
-        """End what runs there, and take them down."""
+        """End the processes and remove the namespaces."""
         for namespace in self.names:
             for pid in ip("netns", "pids", namespace).split():
                 subprocess.run(["kill", "-KILL", pid], check=False, capture_output=True)
@@ -88,7 +88,7 @@ def hosts() -> Iterator[Hosts]:
     hosts.remove()
 
 
-def test_a_cut_link_ends_both_sides_and_a_rerun_goes_on(hosts: Hosts, world: World, tmp_path: Path) -> None:
+def test_cut_link_ends_both_hosts_and_a_rerun_continues(hosts: Hosts, world: World, tmp_path: Path) -> None:
     recipe, run = world.folder / "long.yaml", tmp_path / "run"
     recipe.write_text(
         RECIPE.replace("epochs: 3", "epochs: 30").replace("iterations: 2", "iterations: 1"), encoding="utf-8"

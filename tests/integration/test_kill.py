@@ -1,4 +1,4 @@
-"""A run that is killed or interrupted anywhere and started again ends as if nothing had happened, to the bit."""
+"""A run that is killed or interrupted anywhere gives, after a rerun, the results of an undisturbed run, to the bit."""
 
 import json
 import re
@@ -19,12 +19,12 @@ STOPPED = "stopped; run the same command again to continue"
 
 @pytest.fixture
 def start(world: World, cli: Cli) -> Callable[[Path], Process]:
-    """Starts `spinlm run` on a run folder."""
+    """Start `spinlm run` on a run folder."""
     return lambda run: cli.start("run", world.recipe, "--run-dir", run, folder=world.folder)
 
 
 def assert_same_result(run: Path, reference: Path) -> None:
-    """The last player, its answers and what was measured are those of the run that nobody disturbed."""
+    """Players, responses and metrics are those of the undisturbed run."""
     for name in ("player/adapter_model.safetensors", "heldout_greedy.jsonl", "eval.json", "selection.json"):
         for folder in ("iteration-0", LAST):
             assert (run / folder / name).read_bytes() == (reference / folder / name).read_bytes(), (folder, name)
@@ -37,7 +37,7 @@ def assert_same_result(run: Path, reference: Path) -> None:
 
 
 def timeless(run: Path) -> list[dict[str, float]]:
-    """The lines of train_log.jsonl, each step once and in order."""
+    """The lines of train_log.jsonl without times."""
     return [{key: value for key, value in line.items() if key != "tokens_per_second"} for line in steps(run)]
 
 
@@ -46,7 +46,7 @@ def count_steps(run: Path, stage: str, iteration: int) -> int:
 
 
 def between_checkpoints(run: Path, stage: str, iteration: int, after: int = 0) -> bool:
-    """Whether training has got beyond a checkpoint later than step `after`, and is not at the next."""
+    """Whether training is between two checkpoints, the first of them later than step `after`."""
     folder = run / ("start" if iteration < 0 else f"iteration-{iteration}")
     saved = max((int(path.name.removeprefix("step-")) for path in folder.glob("checkpoints/step-*")), default=0)
     done = count_steps(run, stage, iteration)
@@ -56,7 +56,7 @@ def between_checkpoints(run: Path, stage: str, iteration: int, after: int = 0) -
 def catch(
     start: Callable[[Path], Process], rewind: Callable[[], Path], moment: Callable[[Path], bool]
 ) -> tuple[Path, Process]:
-    """A run that is held still at a moment. A busy machine can miss the moment: then the run is begun again."""
+    """Stop a run with SIGSTOP at a moment. A busy machine can miss the moment: then the run starts again."""
     for _ in range(5):
         run = rewind()
         process = start(run)
@@ -84,13 +84,13 @@ def catch(
 )
 def test_killed_while_writing(start, reference, rewound, stage, held, when):
     run = rewound(1)
-    with fifo(run / LAST / held):  # the process waits there for a reader, so it cannot get past this point
+    with fifo(run / LAST / held):  # the process waits here for a reader
         process = start(run)
         process.wait_until(lambda: (run / LAST / when).exists() and asleep(process.pid))
         process.kill()
     assert not (run / ".spinlm" / LAST / f"{stage}.done").exists()
     assert_whole(run)
-    (run / LAST / held).write_text('{"half a li')  # what a process leaves that is killed in the middle of a write
+    (run / LAST / held).write_text('{"half a li')  # left by a process that was killed while writing
     assert start(run).wait().code == 0
     assert_same_result(run, reference)
 
@@ -102,7 +102,7 @@ def test_killed_in_training(start, reference, rewound):
     done = count_steps(run, "train", 1)
     assert done % SAVE_STEPS
     assert_whole(run)
-    # What a process leaves that is killed in the middle of a write.
+    # Left by a process that was killed while writing.
     with (run / "train_log.jsonl").open("a") as file:
         file.write('{"stage": "train", "iteration": 1, "st')
     half = run / LAST / "checkpoints" / ".step-000099.tmp"
@@ -116,8 +116,8 @@ def test_killed_in_training(start, reference, rewound):
     assert_same_result(run, reference)
 
 
-def test_killed_in_warmup(start, reference, tmp_path):
-    """In its second epoch."""
+def test_killed_in_sft(start, reference, tmp_path):
+    """Killed in the second epoch."""
     epoch = PROMPTS // 4
     run, process = catch(start, lambda: tmp_path / "run", lambda run: between_checkpoints(run, "sft", -1, epoch))
     process.kill()
@@ -126,7 +126,7 @@ def test_killed_in_warmup(start, reference, tmp_path):
     again = start(run).wait()
     assert "resuming after step" in again.err
     assert again.code == 0
-    assert "before it" not in again.err and "after epoch 1\n" not in again.err, "what was told is not told again"
+    assert "before it" not in again.err and "after epoch 1\n" not in again.err, "finished epochs are not reported again"
     assert "after epoch 2\n" in again.err and "after epoch 3\n" in again.err
     assert_same_result(run, reference)
     for name in ("player/adapter_model.safetensors", "heldout_greedy.jsonl", "eval.json"):
@@ -141,7 +141,7 @@ def test_killed_in_warmup(start, reference, tmp_path):
 
 
 def test_killed_again_and_again(start, reference, rewound):
-    """At no particular moment."""
+    """Killed at arbitrary moments."""
     run = rewound(1)
     for attempt in range(20):
         process = start(run)
@@ -152,7 +152,7 @@ def test_killed_again_and_again(start, reference, rewound):
             break
         process.send(signal.SIGKILL)
         ended = process.wait()
-        if ended.code == 0:  # just before it
+        if ended.code == 0:  # it ended just before the kill
             break
         assert ended.code == -signal.SIGKILL
         assert_whole(run)
@@ -216,8 +216,8 @@ def test_second_interrupt_stops_at_once(start, reference, rewound):
     assert_same_result(run, reference)
 
 
-def test_lock_goes_with_the_process(start, world, cli, reference, rewound):
-    """Nobody has to remove anything after a kill; while it runs, a second process is refused."""
+def test_lock_ends_with_the_process(start, world, cli, reference, rewound):
+    """A second process is refused while the first one runs. After a kill no file has to be removed."""
     run = rewound(1)
     with fifo(run / LAST / "generations" / ".train-00000.jsonl.tmp"):
         process = start(run)

@@ -1,4 +1,4 @@
-"""Several processes play one run: they do what one would; when one of them is lost, all end, and a rerun goes on."""
+"""Several processes on one run give the results of one process. If one is lost, all end, and a rerun continues."""
 
 import json
 import re
@@ -28,7 +28,7 @@ Play = Callable[..., list[Process]]
 
 @pytest.fixture(scope="session")
 def plain(world: World, session_cli: Cli, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of one process, without dropout, which draws other numbers in other processes."""
+    """A finished run of one process, without dropout, whose random numbers differ between processes."""
     recipe = world.folder / "plain.yaml"
     recipe.write_text(RECIPE.replace(", dropout: 0.1", ""), encoding="utf-8")
     run = tmp_path_factory.mktemp("plain") / "run"
@@ -38,7 +38,7 @@ def plain(world: World, session_cli: Cli, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture(scope="session")
 def together(world: World, session_cli: Cli, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of two processes that nobody disturbed, with dropout. Copy it before you change it."""
+    """A finished run of two processes, with dropout. Copy it before changing it."""
     run = tmp_path_factory.mktemp("together") / "run"
     for process in launch(session_cli, world, run):
         assert process.wait().code == 0
@@ -47,7 +47,7 @@ def together(world: World, session_cli: Cli, tmp_path_factory: pytest.TempPathFa
 
 @pytest.fixture
 def play(world: World, cli: Cli) -> Play:
-    """Starts `spinlm run` on a run folder in two processes."""
+    """Start `spinlm run` in two processes."""
     return lambda run, *more, **how: launch(cli, world, run, *more, **how)
 
 
@@ -59,8 +59,7 @@ def launch(
     recipe: Path | None = None,
     of_the_second: tuple[str, tuple[str, ...]] | None = None,
 ) -> list[Process]:
-    """What a launcher does, without its watching over them. The second process may have a run folder of its own, and
-    settings."""
+    """Start two processes as a launcher does, but without supervising them. The second one may get other arguments."""
     given = [(run, more), of_the_second or (run, more)]
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -84,8 +83,8 @@ def responses(run: Path, iteration: int) -> list[tuple[Any, ...]]:
     return [(row["id"], row["sample"], row["token_ids"], row["finished"]) for row in rows]
 
 
-def assert_like(run: Path, other: Path) -> None:
-    """The same responses; players and losses to rounding."""
+def assert_close(run: Path, other: Path) -> None:
+    """Both runs have the same responses, and the same players and losses up to rounding."""
     for iteration in range(2):
         assert responses(run, iteration) == responses(other, iteration)
     for name in ("start", "iteration-0", LAST):
@@ -103,7 +102,7 @@ def assert_like(run: Path, other: Path) -> None:
 
 
 def assert_same(run: Path, reference: Path) -> None:
-    """To the bit."""
+    """Both runs have the same files, to the bit."""
     for folder in ("start", "iteration-0", LAST):
         for name in ("player/adapter_model.safetensors", "heldout_greedy.jsonl", "eval.json"):
             assert (run / folder / name).read_bytes() == (reference / folder / name).read_bytes(), (folder, name)
@@ -113,8 +112,8 @@ def assert_same(run: Path, reference: Path) -> None:
     assert not list(run.rglob("*.tmp"))
 
 
-def told(processes: list[Process]) -> list[str]:
-    """The messages with which processes ended: none of them with success, or with a traceback."""
+def error_messages(processes: list[Process]) -> list[str]:
+    """Wait for processes that fail without a traceback. Return their messages."""
     results = [process.wait() for process in processes]
     assert all(result.code not in (0, -signal.SIGKILL) for result in results), results
     assert not any("Traceback" in result.err for result in results), results
@@ -128,11 +127,11 @@ def test_two_processes_do_what_one_does(plain, world, play, tmp_path, sharding):
     first, second = (process.wait() for process in processes)
     assert first.code == second.code == 0
     assert "held-out" in first.out and not second.out and not second.err
-    assert_like(run, plain)
+    assert_close(run, plain)
     assert json.loads((run / "provenance.json").read_text())["processes"] == 2
 
 
-def test_of_the_same_opponent_the_generations_are_identical(plain, world, play, tmp_path):
+def test_generations_of_the_same_opponent_are_identical(plain, world, play, tmp_path):
     run = tmp_path / "run"
     more = ("selfplay.iterations=1", "--start-from", plain)
     for process in play(run, *more, recipe=world.folder / "plain.yaml"):
@@ -147,7 +146,7 @@ def test_of_the_same_opponent_the_generations_are_identical(plain, world, play, 
 
 @pytest.fixture(scope="session")
 def full(world: World, session_cli: Cli, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of one process that trains all weights. Beside the run folder is its recipe."""
+    """A finished run of one process that trains all weights. Its recipe is next to the run folder."""
     recipe = tmp_path_factory.mktemp("full") / "recipe.yaml"
     text = RECIPE.replace("lora: {r: 4, alpha: 8, dropout: 0.1}\n", "")
     recipe.write_text(text.replace("learning_rate: 2e-3", "learning_rate: 2e-4"), encoding="utf-8")
@@ -155,18 +154,18 @@ def full(world: World, session_cli: Cli, tmp_path_factory: pytest.TempPathFactor
     return recipe.parent / "run"
 
 
-def test_all_weights_divided(full, world, cli, play, tmp_path):
-    """Checkpoints are whole: two processes go on from them, and then a single one."""
+def test_full_shard_with_all_weights(full, world, cli, play, tmp_path):
+    """Checkpoints hold whole tensors: two processes resume from them, then a single one."""
     run, recipe = tmp_path / "run", full.parent / "recipe.yaml"
     what = ("train.fsdp=full_shard", "selfplay.iterations=1")
     processes = play(run, *what, recipe=recipe)
     processes[0].wait_until(lambda: done(run, "train", 0) > SAVE_STEPS)
     processes[1].kill()
-    told(processes[:1])
+    error_messages(processes[:1])
     first, second = (process.wait() for process in play(run, *what, recipe=recipe))
     assert first.code == second.code == 0 and "resuming after step" in first.err
     cli("run", recipe, "--run-dir", run, folder=world.folder)
-    assert_like(run, full)
+    assert_close(run, full)
 
 
 @pytest.mark.parametrize("lost", [0, 1])
@@ -180,11 +179,11 @@ def test_all_weights_divided(full, world, cli, play, tmp_path):
 )
 def test_a_killed_process_ends_the_others(play, together, rewind, stage, held, when, lost):
     run = rewind(together, 1)
-    with fifo(run / LAST / held):  # whoever is to write this waits for a reader
+    with fifo(run / LAST / held):  # writing to it waits for a reader
         processes = play(run)
         processes[0].wait_until(lambda: (run / LAST / when).exists() and asleep(processes[0].pid))
         processes[lost].kill()
-        (message,) = told([processes[1 - lost]])  # also of one that is itself held there, and cannot end by itself
+        (message,) = error_messages([processes[1 - lost]])  # also if that process waits for the reader
     assert "run the same command again" in message
     assert not (run / ".spinlm" / LAST / f"{stage}.done").exists()
     assert_whole(run)
@@ -199,7 +198,7 @@ def test_killed_in_training(play, together, rewind, tmp_path, stage, iteration, 
     processes = play(run)
     processes[0].wait_until(lambda: done(run, stage, iteration) > SAVE_STEPS)
     processes[lost].kill()
-    (message,) = told([processes[1 - lost]])
+    (message,) = error_messages([processes[1 - lost]])
     assert "run the same command again" in message
     assert_whole(run)
     again, _ = play(run)
@@ -211,14 +210,14 @@ def done(run: Path, stage: str, iteration: int) -> int:
     return sum((line["stage"], line["iteration"]) == (stage, iteration) for line in steps(run))
 
 
-@pytest.mark.parametrize("asked", [(1,), (0, 1)])
-def test_one_that_is_asked_to_stop_stops_all(play, together, rewind, asked):
+@pytest.mark.parametrize("signaled", [(1,), (0, 1)])
+def test_a_signal_to_one_process_stops_all(play, together, rewind, signaled):
     run = rewind(together, 1)
     processes = play(run)
     processes[0].wait_until(lambda: done(run, "train", 1) > 1)
-    for rank in asked:
+    for rank in signaled:
         processes[rank].send(signal.SIGTERM)
-    (message,) = told(processes)
+    (message,) = error_messages(processes)
     assert "stopped by a signal" in message
     (checkpoint,) = (run / LAST / "checkpoints").glob("step-*")
     after = done(run, "train", 1)
@@ -229,13 +228,13 @@ def test_one_that_is_asked_to_stop_stops_all(play, together, rewind, asked):
 
 
 @pytest.mark.parametrize("silent", [0, 1])
-def test_one_that_falls_silent_is_not_waited_for(play, together, rewind, silent):
+def test_a_process_without_heartbeat_ends_the_others(play, together, rewind, silent):
     run = rewind(together, 1)
     processes = play(run)
     processes[0].wait_until(lambda: done(run, "train", 1) > 1)
     processes[silent].send(signal.SIGSTOP)
     began = time.monotonic()
-    (message,) = told([processes[1 - silent]])
+    (message,) = error_messages([processes[1 - silent]])
     assert time.monotonic() - began < LOST_AFTER + 20
     assert re.search(r"(no heartbeat from process|no contact with the other processes).* for 4 s", message)
     processes[silent].kill()
@@ -244,27 +243,27 @@ def test_one_that_falls_silent_is_not_waited_for(play, together, rewind, silent)
 
 
 @pytest.mark.parametrize("sharding", ["none", "full_shard"])
-def test_what_is_wrong_in_all_is_said_once(play, together, world, tmp_path, sharding):
+def test_an_error_of_all_processes_is_printed_once(play, together, world, tmp_path, sharding):
     settings = ("train.learning_rate=1e30", f"train.fsdp={sharding}")
-    (message,) = told(play(tmp_path / "run", *settings, "--start-from", together))
+    (message,) = error_messages(play(tmp_path / "run", *settings, "--start-from", together))
     assert "the loss is" in message and message.startswith(("process 0 on", "process 1 on"))
 
 
-def test_what_they_were_given_has_to_be_the_same(cli, world, tmp_path):
+def test_all_processes_need_the_same_recipe(cli, world, tmp_path):
     other = (str(tmp_path / "run"), ("train.learning_rate=1e-2", "opponent.top_p=0.5"))
-    (message,) = told(launch(cli, world, tmp_path / "run", of_the_second=other))
+    (message,) = error_messages(launch(cli, world, tmp_path / "run", of_the_second=other))
     assert "was given another recipe than process 0" in message
     assert "train.learning_rate: was 0.002, is 0.01" in message and "opponent.top_p" in message
     assert not (tmp_path / "run" / "start").exists()
 
 
-def test_the_run_folder_has_to_be_shared(cli, world, tmp_path):
-    (message,) = told(launch(cli, world, tmp_path / "run", of_the_second=(str(tmp_path / "another"), ())))
+def test_all_processes_need_the_same_run_folder(cli, world, tmp_path):
+    (message,) = error_messages(launch(cli, world, tmp_path / "run", of_the_second=(str(tmp_path / "another"), ())))
     assert "process 1 on" in message and "does not see the folder" in message
 
 
-def test_a_server_that_the_first_asks(cli, world, tmp_path):
-    """Training comes before, and again after: all of them have to be ready for it."""
+def test_only_rank_zero_asks_the_server(cli, world, tmp_path):
+    """The other processes wait, and train before and after."""
     served = ModelServer("vllm", str(world.model))
     with listen(served.post, served.get) as url:
         server = json.dumps({"api": "vllm", "urls": [f"{url}/v1"]})
@@ -279,7 +278,7 @@ def test_another_launcher_on_the_same_folder_is_refused(play, together, rewind):
     with fifo(run / LAST / "generations" / ".train-00000.jsonl.tmp"):
         processes = play(run)
         processes[0].wait_until(lambda: held_by(run, processes[0].pid))
-        messages = told(play(run))
+        messages = error_messages(play(run))
         assert len(messages) == 1, messages
         (message,) = messages
         assert f"{run}: in use by another process" in message
@@ -288,7 +287,7 @@ def test_another_launcher_on_the_same_folder_is_refused(play, together, rewind):
 
 
 def test_torchrun(world, plain, tmp_path):
-    """The launcher itself, as README has it, with two processes instead of eight."""
+    """The README's command, with two processes instead of eight."""
     shutil.copytree(world.folder, tmp_path / "here")
     (tmp_path / "here" / "plain.yaml").rename(tmp_path / "here" / "recipe.yaml")
     torchrun, option, eight, *command = readme_command("several GPUs")
@@ -296,10 +295,10 @@ def test_torchrun(world, plain, tmp_path):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run([*launcher, *command], cwd=tmp_path / "here", capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert_like(tmp_path / "here" / "runs" / "recipe", plain)
+    assert_close(tmp_path / "here" / "runs" / "recipe", plain)
 
 
-def test_torchrun_starts_again_by_itself(world, plain, tmp_path):
+def test_torchrun_restarts(world, plain, tmp_path):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = ["-m", "spinlm", "run", str(world.folder / "plain.yaml"), "--run-dir", str(tmp_path / "run")]
     log = tmp_path / "log"
@@ -317,11 +316,11 @@ def test_torchrun_starts_again_by_itself(world, plain, tmp_path):
         workers[-1].kill()
         assert torchrun.wait(timeout=180) == 0, log.read_text()
     assert "resuming after step" in log.read_text()
-    assert_like(tmp_path / "run", plain)
+    assert_close(tmp_path / "run", plain)
 
 
 def test_commands_for_one_process(world, cli, tmp_path):
-    """README's, on a laptop and on one GPU."""
+    """The README's commands for a laptop and for one GPU."""
     pytest.importorskip("bitsandbytes", reason="needs the extra bitsandbytes")
     for where in ("laptop", "one GPU"):
         folder = shutil.copytree(world.folder, tmp_path / where)
@@ -332,7 +331,7 @@ def test_commands_for_one_process(world, cli, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED"])
-def test_a_launcher_that_would_divide_the_model_itself_is_refused(world, cli, tmp_path, name):
+def test_launcher_with_its_own_sharding_is_refused(world, cli, tmp_path, name):
     environment = {f"ACCELERATE_USE_{name}": "true"}
     process = cli.start("run", world.recipe, "--run-dir", tmp_path / "run", folder=world.folder, **environment)
     result = process.wait()

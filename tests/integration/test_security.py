@@ -1,4 +1,4 @@
-"""What a run must not do: reach the network, keep a key, write beside its folder, or run what it is given as data."""
+"""A run must not use the network, save a key, write outside its folder, or execute data."""
 
 import os
 import pickle
@@ -31,7 +31,7 @@ main()
 
 @pytest.fixture(scope="module")
 def place(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run, its report and an exported player, made with keys in the environment and without a network."""
+    """A finished run, its report and an exported player. Keys were in the environment; there was no network."""
     place = tmp_path_factory.mktemp("place")
     shutil.copytree(world.folder, place / "work")
     commanding = [{**row, "response": f"{row['response']}{CLEAR}"} for row in rows()]
@@ -64,12 +64,12 @@ def test_without_a_network(place):
     assert (place / "work" / "run" / "report.html").exists()  # it has come to its end
 
 
-def test_no_key_is_kept(place):
+def test_no_key_is_saved(place):
     kept = [path for path in place.rglob("*") if path.is_file() and SECRET.encode() in path.read_bytes()]
     assert not kept
 
 
-def test_nothing_is_written_beside_the_run_folder(place, world):
+def test_nothing_is_written_outside_the_run_folder(place, world):
     before = {path.relative_to(world.folder) for path in world.folder.rglob("*")}
     after = {path.relative_to(place / "work") for path in (place / "work").rglob("*")}
     assert {path for path in after - before if path.parts[0] != "run"} == set()
@@ -80,14 +80,14 @@ def test_no_pickles_are_written(place):
     assert not [path for path in place.rglob("*") if path.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt")]
 
 
-def test_what_is_shown_cannot_command_the_terminal(cli, world, place):
+def test_output_cannot_control_the_terminal(cli, world, place):
     shown = (place / "run").read_text()
     assert r"\x1b[2J" in shown and CLEAR not in shown
     assert r"no\x1b[2J.yaml" in cli("plan", f"no{CLEAR}.yaml", folder=world.folder, code=2).message
 
 
 class Trap:
-    """Runs a command when it is unpickled."""
+    """Runs a command when unpickled."""
 
     def __init__(self, command: str):
         self.command = command
@@ -96,7 +96,7 @@ class Trap:
         return os.system, (self.command,)
 
 
-def test_weights_that_are_a_program_are_not_run(cli, world, tmp_path):
+def test_pickled_weights_are_not_executed(cli, world, tmp_path):
     shutil.copytree(world.model, tmp_path / "model")
     (weights,) = (tmp_path / "model").glob("*.safetensors")
     weights.unlink()
@@ -109,7 +109,7 @@ def test_weights_that_are_a_program_are_not_run(cli, world, tmp_path):
     assert not (tmp_path / "sprung").exists()
 
 
-def test_code_that_comes_with_a_model_is_not_run_unless_allowed(cli, world, tmp_path):
+def test_model_code_is_not_executed_unless_allowed(cli, world, tmp_path):
     shutil.copytree(world.model, tmp_path / "model")
     config = tmp_path / "model" / "config.json"
     text = config.read_text().replace('"model_type": "llama"', '"model_type": "own"')
@@ -140,7 +140,7 @@ def test_code_that_comes_with_a_model_is_not_run_unless_allowed(cli, world, tmp_
     ],
     ids=["a command", "a name", "a bomb", "a bomb of merge keys", "an alias", "itself", "a megabyte"],
 )
-def test_recipes_that_would_do_more_than_be_read(cli, tmp_path, text):
+def test_hostile_recipes(cli, tmp_path, text):
     (tmp_path / "recipe.yaml").write_text(text, encoding="utf-8")
     began = time.monotonic()
     result = cli("run", "recipe.yaml", folder=tmp_path, code=2)
