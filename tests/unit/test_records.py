@@ -30,7 +30,7 @@ messages = st.lists(st.fixed_dictionaries({"role": texts, "content": texts}), ma
 RECORDS = {
     Example: st.builds(Example, texts, messages, texts, ids, ids, texts, st.none() | ids),
     Generation: st.builds(
-        Generation, texts, st.integers(0), st.integers(0), ids, texts, st.booleans(), st.none() | numbers, st.booleans()
+        Generation, texts, st.integers(0), st.integers(0), ids, texts, st.booleans(), st.none() | numbers
     ),
     HeldoutGreedy: st.builds(
         HeldoutGreedy,
