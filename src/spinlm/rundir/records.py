@@ -244,7 +244,7 @@ def read_pairs(paths: Iterable[Path]) -> Any:
     """Open pair files as one memory-mapped Arrow table (columns as in `Pair`).
 
     Raises:
-        RunError: a file is not a complete Arrow stream, or the process cannot map so many files.
+        RunError: a file is not a complete Arrow stream, or the process cannot map all the files.
     """
     import pyarrow as pa
 
