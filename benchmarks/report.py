@@ -64,10 +64,9 @@ def training(rounds: int, threads: int, data: str, count: int) -> list[str]:
             ours = results["spinlm"]
             lines += [
                 "",
-                f"The step has {step / 1e9:.0f} GFLOP and scoring {score / 1e9:.0f}: spinlm does "
-                f"{step / ours.step / 1e9:.0f} and {score / ours.score / 1e9:.0f} GFLOP/s, "
-                f"{step / ours.step / 1e9 / rate:.0%} and {score / ours.score / 1e9 / rate:.0%} of the {rate:.0f} that "
-                "a large matrix product reached in the same minute.",
+                f"Step and reference: {step / 1e9:.0f} and {score / 1e9:.0f} GFLOP, at "
+                f"{step / ours.step / 1e9:.0f} and {score / ours.score / 1e9:.0f} GFLOP/s. A large matrix product: "
+                f"{rate:.0f} GFLOP/s.",
             ]
         print("\n".join(lines[-6:]), flush=True)
     return lines

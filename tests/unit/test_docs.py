@@ -1,4 +1,4 @@
-"""The documentation says what is there: references are fresh, the site builds, every setting and option exists."""
+"""The documentation agrees with the code: references are fresh, the site builds, every setting and option exists."""
 
 import importlib.util
 import re
@@ -42,7 +42,7 @@ def test_the_recipe_reference_has_every_setting_with_its_default(generate: Modul
     page = generate.recipe_reference()
     assert "| `beta` | float > 0, or list of float | `0.1` |" in page
     assert "| `tokens_per_micro_batch` ⟳ | int ≥ 1 | `2048` |" in page
-    assert "| `iterations` | int ≥ 1 | `4` |" in page  # which may change, but changes what is computed
+    assert "| `iterations` | int ≥ 1 | `4` |" in page  # it may change, but it changes the result
     settings = dict(iterate_fields(Recipe))
     assert len(re.findall(r"^\| `", page, flags=re.MULTILINE)) == len(settings)
 
@@ -54,12 +54,13 @@ def test_the_site_builds(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     home = text(tmp_path / "site" / "index.html")
     assert "spinlm" in home
-    assert not re.search(r'<(script|link|img)[^>]*(src|href)="https?://', home)  # a page that asks no other host
+    external = r'<(script|link|img)[^>]*(src|href)="https?://'
+    assert not re.search(external, home)  # a page loads nothing from another host
 
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
 def test_links_lead_somewhere(page: Path) -> None:
-    """Those from a file in the repository to another; the site's own build looks at anchors."""
+    """Links between files of the repository; the build of the site checks the anchors."""
     for target in re.findall(r"\]\(([^)\s]+)\)", text(page)):
         if not target.startswith(("http://", "https://", "#")):
             assert (page.parent / target.partition("#")[0]).exists(), target
@@ -67,7 +68,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
 def test_settings_exist(page: Path) -> None:
-    """Whatever stands as `section.key` in code is a setting, where the section is one of a recipe's."""
+    """Code of the form `section.key`, with a section of a recipe, is a setting."""
     known = {name for name, _ in iterate_fields(Recipe)}
     sections = "|".join(name for name, field in iterate_fields(Recipe) if "." not in name and f"{name}.path" != name)
     for code in re.findall(r"`([^`\n]+)`", text(page)):
@@ -78,9 +79,9 @@ def test_settings_exist(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
 def test_yaml_is_a_recipe(page: Path, tmp_path: Path) -> None:
-    """A block of YAML is a part of a recipe, whose model and data may be those it had."""
+    """A block of YAML without a title is part of a recipe, possibly without model and data."""
     for block in re.findall(r"```yaml\n(.*?)```", text(page), flags=re.DOTALL):
-        if "--8<--" not in block:  # which stands for a file that is tested as it is
+        if "--8<--" not in block:  # an included file has its own test
             absent = [name for name in ("model", "data") if not re.search(rf"^{name}:", block, flags=re.MULTILINE)]
             whole = block + "".join(f"{name}: {{path: mine}}\n" for name in absent)
             (tmp_path / "recipe.yaml").write_text(whole, encoding="utf-8")
@@ -90,7 +91,7 @@ def test_yaml_is_a_recipe(page: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
 def test_commands_and_options_exist(page: Path) -> None:
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-    options = {flag for command in commands.values() for one in command.params for flag in one.opts}
+    options = {flag for command in commands.values() for param in command.params for flag in param.opts}
     for code in re.findall(r"`(spinlm [^`\n]+)`|^ {4}(spinlm .+)$", text(page), flags=re.MULTILINE):
         words = "".join(code).split("#")[0].split()
         assert words[1] in commands or words[1] in ("COMMAND", "--version", "--help"), code
