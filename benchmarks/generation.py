@@ -136,10 +136,11 @@ def measure(data: str, threads: int, prompts: int, new: int, rounds: int, dtype:
             lengths += map(len, responses)
     sizes = [len(prompt) for prompt in bench.prompts]
     best = statistics.median(rates["spinlm"])
+    finished = sum(length < new for length in lengths) / len(lengths)
     lines = [
-        f"{prompts} prompts of {min(sizes)} to {max(sizes)} tokens; responses of {min(lengths)} to {max(lengths)} tokens "
-        f"({sum(length < new for length in lengths) / len(lengths):.0%} finish within {new}). The first {GREEDY} tokens of "
-        f"greedy responses of spinlm and transformers agree for {same} of {prompts} prompts.",
+        f"{prompts} prompts of {min(sizes)} to {max(sizes)} tokens; responses of {min(lengths)} to {max(lengths)} "
+        f"tokens ({finished:.0%} finish within {new}). The first {GREEDY} tokens of greedy responses of spinlm and "
+        f"transformers agree for {same} of {prompts} prompts.",
         "",
         "| | tokens/s | spinlm is |",
         "|---|---|---|",
