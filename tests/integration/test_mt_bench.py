@@ -230,19 +230,19 @@ def test_the_second_turn_sees_the_first_response(bench, judge, endpoint):
     """The responses are the model's greedy ones to these conversations."""
     from spinlm.generation import local_engine
     from spinlm.generation.base import Sampling
-    from spinlm.model.players import seat
+    from spinlm.model.players import Players
 
     bench(judge)
     (row,) = [row for row in bench.rows("responses-*") if row["category"] == "math"]
     recipe = parse_recipe(read_recipe(bench.run), "recipe")
-    players = seat(recipe, bench.run)
-    players.become(START)
+    players = Players(recipe, bench.run)
+    players.load(START)
     sampling = Sampling(0.0, 1.0, 8, 256, 1, players.renderer.stop_ids)
     messages = []
     for question, text in zip(QUESTIONS[1]["turns"], row["choices"][0]["turns"], strict=True):
         messages.append({"role": "user", "content": question})
         prompt = players.renderer.prompt_ids(messages)
-        ((response,),) = local_engine(recipe, players, True).generate([prompt], sampling, 0, lambda ended, tokens: None)
+        ((response,),) = local_engine(players).generate([prompt], sampling, 0, lambda completed, tokens: None)
         assert players.renderer.decode(response.token_ids) == text
         messages.append({"role": "assistant", "content": text})
 

@@ -13,7 +13,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from models import ARCHITECTURES, save_tiny_model, tiny_model, tiny_recipe
-from spinlm.generation import LocalEngine, local_engine
+from spinlm.generation import LocalEngine
 from spinlm.generation.base import OnProgress, Response, Sampling
 from spinlm.generation.local import sample
 from spinlm.model.attention import register_tree_attention
@@ -169,7 +169,7 @@ def test_seed_determines_the_responses() -> None:
 def test_responses_are_those_of_the_current_player(tmp_path: Path, lora: Any) -> None:
     recipe = tiny_recipe(save_tiny_model(tmp_path / "model"), lora=lora)
     players = Players(recipe, RunDir(tmp_path / "run"))
-    engine = local_engine(recipe, players, True)
+    engine = LocalEngine(players.logprobs, 4, True)
     arguments = (PROMPTS, GREEDY, 0, lambda completed, tokens: None)
     players.save(0)
     before = engine.generate(*arguments)
@@ -177,13 +177,13 @@ def test_responses_are_those_of_the_current_player(tmp_path: Path, lora: Any) ->
     with torch.no_grad():
         for _, parameter in players.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.2)
-    players.changed()
+    players.mark_modified()
     players.save(1)
     after = engine.generate(*arguments)
     assert all(a != b for a, b in zip(before, after, strict=True))
-    players.become(0)
+    players.load(0)
     assert engine.generate(*arguments) == before
-    players.become(1)
+    players.load(1)
     assert engine.generate(*arguments) == after
 
 
