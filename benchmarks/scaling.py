@@ -3,8 +3,8 @@
     python benchmarks/scaling.py [--rows 25000,50000]
 
 Cost may grow with the rows and memory may not, but for a hash of each: rows are read from disk as they are needed.
-Each stage is a process of
-its own; memory is its peak above what it held when torch and the model were loaded.
+Each stage is a separate
+process; memory is the peak above what the process held after torch and the model were loaded.
 """
 
 import argparse
@@ -23,7 +23,7 @@ WORDS = ("red", "stone", "river", "seven", "lamp", "green", "orange", "table", "
 
 
 def recipe(folder: Path, rows: int) -> dict[str, Any]:
-    """One iteration over all rows; 50k texts, tokenised, would take about 100 MB as Python objects."""
+    """One iteration over all rows; 50k tokenized texts would take about 100 MB as Python objects."""
     return {
         "model": {"path": str(folder / "model")},
         "lora": {"r": 2},

@@ -185,8 +185,8 @@ def _check_engine(run: Run) -> Iterator[str]:
     ]
     if recipe.opponent.temperature > 0 and all(first == second for first, second in pairs):
         yield (
-            f"warning: every response that {name} sampled equals its greedy response. Either the model is very sure, or "
-            "the server ignores opponent.temperature"
+            f"warning: every response that {name} sampled equals its greedy response. Either the model is very sure, "
+            "or the server ignores opponent.temperature"
         )
 
 
@@ -224,8 +224,8 @@ def _check_regime(run: Run, *, has_sft: bool) -> tuple[str, list[str]]:
         sampled += [(-g.logprob, len(g.token_ids)) for g in generations if g.logprob is not None]
     own = sum(value for value, _ in sampled) / sum(tokens for _, tokens in sampled) if sampled else None
     regime = (
-        f"regime: NLL of real responses {nll['train']:.2f} nats per token on self-play prompts, {nll['heldout']:.2f} on "
-        "held-out prompts" + ("" if own is None else f"; of the model's own samples {own:.2f}")
+        f"regime: NLL of real responses {nll['train']:.2f} nats per token on self-play prompts, {nll['heldout']:.2f} "
+        "on held-out prompts" + ("" if own is None else f"; of the model's own samples {own:.2f}")
     )
     rates, advice = run.folder.metadata("reference_logprobs", 0)["train"], []
     if rates["identical_rate"] >= MAX_RATE:
@@ -308,8 +308,8 @@ def _check_4bit(run: Run, groups: Sequence[PairGroup]) -> str:
     free = free_bytes(players.device)
     if MEMORY_MARGIN * need > free:
         return (
-            f"4 bits: not compared with the unquantized model, which needs {need / 1e9:.1f} GB; {free / 1e9:.1f} GB are "
-            "free"
+            f"4 bits: not compared with the unquantized model, which needs {need / 1e9:.1f} GB; {free / 1e9:.1f} GB "
+            "are free"
         )
     unquantized = load_model(recipe.model, players.path, players.dtype).to(players.device)
     disable_dropout(unquantized)

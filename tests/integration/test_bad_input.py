@@ -343,7 +343,7 @@ def test_model_with_a_nan_weight(refused, world, tmp_path):
     message = refused(f"model.path={folder}", failed=".spinlm/start/sft.done")
     assert "nan" in message.lower() or "not finite" in message
     message = refused(
-        f"model.path={folder}", *few(), failed=".spinlm/iteration-0/train.done", run=tmp_path / "without warm-up"
+        f"model.path={folder}", *few(), failed=".spinlm/iteration-0/train.done", run=tmp_path / "without sft"
     )
     assert str(folder) in message
     assert "nan" in message.lower() or "not finite" in message

@@ -43,7 +43,7 @@ def test_fork_gives_the_same_iterations(fork, reference, tmp_path):
     assert ours["start_from"] == str(reference) and ours["inputs"] == theirs["inputs"]
     assert "--start-from" in ours["command"] and "--start-from" not in theirs["command"]
     lines = (tmp_path / "fork" / "train_log.jsonl").read_text().splitlines()
-    assert {json.loads(line)["stage"] for line in lines} == {"train"}  # the warm-up was not done again
+    assert {json.loads(line)["stage"] for line in lines} == {"train"}  # SFT did not run again
     before = contents(tmp_path / "fork")
     fork()
     assert contents(tmp_path / "fork") == before

@@ -169,7 +169,7 @@ def test_changed_recipe_is_refused_with_the_difference(world, cli, reference, tm
     assert contents(run) == before
 
 
-def test_fresh_starts_again(world, cli, reference, tmp_path):
+def test_overwrite_starts_again(world, cli, reference, tmp_path):
     run = shutil.copytree(reference, tmp_path / "run", symlinks=True)
     cli("run", world.recipe, "selfplay.iterations=1", "--overwrite", "--run-dir", run, folder=world.folder)
     assert not (run / "iteration-1").exists()
@@ -342,8 +342,8 @@ def test_the_sft_control_learns_from_the_real_responses_alone(variant, reference
     run = variant("lora.dropout=0.0", "objective.name=sft")
     for iteration in range(2):
         folder = run / f"iteration-{iteration}"
-        answered = [*folder.glob("generations/[!.]*"), *folder.glob("pairs/[!.]*")]
-        assert {path.name.split("-")[0] for path in answered} == {"heldout"}
+        files = [*folder.glob("generations/[!.]*"), *folder.glob("pairs/[!.]*")]
+        assert {path.name.split("-")[0] for path in files} == {"heldout"}
         ours, theirs = (
             [line for line in steps(folder) if (line["stage"], line["iteration"]) == ("train", iteration)]
             for folder in (run, reference)
@@ -416,8 +416,8 @@ def test_a_finished_run_keeps_no_checkpoints(reference):
 # What was measured
 
 
-def test_a_memorised_answer_leaves_nothing_to_learn(world, cli, tmp_path):
-    """The opponent says what the data say: no pairs, players that stay what they were, and the start stays the best."""
+def test_a_memorized_response_leaves_nothing_to_learn(world, cli, tmp_path):
+    """The opponent repeats the data: there are no pairs, the players do not change, and the start stays the best."""
     data = write_rows(tmp_path / "data.jsonl", [{"prompt": f"What is {n}?", "response": "green"} for n in range(60)])
     result = cli(
         *("run", world.recipe, f"data.path={data}", "opponent.temperature=0", "--run-dir", tmp_path / "run"),
@@ -433,21 +433,21 @@ def test_a_memorised_answer_leaves_nothing_to_learn(world, cli, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["start", "iteration-0", "iteration-1"])
-def test_metrics_are_means_of_the_answers(reference, name):
+def test_metrics_are_means_over_responses(reference, name):
     metrics = json.loads((reference / name / "eval.json").read_text())
-    answers = read_rows(reference / name / "heldout_greedy.jsonl")
+    responses = read_rows(reference / name / "heldout_greedy.jsonl")
     examples = {row["id"]: row for row in read_rows(reference / "examples" / "heldout.jsonl")}
-    assert [row["id"] for row in answers] == list(examples)
+    assert [row["id"] for row in responses] == list(examples)
 
     def mean(values):
         return pytest.approx(sum(values) / HELDOUT)
 
-    assert metrics["task_score"] == mean([float(row["text"] == examples[row["id"]]["response"]) for row in answers])
-    assert metrics["heldout_nll"] == mean([row["nll"] for row in answers])
-    assert metrics["heldout_nll_se"] == pytest.approx(np.std([row["nll"] for row in answers], ddof=1) / HELDOUT**0.5)
-    assert metrics["mean_tokens"] == mean([len(row["token_ids"]) for row in answers])
-    assert metrics["truncated_rate"] == mean([not row["finished"] for row in answers])
-    equal = [row["token_ids"] == examples[row["id"]]["response_ids"] for row in answers]
+    assert metrics["task_score"] == mean([float(row["text"] == examples[row["id"]]["response"]) for row in responses])
+    assert metrics["heldout_nll"] == mean([row["nll"] for row in responses])
+    assert metrics["heldout_nll_se"] == pytest.approx(np.std([row["nll"] for row in responses], ddof=1) / HELDOUT**0.5)
+    assert metrics["mean_tokens"] == mean([len(row["token_ids"]) for row in responses])
+    assert metrics["truncated_rate"] == mean([not row["finished"] for row in responses])
+    equal = [row["token_ids"] == examples[row["id"]]["response_ids"] for row in responses]
     assert metrics["identical_rate"] == mean(equal)
     assert ("margin" in metrics) == (name != "start")
 
@@ -467,20 +467,20 @@ def test_samples_are_read_by_the_player_and_by_the_start(reference, theta_0, the
             features[name].append(body[len(prompt) - 1 : -1].mean(dim=0).numpy())
     metrics = json.loads((reference / "iteration-1" / "eval.json").read_text())
     tokens = sum(len(row["token_ids"]) for row in samples)
-    drift = sum(row["logprob"] - row["start_logprob"] for row in samples) / tokens
-    assert metrics["kl_from_start"] == pytest.approx(drift, abs=1e-6) and drift > 0
-    told = probe_auc(np.stack(features["real"]), np.stack(features["own"]))
-    assert [metrics["probe_auc"], *metrics["intervals"]["probe_auc"]] == pytest.approx(told, abs=1e-6)
+    kl = sum(row["logprob"] - row["start_logprob"] for row in samples) / tokens
+    assert metrics["kl_from_start"] == pytest.approx(kl, abs=1e-6) and kl > 0
+    expected = probe_auc(np.stack(features["real"]), np.stack(features["own"]))
+    assert [metrics["probe_auc"], *metrics["intervals"]["probe_auc"]] == pytest.approx(expected, abs=1e-6)
     start = json.loads((reference / "start" / "eval.json").read_text())
     assert start["kl_from_start"] == 0.0
 
 
 def test_heldout_nll_and_margin_are_those_of_the_plain_model(reference, theta_2):
     examples = {row["id"]: row for row in read_rows(reference / "examples" / "heldout.jsonl")}
-    for answer in read_rows(reference / "iteration-1" / "heldout_greedy.jsonl"):
-        example = examples[answer["id"]]
+    for row in read_rows(reference / "iteration-1" / "heldout_greedy.jsonl"):
+        example = examples[row["id"]]
         logprob = naive_logprob(theta_2, example["prompt_ids"], example["response_ids"])
-        assert answer["nll"] == pytest.approx(-logprob / len(example["response_ids"]), abs=1e-5)
+        assert row["nll"] == pytest.approx(-logprob / len(example["response_ids"]), abs=1e-5)
     margins = [
         (naive_logprob(theta_2, pair["prompt_ids"], pair["real_ids"]) - pair["opponent_real"])
         - (naive_logprob(theta_2, pair["prompt_ids"], pair["synthetic_ids"]) - pair["opponent_synthetic"])

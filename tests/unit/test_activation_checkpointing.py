@@ -63,7 +63,7 @@ def test_checkpointing_keeps_less_and_leaves_nothing_behind(model: Path, tmp_pat
 
 
 def bytes_needed(ours: Players, copy: int = 0) -> float:
-    """What the largest micro-batch keeps, and gradients, optimiser state and a copy, which are still to come."""
+    """What the largest micro-batch keeps, and gradients, optimizer state and a copy, which are still to come."""
     kept = saved_activation_bytes(ours.logprobs, True, ours.recipe.train.max_length)
     trained = sum(parameter.numel() for _, parameter in ours.parameters())
     state = 4 + optimizer_bytes(ours.recipe.train.optimizer) + copy

@@ -1,4 +1,4 @@
-"""The guard must notice what jumps, and leave alone what wavers."""
+"""The guard must detect a jump and ignore noise."""
 
 import math
 
@@ -15,8 +15,8 @@ GUARD = Guard(max_nll_increase=0.1, max_truncated_increase=0.2, max_repetition_i
     ("now", "sign"),
     [
         ({"heldout_nll": 0.61}, "held-out NLL 0.500 at the start, 0.610 now (bound: +0.100)"),
-        ({"truncated_rate": 0.31}, "unfinished answers 10% at the start, 31% now (bound: +20%)"),
-        ({"repeated_4grams": 0.16}, "repetition 5% at the start, 16% now (bound: +10%)"),
+        ({"truncated_rate": 0.31}, "truncated responses 10% at the start, 31% now (bound: +20%)"),
+        ({"repeated_4grams": 0.16}, "repeated 4-grams 5% at the start, 16% now (bound: +10%)"),
         ({"heldout_nll": math.nan}, "held-out NLL 0.500 at the start, nan now (bound: +0.100)"),
     ],
 )
@@ -42,5 +42,5 @@ def test_all_signs_are_named() -> None:
     assert detect_collapse(GUARD, START, now).count(";") == 2
 
 
-def test_what_was_not_measured_is_not_looked_at() -> None:
+def test_a_missing_metric_is_not_checked() -> None:
     assert detect_collapse(GUARD, START, {"heldout_nll": 0.5}) == ""

@@ -28,7 +28,7 @@ V = 97
 
 register_tree_attention()
 Folders = Callable[[str], Path]
-both_packings = pytest.mark.parametrize("prefix_sharing", [True, False], ids=["shared", "unshared"])
+both_sharings = pytest.mark.parametrize("prefix_sharing", [True, False], ids=["shared", "unshared"])
 
 
 def ids(count: int, seed: int) -> list[int]:
@@ -91,13 +91,13 @@ def assert_same_as_full_logits(
     assert_same_gradients(gradients(model, packed), expected_gradients)
 
 
-@both_packings
+@both_sharings
 @pytest.mark.parametrize("architecture", TREE_ARCHITECTURES)
 def test_logprobs_and_gradients(architecture: str, prefix_sharing: bool) -> None:
     assert_same_as_full_logits(tiny_model(architecture, vocabulary=V), prefix_sharing)
 
 
-@both_packings
+@both_sharings
 @pytest.mark.parametrize(
     ("architecture", "changes"),
     [
@@ -117,7 +117,7 @@ def test_output_heads(architecture: str, changes: dict[str, Any], prefix_sharing
     assert_same_as_full_logits(model, prefix_sharing)
 
 
-@both_packings
+@both_sharings
 def test_gpt_neo_works_without_prefix_sharing_only(prefix_sharing: bool) -> None:
     model = tiny_model("gpt_neo", vocabulary=V)
     if prefix_sharing:
@@ -137,7 +137,7 @@ def with_adapter(architecture: str, **settings: Any) -> Any:
     return model.eval()
 
 
-@both_packings
+@both_sharings
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2"])
 def test_adapters(architecture: str, prefix_sharing: bool) -> None:
     model = with_adapter(architecture)
@@ -147,7 +147,7 @@ def test_adapters(architecture: str, prefix_sharing: bool) -> None:
     assert_same_as_full_logits(model, prefix_sharing)
 
 
-@both_packings
+@both_sharings
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2", "gemma2", "gpt2", "gpt_neox"])
 def test_fused_layers(monkeypatch: pytest.MonkeyPatch, architecture: str, prefix_sharing: bool) -> None:
     """With padding to a whole block of tokens."""
@@ -173,7 +173,7 @@ def test_gradient_checkpointing_is_bit_identical(dropout: float) -> None:
         assert all(torch.equal(result[name], results[0][name]) for name in results[0])
 
 
-@both_packings
+@both_sharings
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "cohere", "phi"])
 def test_frozen_and_trained_head_give_the_same_hidden_gradients(architecture: str, prefix_sharing: bool) -> None:
     changes = {"final_logit_softcapping": 0.7} if architecture == "gemma2" else {}
@@ -220,7 +220,7 @@ class LargestLogits(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trained"])
-@both_packings
+@both_sharings
 def test_memory_of_logits_is_one_chunk(monkeypatch: pytest.MonkeyPatch, prefix_sharing: bool, frozen: bool) -> None:
     rows = 16  # of 44 predicted tokens
     monkeypatch.setattr(logprobs_module, "CHUNK_ELEMENTS", rows * V)
@@ -249,7 +249,7 @@ def test_token_logprobs_add_up_to_responses() -> None:
     torch.testing.assert_close(logprobs(batch), torch.stack([part.sum() for part in parts]))
 
 
-@both_packings
+@both_sharings
 def test_features_are_mean_hidden_states(prefix_sharing: bool) -> None:
     model = tiny_model("llama", vocabulary=V).eval()
     means = []
@@ -277,7 +277,7 @@ def test_a_token_changes_only_later_tokens_of_its_response(architecture: str) ->
     assert difference[end:].max() < 1e-5
 
 
-@both_packings
+@both_sharings
 def test_bfloat16_autocast_over_float32_weights(prefix_sharing: bool) -> None:
     model = tiny_model("llama", vocabulary=V)
     batch = pack_batch(TREES, prefix_sharing)

@@ -238,7 +238,7 @@ def test_the_data_is_a_fixed_point(link: str, beta: float) -> None:
 @pytest.mark.parametrize("beta", [0.1, 1.0, 5.0])
 @pytest.mark.parametrize("link", LINKS)
 def test_another_opponent_can_be_improved_on(link: str, beta: float) -> None:
-    """At θ = θ_t the gradient is −β·(−ℓ'(0))·(p_data − p_θt), so a step against it goes towards the data."""
+    """At θ = θ_t the gradient is −β·(−ℓ'(0))·(p_data − p_θt), so a step against it goes toward the data."""
     theta = OPPONENT.log()
     gradient = gradient_at(theta, DATA, OPPONENT, beta, link)
     torch.testing.assert_close(gradient, -beta * SLOPE_AT_0[link] * (DATA - OPPONENT) / 3, rtol=1e-10, atol=1e-15)
@@ -250,7 +250,7 @@ def test_another_opponent_can_be_improved_on(link: str, beta: float) -> None:
 
 @pytest.mark.parametrize("beta", [0.1, 1.0, 5.0])
 def test_best_answer_to_an_opponent(beta: float) -> None:
-    """Theorem 5.4, logistic ℓ: the minimiser is p_θt · (p_data / p_θt)^(1/β), normalised."""
+    """Theorem 5.4, logistic ℓ: the minimizer is p_θt · (p_data / p_θt)^(1/β), normalized."""
     best = OPPONENT.log() + (DATA / OPPONENT).log() / beta
     assert gradient_at(best, DATA, OPPONENT, beta, "logistic").abs().max() < 1e-15
 

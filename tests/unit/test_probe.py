@@ -1,4 +1,4 @@
-"""Discriminability must see what can be told apart, and must not see what cannot."""
+"""The probe must find a difference where there is one, and none where there is none."""
 
 import numpy as np
 import pytest
@@ -59,5 +59,5 @@ def test_the_interval_narrows_with_the_prompts() -> None:
         assert low < auc < high
 
 
-def test_too_few_prompts_have_no_answer() -> None:
+def test_too_few_prompts_give_no_auc() -> None:
     assert np.isnan(probe_auc(features(9, 4, 0), features(9, 4, 1))).all()

@@ -15,7 +15,7 @@ from spinlm.utils.atomic import write_json
 HERE = Path(__file__).resolve().parents[2] / "benchmarks" / "replication"
 sys.path.insert(0, str(HERE))
 
-from play import Arm, Plan  # noqa: E402  (a script's neighbours, found by the path above)
+from play import Arm, Plan  # noqa: E402  (modules beside the script, on the path above)
 from results import Difference, Run, ended_runs  # noqa: E402
 
 PLANS = sorted(HERE.glob("*.yaml"))

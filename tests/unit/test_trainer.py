@@ -1,4 +1,4 @@
-"""The optimisation loop: gradients that do not depend on how they were summed, and steps that survive a kill."""
+"""The training loop: gradients do not depend on how they are summed, and training resumes after a kill."""
 
 import math
 import os
@@ -127,7 +127,7 @@ def rate_at(step: int, steps: int, config: TrainConfig) -> float:
 
 @pytest.fixture
 def seen() -> Iterator[list[list[Tensor]]]:
-    """The gradients that each optimiser step was given."""
+    """The gradients of each optimizer step."""
     found: list[list[Tensor]] = []
 
     def note(optimizer: Any, *_: Any) -> None:
@@ -192,7 +192,7 @@ def test_a_step_has_the_gradient_of_the_mean_over_pairs(
         assert apart(seen[-1], expected) < 1e-5
 
 
-def test_a_warm_up_step_has_the_gradient_of_the_mean_over_tokens(
+def test_an_sft_step_has_the_gradient_of_the_mean_over_tokens(
     new_players: NewPlayers, seen: list[list[Tensor]], tmp_path: Path
 ) -> None:
     items = sft_groups(6)
@@ -360,7 +360,7 @@ def test_epochs_and_seeds_differ_in_order() -> None:
 
 
 @pytest.mark.parametrize(
-    ("schedule", "warmup", "expected"),
+    ("schedule", "warmup_ratio", "expected"),
     [
         ("linear", 0.2, [0.5, 1.0, 1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125]),
         ("linear", 0.0, [1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1]),
@@ -374,19 +374,19 @@ def test_epochs_and_seeds_differ_in_order() -> None:
         ),
     ],
 )
-def test_learning_rate_of_each_of_ten_steps(schedule: str, warmup: float, expected: list[float]) -> None:
-    config = replace(CONFIG, learning_rate=3e-4, lr_scheduler=schedule, warmup_ratio=warmup)
+def test_learning_rate_of_each_of_ten_steps(schedule: str, warmup_ratio: float, expected: list[float]) -> None:
+    config = replace(CONFIG, learning_rate=3e-4, lr_scheduler=schedule, warmup_ratio=warmup_ratio)
     assert [rate_at(step, 10, config) for step in range(10)] == pytest.approx([3e-4 * share for share in expected])
 
 
 @given(
     steps=st.integers(1, 300),
-    warmup=st.floats(0, 1),
+    warmup_ratio=st.floats(0, 1),
     schedule=st.sampled_from(["linear", "cosine", "constant"]),
 )
 @settings(max_examples=100, deadline=None)
-def test_learning_rate_rises_to_its_peak_and_never_beyond(steps: int, warmup: float, schedule: str) -> None:
-    config = replace(CONFIG, learning_rate=3e-4, lr_scheduler=schedule, warmup_ratio=warmup)
+def test_learning_rate_rises_to_its_peak_and_never_beyond(steps: int, warmup_ratio: float, schedule: str) -> None:
+    config = replace(CONFIG, learning_rate=3e-4, lr_scheduler=schedule, warmup_ratio=warmup_ratio)
     rates = [rate_at(step, steps, config) for step in range(steps)]
     assert all(0 < rate <= config.learning_rate for rate in rates)
     assert max(rates) == config.learning_rate

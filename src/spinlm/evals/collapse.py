@@ -1,23 +1,23 @@
-"""Signs that a player has collapsed: measures that jump where the training loss looks better than ever."""
+"""Signs that a player has collapsed: metrics that jump although the training loss still falls."""
 
 from spinlm.evals.heldout import Metrics
 from spinlm.recipe.schema import Guard
 
 
 def detect_collapse(guard: Guard | None, start: Metrics, now: Metrics) -> str:
-    """What has risen above the starting player's by more than its bound, in words; empty where nothing has.
+    """Describe each metric that exceeds its value at the start by more than its bound; empty if there is none.
 
     Args:
-        guard: the bounds; absent means none.
-        start: what was measured on the starting player.
-        now: on the player in question. A measure it lacks is not looked at.
+        guard: the bounds; None means no bounds.
+        start: metrics of the starting player.
+        now: metrics of the player to check. A missing metric is not checked.
     """
     if guard is None:
         return ""
     measures = (
         ("heldout_nll", "held-out NLL", guard.max_nll_increase, "{:.3f}"),
-        ("truncated_rate", "unfinished answers", guard.max_truncated_increase, "{:.0%}"),
-        ("repeated_4grams", "repeated_4grams", guard.max_repetition_increase, "{:.0%}"),
+        ("truncated_rate", "truncated responses", guard.max_truncated_increase, "{:.0%}"),
+        ("repeated_4grams", "repeated 4-grams", guard.max_repetition_increase, "{:.0%}"),
     )
     return "; ".join(
         f"{words} {form.format(start[key])} at the start, {form.format(now[key])} now (bound: +{form.format(bound)})"

@@ -80,7 +80,7 @@ class HeldoutNLL:
         self.values: dict[str, float] = on_rank_zero(self._read)
 
     def _read(self) -> dict[str, float]:
-        """Read the values of an interrupted training; drop them if their digest is wrong, since they can end training."""
+        """Read the values of an interrupted training; drop them if the digest is wrong, since they can end training."""
         saved = read_json(self._path) if self._path.exists() else {}
         if not isinstance(saved, dict) or saved.get("sum") != short_digest(saved.get("values")):
             return {}
@@ -164,7 +164,7 @@ def summarize_greedy(responses: Sequence[HeldoutGreedy]) -> Metrics:
 
 
 def summarize_pairs(margins: Sequence[Sequence[float]]) -> Metrics:
-    """The share of pairs with a positive margin and the mean margin, from the margins of each prompt; {} without pairs."""
+    """Return the share of positive margins and the mean margin, from the margins of each prompt; {} without pairs."""
     margins = [of_prompt for of_prompt in margins if of_prompt]
     if not margins:
         return {}

@@ -1,7 +1,7 @@
-"""Discriminability: how well a linear probe tells real responses from a player's.
+"""How well a linear probe distinguishes real responses from a player's.
 
 The probe sees one vector for each response, made by the starting player, and so the same measure for every iteration.
-It finds what is linear in those features: length, style, format, frequent mistakes. It does not see whether an answer
+It finds what is linear in those features: length, style, format, frequent mistakes. It does not see whether a response
 is right where a right and a wrong one read alike, and with few prompts it finds little: 0.5 is then the lack of
 evidence, not its opposite.
 
@@ -19,7 +19,7 @@ RESAMPLES = 1000  # of the bootstrap
 def probe_auc(real: np.ndarray, synthetic: np.ndarray, *, seed: int = 0) -> tuple[float, float, float]:
     """Cross-validated AUC of a linear probe, and a 95% bootstrap interval of it over prompts.
 
-    Ridge regression on standardised features; both responses to a prompt are in the same fold, so that no prompt is
+    Ridge regression on standardized features; both responses to a prompt are in the same fold, so that no prompt is
     seen before it is judged. AUC is the share of (real, synthetic) within a fold in which the real one scores higher,
     ties counting half: 0.5 is chance, 1 a probe that is always right. The interval takes the fitted probes as given.
 

@@ -28,7 +28,7 @@ def prompt_splits(recipe: Recipe) -> tuple[str, ...]:
 
 
 def generate(run: Run, t: int) -> None:
-    """Write the responses of the opponent of iteration `t`, one shard of prompts at a time. Verified shards are kept."""
+    """Write the responses of the opponent of iteration `t`, shard by shard. Verified shards are kept."""
     with run.stage("generate", t) as stage:
         if stage.done:
             return

@@ -35,8 +35,8 @@ class PairGroup:
 class TrainDataset(Protocol):
     """Random access to groups on disk."""
 
-    batch_cost: np.ndarray  # [groups] what each counts towards `train.batch_size`
-    loss_weight: np.ndarray  # [groups] what each counts towards the mean of the loss
+    batch_cost: np.ndarray  # [groups] what each counts toward `train.batch_size`
+    loss_weight: np.ndarray  # [groups] what each counts toward the mean of the loss
 
     def __getitem__(self, index: int) -> PairGroup: ...
 
@@ -56,7 +56,7 @@ class SftDataset:
         """
         Args:
             path: the examples.
-            batch_cost: what each example counts towards the batch size.
+            batch_cost: what each example counts toward the batch size.
         """
         self._records = RecordFile(path, Example)
         self.loss_weight = np.array(
@@ -174,7 +174,7 @@ def plan_steps(batch_cost: np.ndarray, batch_size: int, epochs: int, seed: int) 
     """Decide which groups each optimizer step takes: every group once per epoch, in an order that the seed gives.
 
     Args:
-        batch_cost: [groups] what each group counts towards a batch.
+        batch_cost: [groups] what each group counts toward a batch.
         batch_size: the most that a step takes; a group that exceeds it is alone in its step.
         epochs: number of epochs.
         seed: decides the order.

@@ -1,4 +1,4 @@
-"""Optimisers by the name that a recipe gives: any of torch.optim that does with a learning rate and weight decay."""
+"""Optimizers by name: any of torch.optim that needs only a learning rate and a weight decay."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -9,10 +9,10 @@ from spinlm.errors import RecipeError
 
 
 def find_optimizer(name: str) -> type[torch.optim.Optimizer]:
-    """The optimiser of torch.optim with a name, in any case.
+    """Return the optimizer class of torch.optim with this name; case does not matter.
 
     Raises:
-        RecipeError: there is none.
+        RecipeError: torch.optim has no such optimizer.
     """
     known = {
         key.lower(): value
@@ -25,15 +25,15 @@ def find_optimizer(name: str) -> type[torch.optim.Optimizer]:
 
 
 def check_optimizer(name: str, weight_decay: float, where: str) -> None:
-    """Try an optimiser on a small matrix, so that one that cannot be used is told before hours of other work.
+    """Try an optimizer on a small matrix, so that an unusable optimizer fails before hours of other work.
 
     Args:
-        name: of the optimiser.
-        weight_decay: the recipe's.
-        where: the recipe's field that names it, for the message.
+        name: the name of the optimizer.
+        weight_decay: the weight decay of the recipe.
+        where: the recipe field that names the optimizer, for the message.
 
     Raises:
-        RecipeError: there is no such optimiser, or it needs what training does not give (settings, a closure, …).
+        RecipeError: there is no such optimizer, or it needs more than training passes (settings, a closure, …).
     """
     make: Any = find_optimizer(name)
     weight = torch.nn.Parameter(torch.ones(2, 2))
@@ -49,10 +49,10 @@ def check_optimizer(name: str, weight_decay: float, where: str) -> None:
 def make_optimizer(
     name: str, parameters: Iterable[torch.nn.Parameter], learning_rate: float, weight_decay: float
 ) -> torch.optim.Optimizer:
-    """A fresh optimiser.
+    """Make a new optimizer.
 
     Raises:
-        RecipeError: there is none of this name, or it takes other settings than a learning rate and weight decay.
+        RecipeError: there is no such optimizer, or it does not take a learning rate and a weight decay.
     """
     make: Any = find_optimizer(name)
     try:

@@ -2,7 +2,7 @@
 
 DDP (arXiv 2006.15704): each process holds all weights, gradients and optimizer state; gradients are averaged once per
 step. FSDP2 (PyTorch's `fully_shard`, after arXiv 2304.11277): weights, gradients and optimizer state are sharded; the
-weights of a layer are gathered when the layer is computed and freed afterwards. Either way the gradient of a step equals
+weights of a layer are gathered when the layer is computed and freed afterwards. Either way the gradient of a step is
 the gradient that one process would compute.
 """
 

@@ -6,11 +6,11 @@ import torch
 
 
 def learning_rate_at(step: int, steps: int, *, peak: float, warmup_ratio: float, lr_scheduler: str) -> float:
-    """The learning rate of a step: a linear rise to the peak, then the decay that `lr_scheduler` names.
+    """Return the learning rate of a step: a linear rise to the peak, then the decay that `lr_scheduler` names.
 
     Args:
-        step: from 0.
-        steps: number of all steps.
+        step: number of the step, from 0.
+        steps: number of steps in all.
         peak: the highest learning rate.
         warmup_ratio: share of the steps over which the learning rate rises.
         lr_scheduler: `linear` and `cosine` decay to 0, `constant` stays at the peak.
@@ -18,7 +18,7 @@ def learning_rate_at(step: int, steps: int, *, peak: float, warmup_ratio: float,
     rise = math.ceil(warmup_ratio * steps)
     if step < rise:
         return peak * ((step + 1) / rise)  # peak * (step + 1) / rise may exceed the peak by rounding
-    left = (steps - step) / max(steps - rise, 1)  # 1 after the rise, towards 0 at the end
+    left = (steps - step) / max(steps - rise, 1)  # 1 after the rise, toward 0 at the end
     match lr_scheduler:
         case "linear":
             return peak * left

@@ -1,8 +1,8 @@
 """The training loop: minimize a loss over prefix trees, one optimizer step at a time.
 
 The seed alone decides which groups a step takes. The gradient of a step does not depend on how the step is split into
-micro-batches and processes. A checkpoint holds everything that the next step depends on: on a CPU, a run that was killed
-and resumed ends with the same weights to the bit.
+micro-batches and processes. A checkpoint holds everything that the next step depends on: on a CPU, a run that was
+killed and resumed ends with the same weights to the bit.
 
 Shapes: S responses in a micro-batch.
 """
@@ -106,7 +106,7 @@ class Trainer:
             StoppedError: the user asked to stop. The state after the last complete step is saved.
         """
         with contextlib.closing(self._steps(dataset, on_step, on_epoch)) as steps:
-            for step, batch in ((step, batch) for step in steps for batch in step):
+            for step, batch in ((each, batch) for each in steps for batch in each):
                 output = None
                 try:
                     with self.strategy.micro_batch(last=batch.is_last):
@@ -201,9 +201,7 @@ class _MicroBatch:
 
     groups: list[PairGroup]
     packed: PackedBatch
-    factor: (
-        int  # of the loss: DDP and FSDP average over the processes; 0 if another process needs this pass, not this one
-    )
+    factor: int  # of the loss: the number of processes, over which gradients are averaged; 0 for an idle process
     is_last: bool  # of the step
 
 
