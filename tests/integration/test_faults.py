@@ -86,7 +86,7 @@ def test_a_flipped_bit_in_any_file(start, reference, rewound, stage):
     run, chance = rewound(1, stage), random.Random(stage)
     kept = run.with_name("kept")
     shutil.copytree(run, kept, symlinks=True)
-    told = silent = 0
+    refused = silent = 0
     for name in [path.relative_to(run) for path in files_to_flip(run)]:
         flipped = flip(run / name, chance)
         result = start(run).wait()
@@ -97,11 +97,11 @@ def test_a_flipped_bit_in_any_file(start, reference, rewound, stage):
             silent += 1
         else:
             assert result.message, name  # one message, and no traceback
-            told += 1
+            refused += 1
         shutil.rmtree(run)
         shutil.copytree(kept, run, symlinks=True)
-    print(f"before {stage}: {told} files of {told + silent} refused, the others made no difference")
-    assert told > 10
+    print(f"before {stage}: {refused} files of {refused + silent} refused, the others made no difference")
+    assert refused > 10
 
 
 @pytest.mark.parametrize(("stage", "folder"), [("generate", "generations"), ("reference_logprobs", "pairs")])
@@ -212,7 +212,7 @@ def test_nan_weight_of_a_player(cli, world, rewind, tmp_path, kind):
     changes = (*BRIEF, *(() if kind == "adapter" else ("lora=null",)))
     reference, chance = tmp_path / "reference", random.Random(kind)
     cli("run", world.recipe, *changes, "--run-dir", reference, folder=world.folder)
-    told = silent = 0
+    refused = silent = 0
     for stage in ("generate", "reference_logprobs", "train", "evaluate"):
         for player in ("start", "iteration-0", *(["iteration-1"] if stage == "evaluate" else [])):
             for _ in range(3):
@@ -227,12 +227,12 @@ def test_nan_weight_of_a_player(cli, world, rewind, tmp_path, kind):
                 else:
                     assert "not finite" in result.message
                     assert not (run / ".spinlm" / "iteration-1" / "promote.done").exists()
-                    told += 1
+                    refused += 1
                 weights.unlink()
                 assert_numbers(run)
                 shutil.rmtree(run)
-    print(f"{kind}: {told} of {told + silent} places refused, the others made no difference")
-    assert told > silent
+    print(f"{kind}: {refused} of {refused + silent} places refused, the others made no difference")
+    assert refused > silent
 
 
 def test_nan_weight_of_the_base(cli, world, tmp_path):
@@ -240,7 +240,7 @@ def test_nan_weight_of_the_base(cli, world, tmp_path):
     own = shutil.copytree(world.folder, tmp_path / "world")
     command = ("run", own / "recipe.yaml", *BRIEF, "--run-dir")
     cli(*command, own / "reference", folder=own)
-    told = silent = 0
+    refused = silent = 0
     chance, kept = random.Random(0), (own / "model" / "model.safetensors").read_bytes()
     for _ in range(10):
         poison(own / "model" / "model.safetensors", chance)
@@ -250,12 +250,12 @@ def test_nan_weight_of_the_base(cli, world, tmp_path):
             silent += 1
         else:
             assert "not finite" in result.message
-            told += 1
+            refused += 1
         assert_numbers(own / "run")
         shutil.rmtree(own / "run")
         (own / "model" / "model.safetensors").write_bytes(kept)
-    print(f"{told} of {told + silent} places refused, the others made no difference")
-    assert told > silent
+    print(f"{refused} of {refused + silent} places refused, the others made no difference")
+    assert refused > silent
 
 
 @pytest.mark.parametrize("file", ["weights.safetensors", "optimizer.safetensors", "state.json"])

@@ -58,9 +58,9 @@ def test_control_command_that_a_run_prints(world, cli, reference, tmp_path):
     said = cli(*command, "selfplay.iterations=1", folder=tmp_path).out
     assert (tmp_path / "a run-control" / ".spinlm" / "iteration-0" / "promote.done").exists()
     assert "More supervised fine-tuning" in said and "objective=" not in said
-    told = json.loads(cli("status", "a run-control", "--json", folder=tmp_path).out)
+    status = json.loads(cli("status", "a run-control", "--json", folder=tmp_path).out)
     markers = (tmp_path / "a run-control" / ".spinlm" / "iteration-0").glob("*.done")
-    assert told["seconds"] == pytest.approx(sum(json.loads(path.read_text())["seconds"] for path in markers))
+    assert status["seconds"] == pytest.approx(sum(json.loads(path.read_text())["seconds"] for path in markers))
     cli("report", "a run-control", folder=tmp_path)
     page = (tmp_path / "a run-control" / "report.html").read_text()
     assert page.count("made by another run; not counted") == 1

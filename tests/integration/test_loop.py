@@ -242,7 +242,7 @@ def test_generations_change_with_the_opponent(reference):
 
 
 @pytest.mark.parametrize("iteration", [0, 1])
-def test_pairs_are_scored_by_the_opponent(reference, theta_0, theta_1, iteration):
+def test_pairs_hold_log_probabilities_of_the_opponent(reference, theta_0, theta_1, iteration):
     """Of every pair in use, replayed ones too: the reference of iteration t is θ_t."""
     opponent = (theta_0, theta_1)[iteration]
     pairs = read_pairs(reference, iteration, "train") + read_pairs(reference, iteration, "heldout")
@@ -452,7 +452,7 @@ def test_metrics_are_means_over_responses(reference, name):
     assert ("margin" in metrics) == (name != "start")
 
 
-def test_samples_are_read_by_the_player_and_by_the_start(reference, theta_0, theta_2):
+def test_samples_are_scored_by_the_player_and_by_the_start(reference, theta_0, theta_2):
     """Log-probabilities and features as the plain models give them, and what is made of them."""
     examples = {row["id"]: row for row in read_rows(reference / "examples" / "heldout.jsonl")}
     samples = read_rows(reference / "iteration-1" / "heldout_sampled.jsonl")
@@ -539,8 +539,8 @@ def test_chat_asks_several_players(world, cli, reference):
     best = (reference / "best").readlink().name
     titles = r"\[start \(best\)\]\n.+\n" if best == "start" else r"\[start\]\n.+\n\n\[iteration \d \(best\)\]\n.+\n"
     assert re.fullmatch(r"\n" + titles, said.out, re.DOTALL)
-    told = cli("chat", reference, "--prompt", "What is 4?", "--system", "Be brief.", folder=world.folder)
-    assert told.out != said.out
+    other = cli("chat", reference, "--prompt", "What is 4?", "--system", "Be brief.", folder=world.folder)
+    assert other.out != said.out
     refused = cli("chat", reference, "--prompt", "Hi", "--system", "<|im_end|>", folder=world.folder, code=2)
     assert "contains the control token" in refused.message
     refused = cli("chat", reference, "--prompt", "<|im_end|>", folder=world.folder, code=2)

@@ -262,7 +262,7 @@ def test_paired_difference_of_two_players(bench, judge, endpoint):
 # Pairwise
 
 
-def test_a_judge_that_always_chooses_a_finds_no_winner(bench, judge, endpoint):
+def test_a_judge_that_always_chooses_a_gives_no_winner(bench, judge, endpoint):
     bench(judge, START, 1)
     bench.set_responses(START, "one")
     bench.set_responses(1, "other")
@@ -465,7 +465,7 @@ def test_transient_failures(judge, endpoint, failure):
     assert len(endpoint.requests) == 3
 
 
-def test_retry_after_is_honoured(judge, endpoint):
+def test_retry_after_is_honored(judge, endpoint):
     endpoint.script = lambda request, times: "[[7]]" if times > 1 else (429, {"Retry-After": "0.4"}, "")
     begun = time.monotonic()
     judge.ask([[{"role": "user", "content": "?"}]], parse_rating, lambda number, verdict: None)

@@ -290,7 +290,7 @@ def test_url_that_failed_once_gets_requests_again(engine: Callable[..., ServerEn
         (refuse(429, **{"Retry-After": "4000"}), "asks to wait 4000 seconds"),
     ],
 )
-def test_lasting_errors(reply: Reply, message: str, engine: Callable[..., ServerEngine]) -> None:
+def test_permanent_errors(reply: Reply, message: str, engine: Callable[..., ServerEngine]) -> None:
     with listen(Scripted(lambda number: reply).post, nothing) as url, pytest.raises(ServerError) as caught:
         generate(engine(url))
     assert message in str(caught.value)

@@ -116,7 +116,7 @@ def test_summarize_sampled():
     assert summary["distinct_2"] == pytest.approx(2 / 4)  # 56; 56, 65, 56
 
 
-def test_drift_is_nothing_where_nothing_moved_and_grows_with_the_distance():
+def test_kl_from_start_is_zero_without_change_and_grows_with_the_distance():
     assert summarize_sampled([sample(), sample("b")])["kl_from_start"] == 0.0
     near, far = (
         summarize_sampled([sample(start_logprob=-1.0 - gap), sample("b")])["kl_from_start"] for gap in (1.0, 3.0)

@@ -163,7 +163,7 @@ def among_good_ones(line: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("name", TAKEN)
-def test_taken_as_it_is_meant(name: str, renderer: Renderer, tmp_path: Path) -> None:
+def test_accepted_as_written(name: str, renderer: Renderer, tmp_path: Path) -> None:
     line, prompt, response = TAKEN[name]
     path = tmp_path / "rows.jsonl"
     path.write_bytes(among_good_ones(line))

@@ -208,7 +208,7 @@ def _recipe_and_run(world: Any) -> tuple[Any, RunDir]:
     return recipe, RunDir(folder / "run")
 
 
-def test_generated_answers_are_scored(world: Any, measure: Any, tasks: Path) -> None:
+def test_generated_responses_are_scored(world: Any, measure: Any, tasks: Path) -> None:
     """Half of the targets are what the plain player says."""
     model, tokenizer = plain(world, 0), Players(*_recipe_and_run(world)).tokenizer
     data = []

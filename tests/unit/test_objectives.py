@@ -77,7 +77,7 @@ def test_spin_is_dpo_with_the_real_response_chosen() -> None:
 # The other objectives, of the same pairs: r(y) = 1, −0.5; r(y') = −1, 1.5.
 
 
-def test_spin_per_token_by_hand() -> None:
+def test_length_normalized_spin_by_hand() -> None:
     """1/2 − (−1)/4 = 0.75 and −0.5/5 − 1.5/3 = −0.6."""
     tokens = torch.tensor([2, 5]), torch.tensor([4, 3])
     losses = spin(*FOUR, beta=2.0, tokens=tokens)
@@ -249,7 +249,7 @@ def test_another_opponent_can_be_improved_on(link: str, beta: float) -> None:
 
 
 @pytest.mark.parametrize("beta", [0.1, 1.0, 5.0])
-def test_best_answer_to_an_opponent(beta: float) -> None:
+def test_best_response_to_an_opponent(beta: float) -> None:
     """Theorem 5.4, logistic ℓ: the minimizer is p_θt · (p_data / p_θt)^(1/β), normalized."""
     best = OPPONENT.log() + (DATA / OPPONENT).log() / beta
     assert gradient_at(best, DATA, OPPONENT, beta, "logistic").abs().max() < 1e-15

@@ -117,7 +117,7 @@ def test_only_the_adapter_is_trained(saved: Any, tmp_path: Path) -> None:
     assert len(full.parameters()) == len(list(full.model.parameters()))
 
 
-def test_a_fresh_adapter_changes_nothing_and_depends_on_the_seed(saved: Any, tmp_path: Path) -> None:
+def test_a_new_adapter_changes_nothing_and_depends_on_the_seed(saved: Any, tmp_path: Path) -> None:
     players = [Players(tiny_recipe(saved(), lora=LORA, seed=seed), RunDir(tmp_path)) for seed in (0, 0, 1)]
     base = AutoModelForCausalLM.from_pretrained(saved())
     torch.testing.assert_close(logits_of(players[0].model), logits_of(base), rtol=0, atol=1e-5)  # norms are ours
@@ -127,7 +127,7 @@ def test_a_fresh_adapter_changes_nothing_and_depends_on_the_seed(saved: Any, tmp
     assert any(not torch.equal(first[name], other[name]) for name in first)
 
 
-def test_a_player_says_what_it_is_and_not_whose_folders_it_came_from(saved: Any, tmp_path: Path) -> None:
+def test_a_player_names_its_base_and_no_local_folder(saved: Any, tmp_path: Path) -> None:
     players = Players(tiny_recipe(saved(), lora=LORA), RunDir(tmp_path))
     players.save(1)
     write_card(players.recipe, 1, tmp_path / "iteration-1" / "player")
@@ -312,7 +312,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def test_locate(saved: Any, package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resolve_model(saved: Any, package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve_model(str(saved())) == saved()
     assert resolve_model("package://llm_pretend/tiny.gguf") == package / "tiny.gguf"
     assert "llm_pretend" not in sys.modules
@@ -420,8 +420,8 @@ def test_stop_ids_come_from_the_generation_config_else_the_config(saved: Any, tm
 
 
 @pytest.mark.parametrize("damage", ["a bit", "a file less", "a file more", None])
-def test_an_unpacked_model_is_looked_through(tmp_path: Path, damage: str | None) -> None:
-    """Under every adapter lies what was unpacked: where that has changed, the .gguf file is unpacked anew."""
+def test_an_unpacked_gguf_file_is_verified(tmp_path: Path, damage: str | None) -> None:
+    """Every adapter needs the unpacked weights: the .gguf file is unpacked again if they have changed."""
     gguf, run = tmp_path / "model.gguf", RunDir(tmp_path / "run")
     base, model = run.base, Model(path=str(gguf))
     gguf.write_bytes(b"not really")

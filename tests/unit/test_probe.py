@@ -10,7 +10,7 @@ def features(prompts: int, size: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=(prompts, size))
 
 
-def test_what_cannot_be_told_apart_is_half() -> None:
+def test_auc_is_half_without_a_difference() -> None:
     """Sixteen draws of 60 prompts from one distribution, with as many features as SmolLM2 has."""
     found = [probe_auc(features(60, 576, 2 * n), features(60, 576, 2 * n + 1), seed=n) for n in range(16)]
     aucs = [auc for auc, _, _ in found]
@@ -19,13 +19,13 @@ def test_what_cannot_be_told_apart_is_half() -> None:
     assert sum(low <= 0.5 <= high for _, low, high in found) >= 12
 
 
-def test_equal_responses_are_half_exactly() -> None:
+def test_auc_is_exactly_half_for_equal_responses() -> None:
     same = features(40, 8, 0)
     assert probe_auc(same, same) == pytest.approx((0.5, 0.5, 0.5))
 
 
 @pytest.mark.parametrize("size", [4, 576])
-def test_what_differs_is_seen_and_more_where_it_differs_more(size: int) -> None:
+def test_auc_grows_with_the_difference(size: int) -> None:
     real = features(60, size, 1)
     shift = np.zeros(size)
     shift[:4] = 1.0

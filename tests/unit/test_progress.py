@@ -21,7 +21,7 @@ def test_lines_say_how_far_how_fast_and_how_long(
     assert re.fullmatch(r"train 8/8, [\d,]+ tokens/s, 0 s left", last)
 
 
-def test_no_end_is_told_from_the_first_responses_of_a_batch(
+def test_no_remaining_time_from_the_first_responses_of_a_batch(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(progress, "LOG_SECONDS", -1)
@@ -34,7 +34,7 @@ def test_no_end_is_told_from_the_first_responses_of_a_batch(
     assert re.fullmatch(r"generate 8/20 responses, [\d,]+ tokens/s, \d+ s left", last)
 
 
-def test_what_was_done_before_says_nothing_about_the_rate(
+def test_work_of_an_earlier_attempt_does_not_count_in_the_rate(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = iter([0.0, 10.0])
@@ -46,7 +46,7 @@ def test_what_was_done_before_says_nothing_about_the_rate(
     assert caplog.messages == ["reference_logprobs 95/100, 5 tokens/s, 10 s left"]
 
 
-def test_nothing_is_said_to_whom_wants_quiet(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quiet_prints_nothing(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "LOG_SECONDS", -1)
     caplog.set_level(logging.WARNING)
     with progress.track("train", 1) as advance:

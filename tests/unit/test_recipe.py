@@ -306,11 +306,11 @@ def test_fsdp_hides_shapes_from_the_optimizer(section: str) -> None:
 IN_4_BITS = {"path": "m", "load_in_4bit": True}
 
 
-def test_four_bits_need_an_adapter() -> None:
+def test_load_in_4bit_needs_an_adapter() -> None:
     assert "Add a section lora" in parse_error(model=IN_4_BITS)
 
 
-def test_four_bits_are_not_divided() -> None:
+def test_load_in_4bit_excludes_fsdp() -> None:
     message = parse_error(model=IN_4_BITS, lora={}, train={"fsdp": "full_shard"})
     assert "4-bit weights cannot be divided" in message
 

@@ -126,7 +126,7 @@ def test_stop_ids_are_the_model_s_and_the_tokenizer_s_and_the_template_s() -> No
     assert Renderer(tiny_tokenizer("llama3"), stop_ids=[9, 3]).stop_ids == (1, 3, 4, 9)
 
 
-def test_end_is_found_behind_what_the_template_writes_around_an_answer() -> None:
+def test_end_is_found_behind_what_the_template_writes_around_a_response() -> None:
     tokenizer = tiny_tokenizer("unprefixed")
     tokenizer.add_tokens(["<think>", "</think>", "</answer>"])
     thinking = (
@@ -206,7 +206,7 @@ def test_template_that_does_not_continue_its_own_prompt() -> None:
     assert Renderer(tokenizer, CHATML).end_id == 2
 
 
-def test_template_whose_prompt_runs_into_the_answer() -> None:
+def test_template_whose_prompt_runs_into_the_response() -> None:
     # two line breaks at the end of a text are one token, before a word they are two
     template = NO_END.replace("m.role + ': '", "m.role + '\n\n'").replace("assistant:", "assistant\n\n")
     with pytest.raises(ModelError, match=r"spans the end of the prompt, .*, 'It is blue'"):

@@ -269,7 +269,7 @@ def test_training_can_end_after_an_epoch_and_does_again_when_resumed(new_players
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_a_kill_while_an_epoch_is_looked_at_loses_no_step(new_players: NewPlayers, tmp_path: Path) -> None:
+def test_a_kill_in_on_epoch_loses_no_step(new_players: NewPlayers, tmp_path: Path) -> None:
     """What is looked at, in evaluation mode, leaves the dropout of the next epoch on, resumed or not."""
     config = replace(CONFIG, epochs=2, batch_size=2)
     items = pair_groups(4)
@@ -295,7 +295,7 @@ def test_a_kill_while_an_epoch_is_looked_at_loses_no_step(new_players: NewPlayer
     assert_equal_to_the_bit(weights_of(continued), weights_of(straight))
 
 
-def test_what_is_reported_of_each_step(new_players: NewPlayers, tmp_path: Path) -> None:
+def test_report_of_each_step(new_players: NewPlayers, tmp_path: Path) -> None:
     players = new_players(lora={"r": 4})
     epochs: list[int] = []
     config = replace(CONFIG, epochs=2, batch_size=2)
@@ -414,7 +414,7 @@ def test_an_optimizer_that_takes_other_settings() -> None:
 
 
 @pytest.mark.parametrize("name", ["lbfgs", "SparseAdam", "nothing"])
-def test_an_optimizer_that_cannot_be_used_is_told_early(name: str) -> None:
+def test_an_unusable_optimizer_is_refused_early(name: str) -> None:
     with pytest.raises(RecipeError, match=r"train.optimizer: .* cannot be used|no 'nothing' in torch.optim"):
         check_optimizer(name, 0.1, "train.optimizer")
 
@@ -486,7 +486,7 @@ def test_an_interrupted_training_ends_in_the_same_weights(
     assert [{key: value for key, value in step.items() if key != "tokens_per_second"} for step in rest] == timeless[3:]
 
 
-def test_a_killed_training_goes_on_from_its_last_checkpoint(new_players: NewPlayers, tmp_path: Path) -> None:
+def test_a_killed_training_resumes_from_its_last_checkpoint(new_players: NewPlayers, tmp_path: Path) -> None:
     config = replace(CONFIG, epochs=3, batch_size=2, save_steps=2)
     items = pair_groups(4)
     lora = {"r": 4, "dropout": 0.3}
@@ -527,7 +527,7 @@ def test_a_damaged_checkpoint_is_named(new_players: NewPlayers, tmp_path: Path, 
 
 
 @pytest.mark.parametrize("file", ["weights.safetensors", "optimizer.safetensors", "state.json"])
-def test_a_bit_of_a_checkpoint_that_has_flipped_is_noticed(new_players: NewPlayers, tmp_path: Path, file: str) -> None:
+def test_a_flipped_bit_of_a_checkpoint_is_noticed(new_players: NewPlayers, tmp_path: Path, file: str) -> None:
     players = new_players(lora={"r": 4})
     run_fit(players, pair_groups(1), spin_loss(players), CONFIG, tmp_path)
     path = tmp_path / "checkpoints" / "step-000001" / file
@@ -675,9 +675,7 @@ def test_too_little_memory_for_a_single_tree_is_an_error(
         run_fit(players, pair_groups(4), spin_loss(players), CONFIG, tmp_path)
 
 
-def test_another_error_is_no_reason_to_try_again(
-    new_players: NewPlayers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_errors_are_raised(new_players: NewPlayers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     players = new_players(lora={"r": 4})
     calls = []
 
