@@ -41,8 +41,8 @@ def write_rows(path: Path, rows: list[Any]) -> Path:
 
 def rows() -> list[dict[str, str]]:
     """48 rows; twelve of them repeat another row's prompt with another response."""
-    answers = ("Paris", "Yes", "red", "three")
-    first = [{"prompt": f"What is {n}?", "response": answers[n % 4]} for n in range(36)]
+    responses = ("Paris", "Yes", "red", "three")
+    first = [{"prompt": f"What is {n}?", "response": responses[n % 4]} for n in range(36)]
     return first + [{"prompt": f"What is {n}?", "response": "green"} for n in range(0, 36, 3)]
 
 
@@ -95,22 +95,24 @@ def change_recipe(run: Path, **changes: dict[str, Any]) -> None:
     folder.record_digest(folder.recipe)
 
 
-def change_marker(path: Path, **facts: Any) -> None:
+def change_marker(path: Path, **values: Any) -> None:
     """Give a marker other values, as if its stage had written them."""
     kept = without(json.loads(path.read_text(encoding="utf-8")), "sum")
-    path.write_text(json.dumps(kept | facts), encoding="utf-8")
+    path.write_text(json.dumps(kept | values), encoding="utf-8")
 
 
-def reseal(run: Path) -> None:
+def rewrite_markers(run: Path) -> None:
     """Rewrite all markers so that they match the files in the run folder."""
     folder = RunDir(run)
     players = [("prepare", START), ("sft", START), ("evaluate", START)]
     stages = ("generate", "reference_logprobs", "train", "evaluate", "promote")
     for stage, iteration in [*players, *((stage, iteration) for iteration in range(ITERATIONS) for stage in stages)]:
         if (marker := folder.marker(stage, iteration)).exists():
-            noted = json.loads(marker.read_text(encoding="utf-8"))
-            outputs = [run / name for name in noted["outputs"]]
-            folder.complete(stage, iteration, outputs, **without(noted, "made_from", "digest", "outputs", "sum"))
+            marker_values = json.loads(marker.read_text(encoding="utf-8"))
+            outputs = [run / name for name in marker_values["outputs"]]
+            folder.complete(
+                stage, iteration, outputs, **without(marker_values, "made_from", "digest", "outputs", "sum")
+            )
 
 
 def without(values: dict[str, Any], *names: str) -> dict[str, Any]:
@@ -119,17 +121,17 @@ def without(values: dict[str, Any], *names: str) -> dict[str, Any]:
 
 def contents(run: Path) -> dict[str, str]:
     """Digest of every file of a run, without values that depend on the clock or the process."""
-    found = {}
+    digests = {}
     for path in sorted(run.rglob("*")):
         name = path.relative_to(run).as_posix()
         if path.is_symlink():
-            found[name] = f"-> {path.readlink()}"
+            digests[name] = f"-> {path.readlink()}"
         elif path.suffix == ".done":
-            found[name] = json.dumps(without(json.loads(path.read_text(encoding="utf-8")), *VOLATILE_KEYS))
+            digests[name] = json.dumps(without(json.loads(path.read_text(encoding="utf-8")), *VOLATILE_KEYS))
         elif path.is_file() and name not in (".spinlm/lock", "provenance.json", "train_log.jsonl", "error.txt"):
-            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+            digests[name] = hashlib.sha256(path.read_bytes()).hexdigest()
     timeless = [without(line, "tokens_per_second") for line in steps(run)]
-    return found | {"train_log.jsonl": json.dumps(timeless)}
+    return digests | {"train_log.jsonl": json.dumps(timeless)}
 
 
 def assert_whole(run: Path) -> None:

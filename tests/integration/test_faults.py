@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from commands import Process
-from runs import assert_whole, contents, reseal, without
+from runs import assert_whole, contents, rewrite_markers, without
 from safetensors.torch import load_file, save_file
 from test_bad_input import assert_full_disk_message, run_until_full
 from test_kill import assert_same_result, between_checkpoints, catch
@@ -219,7 +219,7 @@ def test_nan_weight_of_a_player(cli, world, rewind, tmp_path, kind):
                 run = rewind(reference, 1, stage)
                 (weights,) = (run / player / "player").glob("*.safetensors")
                 poison(weights, chance)
-                reseal(run)
+                rewrite_markers(run)
                 result = cli.start("run", world.recipe, *changes, "--run-dir", run, folder=world.folder).wait()
                 if result.code == 0:
                     assert made(run) == made(reference)

@@ -100,9 +100,9 @@ def play(run: RunDir) -> Callable[..., list[tuple[int, bool]]]:
 def test_better_beyond_the_noise(play, run):
     """Differences 1, 1, 0, 0: lead ½, standard error √(1/3/4) = 0.289."""
     assert play([0, 0, 0, 1], [1, 1, 0, 1]) == [(0, True)]
-    facts = run.metadata("promote", 0)
-    assert (facts["metric"], facts["baseline"], facts["mean_difference"]) == ("task_score", START, 0.5)
-    assert facts["standard_error"] == pytest.approx((1 / 12) ** 0.5)
+    metadata = run.metadata("promote", 0)
+    assert (metadata["metric"], metadata["baseline"], metadata["mean_difference"]) == ("task_score", START, 0.5)
+    assert metadata["standard_error"] == pytest.approx((1 / 12) ** 0.5)
     assert run.best_link.readlink() == Path("iteration-0")
 
 
