@@ -65,9 +65,9 @@ def predict(overrides: list[str]) -> tuple[dict[str, float], dict[str, float]]:
         "optimizer steps": sum(cost.steps for cost in costs),
         "tokens generated": sum(cost.generated for cost in costs),
         "tokens generated, at most": sum(cost.max_generated for cost in costs),
-        "tokens of reference_logprobs": sum(cost.reference_tokens.shared for cost in costs),
-        "tokens read in evaluate": sum(cost.evaluation_tokens.shared for cost in costs),
-        "tokens trained on": sum(cost.training_tokens.shared for cost in costs),
+        "tokens of reference_logprobs": sum(cost.reference_tokens for cost in costs),
+        "tokens read in evaluate": sum(cost.evaluation_tokens for cost in costs),
+        "tokens trained on": sum(cost.training_tokens for cost in costs),
     }
     (hours,) = (device.hours for device in plan.devices if device.name == "CPU")
     seconds = {

@@ -65,7 +65,7 @@ SCALES = (
 def row(scale: Scale, processes: int, sharded: bool) -> list[str]:
     recipe = load_recipe(RECIPE, [*scale.changes, f"train.fsdp={'full_shard' if sharded else 'none'}"])
     model = DeviceModel(recipe, LENGTHS, shape_from_config(scale.config), GPU, processes)
-    times = [model.stage_time(cost) for cost in iteration_costs(recipe, LENGTHS)]
+    times = [model.stage_time(cost) for cost in iteration_costs(recipe, LENGTHS, prefix_sharing=True)]
     stages = ("generate", "reference_logprobs", "train", "evaluate")
     hours = [sum(getattr(time, stage) for time in times) for stage in stages]
     memory = model.memory()

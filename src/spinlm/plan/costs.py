@@ -2,9 +2,9 @@
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
-from spinlm.plan.lengths import Lengths, TokenCount
-from spinlm.recipe.fields import get_path, value_at
+from spinlm.plan.lengths import Lengths
 from spinlm.recipe.schema import Recipe
 from spinlm.rundir.stage_graph import START
 
@@ -19,16 +19,6 @@ class GenerationCost:
     response_tokens: int  # of one response, as expected
     max_response_tokens: int  # of one response
 
-    @property
-    def tokens(self) -> int:
-        """Expected tokens of all responses."""
-        return self.responses * self.response_tokens
-
-    @property
-    def max_tokens(self) -> int:
-        """Tokens of all responses if each is as long as possible."""
-        return self.responses * self.max_response_tokens
-
 
 @dataclass(frozen=True, slots=True)
 class IterationCost:
@@ -42,28 +32,25 @@ class IterationCost:
     prompts_per_step: int
     opponent: GenerationCost  # by the opponent, to training and held-out prompts
     heldout: GenerationCost  # by the player, to held-out prompts: greedy and sampled
-    reference_tokens: TokenCount  # read by the opponent
-    evaluation_tokens: TokenCount  # read by the player and the starting player
-    guard_tokens: TokenCount  # held-out examples read between epochs
-    training_tokens: TokenCount  # with gradients, in all epochs
-    learning_rate: float | None
-    beta: float | None
+    reference_tokens: int  # read by the opponent
+    evaluation_tokens: int  # read by the player and the starting player
+    guard_tokens: int  # held-out examples read between epochs
+    training_tokens: int  # with gradients, in all epochs
 
     @property
     def generated(self) -> int:
         """Expected tokens of all generated responses."""
-        return self.opponent.tokens + self.heldout.tokens
+        return sum(part.responses * part.response_tokens for part in (self.opponent, self.heldout))
 
     @property
     def max_generated(self) -> int:
         """Tokens of all generated responses if each is as long as possible."""
-        return self.opponent.max_tokens + self.heldout.max_tokens
+        return sum(part.responses * part.max_response_tokens for part in (self.opponent, self.heldout))
 
     @property
-    def scored(self) -> TokenCount:
+    def scored(self) -> int:
         """Tokens read without gradients."""
-        parts = (self.reference_tokens, self.evaluation_tokens, self.guard_tokens)
-        return TokenCount(sum(part.shared for part in parts), sum(part.unshared for part in parts))
+        return self.reference_tokens + self.evaluation_tokens + self.guard_tokens
 
 
 def num_reserved(recipe: Recipe) -> int:
@@ -79,15 +66,16 @@ def num_prompts(recipe: Recipe, lengths: Lengths) -> int:
     return min(recipe.data.prompts or available, available)
 
 
-def iteration_costs(recipe: Recipe, lengths: Lengths) -> tuple[IterationCost, ...]:
+def iteration_costs(recipe: Recipe, lengths: Lengths, prefix_sharing: bool) -> tuple[IterationCost, ...]:
     """Return the cost of the start, then of each iteration."""
-    iterations = (_iteration_cost(recipe, lengths, t) for t in range(recipe.selfplay.iterations))
-    return _start_cost(recipe, lengths), *iterations
+    iterations = (_iteration_cost(recipe, lengths, prefix_sharing, t) for t in range(recipe.selfplay.iterations))
+    return _start_cost(recipe, lengths, prefix_sharing), *iterations
 
 
-def _start_cost(recipe: Recipe, lengths: Lengths) -> IterationCost:
+def _start_cost(recipe: Recipe, lengths: Lengths, prefix_sharing: bool) -> IterationCost:
     heldout, sft = recipe.data.heldout, recipe.sft
     prompts = (sft.prompts or num_prompts(recipe, lengths)) if sft else 0
+    tokens = partial(lengths.tokens, prefix_sharing)
     return IterationCost(
         iteration=START,
         prompts=prompts,
@@ -97,21 +85,20 @@ def _start_cost(recipe: Recipe, lengths: Lengths) -> IterationCost:
         prompts_per_step=sft.batch_size if sft else 1,
         opponent=GenerationCost(0, 0, 0),
         heldout=_heldout_generation(recipe, lengths),
-        reference_tokens=TokenCount(0, 0),
-        # Real response and one response of the player, read twice.
-        evaluation_tokens=lengths.tokens((2 * heldout, 1)),
-        guard_tokens=lengths.tokens(((sft.epochs + 1) * heldout, 0)) if sft else TokenCount(0, 0),
-        training_tokens=lengths.tokens((sft.epochs * prompts, 0)) if sft else TokenCount(0, 0),
-        learning_rate=sft.learning_rate if sft else None,
-        beta=None,
+        reference_tokens=0,
+        evaluation_tokens=tokens((2 * heldout, 1)),  # real response and one response of the player, read twice
+        guard_tokens=tokens(((sft.epochs + 1) * heldout, 0)) if sft else 0,
+        training_tokens=tokens((sft.epochs * prompts, 0)) if sft else 0,
     )
 
 
-def _iteration_cost(recipe: Recipe, lengths: Lengths, t: int) -> IterationCost:
+def _iteration_cost(recipe: Recipe, lengths: Lengths, prefix_sharing: bool, t: int) -> IterationCost:
     train, opponent, heldout = recipe.train, recipe.opponent, recipe.data.heldout
     prompts, samples, used = num_prompts(recipe, lengths), opponent.samples_per_prompt, recipe.num_synthetic(t)
     train_prompts = 0 if recipe.is_control else prompts  # prompts that the opponent responds to for training
     prompts_per_step = max(1, train.batch_size // used)
+    responses = 0 if recipe.preferences else (train_prompts + heldout) * samples
+    tokens = partial(lengths.tokens, prefix_sharing)
     return IterationCost(
         iteration=t,
         prompts=prompts,
@@ -120,23 +107,17 @@ def _iteration_cost(recipe: Recipe, lengths: Lengths, t: int) -> IterationCost:
         # All pairs of a prompt are in the same step.
         steps=train.epochs * math.ceil(prompts / prompts_per_step),
         prompts_per_step=prompts_per_step,
-        opponent=GenerationCost(
-            0 if recipe.preferences else (train_prompts + heldout) * samples,
-            lengths.synthetic,
-            opponent.max_new_tokens,
-        ),
+        opponent=GenerationCost(responses, lengths.synthetic, opponent.max_new_tokens),
         heldout=_heldout_generation(recipe, lengths),
-        reference_tokens=lengths.tokens((train_prompts, used), (heldout, samples)),
+        reference_tokens=tokens((train_prompts, used), (heldout, samples)),
         # The player reads the opponent's responses and one of its own; the starting player reads that one.
-        evaluation_tokens=lengths.tokens((heldout, samples + 1), (heldout, 1)),
-        guard_tokens=lengths.tokens(((train.epochs - 1) * heldout if recipe.selfplay.guard else 0, 0)),
-        training_tokens=lengths.tokens((train.epochs * prompts, recipe.num_branches(t))),
-        learning_rate=value_at(train.learning_rate, t),
-        beta=value_at(get_path(recipe, "objective.beta"), t),
+        evaluation_tokens=tokens((heldout, samples + 1), (heldout, 1)),
+        guard_tokens=tokens(((train.epochs - 1) * heldout if recipe.selfplay.guard else 0, 0)),
+        training_tokens=tokens((train.epochs * prompts, recipe.num_branches(t))),
     )
 
 
 def _heldout_generation(recipe: Recipe, lengths: Lengths) -> GenerationCost:
     """Two responses to each held-out prompt: one as `evaluate` says, one from the player's own distribution."""
     limit = recipe.evaluate.max_new_tokens or recipe.opponent.max_new_tokens
-    return GenerationCost(2 * recipe.data.heldout, min(limit, lengths.heldout_response), limit)
+    return GenerationCost(2 * recipe.data.heldout, min(limit, lengths.real), limit)

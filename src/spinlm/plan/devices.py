@@ -5,7 +5,7 @@ import os
 from dataclasses import dataclass
 
 from spinlm.plan.costs import GenerationCost, IterationCost
-from spinlm.plan.lengths import Lengths, TokenCount
+from spinlm.plan.lengths import Lengths
 from spinlm.plan.model_shape import Shape
 from spinlm.recipe.schema import Recipe
 from spinlm.training.memory import MEMORY_MARGIN, optimizer_bytes
@@ -19,7 +19,6 @@ GPU_LAYER_SECONDS = 0.75e-3  # per layer and generated token at least, for kerne
 CPU_CORE_FLOPS = 100e9  # float32
 CPU_UTILIZATION = 0.60
 CPU_GENERATION_UTILIZATION = 0.30
-TOKENIZER_SPEED = 150e3  # tokens/s of one core, rendering included
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +81,12 @@ class StageTime:
         return self.generate + self.reference_logprobs + self.train + self.evaluate
 
 
+def shares_prefixes(recipe: Recipe, shape: Shape | None) -> bool:
+    """Return whether all responses to a prompt are assumed to be in one row."""
+    setting = recipe.train.prefix_sharing
+    return setting == "always" or (setting == "auto" and (shape is None or shape.supports_prefix_sharing))
+
+
 @dataclass(frozen=True)
 class DeviceModel:
     """Computes the memory and time of a recipe on one kind of device."""
@@ -96,12 +101,6 @@ class DeviceModel:
     def is_sharded(self) -> bool:
         """Whether the processes divide the model, so that no process has all of it while training."""
         return self.processes > 1 and self.recipe.train.fsdp != "none"
-
-    @property
-    def prefix_sharing(self) -> bool:
-        """Whether all responses to a prompt are assumed to be in one row."""
-        setting = self.recipe.train.prefix_sharing
-        return setting == "always" or (setting == "auto" and self.shape.supports_prefix_sharing)
 
     @property
     def gradient_checkpointing(self) -> bool:
@@ -143,9 +142,6 @@ class DeviceModel:
         opponent_share = self._largest_share(*([cost.prompts] if cost.pairs else []), heldout)
         heldout_share = self._largest_share(heldout)
 
-        def forward(tokens: TokenCount) -> float:
-            return (tokens.shared if self.prefix_sharing else tokens.unshared) / tokens_per_hour
-
         def generate(work: GenerationCost, share: float) -> float:
             responses, batch = math.ceil(share * work.responses), recipe.opponent.batch_size
             prompt, new = self.lengths.prompt, work.response_tokens
@@ -154,10 +150,10 @@ class DeviceModel:
         step_share = math.ceil(cost.prompts_per_step / self.processes) / cost.prompts_per_step
         return StageTime(
             generate=generate(cost.opponent, opponent_share),
-            reference_logprobs=opponent_share * forward(cost.reference_tokens),
+            reference_logprobs=opponent_share * cost.reference_tokens / tokens_per_hour,
             # Each process reads all of the held-out examples for the guard.
-            train=step_share * passes * forward(cost.training_tokens) + forward(cost.guard_tokens),
-            evaluate=generate(cost.heldout, heldout_share) + heldout_share * forward(cost.evaluation_tokens),
+            train=(step_share * passes * cost.training_tokens + cost.guard_tokens) / tokens_per_hour,
+            evaluate=generate(cost.heldout, heldout_share) + heldout_share * cost.evaluation_tokens / tokens_per_hour,
         )
 
     def _weight_bytes(self) -> int:
@@ -187,7 +183,7 @@ class DeviceModel:
         """Return the bytes that the largest micro-batch keeps until its backward pass."""
         longest = self.recipe.train.max_length
         token = self.shape.activation_bytes(self.device.width, longest, self.recipe.lora, checkpointing=checkpointing)
-        return token * self.recipe.max_micro_batch_tokens(self.prefix_sharing)
+        return token * self.recipe.max_micro_batch_tokens(shares_prefixes(self.recipe, self.shape))
 
     def _largest_share(self, *splits: int) -> float:
         """Return the largest fraction of the prompts that one process has; a shard is not divided."""

@@ -3,20 +3,17 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from spinlm.data.sources import names_a_file
 from spinlm.errors import ModelError, RecipeError
 from spinlm.evals.scorers import get_scorer
 from spinlm.plan.costs import IterationCost, iteration_costs, num_prompts, num_reserved
-from spinlm.plan.devices import DEVICES, GPU, TOKENIZER_SPEED, DeviceModel, StageTime
-from spinlm.plan.lengths import MAX_FILE_BYTES, Lengths, find_lengths
-from spinlm.plan.model_shape import Shape, UnknownShapeError, find_shape
+from spinlm.plan.devices import DEVICES, GPU, DeviceModel, StageTime, shares_prefixes
+from spinlm.plan.lengths import Lengths, find_lengths
+from spinlm.plan.model_shape import UnknownShapeError, find_shape
 from spinlm.recipe.schema import Recipe
 from spinlm.rundir.layout import RunDir
 from spinlm.rundir.resume import recipe_changes
-from spinlm.rundir.stage_graph import START, stages
-from spinlm.training.memory import OPTIMIZER_BYTES, optimizer_bytes
 from spinlm.utils.hardware import has_gpu
-from spinlm.utils.model_path import existing_path, resolve_model
+from spinlm.utils.model_path import resolve_model
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,15 +30,6 @@ class DeviceEstimate:
 
 
 @dataclass(frozen=True, slots=True)
-class DiskUsage:
-    """Bytes of the largest files in the run folder."""
-
-    players: int  # the starting player and one for each iteration
-    checkpoint: int  # kept while training
-    base: int  # the model of a .gguf file, unpacked
-
-
-@dataclass(frozen=True, slots=True)
 class Plan:
     """What `spinlm plan` shows; `dataclasses.asdict` of it is its JSON."""
 
@@ -50,16 +38,14 @@ class Plan:
     processes: int
     prompts: int
     heldout: int
+    prefix_sharing: bool  # assumed for all numbers
     iterations: tuple[IterationCost, ...]  # the start, then each iteration
     devices: tuple[DeviceEstimate, ...]  # this machine's kind first; empty without the model's shape
-    prepare_hours: float
-    disk: DiskUsage | None  # None without the model's shape
     lengths: Lengths
     parameters: int | None  # None without the model's shape
     shape_source: str  # where the shape was read, or why it is unknown
     refusals: tuple[str, ...]  # why the run would not start
     notes: tuple[str, ...]  # why the numbers are uncertain
-    finished: tuple[str, ...]  # stages of an existing run
 
 
 def make_plan(recipe: Recipe, folder: RunDir | None = None, processes: int = 1) -> Plan:
@@ -70,35 +56,30 @@ def make_plan(recipe: Recipe, folder: RunDir | None = None, processes: int = 1) 
         folder: the run folder, which may not exist yet.
         processes: number of processes, one on each device.
     """
-    changes = recipe_changes(folder, recipe) if folder else []
-    lengths = find_lengths(recipe, folder if not changes else None)
+    lengths = find_lengths(recipe)
     try:
         shape, shape_source = find_shape(recipe.model)
     except UnknownShapeError as error:
         shape, shape_source = None, str(error)
-    iterations = iteration_costs(recipe, lengths)
+    prefix_sharing = shares_prefixes(recipe, shape)
+    iterations = iteration_costs(recipe, lengths, prefix_sharing)
     devices = sorted(DEVICES[recipe.model.dtype], key=lambda device: (device is GPU) != has_gpu())
     models = [DeviceModel(recipe, lengths, shape, device, processes) for device in devices if shape]
-    prompts = num_prompts(recipe, lengths)
-    done = [
-        (stage, t) for stage, t in stages(recipe.selfplay.iterations) if folder and folder.marker(stage, t).exists()
-    ]
+    estimates = tuple(_device_estimate(model, iterations) for model in models)
     return Plan(
         model=recipe.model.path,
         data=recipe.data.path,
         processes=processes,
-        prompts=prompts,
+        prompts=num_prompts(recipe, lengths),
         heldout=recipe.data.heldout,
+        prefix_sharing=prefix_sharing,
         iterations=iterations,
-        devices=tuple(_device_estimate(model, iterations) for model in models),
-        prepare_hours=(prompts + num_reserved(recipe)) * (lengths.prompt + lengths.real) / TOKENIZER_SPEED / 3600,
-        disk=_disk_usage(recipe, shape) if shape else None,
+        devices=estimates,
         lengths=lengths,
         parameters=shape.parameters if shape else None,
         shape_source=shape_source,
-        refusals=tuple(_refusals(recipe, lengths, changes)),
-        notes=tuple(_notes(recipe, lengths, shape, shape_source, models)),
-        finished=() if changes else tuple(stage if t == START else f"{stage} {t}" for stage, t in done),
+        refusals=tuple(_refusals(recipe, lengths, folder)),
+        notes=tuple(_notes(recipe, lengths, shape_source, estimates)),
     )
 
 
@@ -114,16 +95,7 @@ def _device_estimate(model: DeviceModel, iterations: tuple[IterationCost, ...]) 
     )
 
 
-def _disk_usage(recipe: Recipe, shape: Shape) -> DiskUsage:
-    trained = shape.trained(recipe.lora)
-    return DiskUsage(
-        players=(recipe.selfplay.iterations + 1) * 4 * trained,
-        checkpoint=(4 + optimizer_bytes(recipe.train.optimizer)) * trained,
-        base=4 * shape.parameters if recipe.model.path.endswith(".gguf") else 0,
-    )
-
-
-def _refusals(recipe: Recipe, lengths: Lengths, changes: list[str]) -> Iterator[str]:
+def _refusals(recipe: Recipe, lengths: Lengths, folder: RunDir | None) -> Iterator[str]:
     """Yield why the run would not start, as far as that is known without loading anything."""
     try:
         resolve_model(recipe.model.path)
@@ -137,56 +109,34 @@ def _refusals(recipe: Recipe, lengths: Lengths, changes: list[str]) -> Iterator[
             get_scorer(scorer)
         except RecipeError as error:
             yield str(error)
+    examples, prompts, reserved = lengths.examples, recipe.data.prompts or 1, num_reserved(recipe)
     # With all turns as examples, their number is an estimate; otherwise a row has at most one.
-    prompts = recipe.data.prompts or 1
-    if (
-        lengths.examples is not None
-        and recipe.data.turns != "all"
-        and prompts > lengths.examples - num_reserved(recipe)
-    ):
-        sft = num_reserved(recipe) - recipe.data.heldout
+    if examples is not None and recipe.data.turns != "all" and prompts > examples - reserved:
+        sft = reserved - recipe.data.heldout
         yield (
-            f"{recipe.data.path} has {lengths.examples:,} examples: too few for {prompts:,} prompts, "
-            f"{recipe.data.heldout:,} held-out examples"
-            + (f" and {sft:,} examples for SFT alone" if sft else "")
-            + ". "
+            f"{recipe.data.path} has {examples:,} examples: too few for {prompts:,} prompts, "
+            f"{recipe.data.heldout:,} held-out examples{f' and {sft:,} examples for SFT alone' if sft else ''}. "
             f"Lower data.heldout{', data.prompts or sft.prompts' if sft else ' or data.prompts'}"
         )
-    if changes:
+    if folder is not None and (changes := recipe_changes(folder, recipe)):
         yield "\n  ".join(("the run folder was made with a different recipe:", *changes))
 
 
-def _notes(
-    recipe: Recipe, lengths: Lengths, shape: Shape | None, shape_source: str, models: list[DeviceModel]
-) -> Iterator[str]:
+def _notes(recipe: Recipe, lengths: Lengths, shape_source: str, devices: tuple[DeviceEstimate, ...]) -> Iterator[str]:
     """Yield why the numbers are uncertain."""
-    is_local = names_a_file(recipe.data.path) or existing_path(recipe.data.path) is not None
     if lengths.examples is None and recipe.data.prompts is None and not lengths.data_error:
-        kind = f"files over {MAX_FILE_BYTES >> 20} MiB" if is_local else "hub data sets"
         yield (
-            f"data.prompts is not set, and the plan does not count the rows of {kind}. The plan is for "
-            f"{num_prompts(recipe, lengths):,} prompts."
+            "data.prompts is not set, and the plan does not count the rows of hub data sets and large files. The plan "
+            f"is for {num_prompts(recipe, lengths):,} prompts."
         )
     if lengths.are_limits:
-        yield (
-            "Lengths are upper limits, so tokens and time are, too; with shorter prompts prefix sharing saves less."
-            + ("" if is_local else " With a local file as data.path the plan estimates lengths.")
-        )
-    if shape is None:
+        yield "Lengths are upper limits, so tokens and time are, too. From a local file the plan estimates lengths."
+    if not devices:
         yield f"Memory and time are unknown, because the model's shape is: {shape_source}."
-        return
-    for model in (model for model in models if model.device is GPU):
-        memory = model.memory()
+    for device in (device for device in devices if device.name == GPU.name):
         for phase in ("training", "generating"):
-            if memory[phase] > GPU.memory:
-                size, limit = (f"{number / 1e9:,.0f} GB" for number in (memory[phase], GPU.memory))
+            if device.memory[phase] > device.capacity:
+                size, limit = (f"{number / 1e9:,.0f} GB" for number in (device.memory[phase], device.capacity))
                 yield f"{phase.capitalize()} takes {size} on each GPU, more than the {limit} of an H100."
     if recipe.opponent.engine == "server":
         yield "The speed of the server is unknown: the time to generate is for this process."
-    if recipe.model.load_in_4bit:
-        yield "The time to dequantize 4-bit weights is not counted."
-    if recipe.train.prefix_sharing == "auto" and not shape.supports_prefix_sharing:
-        yield f"The attention of {shape.family} does not support prefix sharing: the plan is for one response per row."
-    for name in dict.fromkeys([recipe.train.optimizer, *([recipe.sft.optimizer] if recipe.sft else [])]):
-        if name.lower() not in OPTIMIZER_BYTES:
-            yield f"The state of the optimizer {name} is unknown; the plan counts 8 bytes per parameter, as for AdamW."

@@ -1,31 +1,21 @@
-"""Token lengths of prompts and responses: measured in a run, estimated from a local file, or the recipe's limits."""
+"""Token lengths of prompts and responses: estimated from a local file, or the recipe's limits."""
 
 import contextlib
 import math
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from spinlm.data.columns import Layout, recognize_layout
-from spinlm.data.sources import Source, names_a_file, open_source, read_jsonl
+from spinlm.data.sources import Source, names_a_file, open_source
 from spinlm.errors import DataError, RowError
 from spinlm.recipe.schema import Data, Recipe
-from spinlm.rundir.layout import RunDir
-from spinlm.rundir.stage_graph import START
 from spinlm.utils.model_path import existing_path
 
 SAMPLE_ROWS = 200
 MAX_FILE_BYTES = 1 << 26  # a .json, .csv or .parquet file has to be read whole; a larger one is not read for a plan
 MESSAGE_TOKENS = 5  # of a chat template around a message, its role included
 RESPONSE_START_TOKENS = 3  # of a chat template between the prompt and the response
-
-
-@dataclass(frozen=True, slots=True)
-class TokenCount:
-    """Tokens with and without prefix sharing."""
-
-    shared: int  # all responses to a prompt in one row
-    unshared: int  # one response per row, after its own copy of the prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,36 +29,21 @@ class Lengths:
     source: str
     are_limits: bool  # the recipe's limits, not the data's lengths
     examples: int | None = None  # None if not counted
-    examples_source: str = ""
-    synthetic_source: str = ""  # where `synthetic` was measured; empty: assumed
     data_error: str = ""  # why the data cannot be used
 
-    @property
-    def heldout_response(self) -> int:
-        """Expected tokens of a response to a held-out prompt, before max_new_tokens truncates it."""
-        return self.synthetic if self.synthetic_source else self.real
-
-    def tokens(self, *parts: tuple[int, int]) -> TokenCount:
+    def tokens(self, prefix_sharing: bool, *parts: tuple[int, int]) -> int:
         """Count tokens of prompts, each with its real response and a number of synthetic ones.
 
         Args:
+            prefix_sharing: whether the responses share one copy of the prompt.
             parts: pairs of (prompts, synthetic responses per prompt).
         """
-        example = self.prompt + self.real
-        shared = sum(prompts * (example + responses * self.synthetic) for prompts, responses in parts)
-        return TokenCount(shared, shared + sum(prompts * responses * self.prompt for prompts, responses in parts))
+        response = self.synthetic + (0 if prefix_sharing else self.prompt)
+        return sum(prompts * (self.prompt + self.real + responses * response) for prompts, responses in parts)
 
 
-def find_lengths(recipe: Recipe, folder: RunDir | None = None) -> Lengths:
-    """Return the lengths of a recipe's examples.
-
-    Args:
-        recipe: the recipe.
-        folder: a run folder of the same recipe; its examples are used if it has any.
-    """
-    if folder is not None and folder.marker("prepare", START).exists():
-        missing = names_a_file(recipe.data.path) and existing_path(recipe.data.path) is None
-        return replace(_run_lengths(recipe, folder), data_error=f"{recipe.data.path}: no such file" if missing else "")
+def find_lengths(recipe: Recipe) -> Lengths:
+    """Return the lengths of a recipe's examples."""
     examples, sizes, error = _sample_data(recipe.data)
     limit, new, name = recipe.train.max_length, recipe.longest_synthetic, Path(recipe.data.path).name
     if sizes:
@@ -82,41 +57,8 @@ def find_lengths(recipe: Recipe, folder: RunDir | None = None) -> Lengths:
         prompt = longest = max(limit - new, limit // 2)
         real, source = limit - prompt, "upper limits, from train.max_length and opponent.max_new_tokens"
     return Lengths(
-        prompt,
-        real,
-        min(real, new),
-        longest,
-        source,
-        are_limits=not sizes,
-        examples=examples,
-        examples_source=f"{'turns' if recipe.data.turns == 'all' else 'rows'} in {name}",
-        data_error=error,
+        prompt, real, min(real, new), longest, source, are_limits=not sizes, examples=examples, data_error=error
     )
-
-
-def _run_lengths(recipe: Recipe, folder: RunDir) -> Lengths:
-    """Return the lengths of a run's examples, and of the responses in its latest complete iteration."""
-    counts = folder.metadata("prepare", START)["counts"]
-    numbers, read = read_jsonl(folder.examples("train" if counts["train"] else "heldout"))
-    rows = [read(index) for index in _sample(len(numbers))]
-    prompts, reals = ([len(row[key]) for row in rows] for key in ("prompt_ids", "response_ids"))
-    prompt, real = (math.ceil(sum(sizes) / len(sizes)) for sizes in (prompts, reals))
-    lengths = Lengths(
-        prompt,
-        real,
-        min(real, recipe.longest_synthetic),
-        max(prompts),
-        f"mean of {len(rows)} tokenized examples of the run",
-        are_limits=False,
-        examples=sum(counts.values()),
-        examples_source="examples of the run",
-    )
-    for t in reversed(range(recipe.selfplay.iterations)):
-        if folder.marker("reference_logprobs", t).exists():
-            metadata = folder.metadata("reference_logprobs", t)
-            mean = metadata.get("train", metadata["heldout"])["mean_tokens"]
-            return replace(lengths, synthetic=math.ceil(mean), synthetic_source=f"mean of iteration {t}")
-    return lengths
 
 
 def _sample_data(data: Data) -> tuple[int | None, list[tuple[int, int]], str]:
@@ -167,7 +109,7 @@ def _example_sizes(row: dict[str, object], layout: Layout, turns: str) -> list[t
     return sizes
 
 
-_PIECES = re.compile(r"(?P<word>[^\W\d_]+)|(?P<signs>[^\w\s]+|_+)|(?P<single>\d|\n+)")
+_WORD, _SIGNS, _SINGLE = re.compile(r"[^\W\d_]+"), re.compile(r"[^\w\s]+|_+"), re.compile(r"\d|\n+")
 
 
 def estimate_tokens(text: str) -> float:
@@ -176,17 +118,11 @@ def estimate_tokens(text: str) -> float:
     Tuned on SmolLM2's vocabulary: a common word is one token, capitals and other alphabets are several, each digit is
     one. For English prose, code, arithmetic and JSON the mean is within 20% of the true count.
     """
-    return sum(map(_piece_tokens, _PIECES.finditer(text)))
+    words = sum(map(_word_tokens, _WORD.findall(text)))
+    return words + sum(1 + 0.5 * (len(signs) - 1) for signs in _SIGNS.findall(text)) + len(_SINGLE.findall(text))
 
 
-def _piece_tokens(match: re.Match[str]) -> float:
-    """Estimate the tokens of a word, a run of punctuation, a digit or line breaks."""
-    text = match.group()
-    match match.lastgroup:
-        case "word" if not text.isascii() or (text.isupper() and len(text) > 1):
-            return max(1.0, len(text) / 2.5)
-        case "word":
-            return 1 + 0.05 * max(0, len(text) - 4)
-        case "signs":
-            return 1 + 0.5 * (len(text) - 1)
-    return 1
+def _word_tokens(word: str) -> float:
+    if not word.isascii() or (word.isupper() and len(word) > 1):
+        return max(1.0, len(word) / 2.5)
+    return 1 + 0.05 * max(0, len(word) - 4)

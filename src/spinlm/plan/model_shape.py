@@ -15,7 +15,7 @@ BYTES_IN_4BIT = 0.5 + 1 / 64 + 4 / (64 * 256)
 """Bytes of a 4-bit weight: the weight, 1 byte of scale per 64 weights, and a float32 per 256 scales."""
 
 LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3", "gemma2")
-GPT_LIKE = ("gpt2", "gpt_neo", "gpt_neox")
+GPT_LIKE = ("gpt2", "gpt_neo")
 
 Linear = tuple[str, int, int]  # name, inputs and outputs of a linear layer
 
@@ -43,7 +43,6 @@ class Shape:
 
     @property
     def parameters(self) -> int:
-        """All parameters."""
         embeddings = (self.vocab * (1 if self.tied else 2) + self.positions) * self.hidden
         return embeddings + self.block_matrices + self.norms_and_biases
 
@@ -88,10 +87,10 @@ class Shape:
         """Return the bytes that backward needs of one token in a row of `row` tokens, within a factor of about 1.5.
 
         A block keeps two residual streams and two normalized ones; queries, keys, values and twice the attention's
-        output; and the MLP's inner values: 2 without a gate, 4 with one (gate, up, their activation and product), or 2
-        if the whole MLP is adapted and fused. Norms keep two float32 copies each, unless they are fused. Attention that
-        is not fused keeps scores and weights in float32, and the weights once more in the computation's precision.
-        With checkpointing each block keeps the residual stream only, and one block at a time is recomputed.
+        output; and the MLP's inner values: 2 without a gate, 4 with one, or 2 if the whole MLP is adapted and fused.
+        Norms keep two float32 copies each, unless they are fused. Attention that is not fused keeps scores and weights
+        in float32, and the weights once more. With checkpointing each block keeps the residual stream only, and one
+        block at a time is recomputed.
         """
         gpt = self.family in GPT_LIKE
         inner = (2 if gpt or (lora and not lora.dropout and _adapts_mlp(lora)) else 4) * self.intermediate
@@ -116,19 +115,11 @@ def find_shape(model: Model) -> tuple[Shape, str]:
         path = resolve_model(model.path)
     except ModelError as error:
         raise UnknownShapeError(str(error)) from None
-    if path is not None and path.is_file():
+    if path is None:
+        return shape_from_config(_json_config(_cached_config(model))), "read from config.json in the local hub cache"
+    if path.is_file():
         return shape_from_config(_gguf_config(path)), f"read from the header of {path.name}"
-    if path is not None:
-        return shape_from_config(_json_config(path / "config.json")), f"read from {path / 'config.json'}"
-    from huggingface_hub import try_to_load_from_cache
-
-    cached = try_to_load_from_cache(model.path, "config.json", revision=model.revision)
-    if not isinstance(cached, str):
-        revision = f" --revision {model.revision}" if model.revision else ""
-        raise UnknownShapeError(
-            f"{model.path} is not in the local hub cache. Run `hf download {model.path} config.json{revision}` once"
-        )
-    return shape_from_config(_json_config(Path(cached))), "read from config.json in the local hub cache"
+    return shape_from_config(_json_config(path / "config.json")), f"read from {path / 'config.json'}"
 
 
 def shape_from_config(config: Mapping[str, Any]) -> Shape:
@@ -169,26 +160,35 @@ def shape_from_config(config: Mapping[str, Any]) -> Shape:
         kv_heads=kv_heads,
         head_dim=head_dim,
         intermediate=inner,
-        positions=size("n_positions", "max_position_embeddings") if family in ("gpt2", "gpt_neo") else 0,
-        tied=bool(config.get("tie_word_embeddings", family in ("gpt2", "gpt_neo", "gemma2"))),
+        positions=size("n_positions", "max_position_embeddings") if gpt else 0,
+        tied=bool(config.get("tie_word_embeddings", gpt or family == "gemma2")),
         linears=_linears(family, hidden, queries, keys, inner),
         norms_and_biases=vectors,
     )
 
 
 def _linears(family: str, hidden: int, queries: int, keys: int, inner: int) -> tuple[Linear, ...]:
-    if family in LLAMA_LIKE:
-        attention = [("q_proj", hidden, queries), ("k_proj", hidden, keys), ("v_proj", hidden, keys)]
-        mlp = [("gate_proj", hidden, inner), ("up_proj", hidden, inner), ("down_proj", inner, hidden)]
-        return *attention, ("o_proj", queries, hidden), *mlp
-    if family == "gpt_neox":
-        attention = [("query_key_value", hidden, 3 * hidden), ("dense", hidden, hidden)]
-    elif family == "gpt_neo":
-        attention = [(name, hidden, hidden) for name in ("q_proj", "k_proj", "v_proj", "out_proj")]
-    else:
+    if family == "gpt2":
         attention = [("c_attn", hidden, 3 * hidden), ("c_proj", hidden, hidden)]
-    up, down = ("dense_h_to_4h", "dense_4h_to_h") if family == "gpt_neox" else ("c_fc", "c_proj")
-    return *attention, (up, hidden, inner), (down, inner, hidden)
+    else:
+        output = "out_proj" if family == "gpt_neo" else "o_proj"
+        attention = [("q_proj", hidden, queries), ("k_proj", hidden, keys), ("v_proj", hidden, keys)]
+        attention.append((output, queries, hidden))
+    if family in GPT_LIKE:
+        return *attention, ("c_fc", hidden, inner), ("c_proj", inner, hidden)
+    return *attention, ("gate_proj", hidden, inner), ("up_proj", hidden, inner), ("down_proj", inner, hidden)
+
+
+def _cached_config(model: Model) -> Path:
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = try_to_load_from_cache(model.path, "config.json", revision=model.revision)
+    if not isinstance(cached, str):
+        revision = f" --revision {model.revision}" if model.revision else ""
+        raise UnknownShapeError(
+            f"{model.path} is not in the local hub cache. Run `hf download {model.path} config.json{revision}` once"
+        )
+    return Path(cached)
 
 
 def _json_config(path: Path) -> dict[str, Any]:

@@ -22,18 +22,12 @@ def render(plan: Plan) -> "RenderableType":
     for title, table in _tables(plan):
         parts += [Text(f"\n{title}", style="bold"), table]
     parts += [Text(f"note: {note}", style="yellow") for note in plan.notes]
-    if plan.finished:
-        done = f"The run has begun. Complete stages are not repeated: {', '.join(plan.finished)}"
-        parts += [Text(done, style="green")]
     return Group(*parts)
 
 
 def _tables(plan: Plan) -> Iterator[tuple[str, "Table"]]:
-    columns = ["iteration", "prompts", "responses", "pairs", "steps", "learning rate", "beta"]
-    yield "Work", _table(columns, _work_rows(plan))
-    columns = ["iteration", "generated", "at most", "scored", "unshared", "trained", "unshared", "saved"]
-    title = "Tokens, with prefix sharing (all responses to a prompt in one row) or unshared"
-    yield title, _table(columns, map(_token_row, plan.iterations))
+    columns = ["iteration", "responses", "pairs", "steps", "generated", "at most", "scored", "trained"]
+    yield "Counts and tokens", _table(columns, map(_work_row, plan.iterations))
     for device in plan.devices:
         title = f"Time on {'one' if plan.processes == 1 else f'{plan.processes} ×'} {device.name}, estimated"
         columns = ["iteration", "generate", "reference_logprobs", "train", "evaluate", "total"]
@@ -64,22 +58,10 @@ def _label(cost: IterationCost) -> str:
     return str(cost.iteration) if cost.iteration != START else "sft" if cost.steps else "start"
 
 
-def _work_rows(plan: Plan) -> Iterator[list[str]]:
-    for cost in plan.iterations:
-        rates = ["" if rate is None else f"{rate:g}" for rate in (cost.learning_rate, cost.beta)]
-        if cost.iteration != START:
-            counts = (cost.prompts, cost.responses, cost.pairs, cost.steps)
-            yield [_label(cost), *(f"{count:,}" for count in counts), *rates]
-        elif cost.steps:
-            yield [_label(cost), f"{cost.prompts:,}", "", "", f"{cost.steps:,}", *rates]
-
-
-def _token_row(cost: IterationCost) -> list[str]:
-    scored, trained = cost.scored, cost.training_tokens
-    unshared = scored.unshared + trained.unshared
-    saved = f"{1 - (scored.shared + trained.shared) / unshared:.0%}" if cost.pairs else ""
-    counts = (cost.generated, cost.max_generated, scored.shared, scored.unshared, trained.shared, trained.unshared)
-    return [_label(cost), *map(format_number, counts), saved]
+def _work_row(cost: IterationCost) -> list[str]:
+    counts = [f"{count:,}" if count else "–" for count in (cost.responses, cost.pairs, cost.steps)]
+    tokens = (cost.generated, cost.max_generated, cost.scored, cost.training_tokens)
+    return [_label(cost), *counts, *map(format_number, tokens)]
 
 
 def _time_rows(plan: Plan, device: DeviceEstimate) -> Iterator[list[str]]:
@@ -91,28 +73,20 @@ def _time_rows(plan: Plan, device: DeviceEstimate) -> Iterator[list[str]]:
 
 def _assumptions(plan: Plan) -> Iterator[tuple[str, str, str]]:
     """Yield name, value and source of what the numbers depend on."""
-    lengths, devices = plan.lengths, plan.devices
+    lengths = plan.lengths
     if plan.parameters:
         yield "model", f"{plan.parameters:,} parameters", plan.shape_source
-    examples = "rows not counted" if lengths.examples is None else f"of {lengths.examples:,} {lengths.examples_source}"
+    examples = "rows not counted" if lengths.examples is None else f"of {lengths.examples:,} examples in the data"
     yield "prompts", f"{plan.prompts:,}, and {plan.heldout:,} held out", examples
     yield "prompt + response", f"{lengths.prompt:,} + {lengths.real:,} tokens", lengths.source
     source = "upper limit" if lengths.are_limits else "assumed to be as long as real responses"
-    yield "synthetic response", f"{lengths.synthetic:,} tokens", lengths.synthetic_source or source
-    for device in devices:
+    yield "synthetic response", f"{lengths.synthetic:,} tokens", source
+    rows = "all responses to a prompt" if plan.prefix_sharing else "one response"
+    yield "prefix sharing", "on" if plan.prefix_sharing else "off", f"{rows} in one row"
+    for device in plan.devices:
         state = "on" if device.gradient_checkpointing else "off"
         yield f"{device.name} speed", "assumed", device.speed
         yield f"{device.name} memory", format_number(int(device.capacity), "B"), f"gradient checkpointing {state}"
-    yield "prepare", format_hours(plan.prepare_hours), "before the stages above, in one process"
-    if plan.disk:
-        players, checkpoint, base = (
-            format_number(size, "B") for size in (plan.disk.players, plan.disk.checkpoint, plan.disk.base)
-        )
-        yield (
-            "disk",
-            f"{players} of players",
-            f"and {checkpoint} of a checkpoint while training, {base} of unpacked .gguf",
-        )
 
 
 def format_number(number: int, unit: str = "") -> str:
