@@ -27,7 +27,7 @@ from spinlm.model.logprobs import LogProbs
 from spinlm.model.prefix_trees import PrefixTree, pack_batch
 from spinlm.plan.model_shape import shape_from_config
 from spinlm.recipe.schema import Lora
-from spinlm.training.activation_checkpointing import saved_activation_bytes, switch_checkpointing
+from spinlm.training.activation_checkpointing import saved_activation_bytes, switch_activation_checkpointing
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "7b": {  # Mistral-7B, the base of Zephyr
@@ -77,7 +77,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = random_model(CONFIGS[args.model], Lora(r=args.rank, alpha=2 * args.rank), device, dtype, not args.no_flex)
     if args.checkpointing:
-        switch_checkpointing(model.causal_lm, on=True)
+        switch_activation_checkpointing(model.causal_lm, on=True)
     tree_tokens = args.prompt + (1 + args.opponents) * args.response
     trees = max(1, args.budget // tree_tokens)
     seconds, peak_memory = measure_steps(model, args, trees, device)

@@ -52,7 +52,7 @@ def main() -> None:
     time_calls(LogProbs, "logprobs_and_features", "forward")
     time_calls(torch.Tensor, "backward", "backward")
     time_calls(players, "max_logprob_error", "forward")
-    time_calls(trainer, "checkpoint_if_needed", "forward")
+    time_calls(trainer, "set_activation_checkpointing", "forward")
     time_calls(torch.nn.utils, "clip_grad_norm_", "optimizer")
     time_calls(torch.optim.AdamW, "step", "optimizer")
     time_calls(fused, "_merged_weight", "decoding")

@@ -192,7 +192,7 @@ class _Ours:
         from spinlm.model.prefix_trees import PrefixTree
         from spinlm.recipe.load import parse_recipe
         from spinlm.rundir.layout import RunDir
-        from spinlm.training.activation_checkpointing import checkpoint_if_needed
+        from spinlm.training.activation_checkpointing import set_activation_checkpointing
         from spinlm.training.optimizers import make_optimizer
 
         self.folder = tempfile.TemporaryDirectory()
@@ -209,7 +209,7 @@ class _Ours:
         )
         self.players = Players(recipe, RunDir(Path(self.folder.name)))
         self.players.prefix_sharing = True
-        checkpoint_if_needed(self.players.logprobs, recipe, True)
+        set_activation_checkpointing(self.players.logprobs, recipe, True)
         self.module = self.players.logprobs
         self.trees = [PrefixTree(prompt, (real, *others)) for prompt, real, others in shape.groups()]
         self.budget, self.pairs, self.recipe = recipe.train.tokens_per_micro_batch, shape.pairs, recipe
@@ -219,7 +219,7 @@ class _Ours:
 
     def score(self) -> None:
         from spinlm.model.prefix_trees import micro_batches
-        from spinlm.training.batches import PairGroup
+        from spinlm.training.batches import PromptGroup
 
         values: dict[int, list[float]] = {}
         for chosen in micro_batches(self.trees, self.budget):
@@ -227,7 +227,7 @@ class _Ours:
             for index in chosen:
                 values[index] = [next(flat) for _ in self.trees[index].responses]
         self.groups = [
-            PairGroup(tree, tuple(values[index]), tuple((0, other) for other in range(1, len(tree.responses))))
+            PromptGroup(tree, tuple(values[index]), tuple((0, other) for other in range(1, len(tree.responses))))
             for index, tree in enumerate(self.trees)
         ]
 

@@ -30,8 +30,8 @@ from spinlm.stages.generate import generate
 from spinlm.stages.prepare import prepare
 from spinlm.stages.reference_logprobs import reference_logprobs
 from spinlm.stages.sft import sft
-from spinlm.training.activation_checkpointing import checkpoint_if_needed, free_bytes
-from spinlm.training.batches import PairDataset, PairGroup, pair_loss
+from spinlm.training.activation_checkpointing import free_bytes, set_activation_checkpointing
+from spinlm.training.batches import PairDataset, PromptGroup, pair_loss
 from spinlm.training.memory import MEMORY_MARGIN
 from spinlm.utils.atomic import read_json
 
@@ -251,7 +251,7 @@ def _check_regime(run: Run, *, has_sft: bool) -> tuple[str, list[str]]:
     return regime, advice
 
 
-def _check_first_step(run: Run, groups: Sequence[PairGroup]) -> str:
+def _check_first_step(run: Run, groups: Sequence[PromptGroup]) -> str:
     """Compute the SPIN loss before any training, which is ln 2 if main player and opponent agree."""
     players = run.players
     players.logprobs.eval()
@@ -270,7 +270,7 @@ def _check_first_step(run: Run, groups: Sequence[PairGroup]) -> str:
     return f"first step: the loss is {loss:.6f} (ln 2 = 0.693147), so main player and opponent agree"
 
 
-def _check_precision(run: Run, groups: Sequence[PairGroup]) -> str:
+def _check_precision(run: Run, groups: Sequence[PromptGroup]) -> str:
     """Compare the margins of a slightly changed player in this precision and in float32."""
     recipe, players = run.recipe, run.players
     if players.dtype == torch.float32:
@@ -301,7 +301,7 @@ def _check_precision(run: Run, groups: Sequence[PairGroup]) -> str:
     )
 
 
-def _check_4bit(run: Run, groups: Sequence[PairGroup]) -> str:
+def _check_4bit(run: Run, groups: Sequence[PromptGroup]) -> str:
     """Compare the 4-bit model with the unquantized one, if there is memory for both."""
     recipe, players = run.recipe, run.players
     need = count_parameters(players.model.parameters()) * players.dtype.itemsize
@@ -325,7 +325,7 @@ def _check_4bit(run: Run, groups: Sequence[PairGroup]) -> str:
 
 
 @torch.no_grad()
-def _per_token(logprobs: LogProbs, groups: Sequence[PairGroup], prefix_sharing: bool) -> torch.Tensor:
+def _per_token(logprobs: LogProbs, groups: Sequence[PromptGroup], prefix_sharing: bool) -> torch.Tensor:
     """Log-probability of each response divided by its tokens: [S]."""
     logprobs.eval()
     device = next(logprobs.parameters()).device
@@ -334,7 +334,7 @@ def _per_token(logprobs: LogProbs, groups: Sequence[PairGroup], prefix_sharing: 
 
 
 @torch.no_grad()
-def _margins(logprobs: LogProbs, groups: Sequence[PairGroup], prefix_sharing: bool) -> torch.Tensor:
+def _margins(logprobs: LogProbs, groups: Sequence[PromptGroup], prefix_sharing: bool) -> torch.Tensor:
     """log p(y) − log p(y') of each pair: [B]."""
     logprobs.eval()
     device = next(logprobs.parameters()).device
@@ -345,12 +345,12 @@ def _margins(logprobs: LogProbs, groups: Sequence[PairGroup], prefix_sharing: bo
     return torch.stack(margins)
 
 
-def _check_memory(run: Run, groups: Sequence[PairGroup]) -> str:
+def _check_memory(run: Run, groups: Sequence[PromptGroup]) -> str:
     """Run forward and backward over as many of these groups as a micro-batch holds."""
     players, sharing = run.players, run.players.prefix_sharing
     chosen = micro_batches([group.tree for group in groups], run.recipe.train.tokens_per_micro_batch, sharing)[0]
     part = [groups[index] for index in chosen]
-    checkpointing = "on" if checkpoint_if_needed(players.logprobs, run.recipe, sharing) else "off"
+    checkpointing = "on" if set_activation_checkpointing(players.logprobs, run.recipe, sharing) else "off"
     players.logprobs.train()
     began = time.monotonic()
     batch = pack_batch([group.tree for group in part], sharing).to(players.device)

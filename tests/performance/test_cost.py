@@ -20,8 +20,8 @@ from spinlm.model.kernels import ROW_BLOCK
 from spinlm.model.players import Players
 from spinlm.model.prefix_trees import PrefixTree, pack_batch
 from spinlm.rundir.layout import RunDir
-from spinlm.training.activation_checkpointing import switch_checkpointing
-from spinlm.training.batches import PairGroup, pair_loss
+from spinlm.training.activation_checkpointing import switch_activation_checkpointing
+from spinlm.training.batches import PromptGroup, pair_loss
 
 PROMPT, REAL, SYNTHETIC = 30, 20, 16
 
@@ -34,12 +34,12 @@ def players(tmp_path_factory: pytest.TempPathFactory) -> Players:
     return players
 
 
-def random_groups(trees: int, opponents: int) -> list[PairGroup]:
+def random_groups(trees: int, opponents: int) -> list[PromptGroup]:
     def ids(count: int) -> list[int]:
         return torch.randint(3, 90, (count,)).tolist()
 
     return [
-        PairGroup(
+        PromptGroup(
             PrefixTree(ids(PROMPT), (ids(REAL), *(ids(SYNTHETIC) for _ in range(opponents)))),
             (-1.0,) * (1 + opponents),
             tuple((0, synthetic + 1) for synthetic in range(opponents)),
@@ -80,14 +80,14 @@ class Cost(TorchDispatchMode):
         return out
 
 
-def train_step(players: Players, groups: list[PairGroup], prefix_sharing: bool = True) -> None:
+def train_step(players: Players, groups: list[PromptGroup], prefix_sharing: bool = True) -> None:
     players.logprobs.train()
     batch = pack_batch([group.tree for group in groups], prefix_sharing)
     pair_loss(players.recipe, 0)(players.logprobs(batch), groups).loss.backward()
     players.model.zero_grad()
 
 
-def score(players: Players, groups: list[PairGroup]) -> None:
+def score(players: Players, groups: list[PromptGroup]) -> None:
     players.response_logprobs([group.tree for group in groups])
 
 
@@ -125,10 +125,10 @@ def test_memory_of_logits_is_one_chunk(players: Players, monkeypatch: pytest.Mon
 
 def test_checkpointing_computes_every_token_twice(players: Players) -> None:
     model = players.logprobs.causal_lm
-    switch_checkpointing(model, on=True)
+    switch_activation_checkpointing(model, on=True)
     with Cost(players) as cost:
         train_step(players, random_groups(2, 1))
-    switch_checkpointing(model, on=False)
+    switch_activation_checkpointing(model, on=False)
     assert cost.tokens == 2 * 2 * (PROMPT + REAL - 1 + SYNTHETIC - 1)
 
 

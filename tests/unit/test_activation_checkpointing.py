@@ -13,10 +13,10 @@ from spinlm.recipe.schema import Lora
 from spinlm.rundir.layout import RunDir
 from spinlm.training import activation_checkpointing
 from spinlm.training.activation_checkpointing import (
-    checkpoint_if_needed,
     free_bytes,
     saved_activation_bytes,
-    switch_checkpointing,
+    set_activation_checkpointing,
+    switch_activation_checkpointing,
 )
 from spinlm.training.memory import MEMORY_MARGIN, optimizer_bytes
 from spinlm.utils import hardware
@@ -55,9 +55,9 @@ def test_checkpointing_keeps_less_and_leaves_nothing_behind(model: Path, tmp_pat
     ours = players(model, tmp_path, gradient_checkpointing=True)
     kept = saved_activation_bytes(ours.logprobs, True, 100)
     for _ in range(2):
-        assert checkpoint_if_needed(ours.logprobs, ours.recipe, True) and on(ours)
+        assert set_activation_checkpointing(ours.logprobs, ours.recipe, True) and on(ours)
     assert saved_activation_bytes(ours.logprobs, True, 100) < kept / 3
-    switch_checkpointing(ours.logprobs.causal_lm, on=False)
+    switch_activation_checkpointing(ours.logprobs.causal_lm, on=False)
     assert not on(ours) and saved_activation_bytes(ours.logprobs, True, 100) == kept
     assert not ours.logprobs.causal_lm.get_input_embeddings()._forward_hooks
 
@@ -81,9 +81,11 @@ def test_checkpointing_by_need(
     need = bytes_needed(ours, copy=2 if dtype == "bfloat16" else 0)
     monkeypatch.setattr(activation_checkpointing, "free_memory", lambda: int(need + more))
     for _ in range(2):  # what is kept with it on says nothing about what would be without
-        assert checkpoint_if_needed(ours.logprobs, ours.recipe, True) == on(ours) == needed
+        assert set_activation_checkpointing(ours.logprobs, ours.recipe, True) == on(ours) == needed
     monkeypatch.setattr(activation_checkpointing, "free_memory", lambda: int(2 * need))
-    assert not checkpoint_if_needed(ours.logprobs, ours.recipe, True) and not on(ours)  # off again when there is room
+    assert not set_activation_checkpointing(ours.logprobs, ours.recipe, True) and not on(
+        ours
+    )  # off again when there is room
 
 
 def test_a_model_that_cannot_checkpoint_is_left_alone(
@@ -92,7 +94,7 @@ def test_a_model_that_cannot_checkpoint_is_left_alone(
     ours = players(model, tmp_path)
     monkeypatch.setattr(ours.logprobs.causal_lm, "supports_gradient_checkpointing", False)
     monkeypatch.setattr(activation_checkpointing, "free_memory", lambda: 0)
-    assert not checkpoint_if_needed(ours.logprobs, ours.recipe, True) and not on(ours)
+    assert not set_activation_checkpointing(ours.logprobs, ours.recipe, True) and not on(ours)
 
 
 def test_the_largest_micro_batch_is_the_budget_or_a_longer_prompt_with_its_responses(model: Path) -> None:

@@ -15,7 +15,7 @@ from spinlm.model.fused import fuse_layers, prepacked_adapters
 from spinlm.model.kernels import linear, prepack
 from spinlm.model.loading import add_adapter, disable_dropout
 from spinlm.recipe.schema import Lora
-from spinlm.training.activation_checkpointing import switch_checkpointing
+from spinlm.training.activation_checkpointing import switch_activation_checkpointing
 
 
 class Small(nn.Module):
@@ -152,7 +152,7 @@ def test_all_layers_of_a_model(architecture: str, layers: int) -> None:
     expected = gradients()
     assert fuse_layers(model) == layers
     for checkpointing in (False, True):
-        switch_checkpointing(model.get_base_model(), on=checkpointing)
+        switch_activation_checkpointing(model.get_base_model(), on=checkpointing)
         for tensor, reference in zip(gradients(), expected, strict=True):
             assert (tensor - reference).norm() <= 1e-5 * reference.norm()
 

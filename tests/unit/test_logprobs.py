@@ -21,7 +21,7 @@ from spinlm.model.logprobs import LogitTransform, LogProbs, max_logprob_error
 from spinlm.model.players import Players
 from spinlm.model.prefix_trees import PrefixTree, pack_batch
 from spinlm.rundir.layout import RunDir
-from spinlm.training.activation_checkpointing import switch_checkpointing
+from spinlm.training.activation_checkpointing import switch_activation_checkpointing
 
 TREE_ARCHITECTURES = ("llama", "mistral", "qwen2", "gemma2", "gpt2", "gpt_neox")
 V = 97
@@ -165,7 +165,7 @@ def test_gradient_checkpointing_is_bit_identical(dropout: float) -> None:
     logprobs = LogProbs(model)
     results = []
     for on in (False, True, False):
-        switch_checkpointing(logprobs.causal_lm, on=on)
+        switch_activation_checkpointing(logprobs.causal_lm, on=on)
         torch.manual_seed(6)
         values = logprobs(pack_batch(TREES, True))
         results.append({"values": values.detach(), **gradients(model, values)})

@@ -12,7 +12,7 @@ from spinlm.model.attention import register_tree_attention
 from spinlm.model.logprobs import LogProbs
 from spinlm.model.prefix_trees import PrefixTree, pack_batch
 from spinlm.rundir.records import Pair, write_pairs
-from spinlm.training.batches import PairDataset, PairGroup, pair_indices, pair_loss
+from spinlm.training.batches import PairDataset, PromptGroup, pair_indices, pair_loss
 from spinlm.training.objectives import LINKS, dpo_positive, margin, mean_nll, space, spin, t_spin
 
 SLOPE_AT_0 = {"logistic": 0.5, "hinge": 1.0, "exponential": 1.0}  # −ℓ'(0)
@@ -270,8 +270,8 @@ def test_the_game_comes_ever_closer_to_the_data(link: str) -> None:
 def test_objective_of_a_micro_batch_by_hand(tmp_path) -> None:
     """Two trees, three pairs: the real response is shared by the pairs of its tree; sums, not means."""
     items = [
-        PairGroup(PrefixTree([1, 2], ([3, 4], [5], [6, 7, 8])), (-3.0, -4.0, -1.0), ((0, 1), (0, 2))),
-        PairGroup(PrefixTree([1], ([3, 4, 5, 6], [5])), (-2.5, -3.5), ((0, 1),)),
+        PromptGroup(PrefixTree([1, 2], ([3, 4], [5], [6, 7, 8])), (-3.0, -4.0, -1.0), ((0, 1), (0, 2))),
+        PromptGroup(PrefixTree([1], ([3, 4, 5, 6], [5])), (-2.5, -3.5), ((0, 1),)),
     ]
     logprobs = torch.tensor([-2.0, -5.0, -1.5, -3.0, -2.0], requires_grad=True)
     recipe = tiny_recipe(tmp_path, objective={"beta": [9.0, 0.5], "nll_weight": 0.1}, selfplay={"iterations": 2})
@@ -282,7 +282,7 @@ def test_objective_of_a_micro_batch_by_hand(tmp_path) -> None:
     # Margins 1 + 1, 1 + 0.5 and −0.5 − 1.5; −log p(y)/|y| of the real ones: 2/2 (twice), 3/4.
     losses = [math.log1p(math.exp(-0.5 * margin)) for margin in (2.0, 1.5, -2.0)]
     assert total.loss.item() == pytest.approx(sum(losses) + 0.1 * (1 + 1 + 0.75))
-    assert total.extra == {"margin": 1.5, "accuracy": 2.0, "real_nll": 2.75}
+    assert total.metrics == {"margin": 1.5, "accuracy": 2.0, "real_nll": 2.75}
     assert pair_indices(items).tolist() == [[0, 0, 3], [1, 2, 4], [1, 2, 4]]
     pulls = [0.5 / (1 + math.exp(0.5 * margin)) for margin in (2.0, 1.5, -2.0)]
     assert logprobs.grad is not None
@@ -312,7 +312,7 @@ ONE = tuple(torch.tensor([value]) for value in (-4.0, -5.0, -3.0, -4.0))
 )
 def test_the_recipes_settings_reach_the_objective(tmp_path, settings, expected) -> None:
     """A response of θ_0 stands beside the pair, for the objective that asks for it."""
-    item = PairGroup(PrefixTree([1], ([3, 4], [5], [6])), (-3.0, -4.0, math.nan), ((0, 1),), (2,))
+    item = PromptGroup(PrefixTree([1], ([3, 4], [5], [6])), (-3.0, -4.0, math.nan), ((0, 1),), (2,))
     total = pair_loss(tiny_recipe(tmp_path, objective=settings), 0)(torch.tensor([-4.0, -5.0, -7.0]), [item])
     assert total.loss.item() == pytest.approx(expected.item(), rel=1e-6)
 

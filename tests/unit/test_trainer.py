@@ -26,7 +26,7 @@ from spinlm.model.players import Players
 from spinlm.model.prefix_trees import PackedBatch, PrefixTree
 from spinlm.rundir.layout import RunDir
 from spinlm.rundir.stage_graph import START
-from spinlm.training.batches import PairGroup, pair_loss, plan_steps, sft_loss
+from spinlm.training.batches import PromptGroup, pair_loss, plan_steps, sft_loss
 from spinlm.training.optimizers import check_optimizer, find_optimizer, make_optimizer
 from spinlm.training.schedule import learning_rate_at
 from spinlm.training.trainer import LossFunction, TrainConfig, Trainer
@@ -50,12 +50,12 @@ CONFIG = TrainConfig(
 class InMemory:
     """Items in a list, weighed as the stages weigh theirs."""
 
-    def __init__(self, items: Sequence[PairGroup], weights: Sequence[int]):
+    def __init__(self, items: Sequence[PromptGroup], weights: Sequence[int]):
         self.items = items
         self.batch_cost = np.array([max(len(item.pairs), 1) for item in items])
         self.loss_weight = np.array(weights)
 
-    def __getitem__(self, index: int) -> PairGroup:
+    def __getitem__(self, index: int) -> PromptGroup:
         return self.items[index]
 
 
@@ -73,12 +73,12 @@ def pair_groups(count: int, synthetic: tuple[int, int] = (1, 1)) -> InMemory:
             ids(2 + 5 * n % 13, 100 + n), tuple(ids(length, 10 * n + k) for k, length in enumerate(lengths))
         )
         opponent = tuple(-6.0 * length - k for k, length in enumerate(lengths))
-        items.append(PairGroup(tree, opponent, tuple((0, k) for k in range(1, len(lengths)))))
+        items.append(PromptGroup(tree, opponent, tuple((0, k) for k in range(1, len(lengths)))))
     return InMemory(items, [len(item.pairs) for item in items])
 
 
 def sft_groups(count: int) -> InMemory:
-    items = [PairGroup(PrefixTree(ids(2 + 3 * n % 7, 200 + n), (ids(1 + 5 * n % 9, 300 + n),))) for n in range(count)]
+    items = [PromptGroup(PrefixTree(ids(2 + 3 * n % 7, 200 + n), (ids(1 + 5 * n % 9, 300 + n),))) for n in range(count)]
     return InMemory(items, [len(item.tree.responses[0]) for item in items])
 
 
@@ -440,7 +440,7 @@ def interrupted_at(call: int, objective: LossFunction) -> LossFunction:
     """The objective, with Ctrl-C pressed during its nth call."""
     calls = 0
 
-    def wrapped(logprobs: Tensor, items: Sequence[PairGroup]) -> Any:
+    def wrapped(logprobs: Tensor, items: Sequence[PromptGroup]) -> Any:
         nonlocal calls
         calls += 1
         if calls == call:
@@ -619,7 +619,7 @@ def test_a_gradient_that_is_not_finite_leaves_the_weights_alone(new_players: New
     """Two responses at equal distance from their opponent, at a β so large that only the gradient overflows."""
     players = new_players(lora={"r": 4}, objective={"beta": 1e30})
     tree = PrefixTree(ids(4, 1), (ids(3, 2), ids(5, 3)))
-    items = InMemory([PairGroup(tree, tuple(players.response_logprobs([tree])), ((0, 1),))], [1])
+    items = InMemory([PromptGroup(tree, tuple(players.response_logprobs([tree])), ((0, 1),))], [1])
     before = weights_of(players)
     with pytest.raises(TrainingError, match=r"norm of the gradients inf"):
         run_fit(players, items, spin_loss(players), CONFIG, tmp_path)
@@ -629,7 +629,7 @@ def test_a_gradient_that_is_not_finite_leaves_the_weights_alone(new_players: New
 def test_a_loss_that_is_not_finite_stops_even_a_finite_gradient(new_players: NewPlayers, tmp_path: Path) -> None:
     """An opponent that held the synthetic response for impossible: ℓ is infinite, its slope is −1."""
     players = new_players(lora={"r": 4})
-    items = InMemory([PairGroup(PrefixTree(ids(4, 1), (ids(3, 2), ids(5, 3))), (-10.0, -math.inf), ((0, 1),))], [1])
+    items = InMemory([PromptGroup(PrefixTree(ids(4, 1), (ids(3, 2), ids(5, 3))), (-10.0, -math.inf), ((0, 1),))], [1])
     with pytest.raises(TrainingError, match=r"the loss is inf and the norm of the gradients [0-9]"):
         run_fit(players, items, spin_loss(players), CONFIG, tmp_path)
 

@@ -34,7 +34,7 @@ from spinlm.rundir.records import (
     to_line,
 )
 from spinlm.rundir.stage_graph import START, player_name
-from spinlm.training.step_log import tracker
+from spinlm.training.step_log import metrics_logger
 from spinlm.utils.atomic import atomic_file, write_json
 from spinlm.utils.seeds import derive_seed
 
@@ -162,7 +162,7 @@ def _write_results(run: Run, t: int, shards: list[tuple[_Shard, SampleFeatures]]
 def _report(run: Run, t: int, metrics: Metrics) -> None:
     """Hand the metrics to the trackers, and log two of them."""
     steps = count_records(run.folder.train_log) if run.folder.train_log.exists() else 0
-    tracker(run, "evaluate", t)(metrics, steps)
+    metrics_logger(run, "evaluate", t)(metrics, steps)
     kl = "" if t == START else f"; KL from the start: {metrics['kl_from_start']:+z.4f} nats per token"
     if "probe_auc" not in metrics:
         log.info("%s: too few prompts for a probe AUC%s", player_name(t), kl)

@@ -18,22 +18,22 @@ log = logging.getLogger("spinlm")
 PROBE_TOKENS = 64
 
 
-def checkpoint_if_needed(logprobs: LogProbs, recipe: Recipe, prefix_sharing: bool) -> bool:
-    """Turn activation checkpointing on if the recipe says so, or if it says `auto` and memory would run out without.
+def set_activation_checkpointing(logprobs: LogProbs, recipe: Recipe, prefix_sharing: bool) -> bool:
+    """Turn activation checkpointing on or off as the recipe says; `auto` turns it on if memory would not suffice.
 
     Call this before an optimizer holds any state.
 
     Args:
-        logprobs: the model that is about to be trained.
-        recipe: `train.gradient_checkpointing`, and the size of the largest micro-batch.
+        logprobs: the model to train.
+        recipe: the recipe of the run.
         prefix_sharing: whether all responses to a prompt share one row.
 
     Returns:
-        Whether checkpointing is on: in all processes if one of them needs it.
+        Whether checkpointing is on. If one process needs checkpointing, all processes turn it on.
     """
     model, checkpointing = logprobs.causal_lm, recipe.train.gradient_checkpointing
     if checkpointing == "auto":
-        switch_checkpointing(model, on=False)
+        switch_activation_checkpointing(model, on=False)
         tokens = recipe.max_micro_batch_tokens(prefix_sharing)
         need = MEMORY_MARGIN * tokens * saved_activation_bytes(logprobs, prefix_sharing, recipe.train.max_length)
         free = free_bytes(next(logprobs.parameters()).device) - _first_step_bytes(logprobs, recipe)
@@ -43,11 +43,11 @@ def checkpoint_if_needed(logprobs: LogProbs, recipe: Recipe, prefix_sharing: boo
                 "gradient checkpointing: on (%d tokens would keep %.1f GB until the backward pass; %.1f GB are free)",
                 *(tokens, need / 1e9, free / 1e9),
             )
-    switch_checkpointing(model, on=checkpointing)
+    switch_activation_checkpointing(model, on=checkpointing)
     return checkpointing
 
 
-def switch_checkpointing(model: Any, *, on: bool) -> None:
+def switch_activation_checkpointing(model: Any, *, on: bool) -> None:
     """Turn activation checkpointing of a transformers model on or off."""
     if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()) == on:
         return
@@ -63,10 +63,9 @@ def switch_checkpointing(model: Any, *, on: bool) -> None:
 
 
 def saved_activation_bytes(logprobs: LogProbs, prefix_sharing: bool, row_length: int) -> float:
-    """Measure the bytes that autograd saves per token, in a row of `row_length` tokens.
+    """Estimate the bytes that autograd saves per token in a row of `row_length` tokens, from three short rows.
 
-    Three short rows are measured. Each token saves a constant part, and without fused attention a part for each token
-    of its row.
+    The bytes of a row grow linearly with its length. Without fused attention, they also grow with the square.
     """
     one, two, three = (_saved_bytes(logprobs, prefix_sharing, length * PROBE_TOKENS) for length in (1, 2, 3))
     per_pair = max(0.0, (three - 2 * two + one) / (2 * PROBE_TOKENS**2))
@@ -74,7 +73,7 @@ def saved_activation_bytes(logprobs: LogProbs, prefix_sharing: bool, row_length:
 
 
 def _saved_bytes(logprobs: LogProbs, prefix_sharing: bool, tokens: int) -> int:
-    """The bytes that autograd saves in one forward pass, weights included."""
+    """Measure the bytes that autograd saves in one forward pass of one row, including weights."""
     storages: dict[int, int] = {}
 
     def record(tensor: Tensor) -> Tensor:
@@ -88,7 +87,7 @@ def _saved_bytes(logprobs: LogProbs, prefix_sharing: bool, tokens: int) -> int:
     logprobs.train()
     with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor), torch.enable_grad():
         values = logprobs(batch)
-    del values  # only now: a freed storage could be counted again at the same address
+    del values  # not earlier: a new tensor at the address of a freed one would not be counted
     return sum(storages.values())
 
 
@@ -101,7 +100,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def _first_step_bytes(logprobs: LogProbs, recipe: Recipe) -> float:
-    """The bytes that the first step allocates for good: gradients, optimizer state, a copy in another precision."""
+    """Estimate the bytes that the first step adds for good: gradients, optimizer state, weights in `autocast`."""
     trained = [parameter for parameter in logprobs.parameters() if parameter.requires_grad]
     count = sum(parameter.numel() for parameter in trained)
     state = sum(4 * parameter.numel() for parameter in trained if parameter.grad is None)

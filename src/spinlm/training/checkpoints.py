@@ -1,4 +1,4 @@
-"""Checkpoints: everything that the next training step depends on.
+"""Checkpoints of an unfinished training: everything that the next step depends on.
 
 step-NNNNNN/  weights.safetensors  optimizer.safetensors  state.json
 """
@@ -56,7 +56,7 @@ def _write(folder: Path, step: int, weights: dict[str, Any], tensors: dict[str, 
         temporary.mkdir()
         save_file(weights, temporary / "weights.safetensors")
         save_file(tensors, temporary / "optimizer.safetensors")
-        digests = {name: file_digest(temporary / name) for name in _FILES}  # safetensors has none
+        digests = {name: file_digest(temporary / name) for name in _FILES}  # safetensors files hold no checksum
         state = {"step": step, "optimizer": scalars, "files": digests}
         write_json(temporary / "state.json", state | {"sum": short_digest(state)})
     _remove_others(folder, target.name)
@@ -75,10 +75,10 @@ def _remove_partial(folder: Path) -> None:
 
 
 def load_checkpoint(folder: Path, players: Players) -> tuple[int, OptimizerState]:
-    """Load the weights of the newest checkpoint of a folder, if there is one.
+    """Load the weights of the newest checkpoint in a folder, if there is one.
 
     Returns:
-        The number of complete steps, and the state of the optimizer: 0 and nothing if there is no checkpoint.
+        The number of complete steps and the state of the optimizer; (0, {}) if there is no checkpoint.
 
     Raises:
         RunError: the checkpoint is damaged.
@@ -105,7 +105,9 @@ def load_checkpoint(folder: Path, players: Players) -> tuple[int, OptimizerState
     for name, value in {**tensors, **saved["optimizer"]}.items():
         index, _, key = name.partition(".")
         state.setdefault(int(index), {})[key] = value
-    processes.on_rank_zero(_remove_others, folder, path.name)  # a process killed after saving leaves the older one
+    processes.on_rank_zero(
+        _remove_others, folder, path.name
+    )  # older ones remain if the process was killed after saving
     log.info("resuming after step %d", saved["step"])
     return int(saved["step"]), state
 
@@ -131,5 +133,5 @@ def _newest_name(folder: Path) -> str | None:
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint of a folder."""
+    """Return the newest checkpoint in a folder; None if there is none."""
     return max(folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")), default=None)

@@ -8,5 +8,5 @@ OPTIMIZER_BYTES = {"sgd": 0, "adafactor": 0, "rmsprop": 4, "adagrad": 4, "adam":
 
 
 def optimizer_bytes(name: str) -> int:
-    """Return the bytes of an optimizer's state per trained parameter; 8, like AdamW's, for an unknown optimizer."""
+    """Return the bytes of optimizer state per trained parameter. An unknown optimizer counts like AdamW: 8 bytes."""
     return OPTIMIZER_BYTES.get(name.lower(), 8)

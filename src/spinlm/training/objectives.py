@@ -1,6 +1,6 @@
-"""What the main player minimizes: pure functions of per-response log-probabilities.
+"""The objectives of the main player: pure functions of per-response log-probabilities.
 
-Shapes: B pairs. Every log-probability is the sum over a response's tokens, its end-of-turn token included.
+Shapes: B pairs. Every log-probability is the sum over a response's tokens, including its end-of-turn token.
 """
 
 import math
@@ -19,7 +19,7 @@ LINKS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def margin(real: Tensor, synthetic: Tensor, opponent_real: Tensor, opponent_synthetic: Tensor) -> Tensor:
-    """r(y) − r(y') with r(y) = log p_θ(y|x) − log p_θt(y|x), in nats: [B] of [B] each, as in `spin`."""
+    """Compute r(y) − r(y') with r(y) = log p_θ(y|x) − log p_θt(y|x), in nats: [B]. Arguments as in `spin`."""
     return (real - opponent_real) - (synthetic - opponent_synthetic)
 
 
@@ -33,7 +33,7 @@ def spin(
     link: str = "logistic",
     tokens: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """The SPIN objective, ℓ(β [r(y) − r(y')]) with r(y) = log p_θ(y|x) − log p_θt(y|x).
+    """Compute the SPIN objective, ℓ(β [r(y) − r(y')]) with r(y) = log p_θ(y|x) − log p_θt(y|x).
 
     SPIN (arXiv 2401.01335), equation 4.7; β is the paper's λ. With the logistic ℓ this is the sigmoid loss of DPO
     (arXiv 2305.18290, equation 7) with the real response chosen, the synthetic one rejected, and the opponent θ_t as
@@ -46,15 +46,15 @@ def spin(
         opponent_synthetic: [B] log p_θt(y'|x).
         beta: λ in the paper.
         link: ℓ, one of `LINKS`.
-        tokens: [B] |y| and [B] |y'|, for r(y) / |y| and r(y') / |y'| in place of the sums.
+        tokens: [B] |y| and [B] |y'|. If given, r(y) / |y| and r(y') / |y'| replace r(y) and r(y').
 
     Returns:
         [B] the loss of each pair.
     """
-    ratio, other = real - opponent_real, synthetic - opponent_synthetic
+    real_ratio, synthetic_ratio = real - opponent_real, synthetic - opponent_synthetic  # r(y), r(y')
     if tokens is not None:
-        ratio, other = ratio / tokens[0], other / tokens[1]
-    return LINKS[link](beta * (ratio - other))
+        real_ratio, synthetic_ratio = real_ratio / tokens[0], synthetic_ratio / tokens[1]
+    return LINKS[link](beta * (real_ratio - synthetic_ratio))
 
 
 def dpo_positive(
@@ -66,26 +66,27 @@ def dpo_positive(
     beta: float,
     dpop_lambda: float,
 ) -> Tensor:
-    """DPO-Positive, −log σ(β [r(y) − r(y') − λ max(0, −r(y))]): a real response that becomes less likely costs.
+    """Compute DPO-Positive, −log σ(β [r(y) − r(y') − λ max(0, −r(y))]).
 
-    Smaug (arXiv 2402.13228), equation 3; its λ is `dpop_lambda`. Shapes and the other arguments as in `spin`.
+    Smaug (arXiv 2402.13228), equation 3; its λ is `dpop_lambda`. The third term penalizes a real response that becomes
+    less likely. Shapes and the other arguments as in `spin`.
     """
-    ratio, other = real - opponent_real, synthetic - opponent_synthetic  # r(y), r(y')
-    return F.softplus(-beta * (ratio - other - dpop_lambda * F.relu(-ratio)))
+    real_ratio, synthetic_ratio = real - opponent_real, synthetic - opponent_synthetic  # r(y), r(y')
+    return F.softplus(-beta * (real_ratio - synthetic_ratio - dpop_lambda * F.relu(-real_ratio)))
 
 
 def space(real: Tensor, synthetic: Tensor, opponent_real: Tensor, opponent_synthetic: Tensor, *, mu: float) -> Tensor:
-    """SPACE, −log σ_μ(r(y)) − μ log σ_1/μ(−r(y')) with σ_μ(x) = 1 / (1 + μ e^−x).
+    """Compute SPACE, −log σ_μ(r(y)) − μ log σ_1/μ(−r(y')) with σ_μ(x) = 1 / (1 + μ e^−x).
 
-    SPACE (arXiv 2512.07175), section 3: noise contrastive estimation, which asks of each response alone whether it is
-    real. With μ synthetic responses to a real one, all by θ_t, σ_μ(r(y)) is the probability that y is real, and
-    σ_1/μ(−r(y')) that y' is not. That holds for one new response to a prompt: with replayed ones (`selfplay.replay`),
-    which other opponents wrote, or several samples, the minimum is no longer the data. Shapes and arguments as in
-    `spin`.
+    SPACE (arXiv 2512.07175), section 3, is noise contrastive estimation: each response is classified by itself as real
+    or synthetic. With μ synthetic responses of θ_t per real one, σ_μ(r(y)) is the probability that y is real, and
+    σ_1/μ(−r(y')) is the probability that y' is synthetic. The minimum is the data distribution only with one new
+    response per prompt, not with several samples and not with replayed responses, which earlier opponents wrote.
+    Shapes and the other arguments as in `spin`.
     """
-    ratio, other = real - opponent_real, synthetic - opponent_synthetic  # r(y), r(y')
+    real_ratio, synthetic_ratio = real - opponent_real, synthetic - opponent_synthetic  # r(y), r(y')
     shift = math.log(mu)
-    return F.softplus(shift - ratio) + mu * F.softplus(other - shift)
+    return F.softplus(shift - real_ratio) + mu * F.softplus(synthetic_ratio - shift)
 
 
 def t_spin(
@@ -97,30 +98,31 @@ def t_spin(
     history_weight: float,
     link: str = "logistic",
 ) -> Tensor:
-    """T-SPIN, ℓ(β [log p_θ(y|x) − log p_θ(y'|x)]) + w ℓ(β [log p_θ(y'|x) − log p_θ(y₀|x)]), without a reference.
+    """Compute T-SPIN, ℓ(β [log p_θ(y|x) − log p_θ(y'|x)]) + w ℓ(β [log p_θ(y'|x) − log p_θ(y₀|x)]).
 
-    T-SPIN (arXiv 2601.08198); its α is β here, as for the other objectives, and its β is `history_weight` (w). y₀ is
-    the response of the initial player θ_0: the second term keeps a gradient where y and y' have become alike.
+    T-SPIN (arXiv 2601.08198) needs no reference log-probabilities. The paper's α is `beta`, and its β is
+    `history_weight` (w). y₀ is the response of the initial player θ_0. The second term still has a gradient when y' has
+    become similar to y.
 
     Args:
         real: [B] log p_θ(y|x).
         synthetic: [B] log p_θ(y'|x).
         initial: [B] log p_θ(y₀|x).
         beta: scale of the differences.
-        history_weight: of the second term.
+        history_weight: weight of the second term.
         link: ℓ, one of `LINKS`.
 
     Returns:
         [B] the loss of each pair.
     """
-    step = LINKS[link]
-    return step(beta * (real - synthetic)) + history_weight * step(beta * (synthetic - initial))
+    loss = LINKS[link]
+    return loss(beta * (real - synthetic)) + history_weight * loss(beta * (synthetic - initial))
 
 
 def mean_nll(logprob: Tensor, tokens: Tensor) -> Tensor:
-    """Negative log-likelihood per token, −log p_θ(y|x) / |y|.
+    """Compute the negative log-likelihood per token, −log p_θ(y|x) / |y|: [B].
 
-    Added to the pair loss with a weight, it keeps the likelihood of the real responses from falling, as in RPO
+    `nll_weight` adds this term to the pair loss, so that the real responses do not become less likely, as in RPO
     (arXiv 2404.19733, equation 1).
 
     Args:

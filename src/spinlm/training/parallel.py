@@ -1,9 +1,9 @@
-"""How the processes of a run train together: each holds the whole model (DDP), or a shard of it (FSDP2).
+"""Training with several processes: each holds the whole model (DDP) or a shard of it (FSDP2).
 
 DDP (arXiv 2006.15704): each process holds all weights, gradients and optimizer state; gradients are averaged once per
 step. FSDP2 (PyTorch's `fully_shard`, after arXiv 2304.11277): weights, gradients and optimizer state are sharded; the
-weights of a layer are gathered when the layer is computed and freed afterwards. Either way the gradient of a step is
-the gradient that one process would compute.
+weights of a layer are gathered when the layer is computed and freed afterwards. Both compute the gradient that a single
+process would compute.
 """
 
 import contextlib
@@ -23,10 +23,10 @@ OptimizerState = dict[int, dict[str, Any]]
 
 
 class DDPStrategy:
-    """Each process holds the whole model. A single process trains the bare module."""
+    """Each process holds the whole model. A single process trains the module without a DDP wrapper."""
 
     is_sharded = False
-    """Whether the weights are sharded. If they are, all processes run the same number of forward passes."""
+    """Whether the weights are sharded, so that all processes must run the same number of forward passes."""
 
     module: Any
     """The log-probability module to call in training."""
@@ -47,9 +47,9 @@ class DDPStrategy:
             )
 
     def set_up(self, optimizer: torch.optim.Optimizer, max_grad_norm: float, state: OptimizerState) -> None:
-        """Take the optimizer of the module's parameters, and restore its state; `state` may be empty."""
+        """Set the optimizer of the module's parameters, and restore its state if `state` is not empty."""
         self.optimizer, self.max_grad_norm = optimizer, max_grad_norm
-        optimizer.zero_grad()  # an earlier training in this process may have failed and left gradients
+        optimizer.zero_grad()  # a failed training in this process may have left gradients
         if state:
             optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
@@ -63,7 +63,7 @@ class DDPStrategy:
         """Clip the gradients, take the optimizer's step, and zero the gradients.
 
         Args:
-            is_finite: whether the loss is finite. No step is taken if the loss or a gradient is not.
+            is_finite: whether the loss is finite. If the loss or a gradient is not finite, no step is taken.
 
         Returns:
             The norm of the gradients before clipping.
@@ -77,18 +77,18 @@ class DDPStrategy:
         return norm
 
     def full_tensor(self, tensor: Tensor) -> Tensor | None:
-        """The full tensor in the memory of process 0, None in the other processes.
+        """Return the full tensor, in CPU memory, in process 0 and None in the other processes.
 
-        All processes call this for the same tensors in the same order.
+        All processes must call this for the same tensors in the same order.
         """
         return tensor.detach().cpu().contiguous() if processes.is_main_process() else None
 
     def full_tensors(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
-        """`full_tensor` of each tensor, by name."""
+        """Return `full_tensor` of each tensor, by name."""
         return {name: self.full_tensor(tensor) for name, tensor in tensors.items()}
 
     def optimizer_state(self) -> OptimizerState:
-        """The state of the optimizer, with full tensors in process 0."""
+        """Return the state of the optimizer, with full tensors in process 0."""
         return {
             index: {
                 key: self.full_tensor(value) if isinstance(value, Tensor) else value for key, value in state.items()
@@ -98,7 +98,7 @@ class DDPStrategy:
 
 
 class FSDPStrategy(DDPStrategy):
-    """The model sharded over the processes by FSDP2. Gradients are exchanged in every micro-batch."""
+    """Each process holds a shard of the model. FSDP2 exchanges gradients in every micro-batch."""
 
     is_sharded = True
 
@@ -114,8 +114,8 @@ class FSDPStrategy(DDPStrategy):
         for module in logprobs.causal_lm.modules():
             if type(module).__name__ in layers:
                 fully_shard(module, reshard_after_forward=reshard_after_forward)
-        # Embeddings, head and last norm are one group, gathered for all of forward and backward: LogProbs reads the
-        # head's weight outside the head's own forward.
+        # Embeddings, head and last norm are one group, which stays gathered from forward to backward: `LogProbs` reads
+        # the head's weight without calling the head.
         self.module = fully_shard(logprobs, reshard_after_forward=False)
 
     def set_up(self, optimizer: torch.optim.Optimizer, max_grad_norm: float, state: OptimizerState) -> None:
@@ -136,14 +136,14 @@ class FSDPStrategy(DDPStrategy):
 
 
 def make_strategy(logprobs: LogProbs, fsdp: str) -> DDPStrategy:
-    """The strategy that the recipe's `train.fsdp` names. A single process does not shard."""
+    """Return the strategy that `train.fsdp` names. A single process does not shard."""
     if fsdp == "none" or processes.world_size() == 1:
         return DDPStrategy(logprobs)
     return FSDPStrategy(logprobs, reshard_after_forward=fsdp == "full_shard")
 
 
 def _shard_like(full: Tensor, parameter: Any) -> Tensor:
-    """Shard a full tensor as a parameter is sharded."""
+    """Shard a full tensor like a parameter."""
     from torch.distributed.tensor import distribute_tensor
 
     device_mesh, placements = parameter.device_mesh, parameter.placements
@@ -162,7 +162,10 @@ def all_reduce_sum(values: dict[str, float]) -> dict[str, float]:
 
 
 def balance_by_tokens(trees: Sequence[PrefixTree], parts: int) -> list[list[int]]:
-    """Divide trees into parts of about equal tokens, as indices: the longest first, each to the smallest part."""
+    """Divide trees into parts with about the same number of tokens, as indices.
+
+    Each tree, from the longest to the shortest, is added to the part with the fewest tokens.
+    """
     shares: list[list[int]] = [[] for _ in range(parts)]
     tokens = [0] * parts
     for index in sorted(range(len(trees)), key=lambda index: (-len(trees[index]), index)):

@@ -6,30 +6,29 @@ import torch
 
 
 def learning_rate_at(step: int, steps: int, *, peak: float, warmup_ratio: float, lr_scheduler: str) -> float:
-    """Return the learning rate of a step: a linear rise to the peak, then the decay that `lr_scheduler` names.
+    """Return the learning rate of a step: linear warm-up to the peak, then the decay that `lr_scheduler` names.
 
     Args:
         step: number of the step, from 0.
-        steps: number of steps in all.
+        steps: total number of steps.
         peak: the highest learning rate.
-        warmup_ratio: share of the steps over which the learning rate rises.
+        warmup_ratio: share of the steps that warm up.
         lr_scheduler: `linear` and `cosine` decay to 0, `constant` stays at the peak.
     """
-    rise = math.ceil(warmup_ratio * steps)
-    if step < rise:
-        return peak * ((step + 1) / rise)  # peak * (step + 1) / rise may exceed the peak by rounding
-    left = (steps - step) / max(steps - rise, 1)  # 1 after the rise, toward 0 at the end
+    warmup_steps = math.ceil(warmup_ratio * steps)
+    if step < warmup_steps:
+        return peak * ((step + 1) / warmup_steps)  # peak * (step + 1) / warmup_steps could round to above the peak
+    remaining = (steps - step) / max(steps - warmup_steps, 1)  # falls from 1 toward 0
     match lr_scheduler:
         case "linear":
-            return peak * left
+            return peak * remaining
         case "cosine":
-            return peak * 0.5 * (1 - math.cos(math.pi * left))
+            return peak * 0.5 * (1 - math.cos(math.pi * remaining))
         case _:
             return peak
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> float:
-    """Set the learning rate of every parameter group, and return it."""
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set the learning rate of every parameter group."""
     for group in optimizer.param_groups:
         group["lr"] = rate
-    return rate

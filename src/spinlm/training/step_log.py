@@ -12,11 +12,14 @@ from spinlm.utils.atomic import atomic_file
 
 
 def step_recorder(run: Run, stage: str, t: int) -> Callable[[dict[str, Any]], None]:
-    """Make a function that records the measurements of a step. It replaces the lines of steps that are repeated."""
+    """Return a function that records the measurements of a step.
+
+    If training resumes before the last recorded step, the new lines replace those of the repeated steps.
+    """
     if not processes.is_main_process():
         return lambda measured: None
-    track = tracker(run, stage, t)
-    lines: int | None = None  # in the file, once the lines of repeated steps are removed
+    log_metrics = metrics_logger(run, stage, t)
+    lines: int | None = None  # number of lines in the file; None before the lines of repeated steps are removed
 
     def record(measured: dict[str, Any]) -> None:
         nonlocal lines
@@ -26,29 +29,29 @@ def step_recorder(run: Run, stage: str, t: int) -> Callable[[dict[str, Any]], No
         line = {"stage": stage, "iteration": t, **measured}
         with run.folder.train_log.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-        track({name: value for name, value in measured.items() if name not in ("step", "steps")}, lines)
+        log_metrics({name: value for name, value in measured.items() if name not in ("step", "steps")}, lines)
 
     return record
 
 
-def tracker(run: Run, stage: str, t: int) -> Callable[[dict[str, Any], int], None]:
-    """Make a function `track(metrics, step)` that hands metrics to the recipe's trackers.
+def metrics_logger(run: Run, stage: str, t: int) -> Callable[[dict[str, Any], int], None]:
+    """Return a function `log_metrics(metrics, step)` that sends metrics to the recipe's trackers.
 
     Call it in process 0 only. `step` counts the optimizer steps of the whole run.
     """
     if not run.recipe.report_to:
         return lambda measured, step: None
-    accelerator = _trackers(run)
+    accelerator = _accelerator(run)
 
-    def track(measured: dict[str, Any], step: int) -> None:
+    def log_metrics(measured: dict[str, Any], step: int) -> None:
         numbers = {f"{stage}/{name}": value for name, value in measured.items() if isinstance(value, int | float)}
         accelerator.log({**numbers, "iteration": t}, step=step)
 
-    return track
+    return log_metrics
 
 
-def _trackers(run: Run) -> Any:
-    """An Accelerator with the recipe's trackers. A run starts its trackers once and closes them when it ends."""
+def _accelerator(run: Run) -> Any:
+    """Return the run's Accelerator with the recipe's trackers. The first call starts them; `Run.close` ends them."""
     if run.accelerator is None:
         from accelerate import Accelerator
 
@@ -84,7 +87,7 @@ def check_trackers(names: list[str]) -> None:
 
 
 def _remove_repeated(folder: RunDir, stage: str, t: int, step: int) -> int:
-    """Remove the stage's lines from `step` on, and damaged lines; return how many lines are left."""
+    """Remove the stage's lines of this step and later ones, and damaged lines. Return the number of lines left."""
     if not folder.train_log.exists():
         return 0
     kept = []

@@ -1,8 +1,8 @@
 """The training loop: minimize a loss over prefix trees, one optimizer step at a time.
 
-The seed alone decides which groups a step takes. The gradient of a step does not depend on how the step is split into
-micro-batches and processes. A checkpoint holds everything that the next step depends on: on a CPU, a run that was
-killed and resumed ends with the same weights to the bit.
+Only the seed decides which groups a step takes. Micro-batches and processes do not change the gradient of a step. A
+checkpoint holds everything that the next step depends on: on a CPU, a run that was killed and resumed ends with
+bit-identical weights.
 
 Shapes: S responses in a micro-batch.
 """
@@ -26,8 +26,8 @@ from spinlm.errors import StoppedError, TrainingError, is_out_of_memory
 from spinlm.model.players import Players
 from spinlm.model.prefix_trees import PackedBatch, micro_batches, pack_batch
 from spinlm.recipe.schema import Train
-from spinlm.training.activation_checkpointing import checkpoint_if_needed
-from spinlm.training.batches import LossOutput, PairGroup, TrainDataset, plan_steps
+from spinlm.training.activation_checkpointing import set_activation_checkpointing
+from spinlm.training.batches import LossOutput, PromptGroup, TrainDataset, plan_steps
 from spinlm.training.checkpoints import load_checkpoint, newest_checkpoint, save_checkpoint
 from spinlm.training.optimizers import make_optimizer
 from spinlm.training.parallel import all_reduce_sum, balance_by_tokens, make_strategy
@@ -39,8 +39,8 @@ log = logging.getLogger("spinlm")
 
 PROGRESS_METRICS = ("loss", "margin")
 
-LossFunction = Callable[[Tensor, Sequence[PairGroup]], LossOutput]
-"""`loss_fn(logprobs, groups)`: from log p(y|x) of the responses [S], in the order of the groups, to sums."""
+LossFunction = Callable[[Tensor, Sequence[PromptGroup]], LossOutput]
+"""`loss_fn(logprobs, groups)`: computes the sums from log p(y|x) of each response [S], in the order of the groups."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class TrainConfig:
 
 
 class Trainer:
-    """Trains the model of `players` in place."""
+    """Train the model of `players` in place."""
 
     def __init__(self, players: Players, config: TrainConfig, *, checkpoints: Path, label: str):
         """
@@ -95,8 +95,8 @@ class Trainer:
             dataset: the groups to train on.
             loss_fn: the loss, as a sum over groups; the mean is over `dataset.loss_weight`.
             on_step: called with the measurements of each optimizer step.
-            on_epoch: called with the number of each finished epoch, after its checkpoint; called again if training
-                resumes there. Training ends if it returns False.
+            on_epoch: called with the number of each finished epoch, after the checkpoint of the epoch. If training
+                resumes from that checkpoint, it is called again. Training ends if it returns False.
 
         Returns:
             The number of optimizer steps taken.
@@ -106,16 +106,17 @@ class Trainer:
             StoppedError: the user asked to stop. The state after the last complete step is saved.
         """
         with contextlib.closing(self._steps(dataset, on_step, on_epoch)) as steps:
-            for step, batch in ((each, batch) for each in steps for batch in each):
-                output = None
-                try:
-                    with self.strategy.micro_batch(last=batch.is_last):
-                        output = loss_fn(self.strategy.module(batch.packed), batch.groups)
-                        (output.loss * batch.factor / step.loss_weight).backward()
-                    step.add(output, batch)
-                except (RuntimeError, MemoryError) as error:
-                    output = None  # frees the graph
-                    step.retry_smaller(error)
+            for step in steps:
+                for batch in step:
+                    output = None
+                    try:
+                        with self.strategy.micro_batch(last=batch.is_last):
+                            output = loss_fn(self.strategy.module(batch.packed), batch.groups)
+                            (output.loss * batch.loss_scale / step.loss_weight).backward()
+                        step.add(output, batch)
+                    except (RuntimeError, MemoryError) as error:
+                        output = None  # frees the graph
+                        step.retry_smaller(error)  # `step` then yields its micro-batches again
         return self.steps_done
 
     def save_player(self, t: int) -> None:
@@ -129,7 +130,7 @@ class Trainer:
     def _steps(
         self, dataset: TrainDataset, on_step: Callable[[dict[str, float]], None], on_epoch: Callable[[int], bool]
     ) -> Generator["_Step", None, None]:
-        """Yield each step for its gradients to be accumulated, then take it, report it, and save checkpoints."""
+        """Yield each step, then take it, report it, and save checkpoints. `fit` accumulates its gradients in between."""
         config = self.config
         steps = plan_steps(dataset.batch_cost, config.batch_size, config.epochs, config.seed)
         self.steps_done = start = self._set_up()
@@ -138,13 +139,14 @@ class Trainer:
                 epoch, indices = steps[number]
                 if number > 0 and steps[number - 1][0] < epoch and not on_epoch(epoch):
                     return
-                rate = set_learning_rate(self.optimizer, self._learning_rate(number, len(steps)))
+                rate = self._learning_rate(number, len(steps))
+                set_learning_rate(self.optimizer, rate)
                 groups = [dataset[index] for index in indices]
                 step = _Step(self, number, groups, float(dataset.loss_weight[indices].sum()))
                 yield step
                 position = {"step": number + 1, "steps": len(steps), "epoch": epoch + 1}
                 measured = step.take()
-                speed = {"tokens_per_second": step.tokens / (time.perf_counter() - step.began)}
+                speed = {"tokens_per_second": step.tokens / (time.perf_counter() - step.started)}
                 on_step({**position, **measured, "learning_rate": rate, "grad_norm": step.grad_norm, **speed})
                 advance(1, step.tokens, ", ".join(f"{k} {measured[k]:.4f}" for k in PROGRESS_METRICS if k in measured))
                 self.steps_done = number + 1
@@ -157,14 +159,14 @@ class Trainer:
     def _set_up(self) -> int:
         """Make strategy and optimizer, restore the newest checkpoint, and return the number of completed steps."""
         players, config = self.players, self.config
-        checkpoint_if_needed(players.logprobs, players.recipe, players.prefix_sharing)
-        players.mark_modified()  # before a damaged checkpoint can be loaded in part
+        set_activation_checkpointing(players.logprobs, players.recipe, players.prefix_sharing)
+        players.mark_modified()  # before loading, because a damaged checkpoint may be loaded partly
         steps_done, state = load_checkpoint(self.checkpoints, players)
         self.strategy = make_strategy(players.logprobs, players.recipe.train.fsdp)
         trained = (parameter for _, parameter in players.parameters())
         self.optimizer = make_optimizer(config.optimizer, trained, config.learning_rate, config.weight_decay)
         self.strategy.set_up(self.optimizer, config.max_grad_norm, state)
-        self.resumed_after = steps_done
+        self.restored_steps = steps_done
         self.stop_requested = False
         return steps_done
 
@@ -178,7 +180,7 @@ class Trainer:
         save_checkpoint(self.checkpoints, self.players, self.strategy, self.steps_done)
 
     def check_stop(self) -> None:
-        """Save a checkpoint and raise if the user asked to stop. Several processes agree on it after each step.
+        """Save a checkpoint and raise if the user asked to stop. Several processes stop together after a step.
 
         Raises:
             StoppedError: the user asked to stop.
@@ -189,7 +191,7 @@ class Trainer:
             if processes.world_size() == 1:
                 check_interrupt()
         except StoppedError:
-            if self.steps_done > self.resumed_after:
+            if self.steps_done > self.restored_steps:
                 with defer_interrupts():
                     self._save_checkpoint()
             raise
@@ -197,29 +199,29 @@ class Trainer:
 
 @dataclass(frozen=True)
 class _MicroBatch:
-    """What one forward and backward pass computes."""
+    """The input of one forward and backward pass."""
 
-    groups: list[PairGroup]
+    groups: list[PromptGroup]
     packed: PackedBatch
-    factor: int  # of the loss: the number of processes, over which gradients are averaged; 0 for an idle process
-    is_last: bool  # of the step
+    loss_scale: int  # world size, because DDP and FSDP average the gradients; 0 in a pass that only the others need
+    is_last: bool  # in the step
 
 
 class _Step:
-    """One optimizer step: iterate over its micro-batches, `add` what each computed, then `take` the step."""
+    """One optimizer step: iterate over its micro-batches, `add` the output of each, then `take` the step."""
 
-    def __init__(self, trainer: Trainer, number: int, groups: list[PairGroup], loss_weight: float):
+    def __init__(self, trainer: Trainer, number: int, groups: list[PromptGroup], loss_weight: float):
         """
         Args:
             trainer: the trainer.
-            number: of the step, from 0.
-            groups: the groups of the step; each process computes its share.
-            loss_weight: of all groups together; sums are divided by it.
+            number: number of the step, from 0.
+            groups: the groups of the step. Each process computes its share.
+            loss_weight: total weight of the groups. Sums are divided by it.
         """
         self.trainer, self.groups, self.loss_weight = trainer, groups, loss_weight
         self.seed = derive_seed(trainer.config.seed, number)
         self.tokens = sum(len(group.tree) for group in groups)
-        self.began = time.perf_counter()
+        self.started = time.perf_counter()
         self.grad_norm = math.nan
         self._number = number
         self._retry = False
@@ -251,27 +253,28 @@ class _Step:
             ]
             for part in balance_by_tokens(trees, world_size)
         ]
-        own, most = plans[rank], max(1, *(len(plan) for plan in plans))
-        # Every process takes part in the exchange of gradients; with shards, in every forward pass of the others.
-        rounds = most if trainer.strategy.is_sharded else max(1, len(own))
-        for number in range(rounds):
+        plan, longest = plans[rank], max(1, *(len(plan) for plan in plans))
+        # DDP exchanges gradients in the last pass of a process, so every process needs one pass. FSDP gathers weights
+        # in every pass, so all processes need equally many. An idle pass computes the shortest group, scaled by 0.
+        num_passes = longest if trainer.strategy.is_sharded else max(1, len(plan))
+        for number in range(num_passes):
             trainer.check_stop()
-            torch.manual_seed(derive_seed(self.seed, rank * most + number))  # the adapter's dropout
-            is_idle = number >= len(own)
+            torch.manual_seed(derive_seed(self.seed, rank * longest + number))  # the adapter's dropout
+            is_idle = number >= len(plan)
             shortest = [min(self.groups, key=lambda group: len(group.tree))]
-            groups = shortest if is_idle else [self.groups[index] for index in own[number]]
+            groups = shortest if is_idle else [self.groups[index] for index in plan[number]]
             packed = pack_batch([group.tree for group in groups], sharing).to(device)
-            yield _MicroBatch(groups, packed, 0 if is_idle else world_size, is_last=number + 1 == rounds)
+            yield _MicroBatch(groups, packed, 0 if is_idle else world_size, is_last=number + 1 == num_passes)
 
     def add(self, output: LossOutput, batch: _MicroBatch) -> None:
-        """Add the sums of a micro-batch."""
-        for name, value in {"loss": output.loss.item(), **output.extra}.items():
-            self._sums[name] = self._sums.get(name, 0.0) + (value / self.loss_weight if batch.factor else 0.0)
+        """Add the sums of a micro-batch to those of the step."""
+        for name, value in {"loss": output.loss.item(), **output.metrics}.items():
+            self._sums[name] = self._sums.get(name, 0.0) + (value / self.loss_weight if batch.loss_scale else 0.0)
 
     def retry_smaller(self, error: Exception) -> None:
-        """Repeat the step with half the tokens per micro-batch if memory ran out; raise any other error again.
+        """Repeat the step with half the tokens per micro-batch if memory ran out; otherwise raise the error again.
 
-        One of several processes cannot repeat a step alone.
+        With several processes the error is raised, because one process cannot repeat a step alone.
         """
         trainer = self.trainer
         trees = [group.tree for group in self.groups]
@@ -283,7 +286,7 @@ class _Step:
         self._retry = True
 
     def take(self) -> dict[str, float]:
-        """Take the optimizer step, and return the means over the step, of all processes.
+        """Take the optimizer step. Return the means of loss and metrics over the groups of all processes.
 
         Raises:
             TrainingError: the loss or the norm of the gradients is not finite.
