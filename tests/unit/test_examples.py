@@ -637,7 +637,7 @@ def test_parquet(select: Any, tmp_path: Path) -> None:
 
 
 def test_a_parquet_file_is_read_and_nothing_else(select: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not what a column of images names, not an older file of that name from a cache; and nothing is written."""
+    """Neither the images that a column names nor an older file from a cache are read; nothing is written."""
     cache = tmp_path / "cache"
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
     path, features = tmp_path / "rows.parquet", datasets.Features({"image": datasets.Image()})
@@ -709,7 +709,7 @@ def test_a_hub_dataset(select: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_hub_dataset_whose_columns_are_of_many_kinds(select: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is text stays text, and an image is not looked for."""
+    """Text stays text, and images are not loaded."""
     parts = [{"type": "text", "text": "p1"}]
     talks = [[user("p0"), assistant("r0")], [user(parts), assistant("r1")]]  # type: ignore[arg-type]
     given = datasets.Dataset.from_dict(
@@ -769,7 +769,7 @@ drawn_rows = st.lists(
 
 
 def drawn(data: Data, sft_prompts: int | None, renderer: Renderer) -> tuple[Selection | None, Splits]:
-    """What is selected; no selection where there are not enough rows."""
+    """Select examples. There is no selection if there are not enough rows."""
     splits: Splits = defaultdict(list)
     try:
         return select_examples(
@@ -791,7 +791,7 @@ def drawn(data: Data, sft_prompts: int | None, renderer: Renderer) -> tuple[Sele
 def test_splits_share_nothing_whatever_the_rows(
     renderer: Renderer, rows: list[Row], heldout: int, sft_prompts: int | None, prompts: int | None, seed: int
 ) -> None:
-    """Enough or not: no prompt held out is trained on, nothing comes twice, ids are unique, a seed gives it again."""
+    """No held-out prompt is trained on, no example comes twice, ids are unique, and a seed determines the selection."""
     rows = [{"name": None, **row} for row in rows]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.jsonl"

@@ -51,7 +51,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def change(players: Players, seed: int) -> None:
-    """As training would."""
+    """Change the weights, as training would."""
     torch.manual_seed(seed)
     with torch.no_grad():
         for _, parameter in players.parameters():

@@ -197,7 +197,7 @@ def test_promotion_is_decided_once(play, run):
 
 
 def test_prompts_are_matched_by_id(run, play):
-    """Not by their place in the file."""
+    """The order of the lines does not matter."""
     play([0.0, 1.0], [0.0, 1.0])
     lines = run.heldout_greedy(0).read_text().splitlines(keepends=True)
     run.heldout_greedy(0).write_text("".join(reversed(lines)))
@@ -322,7 +322,7 @@ def test_a_run_and_its_control(runs, metric, values, baseline, text):
 
 
 def test_runs_are_compared_after_the_last_iteration_of_both(runs):
-    """Not by their best players, nor by the last ones of each."""
+    """Neither the best players nor the last player of each run."""
     ours, control = runs([[0, 0], [1, 1], [0, 1], [1, 1]], [[0, 0], [1, 1], [1, 1]])
     comparison = compare_runs(ours, control)
     assert (comparison.iteration, comparison.mean_difference) == (1, -0.5)

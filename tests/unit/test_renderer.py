@@ -341,7 +341,7 @@ def test_decode_gives_the_text_back() -> None:
 
 
 def test_control_tokens_that_a_tokenizer_makes_of_other_signs() -> None:
-    """It looks for some added tokens in the text as it has normalized it."""
+    """The tokenizer looks for some added tokens in the normalized text."""
     tokenizer = tiny_tokenizer("chatml")
     tokenizer.backend_tokenizer.normalizer = normalizers.NFKC()
     tokenizer.add_tokens([AddedToken("<|tool|>", special=True, normalized=True)], special_tokens=True)

@@ -48,7 +48,7 @@ CONFIG = TrainConfig(
 
 
 class InMemory:
-    """Items in a list, weighed as the stages weigh theirs."""
+    """A dataset in a list; costs and weights are those of the stages."""
 
     def __init__(self, items: Sequence[PromptGroup], weights: Sequence[int]):
         self.items = items
@@ -64,8 +64,10 @@ def ids(count: int, seed: int) -> list[int]:
 
 
 def pair_groups(count: int, synthetic: tuple[int, int] = (1, 1)) -> InMemory:
-    """Prompts with a real and some synthetic responses (so many to even and odd prompts) of uneven lengths, and made-up
-    opponent log-probabilities."""
+    """Make groups of responses of uneven lengths, with invented opponent log-probabilities.
+
+    `synthetic` holds the number of synthetic responses to even and to odd prompts.
+    """
     items = []
     for n in range(count):
         lengths = [1 + (7 * n + 3 * k) % 11 for k in range(1 + synthetic[n % 2])]
@@ -92,7 +94,7 @@ NewPlayers = Callable[..., Players]
 
 @pytest.fixture
 def new_players(saved: Path, tmp_path: Path) -> NewPlayers:
-    """Makes players as a new process would, with the adapter's weights away from zero."""
+    """Make players as a new process would; no weight of the adapter is zero."""
 
     def make(**sections: Any) -> Players:
         players = Players(tiny_recipe(saved, **sections), RunDir(tmp_path))
@@ -113,7 +115,7 @@ def spin_loss(players: Players) -> LossFunction:
 def run_fit(
     players: Players, groups: InMemory, loss_fn: LossFunction, config: TrainConfig, folder: Path, **options: Any
 ) -> list[dict[str, float]]:
-    """Fit, and what was measured after each step."""
+    """Train, and return the measurements of each step."""
     steps: list[dict[str, float]] = []
     trainer = Trainer(players, config, checkpoints=folder / "checkpoints", label="test")
     trainer.fit(groups, loss_fn, **({"on_step": steps.append} | options))
@@ -148,7 +150,7 @@ def apart(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
 
 
 def plain_gradient(players: Players, loss: Callable[[Callable[[Sequence[int], Sequence[int]], Tensor]], Tensor]) -> Any:
-    """Of a loss that is given a function from prompt and response to log p, computed from the model's own logits."""
+    """Return a loss and its gradient. `loss` gets a function from prompt and response to log p, by the full logits."""
     players.logprobs.use_tree_attention(False)
 
     def logprob(prompt: Sequence[int], response: Sequence[int]) -> Tensor:
@@ -163,7 +165,7 @@ def plain_gradient(players: Players, loss: Callable[[Callable[[Sequence[int], Se
 def test_a_step_has_the_gradient_of_the_mean_over_pairs(
     new_players: NewPlayers, seen: list[list[Tensor]], tmp_path: Path, lora: Any
 ) -> None:
-    """Whatever the micro-batches and prefix sharing: the loss of 9 pairs in 6 trees, worked out pair by pair."""
+    """For all micro-batches, with and without prefix sharing: 9 pairs in 6 trees, computed pair by pair."""
     items = pair_groups(6, synthetic=(1, 2))
     config = replace(CONFIG, batch_size=100, optimizer="sgd", learning_rate=0.0)
     recipe: dict[str, Any] = {"lora": lora, "objective": {"beta": 0.05, "nll_weight": 0.3}}
@@ -223,7 +225,7 @@ def test_steps_do_not_add_up_each_others_gradients(
 
 
 def test_the_first_loss_is_ln_2(new_players: NewPlayers, tmp_path: Path) -> None:
-    """With the opponent's log-probabilities taken from the same weights."""
+    """Player and opponent have the same weights."""
     players = new_players(lora={"r": 4}, objective={"beta": 5.0})
     items = pair_groups(5)
     for number, item in enumerate(items.items):
@@ -250,7 +252,7 @@ def test_gradients_are_clipped_to_the_norm(new_players: NewPlayers, seen: list[l
 
 
 def test_training_can_end_after_an_epoch_and_does_again_when_resumed(new_players: NewPlayers, tmp_path: Path) -> None:
-    """Killed after that epoch's last step: the next process asks again, and ends in the same weights."""
+    """A process that is killed at the end of the epoch calls `on_epoch` again when it resumes."""
     config = replace(CONFIG, epochs=3, batch_size=2)
     ended = []
     for _ in range(2):
@@ -270,7 +272,7 @@ def test_training_can_end_after_an_epoch_and_does_again_when_resumed(new_players
 
 
 def test_a_kill_in_on_epoch_loses_no_step(new_players: NewPlayers, tmp_path: Path) -> None:
-    """What is looked at, in evaluation mode, leaves the dropout of the next epoch on, resumed or not."""
+    """`on_epoch` may set evaluation mode: dropout is on again in the next epoch, resumed or not."""
     config = replace(CONFIG, epochs=2, batch_size=2)
     items = pair_groups(4)
     lora = {"r": 4, "dropout": 0.3}
@@ -579,7 +581,7 @@ def test_a_loss_that_is_not_finite_at_once(new_players: NewPlayers, tmp_path: Pa
 
 
 def test_weights_that_are_not_finite_are_not_saved(new_players: NewPlayers, tmp_path: Path) -> None:
-    """Whatever was measured of the step that made them so; the checkpoint before it stays."""
+    """The loss and the gradients were finite. The earlier checkpoint stays."""
     players = new_players(lora={"r": 4})
     config = replace(CONFIG, epochs=2, batch_size=2)
 
@@ -627,7 +629,7 @@ def test_a_gradient_that_is_not_finite_leaves_the_weights_alone(new_players: New
 
 
 def test_a_loss_that_is_not_finite_stops_even_a_finite_gradient(new_players: NewPlayers, tmp_path: Path) -> None:
-    """An opponent that held the synthetic response for impossible: ℓ is infinite, its slope is −1."""
+    """The opponent gives the synthetic response probability 0: ℓ is infinite, its slope is −1."""
     players = new_players(lora={"r": 4})
     items = InMemory([PromptGroup(PrefixTree(ids(4, 1), (ids(3, 2), ids(5, 3))), (-10.0, -math.inf), ((0, 1),))], [1])
     with pytest.raises(TrainingError, match=r"the loss is inf and the norm of the gradients [0-9]"):
@@ -635,7 +637,7 @@ def test_a_loss_that_is_not_finite_stops_even_a_finite_gradient(new_players: New
 
 
 def little_memory(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
-    """Makes a forward pass fail that has more tokens."""
+    """Make a forward pass fail if it has more tokens."""
     forward = LogProbs.forward
 
     def limited(self: LogProbs, layout: PackedBatch) -> Tensor:
