@@ -198,7 +198,7 @@ def test_too_few_rows(refused):
 
 
 def test_row_can_be_corrected(refused, cli, world, tmp_path):
-    """As the message says: nothing was made from the old file."""
+    """The message is right: nothing was made from the old file."""
     path = write_rows(tmp_path / "rows.jsonl", [*rows(), "{"])
     changes = (f"data.path={path}", *few("data.prompts=null"))
     assert "row 49" in refused(*changes)
@@ -207,7 +207,7 @@ def test_row_can_be_corrected(refused, cli, world, tmp_path):
 
 
 def test_recipe_can_be_corrected(refused, cli, world, tmp_path):
-    """As the message says: nothing was made from the old recipe."""
+    """The message is right: nothing was made from the old recipe."""
     path = write_rows(tmp_path / "rows.jsonl", [*rows(), "{"])
     changes = (f"data.path={path}", *few("data.prompts=null"))
     assert "set data.on_bad_row: skip" in refused(*changes)

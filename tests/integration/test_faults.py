@@ -236,7 +236,7 @@ def test_nan_weight_of_a_player(cli, world, rewind, tmp_path, kind):
 
 
 def test_nan_weight_of_the_base(cli, world, tmp_path):
-    """With an adapter. The weight may belong to a token that is never used."""
+    """The players are adapters. The weight may belong to a token that is never used."""
     own = shutil.copytree(world.folder, tmp_path / "world")
     command = ("run", own / "recipe.yaml", *BRIEF, "--run-dir")
     cli(*command, own / "reference", folder=own)
@@ -303,7 +303,7 @@ def test_clock_that_is_set(start, reference, rewound, year, killed):
 
 @pytest.mark.parametrize("every", [1, 7, 50])
 def test_clock_that_jumps(jumping, world, reference, tmp_path, every):
-    """By years, forward and back, during the whole run."""
+    """The clock jumps by years, forward and back, during the whole run."""
     run, log = tmp_path / "run", tmp_path / "log"
     clock = {"JUMPING_CLOCK": str(every), "JUMPING_CLOCK_LOG": str(log)}
     process = jumping.start("run", world.recipe, "--run-dir", run, folder=world.folder, **clock)

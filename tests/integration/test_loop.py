@@ -222,7 +222,7 @@ def test_responses_are_those_that_were_sampled(reference):
 
 @pytest.mark.parametrize("iteration", [0, 1])
 def test_opponent_of_an_iteration_is_the_player_before_it(reference, theta_0, theta_1, iteration):
-    """The sampler's log-probabilities are those of θ_t, and not those of the other player."""
+    """The sampler's log-probabilities are those of θ_t, not those of the other player."""
     prompts = {row["id"]: row["prompt_ids"] for row in read_jsons(reference, "examples/*.jsonl")}
     opponent, other = (theta_0, theta_1)[:: 1 if iteration == 0 else -1]
     rows = read_jsons(reference, f"iteration-{iteration}/generations/*.jsonl")
@@ -243,7 +243,7 @@ def test_generations_change_with_the_opponent(reference):
 
 @pytest.mark.parametrize("iteration", [0, 1])
 def test_pairs_hold_log_probabilities_of_the_opponent(reference, theta_0, theta_1, iteration):
-    """Of every pair in use, replayed ones too: the reference of iteration t is θ_t."""
+    """Every pair, a replayed one too, has the log-probabilities of θ_t in iteration t."""
     opponent = (theta_0, theta_1)[iteration]
     pairs = read_pairs(reference, iteration, "train") + read_pairs(reference, iteration, "heldout")
     for pair in pairs:
@@ -338,7 +338,7 @@ def test_t_spin_keeps_the_starting_players_responses(variant, samples):
 
 
 def test_the_sft_control_learns_from_the_real_responses_alone(variant, reference):
-    """As many steps as self-play, and no synthetic response to a training prompt is ever made."""
+    """It takes as many steps as self-play, and generates no response to a training prompt."""
     run = variant("lora.dropout=0.0", "objective.name=sft")
     for iteration in range(2):
         folder = run / f"iteration-{iteration}"
@@ -387,7 +387,7 @@ def test_check_of_preference_data(world, cli, preferences, tmp_path):
 
 
 def test_a_collapse_ends_training_after_its_epoch_and_the_run_after_its_iteration(world, cli, tmp_path):
-    """At a learning rate that ruins the model; what is left is the start."""
+    """The learning rate ruins the model. The best player is then the start."""
     ruin = ("train.learning_rate=5e-2", "train.epochs=3", "selfplay.guard.max_nll_increase=0.5", "objective.beta=5.0")
     run = tmp_path / "run"
     said = cli("run", world.recipe, *ruin, "--run-dir", run, folder=world.folder)
@@ -407,7 +407,7 @@ def test_a_collapse_ends_training_after_its_epoch_and_the_run_after_its_iteratio
 
 
 def test_a_finished_run_keeps_no_checkpoints(reference):
-    """They are what an interruption needs, and may be most of what is on the disk."""
+    """Only an interrupted run needs checkpoints, and they take most of the disk."""
     assert not list(reference.glob("*/checkpoints"))
     assert {path.name for path in reference.glob(".spinlm/*/*.begun")} == {"generate.begun", "reference_logprobs.begun"}
     assert len(list(reference.glob("*/player"))) == 4  # of the start, of two iterations, and by the link
@@ -453,7 +453,7 @@ def test_metrics_are_means_over_responses(reference, name):
 
 
 def test_samples_are_scored_by_the_player_and_by_the_start(reference, theta_0, theta_2):
-    """Log-probabilities and features as the plain models give them, and what is made of them."""
+    """Log-probabilities and features equal those of the plain models, and the metrics follow from them."""
     examples = {row["id"]: row for row in read_rows(reference / "examples" / "heldout.jsonl")}
     samples = read_rows(reference / "iteration-1" / "heldout_sampled.jsonl")
     features: dict[str, list[np.ndarray]] = {"real": [], "own": []}

@@ -228,7 +228,7 @@ def generate(engine: ServerEngine) -> list[list[Response]]:
 
 
 def test_responses_are_in_the_order_of_the_prompts(engine: Callable[..., ServerEngine]) -> None:
-    """With any concurrency and in any order of arrival; the same seed gives the same responses."""
+    """The concurrency and the order of arrival do not matter; the same seed gives the same responses."""
     scripted = Scripted(lambda number: (time.sleep(0.05 if number % 3 == 0 else 0.0), "good")[1])
     with listen(scripted.post, nothing) as url:
         concurrent, serial = (generate(engine(url, max_concurrency=limit)) for limit in (6, 1))

@@ -91,7 +91,7 @@ def test_chat_uses_columns_on_a_wide_terminal(world, reference, columns):
 
 
 def test_the_recipe_of_init_runs(world, cli, tmp_path):
-    """With a tiny model and small sizes."""
+    """The model is tiny and the sizes are small."""
     cli("init", folder=tmp_path)
     small = ("data.heldout=4", "data.prompts=8", "opponent.max_new_tokens=8", "selfplay.iterations=1")
     model = f"model.path={world.model}"

@@ -791,7 +791,7 @@ def drawn(data: Data, sft_prompts: int | None, renderer: Renderer) -> tuple[Sele
 def test_splits_share_nothing_whatever_the_rows(
     renderer: Renderer, rows: list[Row], heldout: int, sft_prompts: int | None, prompts: int | None, seed: int
 ) -> None:
-    """No held-out prompt is trained on, no example comes twice, ids are unique, and a seed determines the selection."""
+    """No held-out prompt is trained on, no example comes twice, ids are unique, a seed fixes the selection."""
     rows = [{"name": None, **row} for row in rows]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.jsonl"

@@ -150,7 +150,7 @@ def apart(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
 
 
 def plain_gradient(players: Players, loss: Callable[[Callable[[Sequence[int], Sequence[int]], Tensor]], Tensor]) -> Any:
-    """Return a loss and its gradient. `loss` gets a function from prompt and response to log p, by the full logits."""
+    """Return a loss and its gradient. `loss` gets a function that computes log p(response | prompt) naively."""
     players.logprobs.use_tree_attention(False)
 
     def logprob(prompt: Sequence[int], response: Sequence[int]) -> Tensor:
