@@ -130,7 +130,7 @@ class Trainer:
     def _steps(
         self, dataset: TrainDataset, on_step: Callable[[dict[str, float]], None], on_epoch: Callable[[int], bool]
     ) -> Generator["_Step", None, None]:
-        """Yield each step, then take it, report it, and save checkpoints. `fit` accumulates its gradients in between."""
+        """Yield each step, then take it, report it, and save checkpoints. In between, `fit` accumulates gradients."""
         config = self.config
         steps = plan_steps(dataset.batch_cost, config.batch_size, config.epochs, config.seed)
         self.steps_done = start = self._set_up()
