@@ -1,13 +1,11 @@
 """Promotion of players, and the comparisons, verdicts and tables made of them: literal values, worked out by hand."""
 
-import io
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
 
 from spinlm.errors import RunError
 from spinlm.evals.heldout import summarize_greedy
@@ -15,7 +13,7 @@ from spinlm.model.run import Run
 from spinlm.recipe.schema import Recipe
 from spinlm.report.compare import compare_runs
 from spinlm.report.run_data import run_data
-from spinlm.report.summary import outcome, player_rows, table, verdict
+from spinlm.report.summary import outcome, player_rows, verdict
 from spinlm.rundir.layout import RunDir
 from spinlm.rundir.records import Example, HeldoutGreedy, to_line
 from spinlm.rundir.stage_graph import START
@@ -381,18 +379,6 @@ def test_rows_are_the_players_so_far(play, run):
         ("iteration 0", True, 0.75),
         ("iteration 1", False, 0.0),
     ]
-
-
-def test_a_narrow_table_names_what_it_leaves_out(play, run):
-    play([1, 1], [1, 0])
-
-    def printed(width: int) -> str:
-        console = Console(file=io.StringIO(), width=width)
-        console.print(table(run, width))
-        return console.file.getvalue()
-
-    assert "no room for" not in printed(100)
-    assert "no room for: truncated, repeated" in " ".join(printed(50).split())
 
 
 def side_by_side(run: RunDir, prompts: int, **options: bool) -> list[tuple[str, str, list[tuple[str, str]]]]:

@@ -1,9 +1,10 @@
 """Commands that read a finished or a running run: status, list, report, chat and export."""
 
+import contextlib
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -33,7 +34,7 @@ def status(run: RunPath, baseline: Baseline = None, as_json: AsJson = False) -> 
     if error := last_error(folder):
         out.print(printable(f"The last attempt ended with: {error}"))
     if summary.player_rows(folder):
-        out.print(summary.table(folder, out.width))
+        out.print(summary.table(folder))
     out.print(summary.verdict(folder))
     if baseline is not None:
         out.print(printable(str(compare.compare_runs(folder, RunDir(baseline)))))
@@ -107,37 +108,32 @@ def chat(
     temperature: Annotated[float, typer.Option(min=0.0, help="Set the temperature. 0 decodes greedily.")] = 0.0,
 ) -> None:
     """Compare responses of players to a prompt."""
-    from rich.console import Console
-
-    from spinlm.chat import player_titles, respond, show_responses
+    from spinlm.chat import print_responses
     from spinlm.errors import RowError
     from spinlm.model.run import Run
 
     folder, recipe = read_run(run)
     players = parse_players(folder, iteration)
-    titles = player_titles(folder, players)
     opened = Run(recipe, folder)
     history = [{"role": "system", "content": system}] if system else []
-    if prompt is None and sys.stdin.isatty():
-        print("(Each prompt starts a new conversation. Ctrl-D exits.)")
-    while True:
+
+    for text in _typed_prompts() if prompt is None else [prompt]:
         try:
-            text = prompt if prompt is not None else input("you> ")
-        except EOFError:
-            return
-        if prompt is None and not text.strip():
-            continue
-        messages = [*history, {"role": "user", "content": text}]
-        responses = partial(respond, opened, players, messages, temperature=temperature, seed=recipe.seed)
-        try:
-            show_responses(Console(), titles, responses)
+            print_responses(opened, players, [*history, {"role": "user", "content": text}], temperature)
         except RowError as error:
+            message = f"this prompt cannot be used: {error}"
             if prompt is not None:
-                raise SpinError(f"this prompt cannot be used: {error}") from error
-            print(f"this prompt cannot be used: {error}")
-            continue
-        if prompt is not None:
-            return
+                raise SpinError(message) from error
+            print(message)
+
+
+def _typed_prompts() -> Iterator[str]:
+    if sys.stdin.isatty():
+        print("(Each prompt starts a new conversation. Ctrl-D exits.)")
+    with contextlib.suppress(EOFError):
+        while True:
+            if (text := input("you> ")).strip():
+                yield text
 
 
 def export(

@@ -147,7 +147,7 @@ def print_result(folder: RunDir) -> None:
         responses = ((player, text) for player, text, _ in shown.responses)
         for name, text in (("prompt", shown.messages[-1]["content"]), ("real", shown.real), *responses):
             out.print(f"{name:<11} " + printable(text).replace("\n", f"\n{'':12}"))
-    out.print(table(folder, out.width))
+    out.print(table(folder))
     out.print(verdict(folder))
     best = START if (chosen := folder.best()) is None else chosen
     out.print(printable(f"\nThe run is in {folder.root}; the best player is {folder.player(best)}. Next:"))

@@ -24,7 +24,6 @@ License = dict[str, Any]
 """The license fields of a card's metadata."""
 
 LICENSE_FIELDS = ("license", "license_name", "license_link")
-MAX_CARD_BYTES = 1_000_000
 
 
 def write_card(recipe: Recipe, iteration: int, player: Path) -> None:
@@ -47,7 +46,6 @@ def render_card(recipe: Recipe, folder: RunDir, iteration: int, *, merged: bool,
     run = run_data(folder)
     commit = run.provenance.get("commit")
     fields: License = {"license": license} if license else base_license(recipe.model)
-    license_name = fields.get("license_name") or fields.get("license") or ""
     titles, body = table_cells(run.players)
     return _render(
         recipe,
@@ -63,7 +61,7 @@ def render_card(recipe: Recipe, folder: RunDir, iteration: int, *, merged: bool,
         counts=folder.metadata("prepare", START)["counts"],
         max_new_tokens=recipe.evaluate.max_new_tokens or recipe.opponent.max_new_tokens,
         stop_ids=read_json(folder.player(iteration) / "generation_config.json")["eos_token_id"],
-        license_name=license_name if isinstance(license_name, str) else ", ".join(license_name),
+        license_name=fields.get("license_name") or fields.get("license", ""),
         own_license=license is not None,
         **_base_arguments(recipe.model, run.provenance),
     )
@@ -157,15 +155,10 @@ def _card_license(card: Path) -> License:
     from huggingface_hub import metadata_load
 
     try:
-        values = metadata_load(card) if card.stat().st_size <= MAX_CARD_BYTES else None
+        values = metadata_load(card) or {}
+        return {name: values[name] for name in LICENSE_FIELDS if isinstance(values.get(name), str) and values[name]}
     except Exception:  # another author's file: YAML errors have no common base class
         return {}
-    fields = {name: (values or {}).get(name) for name in LICENSE_FIELDS}
-    return {name: value for name, value in fields.items() if value and _is_text(value)}
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(item, str) for item in value))
 
 
 def _origin(recipe: Recipe, iteration: int) -> str:

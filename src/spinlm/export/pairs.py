@@ -6,7 +6,7 @@ no end-of-turn token, so its pair is skipped.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import count, islice, takewhile
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,6 @@ from spinlm.utils.atomic import atomic_path
 
 EXPORT_SPLITS = {"train": "train", "heldout": "test"}
 """Names of the splits in the run folder and in the exported data set."""
-
-ROWS_PER_WRITE = 1000
 
 
 @dataclass(frozen=True)
@@ -55,89 +53,63 @@ def export_pairs(recipe: Recipe, folder: RunDir, iteration: int | None, output: 
     require_empty(output)
     if recipe.is_control:
         raise RunError(f"{folder.root}: is supervised fine-tuning, which has no pairs")
-    newest = _newest(folder)
-    if iteration is None:
-        iteration = newest
-    if not folder.marker("reference_logprobs", iteration).exists():
+    complete = list(takewhile(lambda t: folder.marker("reference_logprobs", t).exists(), count()))
+    if not complete:
+        raise RunError(f"{folder.root}: has no pairs yet. `spinlm run` and `spinlm reference-logprobs` make them")
+    newest = complete[-1]
+    iteration = newest if iteration is None else iteration
+    if iteration not in complete:
         raise RunError(f"{folder.root}: iteration {iteration} has no pairs; the newest pairs are of iteration {newest}")
     folder.require("prepare", START)
     for source in range(max(0, iteration - recipe.selfplay.replay), iteration + 1):
         folder.require("generate", source)
     folder.require("reference_logprobs", iteration)
-    pairs, truncated = {}, 0
+    counts, truncated = {}, 0
     with atomic_path(output) as temporary:
         temporary.mkdir()
         for split, name in EXPORT_SPLITS.items():
-            rows = _Rows(recipe, folder, iteration, split)
-            pairs[name] = _write_parquet(temporary / f"{name}.parquet", rows)
-            truncated += rows.truncated
-    return PairCounts(iteration, pairs, truncated)
+            written, skipped = _write_split(recipe, folder, iteration, split, temporary / f"{name}.parquet")
+            counts[name], truncated = written, truncated + skipped
+    return PairCounts(iteration, counts, truncated)
 
 
-def _newest(folder: RunDir) -> int:
-    """Return the last iteration that has pairs.
-
-    Raises:
-        RunError: no iteration has pairs.
-    """
-    complete = list(takewhile(lambda t: folder.marker("reference_logprobs", t).exists(), count()))
-    if not complete:
-        raise RunError(f"{folder.root}: has no pairs yet. `spinlm run` and `spinlm reference-logprobs` make them")
-    return complete[-1]
-
-
-class _Rows:
-    """Iterate over the pairs of a split as rows of text, one shard at a time, and count the skipped ones."""
-
-    def __init__(self, recipe: Recipe, folder: RunDir, iteration: int, split: str):
-        self.folder, self.iteration, self.split = folder, iteration, split
-        self.shard_size = recipe.opponent.shard_size
-        self.examples = RecordFile(folder.examples(split), Example)
-        self.truncated = 0
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        for shard in range(self.examples.shards(self.shard_size)):
-            examples = {example.id: example for example in self.examples.shard(shard, self.shard_size)}
-            pairs = read_pairs([self.folder.pairs(self.iteration, self.split, shard)])
-            keys = pairs.select(["id", "source_iteration", "sample"]).to_pylist()
-            responses = {
-                (response.iteration, response.id, response.sample): response
-                for source in {key["source_iteration"] for key in keys}
-                for response in read_lines(self.folder.generations(source, self.split, shard), Generation)
-            }
-            for key in keys:
-                response = responses[key["source_iteration"], key["id"], key["sample"]]
-                if not response.finished:
-                    self.truncated += 1
-                    continue
-                example = examples[key["id"]]
-                yield {
-                    "id": example.id,
-                    "source_iteration": response.iteration,
-                    "sample": response.sample,
-                    "prompt": example.messages,
-                    "chosen": [{"role": "assistant", "content": example.response}],
-                    "rejected": [{"role": "assistant", "content": response.text}],
-                }
-
-
-def _write_parquet(path: Path, rows: _Rows) -> int:
-    """Write rows to a Parquet file and return their number."""
+def _write_split(recipe: Recipe, folder: RunDir, iteration: int, split: str, path: Path) -> tuple[int, int]:
+    """Write the pairs of a split to a Parquet file, one shard at a time; return how many were written and skipped."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     messages = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
-    schema = pa.schema(
-        [
-            ("id", pa.string()),
-            ("source_iteration", pa.int32()),
-            ("sample", pa.int32()),
-            *((column, messages) for column in ("prompt", "chosen", "rejected")),
-        ]
-    )
-    written, iterator = 0, iter(rows)
+    origin = [("id", pa.string()), ("source_iteration", pa.int32()), ("sample", pa.int32())]
+    schema = pa.schema([*origin, *((column, messages) for column in ("prompt", "chosen", "rejected"))])
+    examples, size = RecordFile(folder.examples(split), Example), recipe.opponent.shard_size
+    written = skipped = 0
     with pq.ParquetWriter(path, schema) as writer:
-        while chunk := list(islice(iterator, ROWS_PER_WRITE)):
-            writer.write_table(pa.Table.from_pylist(chunk, schema=schema))
-            written += len(chunk)
-    return written
+        for shard in range(examples.shards(size)):
+            pairs = read_pairs([folder.pairs(iteration, split, shard)])
+            keys = pairs.select(["id", "source_iteration", "sample"]).to_pylist()
+            rows = list(
+                _rows(folder, split, shard, keys, {example.id: example for example in examples.shard(shard, size)})
+            )
+            writer.write_table(pa.Table.from_pylist(rows, schema=schema))
+            written, skipped = written + len(rows), skipped + len(keys) - len(rows)
+    return written, skipped
+
+
+def _rows(
+    folder: RunDir, split: str, shard: int, keys: list[dict[str, Any]], examples: dict[str, Example]
+) -> Iterator[dict[str, Any]]:
+    """Yield the pairs of a shard as text, without those whose synthetic response was truncated."""
+    responses = {
+        (response.iteration, response.id, response.sample): response
+        for source in {key["source_iteration"] for key in keys}
+        for response in read_lines(folder.generations(source, split, shard), Generation)
+    }
+    for key in keys:
+        example, response = examples[key["id"]], responses[key["source_iteration"], key["id"], key["sample"]]
+        if response.finished:
+            yield {
+                **key,
+                "prompt": example.messages,
+                "chosen": [{"role": "assistant", "content": example.response}],
+                "rejected": [{"role": "assistant", "content": response.text}],
+            }

@@ -15,59 +15,72 @@ MAX_MARKERS = 30
 
 Trace = dict[str, Any]
 
+METRIC_CHARTS = (
+    (
+        "task_score",
+        "Task score",
+        "Higher is better. Bars: 95% intervals over held-out prompts. Different seeds vary more.",
+        {"task_score": "greedy", "sampled_task_score": "sampled"},
+    ),
+    (
+        "heldout_nll",
+        "Held-out NLL",
+        "NLL of the real held-out responses, nats per token. Lower is better. A rise is an early sign of collapse.",
+        {"heldout_nll": "NLL"},
+    ),
+    (
+        "real_vs_generated",
+        "Real vs generated",
+        "Probe AUC: a linear probe separates real responses from the player's own samples (0.5 = "
+        "indistinguishable). Pair accuracy: share of held-out pairs with a positive margin (0.5 = no preference).",
+        {"probe_auc": "probe AUC", "pair_accuracy": "pair accuracy"},
+    ),
+    (
+        "kl_from_start",
+        "KL from start",
+        "Estimated KL divergence from the start, nats per token of the player's own samples.",
+        {"kl_from_start": "KL"},
+    ),
+    (
+        "collapse",
+        "Signs of collapse",
+        "Greedy responses that equal the real one, that were truncated, and the share of repeated 4-grams.",
+        {"identical_rate": "identical", "truncated_rate": "truncated", "repeated_4grams": "repeated 4-grams"},
+    ),
+)
+"""Charts of the players' metrics: name, title, caption, and a label for each metric."""
+
 
 @dataclass(frozen=True)
 class Chart:
     """One chart with its caption."""
 
     name: str
-    section: str  # players, training or time
     title: str
     caption: str
     traces: list[Trace]
     layout: dict[str, Any] = field(default_factory=dict)
 
-    def traces_and_layout(self) -> dict[str, Any]:
-        return {"traces": self.traces, "layout": self.layout}
 
-
-def charts(run: RunData) -> list[Chart]:
-    """Return the charts that have data."""
-    return [chart for chart in (*_player_charts(run), *_training_charts(run), _time_chart(run)) if chart.traces]
+def charts(run: RunData) -> dict[str, list[Chart]]:
+    """Return the charts that have data, by section of the page."""
+    sections = {"players": _player_charts(run), "training": _training_charts(run), "time": [_time_chart(run)]}
+    return {section: [chart for chart in charts if chart.traces] for section, charts in sections.items()}
 
 
 def _player_charts(run: RunData) -> list[Chart]:
+    metric_charts = [
+        Chart(name, title, caption, [trace for key, label in labels.items() for trace in _metric(run, key, label)])
+        for name, title, caption, labels in METRIC_CHARTS
+    ]
     lengths = _metric(run, "mean_tokens", "player, greedy")
     opponents = [(player_name(iteration), recorded["mean_tokens"]) for iteration, recorded in run.opponents]
     if opponents:
         lengths.append(_line("opponent, sampled", *zip(*opponents, strict=True)))
     return [
-        Chart(
-            "task_score",
-            "players",
-            "Task score",
-            "Higher is better. Bars: 95% intervals over held-out prompts. Different seeds vary more.",
-            _metric(run, "task_score", "greedy") + _metric(run, "sampled_task_score", "sampled"),
-        ),
-        Chart(
-            "heldout_nll",
-            "players",
-            "Held-out NLL",
-            "NLL of the real held-out responses, nats per token. Lower is better. A rise is an early sign of collapse.",
-            _metric(run, "heldout_nll", "NLL"),
-        ),
-        Chart(
-            "real_vs_generated",
-            "players",
-            "Real vs generated",
-            "Probe AUC: a linear probe separates real responses from the player's own samples (0.5 = "
-            "indistinguishable). Pair accuracy: share of held-out pairs with a positive margin (0.5 = no preference).",
-            _metric(run, "probe_auc", "probe AUC") + _metric(run, "pair_accuracy", "pair accuracy"),
-            {"shapes": [_level(0.5)]},
-        ),
+        *metric_charts,
         Chart(
             "margins",
-            "players",
             "Margins on held-out pairs",
             "Log-probability gained by the real response minus that gained by the opponent's response, in nats. One "
             "point per pair.",
@@ -76,29 +89,10 @@ def _player_charts(run: RunData) -> list[Chart]:
         ),
         Chart(
             "lengths",
-            "players",
             "Response length",
             "Mean number of tokens. Dotted line: real held-out responses.",
             lengths,
             {"shapes": [_level(run.real_tokens)]} if run.real_tokens else {},
-        ),
-        Chart(
-            "kl_from_start",
-            "players",
-            "KL from start",
-            "Estimated KL divergence from the start, nats per token of the player's own samples.",
-            _metric(run, "kl_from_start", "KL"),
-        ),
-        Chart(
-            "collapse",
-            "players",
-            "Signs of collapse",
-            "Greedy responses that equal the real one, that were truncated, and the share of repeated 4-grams.",
-            [
-                *_metric(run, "identical_rate", "identical"),
-                *_metric(run, "truncated_rate", "truncated"),
-                *_metric(run, "repeated_4grams", "repeated 4-grams"),
-            ],
         ),
     ]
 
@@ -112,7 +106,7 @@ def _training_charts(run: RunData) -> list[Chart]:
         ("grad_norm", "Gradient norm", "Before clipping to train.max_grad_norm."),
     )
     return [
-        Chart(f"step_{key}", "training", title, f"{caption} By optimizer step.", _curves(run, key))
+        Chart(f"step_{key}", title, f"{caption} By optimizer step.", _curves(run, key))
         for key, title, caption in measures
     ]
 
@@ -129,13 +123,11 @@ def _first_loss(recipe: dict[str, Any]) -> str:
 def _time_chart(run: RunData) -> Chart:
     traces = []
     for stage in dict.fromkeys((*START_STAGES, *STAGES)):
-        times = {name: stages[stage] for name, stages in run.times if stage in stages}
-        own = {name: time.seconds for name, time in times.items() if not time.inherited}
-        minutes = {name: seconds / 60 for name, seconds in own.items() if seconds is not None}
+        minutes = {name: (stages[stage].seconds or 0.0) / 60 for name, stages in run.times if stage in stages}
         if minutes:
             traces.append({"type": "bar", "name": stage, "x": list(minutes), "y": list(minutes.values())})
     layout = {"barmode": "stack", "yaxis": {"title": {"text": "minutes"}}}
-    return Chart("time", "time", "Time per stage", "Wall-clock time.", traces, layout)
+    return Chart("time", "Time per stage", "Wall-clock time.", traces, layout)
 
 
 def _metric(run: RunData, key: str, name: str) -> list[Trace]:

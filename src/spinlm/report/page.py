@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from spinlm.errors import RunError
-from spinlm.report.charts import Chart, charts
+from spinlm.report.charts import charts
 from spinlm.report.compare import compare_runs
 from spinlm.report.run_data import StageTime, run_data
 from spinlm.rundir.layout import RunDir
@@ -52,33 +52,22 @@ def render_page(folder: RunDir, baseline: RunDir | None = None) -> str:
     from plotly.offline import get_plotlyjs
 
     run = run_data(folder)
-    all_charts = charts(run)
-    chart_data = _script_json({chart.name: chart.traces_and_layout() for chart in all_charts})
+    sections = charts(run)
+    all_charts = [chart for section in sections.values() for chart in section]
+    chart_data = _script_json({chart.name: {"traces": chart.traces, "layout": chart.layout} for chart in all_charts})
     scripts = [get_plotlyjs(), (HERE / "page.js").read_text(encoding="utf-8")]
     environment = Environment(loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined)
-    environment.filters |= {
-        "number": _number,
-        "percent": _percent,
-        "duration": _duration,
-        "shorten": _shorten,
-        "json": _json,
-    }
+    environment.filters |= {"number": _number, "duration": _duration, "shorten": _shorten}
     return environment.get_template("page.html").render(
         run=run,
+        provenance=json.dumps(run.provenance, indent=1, ensure_ascii=False),
         comparison=None if baseline is None else str(compare_runs(folder, baseline)),
-        charts=_by_section(all_charts),
+        charts=sections,
         chart_data=Markup(chart_data),
         scripts=[Markup(script) for script in scripts],
         style=Markup((HERE / "style.css").read_text(encoding="utf-8")),
         nonce=short_digest([chart_data, *scripts]),
     )
-
-
-def _by_section(all_charts: list[Chart]) -> dict[str, list[Chart]]:
-    return {
-        section: [chart for chart in all_charts if chart.section == section]
-        for section in ("players", "training", "time")
-    }
 
 
 def _script_json(value: Any) -> str:
@@ -87,20 +76,12 @@ def _script_json(value: Any) -> str:
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-def _json(value: Any) -> str:
-    return json.dumps(value, indent=1, ensure_ascii=False)
-
-
 def _shorten(text: str) -> str:
     return text if len(text) <= MAX_CHARACTERS else f"{text[:MAX_CHARACTERS]} … ({len(text):,} characters)"
 
 
 def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
-
-
-def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{value:.1%}"
 
 
 def _duration(time: StageTime) -> str:

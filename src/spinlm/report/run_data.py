@@ -12,8 +12,8 @@ from typing import Any
 
 from spinlm.evals.scores import ScoreTable, read_scores, score_table
 from spinlm.recipe.fingerprint import with_defaults
-from spinlm.report.status import is_step, run_status, stages_of
-from spinlm.report.summary import COLUMNS, PlayerRow, compared_player, display_text, player_rows, start_from, verdict
+from spinlm.report.status import is_step, own_stages, run_status
+from spinlm.report.summary import COLUMNS, PlayerRow, compared_player, display_text, player_rows, verdict
 from spinlm.rundir.layout import RunDir
 from spinlm.rundir.provenance import read_recipe
 from spinlm.rundir.stage_graph import START, player_name
@@ -55,7 +55,6 @@ class StageTime:
 
     seconds: float | None  # None where it was not recorded
     lower_bound: bool  # an interrupted stage was resumed; time before the interruption is not included
-    inherited: bool = False  # spent by the run whose start this run uses
 
 
 @dataclass(frozen=True)
@@ -93,21 +92,17 @@ class RunData:
 
     @cached_property
     def times(self) -> list[tuple[str, dict[str, StageTime]]]:
-        """The time of each complete stage, by player."""
+        """The time of each stage that this run completed itself, by player."""
         times: dict[str, dict[str, StageTime]] = {}
-        source = start_from(self.folder)
-        for stage, iteration in stages_of(self.folder):
-            if self.folder.marker(stage, iteration).exists():
-                metadata = self.folder.metadata(stage, iteration)
-                inherited = source is not None and iteration == START
-                time = StageTime(metadata.get("seconds"), bool(metadata.get("resumed")), inherited)
-                times.setdefault(player_name(iteration), {})[stage] = time
+        for stage, iteration in own_stages(self.folder):
+            metadata = self.folder.metadata(stage, iteration)
+            time = StageTime(metadata.get("seconds"), bool(metadata.get("resumed")))
+            times.setdefault(player_name(iteration), {})[stage] = time
         return list(times.items())
 
     @cached_property
     def total_time(self) -> StageTime:
-        """The time of all complete stages, without inherited ones."""
-        own = [time for _, stages in self.times for time in stages.values() if not time.inherited]
+        own = [time for _, stages in self.times for time in stages.values()]
         return StageTime(sum(time.seconds or 0.0 for time in own), any(time.lower_bound for time in own))
 
     @cached_property

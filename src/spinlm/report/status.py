@@ -11,7 +11,7 @@ from spinlm.report.summary import is_control, outcome, player_rows, promotions, 
 from spinlm.rundir.layout import RunDir
 from spinlm.rundir.provenance import read_recipe
 from spinlm.rundir.stage_graph import START, Stage, stage_label, stages
-from spinlm.utils.atomic import finite, read_json
+from spinlm.utils.atomic import finite
 
 TAIL_BYTES = 1 << 16  # read from the end of train_log.jsonl to find its last line
 
@@ -55,7 +55,7 @@ def status_json(folder: RunDir) -> dict[str, Any]:
         "state": status.state,
         "stage": status.stage,
         "iteration": status.iteration,
-        "seconds": sum(read_json(marker).get("seconds") or 0.0 for marker in _own_markers(folder)),
+        "seconds": sum(folder.metadata(*stage).get("seconds") or 0.0 for stage in own_stages(folder)),
         "error": last_error(folder),
         "last_step": last_step(folder),
         "best": folder.best(),
@@ -136,8 +136,8 @@ def stages_of(folder: RunDir) -> Iterator[Stage]:
     return stages(read_recipe(folder)["selfplay"]["iterations"])
 
 
-def _own_markers(folder: RunDir) -> Iterator[Path]:
-    """Yield the markers of the stages that this run completed itself, not those of a start taken from another run."""
+def own_stages(folder: RunDir) -> Iterator[Stage]:
+    """Yield the stages that this run completed itself, not those of a start taken from another run."""
     taken = start_from(folder) is not None
     own = (stage for stage in stages_of(folder) if not (taken and stage[1] == START))
-    return (marker for stage in own if (marker := folder.marker(*stage)).exists())
+    return (stage for stage in own if folder.marker(*stage).exists())

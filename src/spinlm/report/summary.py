@@ -63,41 +63,20 @@ def compared_player(players: list[PlayerRow]) -> PlayerRow | None:
     return next((player for player in later if player.best), later[-1] if later else None)
 
 
-def table(folder: RunDir, width: int = 100) -> "Table":
-    """Return a rich table with one row per player.
-
-    Where `width` characters are too few, the columns move closer together; then the last columns are left out and named
-    in the caption.
-    """
-    players = player_rows(folder)
-    titles, body = table_cells(players)
-    layouts = ((count, close) for count in range(len(titles), 1, -1) for close in (False, True))
-    grids = (_grid(titles, body, players, count, close) for count, close in layouts)
-    return next((grid for grid in grids if _fits(grid, width)), _grid(titles, body, players, 2, True))
-
-
-def _grid(titles: list[str], body: list[list[str]], players: list[PlayerRow], count: int, close: bool) -> "Table":
-    """Return the first `count` columns of the table."""
+def table(folder: RunDir) -> "Table":
+    """Return a rich table with one row per player, about 75 characters wide."""
     from rich.box import SIMPLE
     from rich.table import Table
 
-    grid = Table(box=SIMPLE, pad_edge=False, padding=(0, 1), collapse_padding=close, show_edge=not close)
-    if hidden := titles[count:]:
-        grid.caption, grid.caption_justify = f"no room for: {', '.join(hidden)}", "left"
-    for number, title in enumerate(titles[:count]):
+    players = player_rows(folder)
+    titles, body = table_cells(players)
+    grid = Table(box=SIMPLE, pad_edge=False, padding=(0, 1), collapse_padding=True, show_edge=False)
+    for number, title in enumerate(titles):
         header = title.replace(" ", "\n", 1) if " " in title else f"\n{title}"  # all headers take two lines
         grid.add_column(header, justify="right" if number else "left", no_wrap=True)
     for player, values in zip(players, body, strict=True):
-        grid.add_row(*values[:count], style="bold" if player.best else "")
+        grid.add_row(*values, style="bold" if player.best else "")
     return grid
-
-
-def _fits(grid: "Table", width: int) -> bool:
-    from rich.console import Console
-    from rich.measure import Measurement
-
-    console = Console(width=10 * width)
-    return Measurement.get(console, console.options, grid).maximum <= width
 
 
 def table_cells(players: list[PlayerRow]) -> tuple[list[str], list[list[str]]]:
