@@ -23,7 +23,7 @@ from runs import assert_whole, read_rows, write_rows
 import spinlm.utils.http
 from spinlm.errors import DataError, RunError, SpinError
 from spinlm.evals.mt_bench.grading import parse_rating
-from spinlm.evals.mt_bench.judge import DEFAULT_PROMPTS, REMINDER, Judge, JudgeError
+from spinlm.evals.mt_bench.judge import DEFAULT_PROMPTS, Judge, JudgeError
 from spinlm.evals.mt_bench.run import run_mt_bench
 from spinlm.evals.scores import comparable, read_scores
 from spinlm.model.run import Run
@@ -203,7 +203,7 @@ def test_ratings_by_a_known_rule(bench, judge, endpoint, tmp_path):
     settings, counts = scores["overall"].settings, scores["overall"].counts
     asked_for = {"judge": "scripted", "endpoint": judge.host, "limit": None, "max_new_tokens": 8}
     assert settings.items() >= {**asked_for, "without_reference": 0}.items()
-    assert counts.items() >= {"unparsable": 0, "missing_responses": 0, "reminded": 0}.items()
+    assert counts.items() >= {"unparsable": 0, "missing_responses": 0}.items()
 
     assert len(endpoint.requests) == len(set(endpoint.requests)) == 5
     for body in endpoint.bodies:
@@ -272,7 +272,6 @@ def test_a_judge_that_always_chooses_a_gives_no_winner(bench, judge, endpoint):
     score = read_scores(bench.run, 1)["mt-bench pairwise"]["against start"]
     assert (score.value, score.standard_error, score.metric) == (0.5, 0.0, "win rate")
     assert score.counts["inconsistent"] == 5
-    assert (score.counts["chose_first"], score.counts["chose_second"]) == (10, 0)
     assert len(endpoint.requests) == len(set(endpoint.requests)) == 10
     assert any("contradicted itself in 5 of 5 comparisons" in line for line in notes)
     assert "mt-bench" in read_scores(bench.run, 1)  # the ratings are still there
@@ -285,8 +284,6 @@ def test_win_rate_by_a_known_rule(bench, judge, endpoint):
     bench.set_responses(1, "challenger")
 
     def script(request: str, times: int) -> str:
-        if request == REMINDER:
-            return "who knows"
         ours, theirs = "AB" if request.index("challenger") < request.index("base") else "BA"
         if turn_of(request) == ("beta", 2) and ours == "B":
             return "who knows"
@@ -325,7 +322,7 @@ def test_no_request_is_sent_twice_after_an_error(bench, judge, endpoint):
         )
 
     endpoint.script = script
-    with pytest.raises(JudgeError, match=r"refuses the request \(400: too long for me\)"):
+    with pytest.raises(JudgeError, match=r"refuses the request \(400: .*too long for me"):
         bench(judge)
     assert read_scores(bench.run, START) == {}
     (responses,), (judgments,) = bench.files("responses-*"), bench.files("single-*")
@@ -440,9 +437,9 @@ def test_a_changed_response_is_judged_again(bench, judge, endpoint):
 @pytest.mark.parametrize(
     "failure",
     [
-        (429, {"Retry-After": "0"}, "slow down"),
+        (429, {}, "slow down"),
         (500, {}, "oops"),
-        (503, {"Retry-After": "Mon, 01 Jan 2001 00:00:00 GMT"}, ""),
+        (503, {}, ""),
         None,
         "late",
     ],
@@ -456,20 +453,11 @@ def test_transient_failures(judge, endpoint, failure):
         return failure
 
     endpoint.script = script
-    verdicts = []
+    judgments = []
     judge = changed(judge, timeout=0.2)
-    judge.ask(
-        [[{"role": "user", "content": "?"}]], parse_rating, lambda number, verdict: verdicts.append(verdict.value)
-    )
-    assert verdicts == [7.0]
+    judge.ask([[{"role": "user", "content": "?"}]], lambda number, judgment: judgments.append(judgment))
+    assert judgments == ["[[7]]"]
     assert len(endpoint.requests) == 3
-
-
-def test_retry_after_is_honored(judge, endpoint):
-    endpoint.script = lambda request, times: "[[7]]" if times > 1 else (429, {"Retry-After": "0.4"}, "")
-    begun = time.monotonic()
-    judge.ask([[{"role": "user", "content": "?"}]], parse_rating, lambda number, verdict: None)
-    assert 0.4 <= time.monotonic() - begun < 3
 
 
 @pytest.mark.parametrize(
@@ -477,16 +465,15 @@ def test_retry_after_is_honored(judge, endpoint):
     [
         ((500, {}, "all broken"), "failed 5 times .* 500: all broken.* The verdicts so far", 5),
         (None, "failed 5 times", 5),
-        ((429, {"Retry-After": "3600"}, '{"error": "quota"}'), r"asks to wait 3600 seconds \(429: quota\)", 1),
-        ((401, {}, '{"error": {"message": "who are you"}}'), r"refuses the key .*SPINLM_JUDGE_KEY.*who are you", 1),
+        ((401, {}, '{"error": {"message": "who are you"}}'), r"refuses the key .*who are you.*SPINLM_JUDGE_KEY", 1),
         ((403, {}, ""), "refuses the key", 1),
         (
             (404, {}, '{"error": {"message": "no model"}}'),
             "not found .*no model.* scripted .*model in judge.yaml",
             1,
         ),
-        ((400, {}, "\x1b[31mbad\n request"), r"refuses the request \(400: \[31mbad request\)", 1),
-        ((307, {"Location": "http://127.0.0.1:1/"}, ""), r"redirects \(307", 1),
+        ((400, {}, "\x1b[31mbad\n request"), r"refuses the request \(400: \\x1b\[31mbad request\)", 1),
+        ((307, {"Location": "http://127.0.0.1:1/"}, ""), r"refuses the request \(307", 1),
         ((200, {}, "<!doctype html><h1>Welcome</h1>"), "Welcome.* ends in /v1", 1),
         ((200, {}, '{"object": "list"}'), r"no choices\[0\].message.content .*list", 1),
         ((200, {}, '{"choices": []}'), "no choices", 1),
@@ -497,7 +484,7 @@ def test_retry_after_is_honored(judge, endpoint):
 def test_permanent_failures(judge, endpoint, reply, message, requests):
     endpoint.script = lambda request, times: reply
     with pytest.raises(JudgeError, match=message) as caught:
-        judge.ask([[{"role": "user", "content": "?"}]], parse_rating, lambda number, verdict: None)
+        judge.ask([[{"role": "user", "content": "?"}]], lambda number, judgment: None)
     assert str(caught.value).startswith(f"{endpoint.url}/chat/completions: ")
     assert len(endpoint.requests) == requests
     assert len(str(caught.value)) < 500
@@ -509,9 +496,7 @@ def test_unreachable_endpoint(bench, monkeypatch):
         unused.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{unused.getsockname()[1]}/v1"
         begun = time.monotonic()
-        with pytest.raises(
-            JudgeError, match=r"cannot be reached .* Is the server running, and is url in judge.yaml right\?"
-        ):
+        with pytest.raises(JudgeError, match=r"cannot be reached .*url in judge.yaml"):
             bench(Judge(url=url, model="m"))
     assert time.monotonic() - begun < 5
     assert bench.files("*") == []  # the check comes before the responses
@@ -520,9 +505,7 @@ def test_unreachable_endpoint(bench, monkeypatch):
 def test_a_silent_endpoint(judge, endpoint):
     endpoint.script = lambda request, times: time.sleep(0.3)
     with pytest.raises(JudgeError, match=r"no reply within 0\.05 seconds; timeout in judge.yaml"):
-        changed(judge, timeout=0.05).ask(
-            [[{"role": "user", "content": "?"}]], parse_rating, lambda number, verdict: None
-        )
+        changed(judge, timeout=0.05).ask([[{"role": "user", "content": "?"}]], lambda number, judgment: None)
 
 
 def test_max_concurrency(judge, endpoint):
@@ -531,33 +514,22 @@ def test_max_concurrency(judge, endpoint):
         return f"[[{int(request) % 9 + 1}]]"
 
     endpoint.script = script
-    ratings: dict[int, float | None] = {}
+    judgments: dict[int, str] = {}
     conversations = [[{"role": "user", "content": str(number)}] for number in range(12)]
-    changed(judge, max_concurrency=3).ask(
-        conversations, parse_rating, lambda n, verdict: ratings.update({n: verdict.value})
-    )
+    changed(judge, max_concurrency=3).ask(conversations, judgments.__setitem__)
     assert endpoint.busiest == 3
-    assert ratings == {number: number % 9 + 1 for number in range(12)}
+    assert judgments == {number: f"[[{number % 9 + 1}]]" for number in range(12)}
 
 
 # Unparsable judgments
 
 
-def test_the_judge_gets_one_reminder(bench, judge, endpoint):
-    def script(request: str, times: int) -> str:
-        if request == REMINDER:
-            earlier = endpoint.bodies[-1]["messages"]
-            assert [message["role"] for message in earlier] == ["user", "assistant", "user"]
-            return "[[3]]" if "alpha" in earlier[0]["content"] else "no"
-        return "[[7]]" if "gamma" in request else "Hm."
-
-    endpoint.script = script
+def test_judgments_without_a_verdict_are_counted(bench, judge, endpoint):
+    endpoint.script = lambda request, times: "[[7]]" if "alpha" in request else "Hm."
     notes = bench(judge)
-    assert endpoint.requests.count(REMINDER) == 4
     score = bench.overall()
-    assert score.value == (3 + 3 + 7) / 3
-    assert (score.counts["unparsable"], score.counts["reminded"], score.examples) == (2, 4, 2)
-    assert "start: 2 of 5 verdicts could not be parsed and are not counted" in notes
+    assert (score.value, score.counts["unparsable"], score.examples) == (7.0, 3, 1)
+    assert "start: 3 of 5 verdicts could not be parsed and are not counted" in notes
     assert "math" not in read_scores(bench.run, START)["mt-bench"]
     endpoint.bodies.clear()
     bench(judge)
@@ -579,9 +551,9 @@ def test_no_score_without_a_verdict(bench, judge, endpoint, pairwise):
 
 def test_an_empty_judgment_is_not_a_verdict(judge, endpoint):
     endpoint.script = lambda request, times: (200, {}, '{"choices": [{"message": {"content": null}}]}')
-    verdicts = []
-    judge.ask([[{"role": "user", "content": "?"}]], parse_rating, lambda number, verdict: verdicts.append(verdict))
-    assert (verdicts[0].value, verdicts[0].judgments) == (None, ("", ""))
+    judgments = []
+    judge.ask([[{"role": "user", "content": "?"}]], lambda number, judgment: judgments.append(judgment))
+    assert judgments == [""] and parse_rating("") is None
 
 
 # Questions that a player cannot respond to
@@ -617,7 +589,7 @@ def test_the_key_is_sent_and_kept_nowhere(bench, judge, endpoint, monkeypatch, c
     assert KEY not in shown
     written = [path for path in bench.run.root.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
     assert written == []
-    assert "[key]" in bench.rows("single-scripted-*")[0]["judgments"][0]
+    assert "[key]" in bench.rows("single-scripted-*")[0]["judgment"]
 
 
 def test_the_key_of_openai_is_the_fallback(judge, endpoint, monkeypatch):
@@ -646,7 +618,7 @@ def test_the_command_checks_the_endpoint_first(bench, endpoint, tmp_path):
     environment = os.environ | {"SPINLM_JUDGE_KEY": KEY}
     done = subprocess.run([*command, "--questions", bench.questions], env=environment, capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr.startswith(f"spinlm: {endpoint.url}/wrong/chat/completions: not found (404: no such path)")
+    assert done.stderr.startswith(f"spinlm: {endpoint.url}/wrong/chat/completions: not found (404: ")
     assert done.stderr.count("\n") == 1
     assert KEY not in done.stdout + done.stderr
     assert bench.files("*") == []
@@ -661,7 +633,7 @@ def test_the_command_checks_the_endpoint_first(bench, endpoint, tmp_path):
         ({}, {"--references": "nothing.jsonl"}, "--references: nothing.jsonl cannot be read"),
         ({}, {"--judge": "nothing.yaml"}, "--judge: nothing.yaml cannot be read"),
         ({"prompts_file": "nothing.jsonl"}, {}, "prompts_file in judge.yaml: nothing.jsonl cannot be read"),
-        ({"prompts_file": "empty.jsonl"}, {}, "empty.jsonl: the prompt single-v1 is missing"),
+        ({"prompts_file": "empty.jsonl"}, {}, "prompts_file in judge.yaml: empty.jsonl has no prompt"),
         ({"url": "localhost"}, {}, "judge.yaml: url: localhost is not a URL"),
         ({}, {"--iteration": "1", "--pairwise": ""}, "--pairwise compares players, and iteration 1 is the only one"),
         ({}, {}, "http://127.0.0.1:1/v1/chat/completions: cannot be reached"),

@@ -23,16 +23,7 @@ from spinlm.generation.server_apis import SERVER_APIS, GenerationRequest, Genera
 from spinlm.model.merge import save_for_serving
 from spinlm.model.players import Players
 from spinlm.recipe.opponent import Server
-from spinlm.utils.http import (
-    Endpoint,
-    ErrorContext,
-    RefusedError,
-    gather_bounded,
-    open_client,
-    probe,
-    redact,
-    run_async,
-)
+from spinlm.utils.http import Endpoint, ErrorContext, RefusedError, probe, redact, run_async
 from spinlm.utils.signals import check_interrupt
 
 log = logging.getLogger("spinlm")
@@ -98,15 +89,10 @@ class ServerEngine:
             responses[number] = response
             on_progress(1, len(response.token_ids))
 
-        run_async(self._generate_all(requests, record))
+        endpoint = Endpoint(self.urls, self.model or "", self.server.timeout, self.server.max_concurrency, ERRORS)
+        run_async(endpoint.run(requests, lambda request: self._generate(endpoint, request), record))
         ordered = [responses[number] for number in range(len(requests))]
         return [ordered[first : first + sampling.samples] for first in range(0, len(ordered), sampling.samples)]
-
-    async def _generate_all(self, requests: list[GenerationRequest], record: Callable[[int, Response], None]) -> None:
-        max_concurrency = self.server.max_concurrency
-        async with open_client(self.urls, self.server.timeout, max_concurrency) as client:
-            endpoint = Endpoint(self.urls, self.model or "", client, self.server.timeout, ERRORS)
-            await gather_bounded(requests, lambda request: self._generate(endpoint, request), record, max_concurrency)
 
     async def _generate(self, endpoint: Endpoint, request: GenerationRequest) -> Response:
         api = SERVER_APIS[self.server.api]
@@ -320,7 +306,7 @@ def _load_adapter(server: Server, urls: list[str], name: str, player: Path) -> N
         try:
             _post(server, url, path, {"lora_name": name, "lora_path": str(player)})
         except RefusedError as refused:
-            if "already" not in refused.message:  # else an earlier run of this command loaded the adapter
+            if "already" not in str(refused):  # else an earlier run of this command loaded the adapter
                 raise ServerError(
                     f"{url}{path}: cannot load the adapter {player} ({refused}). {_ADAPTER_REQUIREMENTS[server.api]}"
                 ) from None
@@ -336,8 +322,5 @@ def _unload_adapter(server: Server, urls: list[str], name: str) -> None:
 
 
 def _post(server: Server, url: str, path: str, body: dict[str, str]) -> None:
-    async def post() -> None:
-        async with open_client([url], server.timeout, 1) as client:
-            await Endpoint([url], "", client, server.timeout, ERRORS).post(path, body)
-
-    run_async(post())
+    endpoint = Endpoint([url], "", server.timeout, 1, ERRORS)
+    run_async(endpoint.run([body], lambda body: endpoint.post(path, body), lambda *_: None))

@@ -8,11 +8,11 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from spinlm.distributed.progress import track
-from spinlm.errors import DataError
-from spinlm.evals.mt_bench.judge import Judge, JudgeError, Value, Verdict, prompt_name
+from spinlm.errors import DataError, shortened
+from spinlm.evals.mt_bench.judge import Judge, JudgeError, prompt_name
 from spinlm.evals.mt_bench.questions import Question, QuestionId, References, ResponseSet
 from spinlm.evals.scores import Score, add_scores
 from spinlm.rundir.records import Journal, Message
@@ -23,6 +23,8 @@ SUITE, PAIRWISE_SUITE = "mt-bench", "mt-bench pairwise"
 
 Turn = tuple[QuestionId, int]
 """A question's id, and the number of a turn from 1."""
+
+Value = TypeVar("Value", float, str)
 
 Values = Mapping[Turn, float | None]
 """A rating or result for each turn; None if the verdict could not be parsed."""
@@ -46,18 +48,17 @@ class JudgeRun:
         groups = by_question(values)
         return Score(*clustered_mean(groups), metric, len(groups), self.settings, counts)
 
-    def counts(self, verdicts: Sequence[Verdict[Any]], judged: int, journal: Journal) -> dict[str, Any]:
+    def counts(self, verdicts: Sequence[object], judged: int, journal: Journal) -> dict[str, Any]:
         """Return what a score leaves out, and the file with its judgments."""
         return {
-            "unparsable": sum(verdict.value is None for verdict in verdicts),
-            "reminded": sum(len(verdict.judgments) > 1 for verdict in verdicts),
+            "unparsable": verdicts.count(None),
             "missing_responses": sum(len(question.turns) for question in self.questions) - judged,
             "judgments": journal.path.name,
         }
 
-    def note_unparsable(self, label: str, values: Sequence[object]) -> None:
-        if count := sum(value is None for value in values):
-            self.notes.append(f"{label}: {count} of {len(values)} verdicts could not be parsed and are not counted")
+    def note_unparsable(self, label: str, verdicts: Sequence[object]) -> None:
+        if count := verdicts.count(None):
+            self.notes.append(f"{label}: {count} of {len(verdicts)} verdicts could not be parsed and are not counted")
 
 
 @dataclass(frozen=True)
@@ -115,12 +116,11 @@ def grade_single(judge_run: JudgeRun, players: Sequence[int]) -> None:
     """Have the judge rate every response from 1 to 10; keep the mean ratings as scores of the run.
 
     Raises:
-        JudgeError: the judge cannot be reached, refuses, or no judgment can be parsed.
+        JudgeError: the judge cannot be reached, refuses, or none of its judgments on a player can be parsed.
         StoppedError: the user asked to stop.
     """
     judge, sets = judge_run.judge, judge_run.response_sets
     ratings: dict[int, Values] = {}
-    counts: dict[int, dict[str, Any]] = {}
     for player in players:
         requests = [
             _judge_request(judge_run, question, turn, {"answer": sets[player][question].turns})
@@ -129,14 +129,10 @@ def grade_single(judge_run: JudgeRun, players: Sequence[int]) -> None:
         ]
         journal = _open_journal("single", judge, sets[player])
         verdicts = _collect_verdicts(journal, judge, requests, parse_rating, f"{sets[player].name}: grade")
-        ratings[player] = {request.turn: verdict.value for request, verdict in zip(requests, verdicts, strict=True)}
-        counts[player] = judge_run.counts(verdicts, len(requests), journal)
-    if not any(map(by_question, ratings.values())):
-        raise _no_verdict(judge, journal)
-    for player in players:
-        if scores := _single_scores(judge_run, ratings[player], counts[player]):
-            add_scores(sets[player].run.folder, player, SUITE, scores, replace=True)
-        judge_run.note_unparsable(sets[player].name, list(ratings[player].values()))
+        ratings[player] = {request.turn: verdict for request, verdict in zip(requests, verdicts, strict=True)}
+        scores = _single_scores(judge_run, ratings[player], judge_run.counts(verdicts, len(requests), journal))
+        add_scores(sets[player].run.folder, player, SUITE, scores, replace=True)
+        judge_run.note_unparsable(sets[player].name, verdicts)
     for player in players[1:]:
         difference = _paired_difference(ratings[player], ratings[players[0]])
         judge_run.notes.append(f"{sets[player].name} − {sets[players[0]].name}: {difference}")
@@ -155,18 +151,15 @@ def _single_scores(judge_run: JudgeRun, ratings: Values, counts: dict[str, Any])
 
 def _paired_difference(ratings: Values, baseline: Values) -> str:
     """Describe the mean difference between two players, over the responses for which both have a rating."""
-    groups = by_question(
-        {
-            turn: rating - other
-            for turn, rating in ratings.items()
-            if rating is not None and (other := baseline.get(turn)) is not None
-        }
-    )
-    if not groups:
-        return "no question has a rating for both"
+    differences: dict[Turn, float | None] = {}
+    for turn, rating in ratings.items():
+        if rating is not None and (other := baseline.get(turn)) is not None:
+            differences[turn] = rating - other
+    groups = by_question(differences)
+    if len(groups) < 2:
+        return "fewer than two questions have a rating for both"
     mean, error = clustered_mean(groups)
-    if error is None:
-        return f"{mean:+.2f} points, on one question"
+    assert error is not None, "there are two questions"
     noise = "" if abs(mean) > 2 * error else "; within the noise"
     return f"{mean:+.2f} ± {error:.2f} points, paired over {len(groups)} questions{noise}"
 
@@ -194,29 +187,24 @@ def grade_pairwise(judge_run: JudgeRun, player: int, baseline: int) -> None:
     identical = len(results)
     kind = f"pairwise-{response_set.run.folder.iteration(baseline).name}"
     journal = _open_journal(kind, judge_run.judge, response_set, baseline_set)
-    verdicts = _collect_verdicts(journal, judge_run.judge, requests, parse_choice, f"{label}: compare")
-    choices = [verdict.value for verdict in verdicts]
+    choices = _collect_verdicts(journal, judge_run.judge, requests, parse_choice, f"{label}: compare")
     comparisons = list(zip(choices[::2], choices[1::2], strict=True))
-    judged = [comparison_result(*comparison) for comparison in comparisons]
-    results |= {request.turn: result for request, result in zip(requests[::2], judged, strict=True)}
+    for request, comparison in zip(requests[::2], comparisons, strict=True):
+        results[request.turn] = comparison_result(*comparison)
     if not results:
         raise DataError(f"{label}: there is no question that both players responded to")
-    if judged and all(result is None for result in judged):
-        raise _no_verdict(judge_run.judge, journal)
     tally = Counter(results.values())
     inconsistent = sum(None not in comparison and comparison not in CONSISTENT for comparison in comparisons)
     counts = {
-        **judge_run.counts(verdicts, len(results), journal),
+        **judge_run.counts(choices, len(results), journal),
         **{"wins": tally[1.0], "ties": tally[0.5], "losses": tally[0.0]},
         **{"identical": identical, "inconsistent": inconsistent},
-        **{"chose_first": choices.count("A"), "chose_second": choices.count("B")},
     }
     score = judge_run.score(results, "win rate", counts)
     add_scores(response_set.run.folder, player, PAIRWISE_SUITE, {f"against {baseline_set.name}": score})
     judge_run.notes.append(
         f"{label}: {tally[1.0]} wins, {tally[0.5]} ties ({identical} with identical responses), {tally[0.0]} losses. "
-        f"With the players swapped the judge contradicted itself in {inconsistent} of {len(comparisons)} comparisons; "
-        f"it chose the first response {counts['chose_first']} times, the second {counts['chose_second']} times"
+        f"With the players swapped the judge contradicted itself in {inconsistent} of {len(comparisons)} comparisons"
     )
     judge_run.note_unparsable(label, choices)
 
@@ -251,32 +239,34 @@ def _collect_verdicts(
     requests: Sequence[JudgeRequest],
     parse: Callable[[str], Value | None],
     label: str,
-) -> list[Verdict[Value]]:
-    """Return the verdicts in the order of the requests. New ones are added to the journal as they arrive."""
-    verdicts = {row["request"]: Verdict(row["verdict"], tuple(row["judgments"])) for row in journal.records}
+) -> list[Value | None]:
+    """Return the verdicts in the order of the requests. New ones are added to the journal as they arrive.
+
+    Raises:
+        JudgeError: no judgment could be parsed, or see `Judge.ask`.
+    """
+    verdicts: dict[str, Value | None] = {row["request"]: row["verdict"] for row in journal.records}
     new = list({request.digest: request for request in requests if request.digest not in verdicts}.values())
 
     with track(label, len(requests), completed=len(requests) - len(new), unit="characters") as advance:
 
-        def record(index: int, verdict: Verdict[Value]) -> None:
+        def record(index: int, judgment: str) -> None:
             request = new[index]
             question_id, turn = request.turn
             about = {"question_id": question_id, "turn": turn, "judge": [judge.model, request.prompt]}
-            decision = {"verdict": verdict.value, "judgments": list(verdict.judgments)}
+            verdicts[request.digest] = parse(judgment)
+            decision = {"verdict": verdicts[request.digest], "judgment": judgment}
             journal.add({**about, **decision, "request": request.digest})
-            verdicts[request.digest] = verdict
-            advance(1, sum(map(len, verdict.judgments)))
+            advance(1, len(judgment))
 
         if new:
-            judge.ask([request.messages for request in new], parse, record)
-    return [verdicts[request.digest] for request in requests]
-
-
-def _no_verdict(judge: Judge, journal: Journal) -> JudgeError:
-    judgments = next(record["judgments"] for record in journal.records if record["verdict"] is None)
-    text = " ".join(judgments[0].split())
-    shown = f"begins with {text[:120]!r}" if text else "is empty"
-    return JudgeError(
-        f"{judge.model}: no judgment could be parsed, so there is no score. The first one {shown}; all are in "
-        f"{journal.path}. Use a stronger judge, raise max_tokens in judge.yaml, or name another prompts_file there"
-    )
+            judge.ask([request.messages for request in new], record)
+    collected = [verdicts[request.digest] for request in requests]
+    if collected and not any(verdict is not None for verdict in collected):
+        text = " ".join(journal.records[-1]["judgment"].split())
+        raise JudgeError(
+            f"{judge.model}: no judgment could be parsed, so there is no score. The last one is {shortened(text)!r}; "
+            f"all are in {journal.path}. Use a stronger judge, raise max_tokens in judge.yaml, or name another "
+            "prompts_file there"
+        )
+    return collected

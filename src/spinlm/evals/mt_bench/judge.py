@@ -2,10 +2,9 @@
 
 import string
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Generic, TypeVar
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, ValidationError
 
@@ -15,18 +14,11 @@ from spinlm.recipe.fields import Count, Options, Positive, Section
 from spinlm.recipe.load import parse_yaml
 from spinlm.rundir.records import Message
 from spinlm.utils.atomic import short_digest
-from spinlm.utils.http import Endpoint, ErrorContext, gather_bounded, open_client, redact, run_async
+from spinlm.utils.http import Endpoint, ErrorContext, redact, run_async
 from spinlm.utils.urls import url_fault
 
 CHAT_PATH = "/chat/completions"
 DEFAULT_PROMPTS = Path(__file__).with_name("judge_prompts.jsonl")
-
-REMINDER = (
-    "Your reply has no decision in the form that was asked for. Write it now and nothing else: what you decided, "
-    "inside two pairs of square brackets."
-)
-
-Value = TypeVar("Value", float, str)
 
 
 class JudgeError(SpinError, RuntimeError):
@@ -43,17 +35,17 @@ ERRORS = ErrorContext(
 )
 
 
+def _template_fields(template: str) -> set[str]:
+    """Return the names of the fields in a template. Raises ValueError if its braces do not match."""
+    return {field for _, field, _, _ in string.Formatter().parse(template) if field is not None}
+
+
 class JudgePrompt(Row):
     """A prompt in the format of FastChat's judge_prompts.jsonl; the template is one of `str.format`."""
 
     name: str
     system_prompt: str  # empty: no system message
     prompt_template: str
-
-    @property
-    def fields(self) -> set[str]:
-        """Names of the fields in the template; ValueError if its braces do not match."""
-        return {field for _, field, _, _ in string.Formatter().parse(self.prompt_template) if field is not None}
 
     def messages(self, texts: Mapping[str, str]) -> list[Message]:
         """Return the conversation to send to the judge."""
@@ -72,32 +64,28 @@ def default_prompts() -> dict[str, JudgePrompt]:
 
 
 def read_prompts(path: Path) -> dict[str, JudgePrompt]:
-    """Read the prompts of a file by name. A prompt may have the fields of the default prompt of its name.
+    """Read the prompts of a file by name. The default prompt is used for a name that the file does not have.
 
     Prompts with other names are ignored.
 
     Raises:
-        DataError: the file cannot be read, or a prompt cannot be used.
+        DataError: the file cannot be read or has none of the names, or a prompt has other fields than the default.
     """
-    allowed = {name: prompt.fields for name, prompt in default_prompts().items()}
-    prompts = {}
+    defaults, own = default_prompts(), {}
     for where, prompt in read_rows(path, "prompts_file in judge.yaml", JudgePrompt):
-        if prompt.name in allowed:
-            _check_fields(prompt, allowed[prompt.name], f"{where}: prompt_template of {prompt.name}")
-            prompts[prompt.name] = prompt
-    return prompts
-
-
-def _check_fields(prompt: JudgePrompt, allowed: set[str], where: str) -> None:
-    hint = "Write a literal brace twice"
-    try:
-        fields = prompt.fields
-    except ValueError as error:
-        raise DataError(f"{where}: {error}. {hint}") from error
-    if unknown := fields - allowed:
-        raise DataError(f"{where}: unknown field {{{min(unknown)}}}; known: {', '.join(sorted(allowed))}. {hint}")
-    if missing := {field for field in allowed if field.startswith("answer")} - fields:
-        raise DataError(f"{where}: the field {{{min(missing)}}} is missing, so the judge would not see that response")
+        if prompt.name in defaults:
+            expected = _template_fields(defaults[prompt.name].prompt_template)
+            try:
+                fields = _template_fields(prompt.prompt_template)
+            except ValueError as error:
+                raise DataError(f"{where}: prompt_template: {error}. Write a literal brace twice") from error
+            if fields != expected:
+                names = ", ".join(sorted(expected))
+                raise DataError(f"{where}: prompt_template: needs the fields {names}. Write a literal brace twice")
+            own[prompt.name] = prompt
+    if not own:
+        raise DataError(f"prompts_file in judge.yaml: {path} has no prompt with a name of {', '.join(defaults)}")
+    return defaults | own
 
 
 def _endpoint_url(url: str) -> str:
@@ -110,14 +98,6 @@ def _extra_body(options: Options) -> Options:
     if reserved := options.keys() & {"model", "messages", "stream", "n"}:
         raise ValueError(f"{min(reserved)} cannot be set here")
     return options
-
-
-@dataclass(frozen=True)
-class Verdict(Generic[Value]):
-    """The judge's decision on one request."""
-
-    value: Value | None  # None: no judgment could be parsed
-    judgments: tuple[str, ...]  # the judge's texts; the second one follows the reminder
 
 
 class Judge(Section):
@@ -184,51 +164,29 @@ class Judge(Section):
             JudgeError: the request failed.
         """
         question: list[Message] = [{"role": "user", "content": "Are you there?"}]
-        self.model_copy(update={"max_tokens": 16}).ask([question], lambda judgment: 1.0, lambda index, verdict: None)
+        self.model_copy(update={"max_tokens": 16}).ask([question], lambda index, judgment: None)
 
-    def ask(
-        self,
-        conversations: Sequence[list[Message]],
-        parse: Callable[[str], Value | None],
-        record: Callable[[int, Verdict[Value]], None],
-    ) -> None:
-        """Get a verdict on each conversation, with `max_concurrency` requests at the same time.
+    def ask(self, conversations: Sequence[list[Message]], record: Callable[[int, str], None]) -> None:
+        """Get a judgment on each conversation, with `max_concurrency` requests at the same time.
 
         Args:
             conversations: the requests.
-            parse: returns the decision in a judgment. If it returns None, the judge gets one reminder.
-            record: called with the index of a conversation and its verdict, as soon as the verdict is there.
+            record: receives the index of a conversation and the judge's text, as soon as the text arrives.
 
         Raises:
             JudgeError: the endpoint cannot be reached, refuses, or is not OpenAI-compatible.
             StoppedError: the user asked to stop.
         """
+        endpoint = Endpoint([self.url], self.model, self.timeout, self.max_concurrency, ERRORS)
 
-        async def ask_all() -> None:
-            async with open_client([self.url], self.timeout, self.max_concurrency) as client:
-                endpoint = Endpoint([self.url], self.model, client, self.timeout, ERRORS)
-                await gather_bounded(
-                    conversations,
-                    lambda messages: self._verdict(endpoint, messages, parse),
-                    record,
-                    self.max_concurrency,
-                )
+        async def request(messages: list[Message]) -> str:
+            fields = {"model": self.model, "messages": messages, "temperature": 0, "max_tokens": self.max_tokens}
+            body = {name: value for name, value in (fields | self.extra_body).items() if value is not None}
+            return await endpoint.request(CHAT_PATH, body, _judgment, "choices[0].message.content")
 
-        run_async(ask_all())
+        run_async(endpoint.run(conversations, request, record))
 
-    async def _verdict(
-        self, endpoint: Endpoint, messages: list[Message], parse: Callable[[str], Value | None]
-    ) -> Verdict[Value]:
-        first = await self._judgment(endpoint, messages)
-        if (value := parse(first)) is not None:
-            return Verdict(value, (first,))
-        reminder: list[Message] = [{"role": "assistant", "content": first}, {"role": "user", "content": REMINDER}]
-        second = await self._judgment(endpoint, [*messages, *reminder])
-        return Verdict(parse(second), (first, second))
 
-    async def _judgment(self, endpoint: Endpoint, messages: list[Message]) -> str:
-        fields = {"model": self.model, "messages": messages, "temperature": 0, "max_tokens": self.max_tokens}
-        body = {name: value for name, value in (fields | self.extra_body).items() if value is not None}
-        field = "choices[0].message.content"
-        text = await endpoint.request(CHAT_PATH, body, lambda reply: reply["choices"][0]["message"]["content"], field)
-        return redact(text, ERRORS) if isinstance(text, str) else ""
+def _judgment(reply: Any) -> str:
+    text = reply["choices"][0]["message"]["content"]
+    return redact(text, ERRORS) if isinstance(text, str) else ""

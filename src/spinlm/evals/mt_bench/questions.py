@@ -135,18 +135,15 @@ def read_references(path: Path | None, questions: Sequence[Question]) -> Referen
     """
     if path is None:
         return {}
-    rows = {row.question_id: (where, row) for where, row in read_rows(path, "--references", ReferenceAnswer)}
-    known = [question for question in questions if question.question_id in rows]
-    if not known:
-        raise DataError(f"--references: {path} has no answer with a question_id of these questions")
+    by_id = {question.question_id: question for question in questions if question.uses_reference}
     references = {}
-    for question in known:
-        where, row = rows[question.question_id]
-        turns = row.choices[0].turns
-        if question.uses_reference:
+    for where, row in read_rows(path, "--references", ReferenceAnswer):
+        if (question := by_id.get(row.question_id)) is not None:
+            references[row.question_id] = turns = row.choices[0].turns
             if len(turns) < len(question.turns):
                 raise DataError(f"{where}: {len(turns)} answers for a question of {len(question.turns)} turns")
-            references[question.question_id] = turns
+    if not references:
+        raise DataError(f"--references: {path} has no answer with a question_id of these questions")
     return references
 
 

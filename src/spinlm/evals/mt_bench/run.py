@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from spinlm.errors import DataError, RunError
+from spinlm.errors import RunError
 from spinlm.evals.mt_bench.grading import PAIRWISE_SUITE, SUITE, JudgeRun, grade_pairwise, grade_single
-from spinlm.evals.mt_bench.judge import Judge, prompt_name
-from spinlm.evals.mt_bench.questions import Question, References, ResponseSet, read_questions, read_references
+from spinlm.evals.mt_bench.judge import Judge
+from spinlm.evals.mt_bench.questions import ResponseSet, read_questions, read_references
 from spinlm.model.run import Run
 from spinlm.rundir.stage_graph import player_name
 from spinlm.utils.atomic import short_digest
@@ -58,12 +58,6 @@ def run_mt_bench(
     all_questions = read_questions(questions)
     known = read_references(references, all_questions)
     chosen = all_questions[:limit]
-    _check_prompts(loaded, chosen, known, pairwise)
-    response_sets = {player: ResponseSet(run, player, all_questions, max_new_tokens) for player in players}
-    if any(response_set.missing(chosen) for response_set in response_sets.values()):
-        loaded.check()  # before the responses, which may take hours
-    for response_set in response_sets.values():
-        response_set.generate(chosen)
     without = [q.category for q in chosen if q.uses_reference and q.question_id not in known]
     settings = {
         **loaded.fingerprint,
@@ -74,6 +68,11 @@ def run_mt_bench(
         "max_new_tokens": max_new_tokens,
         "seed": run.recipe.seed,
     }
+    response_sets = {player: ResponseSet(run, player, all_questions, max_new_tokens) for player in players}
+    if any(response_set.missing(chosen) for response_set in response_sets.values()):
+        loaded.check()  # before the responses, which may take hours
+    for response_set in response_sets.values():
+        response_set.generate(chosen)
     notes = [note for response_set in response_sets.values() for note in response_set.notes(chosen)]
     if without:
         names = ", ".join(sorted(set(without)))
@@ -85,12 +84,3 @@ def run_mt_bench(
     else:
         grade_single(judge_run, players)
     return notes
-
-
-def _check_prompts(judge: Judge, questions: Sequence[Question], references: References, pairwise: bool) -> None:
-    """Raise DataError if the judge has no prompt of a name that a question needs."""
-    for question in questions:
-        for turn in range(1, len(question.turns) + 1):
-            name = prompt_name(pairwise=pairwise, turn=turn, reference=question.question_id in references)
-            if name not in judge.prompts:
-                raise DataError(f"{judge.prompts_file}: the prompt {name} is missing, and these questions need it")
