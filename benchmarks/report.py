@@ -2,7 +2,7 @@
 
     python benchmarks/report.py [--data GSM8K.jsonl] [--rounds 3]
 
-The tables are measured here and now. What is said about them is in benchmarks/reading.md and goes below them.
+The tables are measured by this script. The text below the tables comes from benchmarks/reading.md.
 """
 
 import argparse
@@ -73,7 +73,7 @@ def training(rounds: int, threads: int, data: str, count: int) -> list[str]:
 
 
 def run_script(name: str, *arguments: str) -> str:
-    """The Markdown that another benchmark prints, in a process of its own."""
+    """Run another benchmark in a separate process, and return the Markdown that it prints."""
     done = subprocess.run([sys.executable, HERE / name, *arguments], check=True, stdout=subprocess.PIPE, text=True)
     print(done.stdout, flush=True)
     return done.stdout.strip()
@@ -92,7 +92,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--rows", default="25000,50000")
-    parser.add_argument("--shapes", type=int, default=99, help="only the first so many shapes of training")
+    parser.add_argument("--shapes", type=int, default=99, help="maximum number of training shapes")
     parser.add_argument("--parts", default="training,generation,products,scaling")
     args = parser.parse_args()
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)

@@ -1,10 +1,9 @@
-"""Time and resident memory of every stage as the data grows, on a model so small that everything else shows.
+"""Measure time and resident memory of every stage as the data grows. The model is tiny, so its cost is small.
 
     python benchmarks/scaling.py [--rows 25000,50000]
 
-Cost may grow with the rows and memory may not, but for a hash of each: rows are read from disk as they are needed.
-Each stage is a separate
-process; memory is the peak above what the process held after torch and the model were loaded.
+Time may grow with the rows. Memory may grow by a hash per row only: rows are read from disk as they are needed. Each
+stage is a separate process; memory is the peak above what the process held after torch and the model were loaded.
 """
 
 import argparse
@@ -23,7 +22,7 @@ WORDS = ("red", "stone", "river", "seven", "lamp", "green", "orange", "table", "
 
 
 def recipe(folder: Path, rows: int) -> dict[str, Any]:
-    """One iteration over all rows; 50k tokenized texts would take about 100 MB as Python objects."""
+    """Make a recipe: one iteration over all rows. As Python objects, 50k tokenized texts would take about 100 MB."""
     return {
         "model": {"path": str(folder / "model")},
         "lora": {"r": 2},
@@ -43,7 +42,7 @@ def write_rows(path: Path, rows: int) -> None:
 
 
 def stage(name: str, folder: Path, rows: int) -> None:
-    """Run one stage; print its seconds, and peak memory before and after."""
+    """Run one stage. Print its seconds, and peak memory before and after it."""
     import importlib
 
     import torch
@@ -74,12 +73,12 @@ def stage(name: str, folder: Path, rows: int) -> None:
 
 
 def _peak() -> float:
-    """Peak resident memory of this process in MB."""
+    """Return the peak resident memory of this process in MB."""
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1e3
 
 
 def measure(sizes: list[int]) -> str:
-    """A Markdown table: for each stage and size, seconds and MB above the loaded model."""
+    """Return a Markdown table: for each stage and size, seconds and MB above the loaded model."""
     sys.path.insert(0, str(HERE.parent / "tests"))
     from models import save_tiny_model
 
@@ -90,15 +89,15 @@ def measure(sizes: list[int]) -> str:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         save_tiny_model(folder / "model", max_position_embeddings=2048)
-        found: dict[tuple[str, int], dict[str, float]] = {}
+        measured: dict[tuple[str, int], dict[str, float]] = {}
         for size in sizes:
             write_rows(folder / f"{size}.jsonl", size)
             for one in STAGES:
                 command = [sys.executable, __file__, "--stage", one, str(folder), str(size)]
                 done = subprocess.run(command, check=True, capture_output=True, text=True)
-                found[one, size] = json.loads(done.stdout.strip().splitlines()[-1])
+                measured[one, size] = json.loads(done.stdout.strip().splitlines()[-1])
         for one in STAGES:
-            cells = [found[one, size] for size in sizes]
+            cells = [measured[one, size] for size in sizes]
             shown = [f"{cell['seconds']:.0f} s, +{cell['peak'] - cell['before']:.0f} MB" for cell in cells]
             lines.append(f"| {one} | {' | '.join(shown)} |")
     return "\n".join(lines)

@@ -1,14 +1,15 @@
-"""Training and scoring, side by side with TRL's DPOTrainer, on the same token ids and the same model.
+"""Compare training and reference log-probabilities with TRL's DPOTrainer, on the same token ids and the same model.
 
     python benchmarks/training.py [--dtype float32] [--threads 2] [--prompt 128] [--response 128] [--opponents 1]
 
-Every contender is a process of its own, loaded once; steps are taken in turn, so that whatever else the machine does
-hits all alike. Before anything is timed, loss and gradients of all contenders are compared. Token ids are random, for
-only their number matters for speed; `--data FILE.jsonl` takes the lengths of a GSM8K file's questions and answers.
+Every contender runs in a separate process and loads its model once. The contenders take steps in turn, so that other
+load on the machine slows all of them equally. Loss and gradients of all contenders are compared first. Token ids are
+random, because only their number matters for speed; `--data FILE.jsonl` takes the lengths of the questions and answers
+of a GSM8K file.
 
-Contenders: `spinlm`; `trl` is DPOTrainer as it comes (checkpointing, the reference computed in every step);
-`trl-best` has the reference computed once and no checkpointing, the whole batch in one pass; `trl-best-1` is the same a
-pair at a time; `spinlm-checkpointed` is ours with checkpointing.
+Contenders: `spinlm`; `trl` is DPOTrainer with its defaults (checkpointing, the reference computed in every step);
+`trl-best` computes the reference once, without checkpointing, and the whole batch in one pass; `trl-best-1` is the same
+with one pair per pass; `spinlm-checkpointed` is spinlm with checkpointing.
 """
 
 import argparse
@@ -31,7 +32,7 @@ EPOCHS = 2  # the paper's
 
 @dataclass(frozen=True)
 class Shape:
-    """One benchmark."""
+    """The sizes of a benchmark."""
 
     prompt: int = 128
     response: int = 128
@@ -43,43 +44,43 @@ class Shape:
     data: str = ""
 
     def groups(self) -> list[tuple[list[int], list[int], list[list[int]]]]:
-        """Prompt, real response, synthetic responses."""
+        """Return token ids: (prompt, real response, synthetic responses) for each prompt."""
         random = np.random.default_rng(0)
         lengths = _lengths(Path(self.data)) if self.data else None
-        found = []
+        groups = []
         for _ in range(self.pairs // self.opponents):
             prompt, real = (self.prompt, self.response) if lengths is None else lengths[random.integers(len(lengths))]
             sizes = [prompt, real, *(self._synthetic(lengths, random) for _ in range(self.opponents))]
             ids = [random.integers(100, 40000, size).tolist() for size in sizes]
-            found.append((ids[0], ids[1], ids[2:]))
-        return found
+            groups.append((ids[0], ids[1], ids[2:]))
+        return groups
 
     def _synthetic(self, lengths: list[tuple[int, int]] | None, random: Any) -> int:
         return self.response if lengths is None else lengths[random.integers(len(lengths))][1]
 
 
 def _lengths(path: Path) -> list[tuple[int, int]]:
-    """Tokens of question and answer, at 3.5 characters a token, and 30 for the template."""
+    """Estimate tokens of prompt and response: 3.5 characters per token, and 30 tokens for the template."""
     rows = [json.loads(line) for line in path.read_bytes().splitlines()]
     return [(30 + len(row["question"]) * 2 // 7, len(row["answer"]) * 2 // 7) for row in rows]
 
 
 @dataclass
 class Result:
-    """What a contender needed: medians in seconds for all pairs of a step, and its peak memory."""
+    """Median seconds for all pairs of a step, and peak memory of a contender."""
 
     step: float
-    score: float  # the reference, where it is a pass of its own
+    score: float  # the reference, if it is a separate pass
     peak: float  # GB
 
     @property
     def per_step(self) -> float:
-        """Seconds for a step's pairs over all epochs, the reference passes included."""
+        """Seconds for the pairs of a step over all epochs, including the reference passes."""
         return EPOCHS * self.step + self.score
 
 
 def compare(shape: Shape, rounds: int, contenders: tuple[str, ...] = CONTENDERS) -> dict[str, Result]:
-    """Measure all contenders, in turn."""
+    """Measure all contenders in turn."""
     with tempfile.TemporaryDirectory() as folder:
         workers = {name: _Worker(name, shape, Path(folder)) for name in contenders}
         first = {name: worker.ask("agree") for name, worker in workers.items()}
@@ -99,20 +100,20 @@ def compare(shape: Shape, rounds: int, contenders: tuple[str, ...] = CONTENDERS)
 
 
 class _Worker:
-    """A contender's process."""
+    """The process of a contender."""
 
     def __init__(self, name: str, shape: Shape, folder: Path):
         command = [sys.executable, __file__, "--worker", name, json.dumps(asdict(shape)), str(folder)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
-    def ask(self, what: str) -> dict[str, Any]:
+    def ask(self, request: str) -> dict[str, Any]:
         assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.write(what + "\n")
+        self.process.stdin.write(request + "\n")
         self.process.stdin.flush()
         for line in self.process.stdout:
             if line.startswith("{"):
-                answer: dict[str, Any] = json.loads(line)
-                return answer
+                result: dict[str, Any] = json.loads(line)
+                return result
         raise SystemExit(f"a contender ended with code {self.process.wait()}")
 
     def end(self) -> None:
@@ -121,7 +122,7 @@ class _Worker:
 
 
 def _check_agreement(first: dict[str, dict[str, Any]], folder: Path, dtype: str) -> None:
-    """Refuse to compare the speed of things that do not compute the same."""
+    """Stop unless all contenders compute the same loss and gradients."""
     import torch
     from safetensors.torch import load_file
 
@@ -142,7 +143,7 @@ def _check_agreement(first: dict[str, dict[str, Any]], folder: Path, dtype: str)
 
 
 def work(name: str, shape: Shape, folder: Path) -> None:
-    """Answer requests on standard input: agree, score, step, peak."""
+    """Serve requests on standard input: agree, reference_logprobs, step, peak."""
     import torch
 
     torch.set_num_threads(shape.threads)
@@ -157,21 +158,21 @@ def work(name: str, shape: Shape, folder: Path) -> None:
                 from safetensors.torch import save_file
 
                 save_file({key: value.contiguous() for key, value in grads.items()}, folder / f"{name}.safetensors")
-                answer = {"loss": loss}
+                result = {"loss": loss}
             case "reference_logprobs":
                 contender.score()
-                answer = {"seconds": time.perf_counter() - began}
+                result = {"seconds": time.perf_counter() - began}
             case "step":
                 contender.step()
-                answer = {"seconds": time.perf_counter() - began}
+                result = {"seconds": time.perf_counter() - began}
             case _:
                 status = Path("/proc/self/status").read_text().split("VmHWM:")[1]
-                answer = {"gigabytes": int(status.split()[0]) / 1e6}
-        print(json.dumps(answer), flush=True)
+                result = {"gigabytes": int(status.split()[0]) / 1e6}
+        print(json.dumps(result), flush=True)
 
 
 def _scramble(model: Any) -> None:
-    """Give the adapter's B weights that are not zero, the same ones everywhere, so that the margins are not zero."""
+    """Set the B weights of the adapter to the same nonzero values in every contender, so that no margin is zero."""
     import torch
 
     generator = torch.Generator().manual_seed(1)
@@ -261,7 +262,7 @@ class _Ours:
 
 
 class _Trl:
-    """TRL's trainer in its own training loop, which waits in a callback until it is asked for the next step."""
+    """TRL's trainer and training loop; a callback waits until the next step is requested."""
 
     def __init__(self, name: str, shape: Shape, folder: Path):
         import torch
@@ -324,7 +325,7 @@ class _Trl:
         self._start()
 
     def score(self) -> None:
-        """The reference pass over the rows, where it is a pass of its own: as the trainer's constructor does it."""
+        """Compute the reference in a separate pass over the rows, as the constructor of the trainer does."""
         if not self.best:
             return
         for start in range(0, len(self.rows), self.micro):
@@ -335,7 +336,7 @@ class _Trl:
                 row["ref_chosen_logps"], row["ref_rejected_logps"] = one, other
 
     def _start(self) -> None:
-        """Run trainer.train() in a thread of its own, and stop it before its first step."""
+        """Run trainer.train() in another thread, and stop it before its first step."""
         import threading
 
         import torch
@@ -390,7 +391,7 @@ class _Trl:
 
 
 def table(results: dict[str, Result], shape: Shape) -> str:
-    """A Markdown table, with how many times faster spinlm is and its share of the memory."""
+    """Return a Markdown table with the speed and the memory of spinlm relative to each contender."""
     ours = results["spinlm"]
     lines = [
         "| | step | reference | pairs/s over 2 epochs | spinlm is | peak memory | spinlm needs |",

@@ -7,14 +7,15 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from spinlm.errors import DataError, ModelError
 from spinlm.evals.heldout import real_nll_and_margins
 from spinlm.generation import local_engine, open_engine
-from spinlm.generation.base import Sampling
-from spinlm.model.loading import add_adapter, disable_dropout, load_model
+from spinlm.generation.base import Engine, Sampling
+from spinlm.model.loading import disable_dropout, load_model
 from spinlm.model.logprobs import LogProbs
 from spinlm.model.players import Players
 from spinlm.model.prefix_trees import PrefixTree, micro_batches, pack_batch
@@ -39,7 +40,6 @@ EXAMPLES = 8
 MAX_ROUNDING_GAP = 0.1  # nats between two tokens whose order rounding can change
 MAX_RATE = 0.5  # share of identical or truncated responses that calls for advice
 MAX_NLL_RATIO = 2.0  # NLL of real responses over the NLL of the model's own samples that calls for advice
-MAX_MARGIN_ERROR = 0.05  # error of the margins, as a share of their size, that calls for advice
 
 
 def check(recipe: Recipe) -> Iterator[str]:
@@ -50,19 +50,15 @@ def check(recipe: Recipe) -> Iterator[str]:
     """
     for reason in make_plan(recipe).refusals:
         raise DataError(reason)
-    small = recipe.model_copy(
-        update={
-            "data": recipe.data.model_copy(
-                update={
-                    "prompts": min(EXAMPLES, recipe.data.prompts or EXAMPLES),
-                    "heldout": min(EXAMPLES, recipe.data.heldout),
-                }
-            ),
-            "sft": None,
-            "objective": Spin() if recipe.is_control else recipe.objective,
-            "report_to": [],
-        }
-    )
+    data, objective = recipe.data, Spin() if recipe.is_control else recipe.objective
+    sizes = {"prompts": min(EXAMPLES, data.prompts or EXAMPLES), "heldout": min(EXAMPLES, data.heldout)}
+    update: dict[str, Any] = {
+        "data": data.model_copy(update=sizes),
+        "sft": None,
+        "objective": objective,
+        "report_to": [],
+    }
+    small = recipe.model_copy(update=update)
     with tempfile.TemporaryDirectory(prefix="spinlm-check-") as folder, Run(small, RunDir(Path(folder))) as run:
         began = time.monotonic()
         prepare(run)
@@ -97,7 +93,6 @@ def check(recipe: Recipe) -> Iterator[str]:
             yield "every response equals the real one: self-play has nothing to learn from these prompts"
             return
         yield _check_first_step(run, groups)
-        yield _check_precision(run, groups)
         if small.model.load_in_4bit:
             yield _check_4bit(run, groups)
         yield _check_memory(run, groups)
@@ -162,28 +157,25 @@ def _check_engine(run: Run) -> Iterator[str]:
     stop_ids = players.renderer.stop_ids
     sampling = Sampling.from_recipe(recipe, stop_ids, temperature=0.0, top_p=1.0, samples=1)
 
-    def no_progress(ended: int, tokens: int) -> None:
-        pass
+    def greedy(engine: Engine) -> list[list[int]]:
+        return [response.token_ids for (response,) in engine.generate(prompts, sampling, 0, lambda ended, tokens: None)]
 
     with open_engine(players, 0) as engine:
-        external = [response.token_ids for (response,) in engine.generate(prompts, sampling, 0, no_progress)]
+        external = greedy(engine)
     players.load(START)
-    local = [response.token_ids for (response,) in local_engine(players).generate(prompts, sampling, 0, no_progress)]
-    differing = [index for index, (ours, theirs) in enumerate(zip(local, external, strict=True)) if ours != theirs]
-    equal = (
+    local = greedy(local_engine(players))
+    differing = [index for index, ids in enumerate(local) if ids != external[index]]
+    line = (
         f"engine: {len(local) - len(differing)}/{len(local)} greedy responses of {name} equal those of the local engine"
     )
     if differing:
         index = differing[0]
         difference = _first_difference(players, prompts[index], local[index], external[index])
-        yield f"{equal}; response {index + 1} {difference}"
-    else:
-        yield equal
-    sampled = {generation.id: generation.token_ids for generation in _generations(run) if generation.sample == 0}
-    pairs = [
-        (sampled[example.id], ids) for example, ids in zip(examples, external, strict=True) if example.id in sampled
-    ]
-    if recipe.opponent.temperature > 0 and all(first == second for first, second in pairs):
+        line += f"; response {index + 1} {difference}"
+    yield line
+    responses = {example.id: ids for example, ids in zip(examples, external, strict=True)}
+    sampled = [generation for generation in _generations(run) if generation.sample == 0]
+    if recipe.opponent.temperature > 0 and all(responses[row.id] == row.token_ids for row in sampled):
         yield (
             f"warning: every response that {name} sampled equals its greedy response. Either the model is very sure, "
             "or the server ignores opponent.temperature"
@@ -253,14 +245,9 @@ def _check_regime(run: Run, *, has_sft: bool) -> tuple[str, list[str]]:
 
 def _check_first_step(run: Run, groups: Sequence[PromptGroup]) -> str:
     """Compute the SPIN loss before any training, which is ln 2 if main player and opponent agree."""
-    players = run.players
-    players.logprobs.eval()
     loss_fn = pair_loss(run.recipe.model_copy(update={"objective": Spin()}), 0)
-    total = 0.0
-    for group in groups:
-        batch = pack_batch([group.tree], players.prefix_sharing).to(players.device)
-        with torch.no_grad():
-            total += loss_fn(players.logprobs(batch), [group]).loss.item()
+    values = _response_logprobs(run.players.logprobs, groups, run.players.prefix_sharing)
+    total = loss_fn(values, groups).loss.item()
     loss = total / sum(len(group.pairs) for group in groups)
     if abs(loss - math.log(2)) > 0.02:
         raise ModelError(
@@ -268,37 +255,6 @@ def _check_first_step(run: Run, groups: Sequence[PromptGroup]) -> str:
             "any training. The model computes differently from one call to the next"
         )
     return f"first step: the loss is {loss:.6f} (ln 2 = 0.693147), so main player and opponent agree"
-
-
-def _check_precision(run: Run, groups: Sequence[PromptGroup]) -> str:
-    """Compare the margins of a slightly changed player in this precision and in float32."""
-    recipe, players = run.recipe, run.players
-    if players.dtype == torch.float32:
-        return "precision: float32"
-    if recipe.lora is None:
-        return f"precision: {players.dtype}; the error of the margins is measured for LoRA only"
-    exact = load_model(recipe.model, players.path, torch.float32, load_in_4bit=recipe.model.load_in_4bit)
-    exact = add_adapter(exact, recipe.lora, recipe.seed).to(players.device)
-    disable_dropout(exact)
-    reference = LogProbs(exact).eval()
-    weights = dict(exact.named_parameters())
-    sharing = players.prefix_sharing
-    before = _margins(players.logprobs, groups, sharing), _margins(reference, groups, sharing)
-    torch.manual_seed(recipe.seed)
-    with torch.no_grad():
-        for name, parameter in players.parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.01)
-                weights[name].copy_(parameter)
-    after = _margins(players.logprobs, groups, sharing), _margins(reference, groups, sharing)
-    players.mark_modified()
-    players.load(START)
-    ours, exact_change = after[0] - before[0], after[1] - before[1]
-    error, size = (ours - exact_change).square().mean().sqrt().item(), exact_change.square().mean().sqrt().item()
-    advice = ". Consider model.dtype: float32" if error > MAX_MARGIN_ERROR * size else ""
-    return (
-        f"precision: {players.dtype} changes margins by {error:.3f} nats rms; their size is {size:.3f} nats rms{advice}"
-    )
 
 
 def _check_4bit(run: Run, groups: Sequence[PromptGroup]) -> str:
@@ -324,25 +280,18 @@ def _check_4bit(run: Run, groups: Sequence[PromptGroup]) -> str:
     )
 
 
-@torch.no_grad()
 def _per_token(logprobs: LogProbs, groups: Sequence[PromptGroup], prefix_sharing: bool) -> torch.Tensor:
     """Log-probability of each response divided by its tokens: [S]."""
-    logprobs.eval()
-    device = next(logprobs.parameters()).device
-    values = torch.cat([logprobs(pack_batch([group.tree], prefix_sharing).to(device)).cpu() for group in groups])
-    return values / torch.tensor([len(response) for group in groups for response in group.tree.responses])
+    tokens = torch.tensor([len(response) for group in groups for response in group.tree.responses])
+    return _response_logprobs(logprobs, groups, prefix_sharing) / tokens
 
 
 @torch.no_grad()
-def _margins(logprobs: LogProbs, groups: Sequence[PromptGroup], prefix_sharing: bool) -> torch.Tensor:
-    """log p(y) − log p(y') of each pair: [B]."""
+def _response_logprobs(logprobs: LogProbs, groups: Sequence[PromptGroup], prefix_sharing: bool) -> torch.Tensor:
+    """Log-probability of each response, on the CPU: [S]."""
     logprobs.eval()
     device = next(logprobs.parameters()).device
-    margins = []
-    for group in groups:
-        values = logprobs(pack_batch([group.tree], prefix_sharing).to(device)).double().cpu()
-        margins += [values[real] - values[synthetic] for real, synthetic in group.pairs]
-    return torch.stack(margins)
+    return torch.cat([logprobs(pack_batch([group.tree], prefix_sharing).to(device)).cpu() for group in groups])
 
 
 def _check_memory(run: Run, groups: Sequence[PromptGroup]) -> str:

@@ -83,7 +83,7 @@ def plan(
 def check(recipe: RecipePath, overrides: Overrides = None, quiet: Quiet = False) -> None:
     """Test a recipe on a few prompts.
 
-    Checks the model, the chat template, the loss, the precision and the memory with the code of a run.
+    Checks the model, the chat template, the loss and the memory with the code of a run.
     """
     loaded = load_recipe_file(recipe, overrides)
 

@@ -43,10 +43,9 @@ class Layout:
             assert self.prompt and self.response
             prompt = self._prompt(row, self.prompt)
             conversation = [*prompt, _response(_field(row, self.response), self.response, prompt)]
-        system = row.get(self.system) if self.system else None
-        if self.system and system is not None and (text := _text(system, self.system)).strip():
-            has_system = bool(conversation) and conversation[0]["role"] == "system"
-            conversation = conversation if has_system else [{"role": "system", "content": text}, *conversation]
+        system = _optional_text(row, self.system)
+        if system and [message["role"] for message in conversation[:1]] != ["system"]:
+            return [{"role": "system", "content": system}, *conversation]
         return conversation
 
     def responses(self, conversation: list[Message], turns: str) -> list[int]:
@@ -98,11 +97,8 @@ class Layout:
         value = _field(row, column)
         if isinstance(value, list):
             return _messages(value, column)
-        text = _text(value, column)
-        extra = row.get(self.prompt_input) if self.prompt_input else None
-        if self.prompt_input and extra is not None and (extra_text := _text(extra, self.prompt_input)).strip():
-            text = f"{text}\n\n{extra_text}"
-        return [{"role": "user", "content": text}]
+        text, extra = _text(value, column), _optional_text(row, self.prompt_input)
+        return [{"role": "user", "content": f"{text}\n\n{extra}" if extra else text}]
 
 
 def check_layout(data: Data) -> None:
@@ -157,12 +153,9 @@ def recognize_layout(source: Source, named: Columns) -> Layout:
         prompt, response = prompt or present(*_PROMPTS), response or present(*_RESPONSES)
     elif messages:
         return Layout(messages=messages, rejected=named.rejected, system=system, id=named.id or present("prompt_id"))
-    elif present("prompt") and present(*_RESPONSES):
-        prompt, response = "prompt", present(*_RESPONSES)
-    elif present("instruction") and present("output"):
-        prompt, response = "instruction", "output"
-    elif present("question") and present("answer"):
-        prompt, response = "question", "answer"
+    else:
+        usual = (("prompt", present(*_RESPONSES)), ("instruction", present("output")), ("question", present("answer")))
+        prompt, response = next(((name, other) for name, other in usual if name in columns and other), (None, None))
     if not prompt or not response or prompt == response:
         raise DataError(
             f"{source.where}: cannot tell which columns hold the prompt and the response (columns: {listing}). "
@@ -186,17 +179,15 @@ def _column_names(source: Source) -> list[str]:
         DataError: no row can be read.
     """
     columns: dict[str, None] = {}
-    readable = 0
-    first_error: DataError | None = None
+    readable, first_error = 0, None
     for index, number in enumerate(source.numbers):
         try:
             columns.update(dict.fromkeys(source.row(index)))
+            readable += 1
         except RowError as error:
             first_error = first_error or DataError(f"{source.where}: no row can be read; row {number}: {error}")
-        else:
-            readable += 1
-            if readable == ROWS_TO_INSPECT:
-                break
+        if readable == ROWS_TO_INSPECT:
+            break
     if first_error and not readable:
         raise first_error
     return list(columns)
@@ -206,6 +197,13 @@ def _field(row: dict[str, Any], column: str) -> Any:
     if column not in row:
         raise RowError("missing_column", f"the row has no {column!r}")
     return row[column]
+
+
+def _optional_text(row: dict[str, Any], column: str | None) -> str:
+    """Return the text of a column; an empty string where it is absent, null or blank."""
+    value = row.get(column) if column else None
+    text = "" if value is None else _text(value, str(column))
+    return text if text.strip() else ""
 
 
 def _text(value: Any, name: str) -> str:

@@ -10,8 +10,8 @@ import math
 import unicodedata
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -58,16 +58,17 @@ def select_examples(
             `error`; or there are fewer usable examples than the recipe asks for.
     """
     source = open_source(data)
-    selector = _Selector(data, sft_prompts, source, renderer, max_length, write)
+    sizes = {"heldout": data.heldout, "sft": sft_prompts or 0, "train": data.prompts or math.inf}
+    selector = _Selector(data, sizes, source, renderer, max_length, write)
     rows = len(source.numbers)
-    with track("prepare", int(min(rows, sum(selector.sizes.values()))), unit="rows") as advance:
+    with track("prepare", int(min(rows, sum(sizes.values()))), unit="rows") as advance:
         for index in np.random.default_rng(data.seed).permutation(rows).tolist():
             if selector.split is None:
                 break
             before = sum(selector.counts.values())
             selector.add_row(index)
             # If all rows are used, progress counts rows; otherwise it counts examples.
-            advance(1 if math.isinf(selector.sizes["train"]) else sum(selector.counts.values()) - before, 1)
+            advance(1 if data.prompts is None else sum(selector.counts.values()) - before, 1)
     return selector.selection()
 
 
@@ -77,18 +78,18 @@ class _Selector:
     def __init__(
         self,
         data: Data,
-        sft_prompts: int | None,
+        sizes: dict[str, float],
         source: Source,
         renderer: Renderer,
         max_length: int,
         write: Callable[[str, Example], None],
     ):
-        self.source, self.renderer, self.max_length, self.write = source, renderer, max_length, write
+        self.data, self.sizes, self.source, self.renderer = data, sizes, source, renderer
+        self.max_length, self.write = max_length, write
         self.layout = recognize_layout(source, data.columns)
-        self.turns = data.turns
-        self.sizes = {"heldout": data.heldout, "sft": sft_prompts or 0, "train": data.prompts or math.inf}
         self.counts = dict.fromkeys(SPLITS, 0)
-        self.skipped = _SkippedRows(source, strict=data.on_bad_row == "error")
+        self.skipped: Counter[str] = Counter()
+        self.skipped_rows: list[str] = []
         self.digests: set[bytes] = set()
         self.heldout_prompts: set[bytes] = set()
         self.ids: set[str] = set()
@@ -100,7 +101,11 @@ class _Selector:
         return next((split for split in SPLITS if self.counts[split] < self.sizes[split]), None)
 
     def add_row(self, index: int) -> None:
-        """Add the examples of a row, all to the split that is being filled."""
+        """Add the examples of a row, all to the split that is being filled.
+
+        Raises:
+            DataError: the row is bad, and `data.on_bad_row` is `error`.
+        """
         split = self.split
         assert split is not None
         self.visited += 1
@@ -109,48 +114,43 @@ class _Selector:
             row = self.source.row(index)
             conversation = self.layout.conversation(row)
             row_id = self.layout.row_id(row)
-            positions = self.layout.responses(conversation, self.turns)
+            positions = self.layout.responses(conversation, self.data.turns)
             rejected = self.layout.rejected_response(row, conversation)
         except RowError as error:
-            self.skipped.bad_row(number, error)
+            self._bad_row(number, error)
             return
         for turn, position in enumerate(positions):
             if self.counts[split] >= self.sizes[split]:
                 return
-            suffix = f"-{turn}" if len(positions) > 1 else ""
-            responses = (conversation[position]["content"], *rejected)
-            self._add_example(split, number, row_id, suffix, conversation[:position], *responses)
+            responses = [conversation[position]["content"], *rejected]
+            content = _digest([conversation[:position], *responses]).hex()[:16]
+            example_id = (row_id or content) + (f"-{turn}" if len(positions) > 1 else "")
+            while example_id in self.ids:
+                example_id += f"-{content}"
+            try:
+                self._add_example(split, number, example_id, conversation[:position], responses)
+            except RowError as error:
+                self._bad_row(number, error)
 
     def _add_example(
-        self,
-        split: str,
-        number: int,
-        row_id: str | None,
-        suffix: str,
-        messages: list[Message],
-        response: str,
-        *rejected: str,
+        self, split: str, number: int, example_id: str, messages: list[Message], responses: list[str]
     ) -> None:
-        """Add one prompt, its response and, with preferences, the rejected response; or count why it is skipped."""
-        try:
-            _check_not_empty(messages, response, *rejected)
-            real, *others = (self.renderer.encode(messages, text, self.max_length) for text in (response, *rejected))
-        except RowError as error:
-            self.skipped.bad_row(number, error)
-            return
+        """Add one prompt, its response and, with preferences, the rejected response; or count why it is skipped.
+
+        Raises:
+            RowError: the prompt or a response is empty or cannot be rendered.
+        """
+        _check_not_empty(messages, responses)
+        real, *others = (self.renderer.encode(messages, text, self.max_length) for text in responses)
         # Compare tokens, because a template may render different texts to the same tokens.
         prompt = _digest(real.prompt_ids)
         digest = _digest([real.prompt_ids, *(encoded.response_ids for encoded in (real, *others))])
         if digest in self.digests:
-            self.skipped.add(number, "duplicate", "the prompt and the response are those of an earlier row")
+            self._skip(number, "duplicate", "the prompt and the response are those of an earlier row")
             return
         if split != "heldout" and prompt in self.heldout_prompts:
-            self.skipped.add(number, "prompt_in_heldout", "the prompt is a held-out prompt")
+            self._skip(number, "prompt_in_heldout", "the prompt is a held-out prompt")
             return
-        content = _digest([messages, response, *rejected]).hex()[:16]
-        example_id = (row_id or content) + suffix
-        while example_id in self.ids:
-            example_id += f"-{content}"
         self.ids.add(example_id)
         self.digests.add(digest)
         if split == "heldout":
@@ -160,7 +160,7 @@ class _Selector:
         example = Example(
             example_id,
             messages,
-            response,
+            responses[0],
             real.prompt_ids,
             real.response_ids,
             source=f"{self.source.name}:{number}",
@@ -168,61 +168,40 @@ class _Selector:
         )
         self.write(split, example)
 
+    def _bad_row(self, number: int, error: RowError) -> None:
+        if self.data.on_bad_row == "error":
+            raise DataError(
+                f"{self.source.where}, row {number}: {error}. Correct or remove it, or set data.on_bad_row: skip"
+            ) from error
+        self._skip(number, error.reason, str(error))
+
+    def _skip(self, number: int, reason: str, detail: str) -> None:
+        self.skipped[reason] += 1
+        if len(self.skipped_rows) < MAX_LISTED_ROWS:
+            self.skipped_rows.append(f"{self.source.name}:{number}: {reason}: {detail}")
+
     def selection(self) -> Selection:
         """Return the counts.
 
         Raises:
             DataError: there are fewer usable examples than the recipe asks for.
         """
-        rows = len(self.source.numbers)
-        at_least = {split: 1 if math.isinf(size) else size for split, size in self.sizes.items()}
-        if any(self.counts[split] < size for split, size in at_least.items()):
-            self._raise_too_few(rows)
-        skipped = self.skipped
-        return Selection(
-            self.counts, rows, dict(skipped.counts), skipped.rows, self.truncated, not_sampled=rows - self.visited
-        )
-
-    def _raise_too_few(self, rows: int) -> NoReturn:
-        counts = ", ".join(
-            f"{self.counts[split]} of {'at least 1' if math.isinf(size) else size} {split}"
-            for split, size in self.sizes.items()
-            if size
-        )
-        reasons = ", ".join(f"{reason} {count}" for reason, count in self.skipped.counts.items()) or "none"
-        raise DataError(
-            f"{self.source.where}: not enough usable examples: {counts}. {rows} rows gave {sum(self.counts.values())} "
-            f"examples; skipped: {reasons}. Add rows, or lower data.heldout, data.prompts or sft.prompts"
-        )
-
-
-@dataclass
-class _SkippedRows:
-    """Counts skipped rows by reason; raises at a bad row if `strict`."""
-
-    source: Source
-    strict: bool
-    counts: Counter[str] = field(default_factory=Counter)
-    rows: list[str] = field(default_factory=list)
-
-    def add(self, number: int, reason: str, detail: str) -> None:
-        self.counts[reason] += 1
-        if len(self.rows) < MAX_LISTED_ROWS:
-            self.rows.append(f"{self.source.name}:{number}: {reason}: {detail}")
-
-    def bad_row(self, number: int, error: RowError) -> None:
-        """
-        Raises:
-            DataError: `data.on_bad_row` is `error`.
-        """
-        if self.strict:
+        rows, counts, sizes, skipped = len(self.source.numbers), self.counts, self.sizes, dict(self.skipped)
+        if any(counts[split] < (1 if math.isinf(size) else size) for split, size in sizes.items()):
+            numbers = ", ".join(
+                f"{counts[split]} of {'at least 1' if math.isinf(size) else size} {split}"
+                for split, size in sizes.items()
+                if size
+            )
+            reasons = ", ".join(f"{reason} {count}" for reason, count in skipped.items()) or "none"
             raise DataError(
-                f"{self.source.where}, row {number}: {error}. Correct or remove it, or set data.on_bad_row: skip"
-            ) from error
-        self.add(number, error.reason, str(error))
+                f"{self.source.where}: not enough usable examples: {numbers}. {rows} rows gave {sum(counts.values())} "
+                f"examples; skipped: {reasons}. Add rows, or lower data.heldout, data.prompts or sft.prompts"
+            )
+        return Selection(counts, rows, skipped, self.skipped_rows, self.truncated, not_sampled=rows - self.visited)
 
 
-def _check_not_empty(messages: list[Message], *responses: str) -> None:
+def _check_not_empty(messages: list[Message], responses: list[str]) -> None:
     if not all(map(_is_visible, responses)):
         raise RowError("empty_response", "the response is empty")
     *_, last_user = (message["content"] for message in messages if message["role"] == "user")

@@ -51,7 +51,7 @@ def open_source(data: Data, max_rows: int | None = None) -> Source:
         raise DataError(f"{data.path}: no such file")
     if path is None:
         source = Source(data.path, data.path, *_hub(data))
-    elif path.suffix.lower() not in _READERS:
+    elif (suffix := path.suffix.lower()) not in _READERS:
         raise DataError(f"{data.path}: unsupported kind of file; supported: {', '.join(_READERS)}")
     elif not path.is_file():
         raise DataError(f"{data.path}: is not a file")
@@ -59,8 +59,7 @@ def open_source(data: Data, max_rows: int | None = None) -> Source:
         raise DataError(f"{data.path}: is empty")
     else:
         try:
-            suffix = path.suffix.lower()
-            numbers, read = read_jsonl(path, max_rows) if suffix == ".jsonl" else _READERS[suffix](path)
+            numbers, read = _jsonl(path, max_rows) if suffix == ".jsonl" else _READERS[suffix](path)
         except OSError as error:
             raise DataError(f"{data.path}: cannot be read: {error}") from error
         source = Source(data.path, path.name, numbers, read)
@@ -77,7 +76,7 @@ def names_a_file(path: str) -> bool:
 _Rows = tuple[Sequence[int], Callable[[int], Any]]  # Source.numbers and Source.read
 
 
-def read_jsonl(path: Path, max_rows: int | None = None) -> _Rows:
+def _jsonl(path: Path, max_rows: int | None = None) -> _Rows:
     """Find the lines of a .jsonl file that are not blank; a line is parsed when it is read."""
     numbers: list[int] = []
     offsets, offset = [], 0
@@ -160,7 +159,7 @@ def _parquet(path: Path) -> _Rows:
 
 
 _READERS: dict[str, Callable[[Path], _Rows]] = {
-    ".jsonl": read_jsonl,
+    ".jsonl": _jsonl,
     ".json": _json,
     ".csv": _csv,
     ".parquet": _parquet,
@@ -183,15 +182,9 @@ def _values(row: Any) -> dict[str, Any]:
 
 
 def _check_column_names(path: Path, columns: Sequence[str]) -> None:
-    """
-    Raises:
-        DataError: two columns have the same name.
-    """
-    seen: set[str] = set()
-    for name in columns:
-        if name in seen:
+    for index, name in enumerate(columns):
+        if name in columns[:index]:
             raise DataError(f"{path}: two columns have the same name, {shortened(repr(name))}")
-        seen.add(name)
 
 
 def _hub(data: Data) -> _Rows:
