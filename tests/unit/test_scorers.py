@@ -110,11 +110,11 @@ def test_known_scorers_by_name():
     assert get_scorer("gsm8k")("3", "#### 3") == 1.0
 
 
-def test_unknown_name_shows_the_nearest_and_all_known():
+def test_unknown_name_shows_all_known():
     with pytest.raises(RecipeError) as error:
         get_scorer("json_field")
     message = str(error.value)
-    assert message.startswith("evaluate.scorer: there is no scorer 'json_field'. Did you mean json_fields?")
+    assert message.startswith("evaluate.scorer: there is no scorer 'json_field'. Known: ")
     assert all(name in message for name in ("exact_match", "gsm8k", "module:function"))
 
 
@@ -169,23 +169,21 @@ def test_module_that_fails_to_import_shows_its_own_error(folder):
         get_scorer("my_scorers:score")
 
 
-def test_missing_function_shows_the_nearest_or_what_to_define(folder):
+def test_missing_function_shows_what_to_define(folder):
     (folder / "my_scorers.py").write_text("def score(response, reference): return 1\nlimit = 3")
-    with pytest.raises(RecipeError, match=r"my_scorers\.py\) has no function scores; did you mean score\?"):
-        get_scorer("my_scorers:scores")
     with pytest.raises(RecipeError, match=r"has no function limit\. Define limit\(response, reference\) there"):
         get_scorer("my_scorers:limit")
 
 
 def test_wrong_signature_is_refused_before_a_call(folder):
     (folder / "my_scorers.py").write_text("def score(response): return 1")
-    with pytest.raises(RecipeError, match=r"score\(response, reference\), .* score\(response\)"):
+    with pytest.raises(RecipeError, match=r"score\(response, reference\): too many"):
         get_scorer("my_scorers:score")
 
 
 @pytest.mark.parametrize("name", [":score", "my_scorers:"])
 def test_incomplete_name(name):
-    with pytest.raises(RecipeError, match="write module:function, for example my_scorers:score"):
+    with pytest.raises(RecipeError, match="write module:function"):
         get_scorer(name)
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from spinlm.errors import DataError, RecipeError, shortened
-from spinlm.utils.suggest import nearest
 
 Scorer = Callable[[str, str], float]
 """A function of a response and the real response (the reference) that returns a score from 0 to 1."""
@@ -88,11 +87,8 @@ def get_scorer(name: str) -> Scorer:
     """
     function = _import_function(name) if ":" in name else SCORERS.get(name)
     if function is None:
-        near = nearest(name, SCORERS)
-        meant = f" Did you mean {near}?" if near else ""
         raise RecipeError(
-            f"evaluate.scorer: there is no scorer {name!r}.{meant} Known: {', '.join(SCORERS)}, or module:function for "
-            "your own function"
+            f"evaluate.scorer: there is no scorer {name!r}. Known: {', '.join(SCORERS)}, or module:function for your own"
         )
     return _with_check(name, function)
 
@@ -114,9 +110,7 @@ def _with_check(name: str, function: Scorer) -> Scorer:
 def _import_function(name: str) -> Scorer:
     module_name, _, function_name = name.partition(":")
     if not module_name or not function_name:
-        raise RecipeError(
-            f"evaluate.scorer: {name!r} is incomplete: write module:function, for example my_scorers:score"
-        )
+        raise RecipeError(f"evaluate.scorer: {name!r} is incomplete: write module:function")
     here = str(Path.cwd())
     sys.path.insert(0, here)
     try:
@@ -131,11 +125,9 @@ def _import_function(name: str) -> Scorer:
         sys.path.remove(here)
     function = getattr(module, function_name, None)
     if not callable(function):
-        functions = [key for key, value in vars(module).items() if inspect.isfunction(value)]
-        near = nearest(function_name, functions)
-        meant = f"; did you mean {near}?" if near else f". Define {function_name}(response, reference) there"
         raise RecipeError(
-            f"evaluate.scorer: {name}: {module_name} ({_file(module)}) has no function {function_name}{meant}"
+            f"evaluate.scorer: {name}: {module_name} has no function {function_name}. Define "
+            f"{function_name}(response, reference) there"
         )
     own = function.func if isinstance(function, functools.partial) else function
     if (getattr(own, "__module__", None) or "builtins").partition(".")[0] in {*sys.stdlib_module_names, "builtins"}:
@@ -143,26 +135,13 @@ def _import_function(name: str) -> Scorer:
             f"evaluate.scorer: {name}: functions of Python's standard library are not allowed: they may run a "
             "response as code"
         )
-    if not _takes_two_arguments(function):
-        raise RecipeError(
-            f"evaluate.scorer: {name}: the call is {function_name}(response, reference), but the definition is "
-            f"{function_name}{inspect.signature(function)}"
-        )
-    return function
-
-
-def _takes_two_arguments(function: Callable[..., Any]) -> bool:
     try:
         inspect.signature(function).bind("response", "reference")
-    except TypeError:
-        return False
-    except ValueError:  # some built-in functions have no signature
-        return True
-    return True
-
-
-def _file(module: Any) -> str:
-    return getattr(module, "__file__", None) or "built into Python"
+    except (TypeError, ValueError) as error:
+        raise RecipeError(
+            f"evaluate.scorer: {name}: cannot be called as {function_name}(response, reference): {error}"
+        ) from error
+    return function
 
 
 def _json_object(text: str) -> dict[str, Any] | None:

@@ -44,7 +44,6 @@ def render_card(recipe: Recipe, folder: RunDir, iteration: int, *, merged: bool,
         license: license of the player, an SPDX name; None uses the base model's, where its files state one.
     """
     run = run_data(folder)
-    commit = run.provenance.get("commit")
     fields: License = {"license": license} if license else base_license(recipe.model)
     titles, body = table_cells(run.players)
     return _render(
@@ -53,7 +52,7 @@ def render_card(recipe: Recipe, folder: RunDir, iteration: int, *, merged: bool,
         fields,
         merged=merged,
         title=f"{player_name(iteration).capitalize()} of {run.name}",
-        version=run.provenance.get("spinlm", metadata.version("spinlm")) + (f" ({commit})" if commit else ""),
+        version=run.provenance.get("spinlm", metadata.version("spinlm")),
         results=run,
         table=[titles, ["---", *("---:" for _ in titles[1:])], *body] if body else [],
         player=player_name(iteration),

@@ -149,10 +149,8 @@ class MarkedFolder(LockedFolder):
         """
         path = self.marker(stage, t)
         marker = read_json(path)
-        valid = isinstance(marker, dict) and {"made_from", "digest", "outputs"} <= marker.keys()
-        if valid and "sum" in marker:
-            valid = marker["sum"] == short_digest({key: value for key, value in marker.items() if key != "sum"})
-        if not valid:
+        content = {key: value for key, value in marker.items() if key != "sum"} if isinstance(marker, dict) else {}
+        if not content or marker.get("sum") != short_digest(content):
             raise RunError(f"{path}: damaged (not a marker). Delete it and run again to redo the stage")
         return marker
 

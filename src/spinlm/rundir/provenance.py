@@ -3,9 +3,7 @@
 import datetime
 import importlib.metadata
 import platform
-import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 from spinlm.distributed import processes
@@ -40,7 +38,6 @@ def provenance() -> dict[str, Any]:
     cuda = torch.cuda.is_available()
     return {
         "spinlm": importlib.metadata.version("spinlm"),
-        "commit": _git_commit(),
         "command": sys.argv,
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
@@ -49,13 +46,3 @@ def provenance() -> dict[str, Any]:
         "processes": processes.world_size(),
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
     }
-
-
-def _git_commit() -> str | None:
-    """Commit of spinlm itself; None outside a git checkout."""
-    here = Path(__file__).parent
-    try:
-        git = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty"], capture_output=True, text=True)
-    except OSError:
-        return None
-    return git.stdout.strip() or None

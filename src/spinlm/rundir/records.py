@@ -5,7 +5,6 @@ training reads from disk without making Python objects; `datasets.Dataset.from_f
 JSON-lines file that grows record by record.
 """
 
-import errno
 import json
 import math
 import os
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from spinlm.errors import RunError
+from spinlm.utils.atomic import read_json_lines
 
 Message = dict[str, str]
 
@@ -135,11 +135,6 @@ def count_records(path: Path) -> int:
         return sum(1 for _ in file)
 
 
-def count_shards(path: Path, size: int) -> int:
-    """Number of shards of `size` records in a file; the last shard may be smaller."""
-    return math.ceil(count_records(path) / size)
-
-
 class RecordFile(Generic[Record]):
     """Random access to the records of a JSON-lines file, without holding them in memory."""
 
@@ -186,20 +181,9 @@ class Journal:
     def __init__(self, path: Path):
         self.path = path
         self.records: list[dict[str, Any]] = []
-        if not path.exists():
-            return
-        content = path.read_bytes()
-        complete = content[: content.rfind(b"\n") + 1]
-        for number, line in enumerate(complete.splitlines(), start=1):
-            try:
-                record = json.loads(line)
-            except ValueError as error:
-                raise RunError(f"{path}, line {number}: damaged ({error}). Delete the line and run again") from error
-            if not isinstance(record, dict):
-                raise RunError(f"{path}, line {number}: not a JSON object. Delete the line and run again")
-            self.records.append(record)
-        if complete != content:
-            os.truncate(path, len(complete))
+        if path.exists():
+            os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+            self.records = list(read_json_lines(path))
 
     def add(self, *records: dict[str, Any]) -> None:
         """Append records and write them to disk."""
@@ -244,7 +228,7 @@ def read_pairs(paths: Iterable[Path]) -> Any:
     """Open pair files as one memory-mapped Arrow table (columns as in `Pair`).
 
     Raises:
-        RunError: a file is not a complete Arrow stream, or the process cannot map all the files.
+        RunError: a file is not a complete Arrow stream.
     """
     import pyarrow as pa
 
@@ -254,11 +238,6 @@ def read_pairs(paths: Iterable[Path]) -> Any:
             with pa.ipc.open_stream(pa.memory_map(str(path))) as reader:
                 tables.append(reader.read_all())
         except (pa.ArrowInvalid, OSError) as error:
-            if os.strerror(errno.ENOMEM) in str(error):  # Arrow gives no errno
-                raise RunError(
-                    f"{path}: cannot be mapped into memory: the system allows this process {len(tables)} maps. Raise "
-                    "vm.max_map_count, or run with a larger opponent.shard_size in another --run-dir"
-                ) from error
             raise RunError(
                 f"{path}: not a readable pair file ({error}). Delete it and the marker reference_logprobs.done of its "
                 "iteration in .spinlm, then run again"

@@ -9,7 +9,7 @@ from spinlm.evals.heldout import HeldoutNLL
 from spinlm.export.model_card import write_card
 from spinlm.model.run import Run
 from spinlm.recipe.fields import value_at
-from spinlm.rundir.records import count_shards
+from spinlm.rundir.records import Example, RecordFile
 from spinlm.rundir.stage_graph import START
 from spinlm.training.batches import PairDataset, SftDataset, TrainDataset, pair_loss, sft_loss
 from spinlm.training.step_log import step_recorder
@@ -51,7 +51,7 @@ def _dataset_and_loss(run: Run, t: int) -> tuple[TrainDataset, LossFunction]:
     recipe, folder = run.recipe, run.folder
     if recipe.is_control:  # as many examples in a step as self-play has prompts
         return SftDataset(folder.examples("train"), batch_cost=recipe.num_synthetic(t)), sft_loss
-    shards = count_shards(folder.examples("train"), recipe.opponent.shard_size)
+    shards = RecordFile(folder.examples("train"), Example).shards(recipe.opponent.shard_size)
     paths = [folder.pairs(t, "train", shard) for shard in range(shards)]
     return PairDataset(paths, recipe.train.batch_size), pair_loss(recipe, t)
 
