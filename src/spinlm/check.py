@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from spinlm.errors import DataError, ModelError
-from spinlm.evals.heldout import real_nll_and_margins
+from spinlm.evals.heldout import score_heldout
 from spinlm.generation import local_engine, open_engine
 from spinlm.generation.base import Engine, Sampling
 from spinlm.model.loading import disable_dropout, load_model
@@ -211,7 +211,7 @@ def _check_regime(run: Run, *, has_sft: bool) -> tuple[str, list[str]]:
     for split in ("train", "heldout"):
         examples = list(read_lines(run.folder.examples(split), Example))
         longest = max(longest, *(len(example.response_ids) for example in examples))
-        nll[split] = statistics.fmean(real_nll_and_margins(run.players, examples).nll)
+        nll[split] = statistics.fmean(score_heldout(run.players, examples).nll)
         generations = read_lines(run.folder.generations(0, split, 0), Generation)
         sampled += [(-g.logprob, len(g.token_ids)) for g in generations if g.logprob is not None]
     own = sum(value for value, _ in sampled) / sum(tokens for _, tokens in sampled) if sampled else None
@@ -267,7 +267,7 @@ def _check_4bit(run: Run, groups: Sequence[PromptGroup]) -> str:
             f"4 bits: not compared with the unquantized model, which needs {need / 1e9:.1f} GB; {free / 1e9:.1f} GB "
             "are free"
         )
-    unquantized = load_model(recipe.model, players.path, players.dtype).to(players.device)
+    unquantized = load_model(recipe.model, players.base_model, players.dtype).to(players.device)
     disable_dropout(unquantized)
     models = (players.logprobs, LogProbs(unquantized))
     ours, reference = (_per_token(model, groups, players.prefix_sharing) for model in models)

@@ -7,7 +7,7 @@ import pytest
 
 from spinlm.evals.heldout import (
     bootstrap,
-    distinct,
+    distinct_n,
     merge_metrics,
     repeated_4grams,
     summarize_greedy,
@@ -135,7 +135,7 @@ def test_kl_from_start_is_zero_without_change_and_grows_with_the_distance():
     ],
 )
 def test_distinct(responses, share):
-    assert distinct(responses) == share
+    assert distinct_n(responses) == share
 
 
 def test_bootstrap_covers_the_mean_as_often_as_it_says():

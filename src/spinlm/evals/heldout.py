@@ -29,24 +29,24 @@ Metrics = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class RealScores:
-    """A player's scores of real held-out responses."""
+class HeldoutScores:
+    """A player's scores of the responses to held-out prompts."""
 
     nll: list[float]  # [P] of the real responses, nats per token
-    margins: list[list[float]]  # of each example: r(y) − r(y') of its pairs, in nats
-    sampled: list[float] = field(default_factory=list)  # [P] log p of the sampled responses, if any were given
+    margins: list[list[float]]  # for each prompt: r(y) − r(y') of its pairs, in nats
+    sampled_logprobs: list[float] = field(default_factory=list)  # [P] log p of the sampled responses; empty without
 
 
-def real_nll_and_margins(
+def score_heldout(
     players: Players, examples: Sequence[Example], pairs: Any = None, sampled: Sequence[Sequence[int]] = ()
-) -> RealScores:
-    """Compute the NLL of the real responses under the loaded player, and its margins over the opponent's responses.
+) -> HeldoutScores:
+    """Compute log-probabilities of held-out responses under the loaded player: NLL, margins, and log p of samples.
 
     Args:
         players: the players, with the player to measure loaded.
         examples: the held-out examples.
-        pairs: the pairs of these examples, a table as `read_pairs` returns; no margins without it.
-        sampled: one sampled response per example, to be scored in the same pass.
+        pairs: the pairs of these examples, a table as `read_pairs` returns. Without it there are no margins.
+        sampled: one sampled response per example.
     """
     by_id: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in pairs.to_pylist() if pairs is not None else []:
@@ -67,15 +67,15 @@ def real_nll_and_margins(
                 margins[index].append((real - row["opponent_real"]) - (next(values) - row["opponent_synthetic"]))
             if sampled:
                 sampled_logprobs[index] = next(values)
-    return RealScores(nll, margins, sampled_logprobs)
+    return HeldoutScores(nll, margins, sampled_logprobs)
 
 
 class HeldoutNLL:
-    """Held-out NLL of a player during training, nats per token, by epoch. The values survive as checkpoints do."""
+    """Held-out NLL of a player during training, in nats per token, by epoch. A resumed training reads the values."""
 
     def __init__(self, run: Run, t: int):
         self._players = run.players
-        self._path = run.folder.nll_curve(t)
+        self._path = run.folder.heldout_nll(t)
         self._examples = list(read_lines(run.folder.examples("heldout"), Example))
         self.values: dict[str, float] = on_rank_zero(self._read)
 
@@ -89,29 +89,29 @@ class HeldoutNLL:
     def measure(self, epoch: int) -> float:
         """Measure the NLL after `epoch` epochs, or return the value that was measured before."""
         if str(epoch) not in self.values:
-            scores = real_nll_and_margins(self._players, self._examples)
-            # All processes measure the same; they use the mean of process 0, so that all decide the same.
+            scores = score_heldout(self._players, self._examples)
+            # Every process measures. All use the mean of process 0, because rounding may differ between them.
             self.values[str(epoch)] = on_rank_zero(lambda: float(np.mean(scores.nll)))
             on_rank_zero(write_json, self._path, {"values": self.values, "sum": short_digest(self.values)})
         return self.values[str(epoch)]
 
 
 @dataclass(frozen=True)
-class SampleFeatures:
-    """A player's log-probabilities and features of a real and a sampled response to each prompt."""
+class ResponseFeatures:
+    """θ_0's features of a real and a sampled response to each prompt, and its log p of the sampled ones."""
 
-    logprobs: list[float]  # [P] log p of the sampled responses
+    sampled_logprobs: list[float]  # [P]
     real: np.ndarray  # [P, D] features of the real responses
     sampled: np.ndarray  # [P, D] features of the sampled responses
 
 
-def sample_features(
+def response_features(
     players: Players, examples: Sequence[Example], responses: Sequence[Sequence[int]]
-) -> SampleFeatures:
-    """Compute the loaded player's features of the real response and of a sampled one to each held-out prompt.
+) -> ResponseFeatures:
+    """Compute features of the real and of a sampled response to each held-out prompt.
 
     Args:
-        players: the players, with the player that computes the features loaded.
+        players: the players, with θ_0 loaded.
         examples: the held-out examples.
         responses: one sampled response per example, as token ids.
     """
@@ -126,26 +126,26 @@ def sample_features(
         for place, index in enumerate(chosen):
             logprobs[index], features[index] = values[2 * place + 1], vectors[2 * place : 2 * place + 2]
     both = np.stack(features)  # [P, 2, D]
-    return SampleFeatures(logprobs, both[:, 0], both[:, 1])
+    return ResponseFeatures(logprobs, both[:, 0], both[:, 1])
 
 
 def repeated_4grams(token_ids: Sequence[int]) -> float:
-    """Share of a response's 4-grams of tokens that occurred earlier in the response; 0 if it has no 4-gram."""
+    """Return the share of a response's 4-grams of tokens that occur earlier in the response; 0 without 4-grams."""
     grams = [tuple(token_ids[start : start + NGRAM]) for start in range(len(token_ids) - NGRAM + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
-def distinct(responses: Sequence[Sequence[int]], n: int = 2) -> float:
-    """distinct-n (arXiv 1510.03055): the share of different n-grams among all n-grams of the responses; 0 without any.
+def distinct_n(responses: Sequence[Sequence[int]], n: int = 2) -> float:
+    """Return distinct-n (arXiv 1510.03055): the number of different n-grams divided by the number of all n-grams.
 
-    It falls with the length of the responses: compare it between responses of similar length.
+    0 without n-grams. Longer responses have a lower distinct-n, so compare only responses of similar length.
     """
     grams = [tuple(ids[start : start + n]) for ids in responses for start in range(len(ids) - n + 1)]
     return len(set(grams)) / len(grams) if grams else 0.0
 
 
 def summarize_greedy(responses: Sequence[HeldoutGreedy]) -> Metrics:
-    """Means over the held-out prompts; `…_se` is the standard error of a mean."""
+    """Return means over the held-out prompts; `…_se` is the standard error of a mean."""
     values: dict[str, list[float]] = {
         "heldout_nll": [response.nll for response in responses],
         "identical_rate": [float(response.identical) for response in responses],
@@ -176,7 +176,7 @@ def summarize_pairs(margins: Sequence[Sequence[float]]) -> Metrics:
 
 
 def summarize_sampled(responses: Sequence[HeldoutSampled]) -> Metrics:
-    """Metrics of a player's own distribution, from one sampled response per held-out prompt.
+    """Return metrics of a player's distribution, from one sampled response per held-out prompt.
 
     `kl_from_start` estimates the KL divergence from θ_0 per token, Σ [log p_θ(y) − log p_θ0(y)] / Σ |y| with y ~ p_θ.
     """
@@ -188,18 +188,18 @@ def summarize_sampled(responses: Sequence[HeldoutSampled]) -> Metrics:
     scores = [response.task_score for response in responses if response.task_score is not None]
     if scores:
         values["sampled_task_score"] = scores, None
-    return with_intervals(**values) | {"distinct_2": distinct([response.token_ids for response in responses])}
+    return with_intervals(**values) | {"distinct_2": distinct_n([response.token_ids for response in responses])}
 
 
-def summarize_probe(features: Sequence[SampleFeatures]) -> Metrics:
-    """The AUC of a probe between real and sampled responses, on θ_0's features; {} if the prompts are too few."""
+def summarize_probe(features: Sequence[ResponseFeatures]) -> Metrics:
+    """Return the AUC of a probe that classifies responses as real or sampled; {} if there are too few prompts."""
     real, sampled = (np.concatenate([getattr(part, kind) for part in features]) for kind in ("real", "sampled"))
     auc, low, high = probe_auc(real, sampled)
     return {} if math.isnan(auc) else {"probe_auc": auc, "intervals": {"probe_auc": [low, high]}}
 
 
 def with_intervals(**ratios: tuple[Sequence[float], Sequence[float] | None]) -> Metrics:
-    """Compute Σ numerators / Σ denominators of each metric, and its interval. Absent denominators are ones."""
+    """Compute Σ numerators / Σ denominators of each metric, and its interval. Without denominators: the mean."""
     intervals = {name: list(bootstrap(*parts)) for name, parts in ratios.items()}
     means = {
         name: float(np.sum(numerators) / (len(numerators) if denominators is None else np.sum(denominators)))
@@ -209,16 +209,16 @@ def with_intervals(**ratios: tuple[Sequence[float], Sequence[float] | None]) -> 
 
 
 def bootstrap(numerators: Sequence[float], denominators: Sequence[float] | None = None) -> tuple[float, float]:
-    """95% percentile bootstrap interval of Σ numerators / Σ denominators over prompts.
+    """Return the 95% percentile bootstrap interval of Σ numerators / Σ denominators over prompts.
 
     Args:
         numerators: [P].
-        denominators: [P]; absent means ones, and the ratio is the mean.
+        denominators: [P]; None means ones, so that the ratio is the mean.
     """
-    over = np.asarray(numerators, dtype=float)
-    under = np.ones(len(numerators)) if denominators is None else np.asarray(denominators, dtype=float)
-    chosen = np.random.default_rng(0).integers(0, len(over), (RESAMPLES, len(over)))
-    ratios = over[chosen].sum(axis=1) / under[chosen].sum(axis=1)
+    top = np.asarray(numerators, dtype=float)
+    bottom = np.ones(len(top)) if denominators is None else np.asarray(denominators, dtype=float)
+    chosen = np.random.default_rng(0).integers(0, len(top), (RESAMPLES, len(top)))
+    ratios = top[chosen].sum(axis=1) / bottom[chosen].sum(axis=1)
     low, high = np.quantile(ratios, [0.025, 0.975])
     return float(low), float(high)
 

@@ -1,4 +1,4 @@
-"""Engines: what writes the responses of a player."""
+"""Engines, which generate the responses of a player."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +18,7 @@ def open_engine(players: Players, t: int) -> Iterator[Engine]:
     opponent = players.recipe.opponent
     match opponent.engine:
         case "local":
-            players.load(t - 1)
+            players.load(t - 1)  # θ_t
             yield local_engine(players)
         case "server":
             from spinlm.generation.server import open_server
@@ -35,5 +35,5 @@ def open_engine(players: Players, t: int) -> Iterator[Engine]:
 
 
 def local_engine(players: Players) -> LocalEngine:
-    """The engine of this process, with the player that is loaded."""
+    """Return an engine in this process, with the loaded player."""
     return LocalEngine(players.logprobs, players.recipe.opponent.batch_size, players.prefix_sharing)

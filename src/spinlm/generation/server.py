@@ -156,7 +156,7 @@ def open_server(players: Players, t: int) -> Iterator[ServerEngine]:
         values = {"player": str(player), "iteration": str(t)}
         templates = " ".join(text for text in (server.launch_command, server.reload_command, server.model) if text)
         if "{base}" in templates:
-            values["base"] = players.path
+            values["base"] = players.base_model
         if "{merged}" in templates:
             merged = folder.iteration(t).absolute() / ".merged"
             shutil.rmtree(merged, ignore_errors=True)  # from a process that was killed

@@ -221,7 +221,7 @@ def open_vllm(players: Players, t: int) -> Iterator[VllmEngine]:
     check_vllm(recipe)
     settings = recipe.opponent.vllm or Vllm()
     player = players.folder.player(t - 1).absolute()
-    model, adapter = (players.path, player) if recipe.lora else (str(player), None)
+    model, adapter = (players.base_model, player) if recipe.lora else (str(player), None)
     arguments = engine_arguments(recipe, settings, model, str(players.dtype).removeprefix("torch."))
     gpu_groups = assign_gpus(settings)
     logs = players.folder.iteration(t)

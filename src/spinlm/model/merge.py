@@ -1,4 +1,4 @@
-"""Players as whole models: merge an adapter into its base."""
+"""Save players as whole models, with the adapter merged into the base."""
 
 import logging
 import shutil
@@ -31,7 +31,7 @@ def save_merged(players: Players, t: int, target: Path) -> None:
             "player that was evaluated; `spinlm check` shows how much the two bases differ",
             players.dtype,
         )
-    base = load_model(model, players.path, players.dtype)
+    base = load_model(model, players.base_model, players.dtype)
     merged = PeftModel.from_pretrained(base, str(players.folder.player(t))).merge_and_unload()
     merged.save_pretrained(target)
     players.save_tokenizer(target)

@@ -41,8 +41,8 @@ from spinlm.utils.atomic import atomic_path, read_json, write_json
 
 log = logging.getLogger("spinlm")
 
-MAX_PARITY_GAP = {torch.float32: 1e-3, torch.bfloat16: 0.15}
-"""Largest mean difference per token, in nats, between our log-probabilities and the model's own."""
+MAX_LOGPROB_ERROR = {torch.float32: 1e-3, torch.bfloat16: 0.15}
+"""Largest difference between our log-probabilities and those of the model's own forward pass, in nats per token."""
 
 _DESTROYED = (
     "Training has destroyed the weights, or the model's weights were damaged from the start. Lower "
@@ -60,25 +60,27 @@ class Players:
             folder: the run folder, which holds the players' weights.
 
         Raises:
-            ModelError: the model does not exist or cannot be unpacked.
+            ModelError: the model does not exist or cannot be converted.
         """
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()
         self.recipe = recipe
         self.folder = folder
-        self.path = prepare_base_model(recipe.model, folder)
+        self.base_model = prepare_base_model(recipe.model, folder)  # hub id or folder
         self.device = torch.device("cuda", processes.local_rank()) if torch.cuda.is_available() else torch.device("cpu")
         self.dtype = compute_dtype(recipe.model, self.device)
         self._loaded: Path | None = None  # the player whose weights the model has
 
     @cached_property
     def tokenizer(self) -> Any:
-        return load_tokenizer(self.recipe.model, self.path)
+        return load_tokenizer(self.recipe.model, self.base_model)
 
     @cached_property
     def renderer(self) -> Renderer:
-        return Renderer(self.tokenizer, self.recipe.data.chat_template, load_stop_ids(self.recipe.model, self.path))
+        return Renderer(
+            self.tokenizer, self.recipe.data.chat_template, load_stop_ids(self.recipe.model, self.base_model)
+        )
 
     @cached_property
     def logprobs(self) -> LogProbs:
@@ -88,7 +90,7 @@ class Players:
         full = lora is None
         stored = torch.float32 if full else self.dtype
         log.info("loading the model")
-        model = load_model(self.recipe.model, self.path, stored, load_in_4bit=self.recipe.model.load_in_4bit)
+        model = load_model(self.recipe.model, self.base_model, stored, load_in_4bit=self.recipe.model.load_in_4bit)
         if lora is not None:
             model = add_adapter(model, lora, self.recipe.seed, self.recipe.model.revision)
             fuse_layers(model)
@@ -128,7 +130,7 @@ class Players:
         self._loaded = None
 
     def weights(self) -> dict[str, Tensor]:
-        """The tensors that make a player, by name: the adapter's, or all of the model's."""
+        """Return the tensors of a player by name: those of the adapter, or all of the model."""
         if self.recipe.lora is not None:
             return dict(self.parameters())
         unique: dict[int, tuple[str, Tensor]] = {}  # a tied weight has two names
@@ -141,7 +143,7 @@ class Players:
 
         Args:
             t: the iteration.
-            full_weights: the weights in full, if the model holds shards of them.
+            full_weights: the complete weights, if the model holds shards.
 
         Raises:
             ModelError: a weight is NaN or infinite.
@@ -197,15 +199,15 @@ class Players:
 
     @cached_property
     def prefix_sharing(self) -> bool:
-        """Whether all responses to a prompt share one row, as the sft stage has measured."""
+        """Whether all responses to a prompt share one row. The sft stage decides this by a measurement."""
         return bool(self.folder.metadata("sft", START)["prefix_sharing"])
 
     def measure_prefix_sharing(self, trees: Sequence[PrefixTree]) -> bool:
-        """Decide once per run, on these trees, whether responses to a prompt share a row.
+        """Decide once per run whether responses to a prompt share a row, by log-probabilities of these trees.
 
         Raises:
-            ModelError: our log-probabilities are not the model's, or the recipe requires prefix trees and the model
-                does not support them.
+            ModelError: our log-probabilities differ from the model's own, or the recipe requires prefix sharing and the
+                model does not support it.
         """
         self.prefix_sharing = processes.on_rank_zero(self._measure_prefix_sharing, trees)
         return self.prefix_sharing
@@ -215,36 +217,38 @@ class Players:
         if path.exists():
             return bool(read_json(path)["prefix_sharing"])
         required = self.recipe.train.prefix_sharing
-        rows, shared = max_logprob_error(self.logprobs, trees, False), math.inf
+        # Errors in nats per token, with one response per row and with prefix trees.
+        row_error, tree_error = max_logprob_error(self.logprobs, trees, False), math.inf
         if required != "never":
             try:
-                shared = max_logprob_error(self.logprobs, trees, True)
+                tree_error = max_logprob_error(self.logprobs, trees, True)
             except ModelError as error:
                 log.info("%s", error)
-        if not math.isfinite(rows):
+        if not math.isfinite(row_error):
             raise ModelError(
-                f"{self.path}: its log-probabilities are not finite. Its weights are damaged, or {self.dtype} is too "
-                "imprecise for it; try model.dtype: float32"
+                f"{self.base_model}: its log-probabilities are not finite. Its weights are damaged, or {self.dtype} is "
+                "too imprecise for it; try model.dtype: float32"
             )
-        if rows > MAX_PARITY_GAP[self.dtype]:
+        if row_error > MAX_LOGPROB_ERROR[self.dtype]:
             raise ModelError(
-                f"{self.path}: log-probabilities differ from the model's own by {rows:.3g} nats per token. spinlm does "
-                "not know this kind of output head, so it cannot train this model"
+                f"{self.base_model}: log-probabilities differ from the model's own by {row_error:.3g} nats per token. "
+                "spinlm does not know this kind of output head, so it cannot train this model"
             )
-        fits = shared <= max(MAX_PARITY_GAP[torch.float32], 2 * rows)  # `rows` is the noise of this precision
-        if required == "always" and not fits:
+        # The error with one response per row is the rounding error of this precision.
+        is_supported = tree_error <= max(MAX_LOGPROB_ERROR[torch.float32], 2 * row_error)
+        if required == "always" and not is_supported:
             raise ModelError(
-                f"{self.path}: its attention does not support prefix trees (difference {shared:.3g} nats per token). "
-                "Set train.prefix_sharing: auto or never"
+                f"{self.base_model}: its attention does not support prefix trees (difference {tree_error:.3g} nats per "
+                "token). Set train.prefix_sharing: auto or never"
             )
         log.info(
             "prefix sharing: %s (difference from the model's own log-probabilities, in nats per token: %.2g with "
             "prefix trees, %.2g with one response per row)",
-            *("on" if fits else "off", shared, rows),
+            *("on" if is_supported else "off", tree_error, row_error),
         )
-        gaps = {"prefix trees": shared, "one response per row": rows}
-        write_json(path, {"prefix_sharing": fits, "nats_per_token": gaps})
-        return fits
+        errors = {"prefix trees": tree_error, "one response per row": row_error}
+        write_json(path, {"prefix_sharing": is_supported, "nats_per_token": errors})
+        return is_supported
 
 
 def _sort_target_modules(path: Path) -> None:

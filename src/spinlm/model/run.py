@@ -25,11 +25,11 @@ FS_SYNC_TIMEOUT = 10.0  # seconds until a file that one machine writes must be v
 
 @dataclass
 class Stage:
-    """A stage in progress: the stage function fills in what it made."""
+    """A stage in progress. The stage function sets the outputs and the metadata."""
 
-    done: bool  # the run folder holds the complete result already
+    done: bool  # whether the run folder already holds the complete result
     outputs: list[Path] = field(default_factory=list)
-    metadata: dict[str, Any] = field(default_factory=dict)  # JSON values that the marker keeps
+    metadata: dict[str, Any] = field(default_factory=dict)  # JSON values to keep in the marker
 
 
 class Run:
@@ -41,7 +41,7 @@ class Run:
     def __init__(self, recipe: Recipe, folder: RunDir):
         self.recipe = recipe
         self.folder = folder
-        self.accelerator: Any = None  # Accelerate's, once the trackers of `report_to` are in use
+        self.accelerator: Any = None  # the `Accelerator` with the trackers of `report_to`, once they are in use
 
     @cached_property
     def players(self) -> Players:
@@ -55,7 +55,7 @@ class Run:
         The block returns at once if `stage.done`. All processes enter and leave the block together.
 
         Raises:
-            RunError: the stage, or one that it reads, was made from something that has changed since.
+            RunError: the stage or a stage that it reads was made from files that have changed.
         """
         stage = Stage(done=on_rank_zero(self.folder.done, name, t))
         if not stage.done:
@@ -87,7 +87,7 @@ class Run:
 def open_run(
     recipe: Recipe, folder: RunDir, *, overwrite: bool = False, start_from: RunDir | None = None
 ) -> Iterator[Run]:
-    """Join the other processes, lock the run folder, tie it to the recipe, and give the run.
+    """Join the other processes, lock the run folder, write the recipe into it, and yield the run.
 
     Args:
         recipe: the recipe to play.
@@ -96,7 +96,7 @@ def open_run(
         start_from: another run; its examples and its starting player are copied.
 
     Raises:
-        SpinError: what went wrong, where, and what to do. A failure is also written to error.txt.
+        SpinError: what went wrong, where, and what to do. The error is also written to error.txt.
     """
     with graceful_shutdown(), process_group(), contextlib.ExitStack() as stack:
         _check_same_recipe(recipe)
@@ -110,7 +110,7 @@ def open_run(
         try:
             yield run
         except Exception as error:  # written to error.txt, then raised again
-            # A traceback that is no SpinError, in one of several processes, may be the echo of another's failure.
+            # With several processes, an error that is not a SpinError may be a consequence of a failure in another one.
             is_cause = isinstance(error, SpinError) or world_size() == 1
             if is_main_process() and is_cause and not isinstance(error, StoppedError | PeerError):
                 folder.write_error(error)
@@ -146,7 +146,7 @@ def _check_same_recipe(recipe: Recipe) -> None:
 
 
 def _check_shared_filesystem(folder: RunDir) -> None:
-    """Make sure that all processes see the run folder of process 0. A network file system may need some seconds.
+    """Make sure that all processes see the run folder of process 0. On a network file system this can take seconds.
 
     Raises:
         RunError: a process does not see the folder.

@@ -94,7 +94,7 @@ def _start_cost(recipe: Recipe, lengths: Lengths, prefix_sharing: bool) -> Itera
 
 def _iteration_cost(recipe: Recipe, lengths: Lengths, prefix_sharing: bool, t: int) -> IterationCost:
     train, opponent, heldout = recipe.train, recipe.opponent, recipe.data.heldout
-    prompts, samples, used = num_prompts(recipe, lengths), opponent.samples_per_prompt, recipe.num_synthetic(t)
+    prompts, samples, used = num_prompts(recipe, lengths), opponent.samples_per_prompt, recipe.synthetic_per_prompt(t)
     train_prompts = 0 if recipe.is_control else prompts  # prompts that the opponent responds to for training
     prompts_per_step = max(1, train.batch_size // used)
     responses = 0 if recipe.preferences else (train_prompts + heldout) * samples
@@ -113,7 +113,7 @@ def _iteration_cost(recipe: Recipe, lengths: Lengths, prefix_sharing: bool, t: i
         # The player reads the opponent's responses and one of its own; the starting player reads that one.
         evaluation_tokens=tokens((heldout, samples + 1), (heldout, 1)),
         guard_tokens=tokens(((train.epochs - 1) * heldout if recipe.selfplay.guard else 0, 0)),
-        training_tokens=tokens((train.epochs * prompts, recipe.num_branches(t))),
+        training_tokens=tokens((train.epochs * prompts, recipe.other_responses_per_prompt(t))),
     )
 
 

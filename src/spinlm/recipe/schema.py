@@ -306,21 +306,22 @@ class Recipe(Section):
         """Maximum tokens of a synthetic response."""
         return self.train.max_length if self.preferences else self.opponent.max_new_tokens
 
-    def num_synthetic(self, t: int) -> int:
-        """Number of synthetic responses per prompt at iteration t: the newest, and those of up to `replay` iterations
-        before."""
+    def synthetic_per_prompt(self, t: int) -> int:
+        """Return the number of synthetic responses per prompt in the training of iteration t, with replayed ones."""
         return self.opponent.samples_per_prompt * (min(t, self.selfplay.replay) + 1)
 
-    def num_branches(self, t: int) -> int:
-        """Number of responses per prompt that training computes at iteration t, without the real one. T-SPIN adds
-        θ_0's."""
+    def other_responses_per_prompt(self, t: int) -> int:
+        """Return the number of responses per prompt in the training of iteration t, without the real one.
+
+        T-SPIN adds those of θ_0.
+        """
         if self.is_control:
             return 0
         initial = isinstance(self.objective, TSpin) and t > self.selfplay.replay
-        return self.num_synthetic(t) + (self.opponent.samples_per_prompt if initial else 0)
+        return self.synthetic_per_prompt(t) + (self.opponent.samples_per_prompt if initial else 0)
 
     def max_micro_batch_tokens(self, prefix_sharing: bool) -> int:
-        """Maximum tokens of a micro-batch: its budget, or those of a single prompt if it needs more."""
-        branches, longest = self.num_branches(self.selfplay.iterations - 1), self.train.max_length
-        tree, rows = longest + branches * self.longest_synthetic, (1 + branches) * longest
+        """Return the maximum tokens of a micro-batch: the budget, or the tokens of one prompt if they exceed it."""
+        others, longest = self.other_responses_per_prompt(self.selfplay.iterations - 1), self.train.max_length
+        tree, rows = longest + others * self.longest_synthetic, (1 + others) * longest
         return max(self.train.tokens_per_micro_batch, tree if prefix_sharing else rows)

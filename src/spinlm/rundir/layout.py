@@ -83,8 +83,8 @@ class RunDir(MarkedFolder):
         """Checkpoints of an unfinished training."""
         return self.iteration(t) / "checkpoints"
 
-    def nll_curve(self, t: int) -> Path:
-        """Held-out NLL after each epoch. It is kept with the checkpoints, because a resumed run needs both."""
+    def heldout_nll(self, t: int) -> Path:
+        """Held-out NLL after each epoch of an unfinished training, which a resumed run reads."""
         return self.checkpoints(t) / "heldout_nll.json"
 
     def heldout_greedy(self, t: int) -> Path:

@@ -3,18 +3,17 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from spinlm.distributed import processes
 from spinlm.distributed.progress import Advance, track
 from spinlm.evals.heldout import (
+    HeldoutScores,
     Metrics,
-    RealScores,
-    SampleFeatures,
+    ResponseFeatures,
     merge_metrics,
-    real_nll_and_margins,
     repeated_4grams,
-    sample_features,
+    response_features,
+    score_heldout,
     summarize_greedy,
     summarize_pairs,
     summarize_probe,
@@ -42,20 +41,20 @@ log = logging.getLogger("spinlm")
 
 
 @dataclass(frozen=True)
-class _Shard:
-    """A player's responses to one shard of the held-out prompts, and its scores of the real ones."""
+class _ShardResults:
+    """A player's responses to one shard of the held-out prompts, and its scores."""
 
     examples: list[Example]
     greedy: list[Response]
     sampled: list[Response]  # at temperature 1, from all tokens
-    real: RealScores
+    scores: HeldoutScores
 
 
 def evaluate(run: Run, t: int) -> None:
-    """Let the player that iteration `t` made respond to the held-out prompts, and measure it; `START` is θ_0.
+    """Measure the player that iteration `t` made on the held-out prompts; `START` is θ_0.
 
-    Writes heldout_greedy.jsonl, heldout_sampled.jsonl and eval.json. From iteration 0 on, the metrics include how well
-    the player tells the held-out real responses from its opponent's.
+    Writes heldout_greedy.jsonl, heldout_sampled.jsonl and eval.json. For all players but θ_0, the metrics include
+    accuracy and margin on held-out pairs of real and opponent's responses.
     """
     with run.stage("evaluate", t) as stage:
         if stage.done:
@@ -64,8 +63,8 @@ def evaluate(run: Run, t: int) -> None:
         players.load(t)
         size, heldout = run.recipe.opponent.shard_size, RecordFile(folder.examples("heldout"), Example)
         greedy_seed, sampled_seed = (derive_seed(run.recipe.seed, purpose, t) for purpose in ("evaluate", "sample"))
-        shards: dict[int, _Shard] = {}
-        # Per prompt: two responses to write, one pass of the player over real and sampled ones, one pass of θ_0.
+        shards: dict[int, _ShardResults] = {}
+        # Per prompt: two generated responses, one scoring pass of the player, one scoring pass of θ_0.
         total, label = 4 * len(heldout), f"{player_name(t)}: evaluate"
         with track(label, total, shared=True, responses="responses written and read") as advance:
             for number in processes.claim_work(range(heldout.shards(size))):
@@ -73,14 +72,14 @@ def evaluate(run: Run, t: int) -> None:
                 greedy = _respond(run, examples, 0.0, greedy_seed + number, advance)
                 sampled = _respond(run, examples, 1.0, sampled_seed + number, advance)
                 pairs = None if t == START else read_pairs([folder.pairs(t, "heldout", number)])
-                real = real_nll_and_margins(players, examples, pairs, [response.token_ids for response in sampled])
+                scores = score_heldout(players, examples, pairs, [response.token_ids for response in sampled])
                 advance(len(examples))
-                shards[number] = _Shard(examples, greedy, sampled, real)
+                shards[number] = _ShardResults(examples, greedy, sampled, scores)
             players.load(START)
-            features: dict[int, SampleFeatures] = {}
+            features: dict[int, ResponseFeatures] = {}
             for number, shard in shards.items():
                 responses = [response.token_ids for response in shard.sampled]
-                features[number] = sample_features(players, shard.examples, responses)
+                features[number] = response_features(players, shard.examples, responses)
                 advance(len(shard.examples))
         gathered = {
             number: (shard, process_features[number])
@@ -108,8 +107,8 @@ def _respond(run: Run, examples: Sequence[Example], temperature: float, seed: in
     return [response for (response,) in local_engine(run.players).generate(prompts, sampling, seed, advance)]
 
 
-def _write_results(run: Run, t: int, shards: list[tuple[_Shard, SampleFeatures]]) -> Metrics:
-    """Write the responses and the metrics of all shards; return the metrics."""
+def _write_results(run: Run, t: int, shards: list[tuple[_ShardResults, ResponseFeatures]]) -> Metrics:
+    """Write the responses and the metrics of all shards. Return the metrics."""
     scorer = get_scorer(run.recipe.evaluate.scorer) if run.recipe.evaluate.scorer else None
     decode = run.players.renderer.decode
     greedy_rows, sampled_rows = [], []
@@ -125,42 +124,39 @@ def _write_results(run: Run, t: int, shards: list[tuple[_Shard, SampleFeatures]]
                     finished=greedy.finished,
                     identical=greedy.token_ids == example.response_ids,
                     repeated_4grams=repeated_4grams(greedy.token_ids),
-                    nll=shard.real.nll[number],
+                    nll=shard.scores.nll[number],
                     task_score=scorer(greedy_text, example.response) if scorer else None,
-                    margins=shard.real.margins[number],
+                    margins=shard.scores.margins[number],
                 )
             )
-            start_logprob = features.logprobs[number]
+            start_logprob = features.sampled_logprobs[number]
             sampled_rows.append(
                 HeldoutSampled(
                     id=example.id,
                     token_ids=sampled.token_ids,
                     text=sampled_text,
                     finished=sampled.finished,
-                    logprob=start_logprob if t == START else shard.real.sampled[number],
+                    logprob=start_logprob if t == START else shard.scores.sampled_logprobs[number],
                     start_logprob=start_logprob,
                     task_score=scorer(sampled_text, example.response) if scorer else None,
                 )
             )
     metrics = merge_metrics(
         summarize_greedy(greedy_rows),
-        summarize_pairs([margins for shard, _ in shards for margins in shard.real.margins]),
+        summarize_pairs([margins for shard, _ in shards for margins in shard.scores.margins]),
         summarize_sampled(sampled_rows),
         summarize_probe([features for _, features in shards]),
     )
-    rows: tuple[tuple[Any, Sequence[Any]], ...] = (
-        (run.folder.heldout_greedy(t), greedy_rows),
-        (run.folder.heldout_sampled(t), sampled_rows),
-    )
-    for path, records in rows:
-        with atomic_file(path, "w") as file:
-            file.writelines(to_line(record) for record in records)
+    with atomic_file(run.folder.heldout_greedy(t), "w") as file:
+        file.writelines(map(to_line, greedy_rows))
+    with atomic_file(run.folder.heldout_sampled(t), "w") as file:
+        file.writelines(map(to_line, sampled_rows))
     write_json(run.folder.eval_metrics(t), metrics)
     return metrics
 
 
 def _report(run: Run, t: int, metrics: Metrics) -> None:
-    """Hand the metrics to the trackers, and log two of them."""
+    """Send the metrics to the trackers, and log two of them."""
     steps = count_records(run.folder.train_log) if run.folder.train_log.exists() else 0
     metrics_logger(run, "evaluate", t)(metrics, steps)
     kl = "" if t == START else f"; KL from the start: {metrics['kl_from_start']:+z.4f} nats per token"

@@ -23,7 +23,7 @@ log = logging.getLogger("spinlm")
 
 
 def prompt_splits(recipe: Recipe) -> tuple[str, ...]:
-    """The splits whose prompts the opponent responds to: the control does not train on responses."""
+    """Return the splits that the opponent responds to. A control does not train on responses: held-out prompts only."""
     return ("heldout",) if recipe.is_control else PAIR_SPLITS
 
 
@@ -37,18 +37,18 @@ def generate(run: Run, t: int) -> None:
         examples = {split: RecordFile(folder.examples(split), Example) for split in prompt_splits(recipe)}
         shards = [(split, shard) for split, records in examples.items() for shard in range(records.shards(size))]
         missing = processes.on_rank_zero(_missing, folder, t, shards)
-        takes_part = processes.is_main_process() or recipe.opponent.engine == "local" or recipe.preferences
-        if not takes_part:
-            players.unload()  # process 0 asks the engine for everything, and the engine may need the memory
+        participates = processes.is_main_process() or recipe.opponent.engine == "local" or recipe.preferences
+        if not participates:
+            players.unload()  # only process 0 uses the engine, which may need the memory
         sampling = Sampling.from_recipe(recipe, players.renderer.stop_ids)
         total = sum(map(len, examples.values())) * sampling.samples
-        left = sum(min(size, len(examples[split]) - shard * size) for split, shard in missing) * sampling.samples
-        needs_engine = takes_part and missing and not recipe.preferences
+        remaining = sum(min(size, len(examples[split]) - shard * size) for split, shard in missing) * sampling.samples
+        needs_engine = participates and missing and not recipe.preferences
         with (
             open_engine(players, t) if needs_engine else nullcontext() as engine,
-            track(f"iteration {t}: generate", total, total - left, shared=True, responses="responses") as advance,
+            track(f"iteration {t}: generate", total, total - remaining, shared=True, responses="responses") as advance,
         ):
-            for split, shard in processes.claim_work(missing, takes_part):
+            for split, shard in processes.claim_work(missing, participates):
                 chosen = examples[split].shard(shard, size)
                 if engine is None:
                     rows = _rejected(players, chosen, t)
@@ -93,7 +93,7 @@ def _respond(
 
 
 def _rejected(players: Players, examples: list[Example], t: int) -> list[Generation]:
-    """The data's rejected responses, in the place of an opponent's."""
+    """Return the rejected responses of the data as if the opponent had written them."""
     rows = []
     for example in examples:
         ids = example.rejected_ids

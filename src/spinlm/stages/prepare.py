@@ -30,7 +30,7 @@ MODEL_FILES = (".safetensors", ".bin", ".json", ".jinja", ".model")
 
 
 def prepare(run: Run) -> None:
-    """Write the examples of the run: held-out, for self-play, and for SFT if it has examples of its own.
+    """Write the examples of the run: held-out, for self-play, and additional ones for SFT if `sft.prompts` is set.
 
     Raises:
         DataError, ModelError: the data or the model cannot be used.
@@ -59,7 +59,7 @@ def _write_examples(run: Run, data_fingerprint: dict[str, Any]) -> dict[str, int
     """Write examples/*.jsonl and skipped_rows.json; return the number of examples of each split."""
     recipe, folder = run.recipe, run.folder
     if (path := existing_path(recipe.data.path)) and path.suffix.lower() == ".jsonl":
-        check_layout(recipe.data)  # before a model is unpacked
+        check_layout(recipe.data)  # before a .gguf model is converted, which takes long
     sft_prompts = recipe.sft.prompts if recipe.sft else None
     with contextlib.ExitStack() as stack:
         files = {split: stack.enter_context(atomic_file(folder.examples(split), "w")) for split in SPLITS}
@@ -89,7 +89,7 @@ def _write_examples(run: Run, data_fingerprint: dict[str, Any]) -> dict[str, int
 
 
 def _check_launcher() -> None:
-    """Refuse settings of the launcher that the recipe decides.
+    """Refuse settings of the launcher that belong in the recipe.
 
     Raises:
         RecipeError: `accelerate launch` is configured to use FSDP or DeepSpeed.
@@ -124,7 +124,7 @@ def _check_names(recipe: Recipe) -> None:
 
 def _data_fingerprint(recipe: Recipe) -> dict[str, Any]:
     path = existing_path(recipe.data.path)
-    if path is None and names_a_file(recipe.data.path):  # before a model is unpacked
+    if path is None and names_a_file(recipe.data.path):  # before a model is loaded
         raise DataError(f"{recipe.data.path}: no such file")
     if path is not None and path.is_file():
         try:
@@ -135,7 +135,7 @@ def _data_fingerprint(recipe: Recipe) -> dict[str, Any]:
 
 
 def _model_fingerprint(recipe: Recipe) -> dict[str, Any]:
-    """The SHA-256 of each file of a local model, or the commit of a hub model."""
+    """Return the SHA-256 of each file of a local model, or the commit of a hub model."""
     path = resolve_model(recipe.model.path)
     if path is None:
         return {"id": recipe.model.path, "commit": hub_commit(recipe.model)}

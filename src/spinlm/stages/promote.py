@@ -46,7 +46,7 @@ def _select(run: Run, t: int) -> dict[str, Any]:
     """Compare the player with the best one, look for a collapse, and write selection.json."""
     folder, selfplay = run.folder, run.recipe.selfplay
     folder.require("evaluate", START)
-    # The best player before this iteration comes from the marker, not the link, so that a rerun decides the same.
+    # Read the best player from the marker of the previous iteration, not from the link: a rerun decides the same.
     best = folder.metadata("promote", t - 1)["best"] if t > 0 else START
     folder.require("evaluate", best)
     comparison = compare(run, t, best)

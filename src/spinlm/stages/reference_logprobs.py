@@ -1,6 +1,6 @@
-"""Reference log-probabilities: the opponent's, of every real and synthetic response in use, without gradients.
+"""Reference log-probabilities: log p_θt of every real and synthetic response that is used in iteration t.
 
-After this stage training needs no second model in memory.
+Because the opponent's log-probabilities are computed here, training needs only one model in memory.
 """
 
 import logging
@@ -31,24 +31,25 @@ from spinlm.utils.signals import check_interrupt
 log = logging.getLogger("spinlm")
 
 MAX_LOGPROB_MISMATCH = 0.1
-"""Mean difference between the engine's log-probabilities and ours, in nats per token, that rounding can explain."""
+"""Largest mean difference between the engine's log-probabilities and ours that rounding explains, in nats per token."""
 
 
 def reference_logprobs(run: Run, t: int) -> None:
     """Write the pairs of iteration `t`, one shard at a time. Verified shards are kept.
 
-    Training pairs use the newest synthetic responses and those of `selfplay.replay` iterations before; held-out pairs
-    use the newest. A synthetic response that equals the real one carries no gradient: it makes no pair and is counted.
+    Training pairs use the synthetic responses of this iteration and of the `selfplay.replay` iterations before it.
+    Held-out pairs use only those of this iteration. A synthetic response that equals the real one is counted but makes
+    no pair, because its gradient is 0.
     """
     with run.stage("reference_logprobs", t) as stage:
         if stage.done:
             return
         recipe, folder, players = run.recipe, run.folder, run.players
         needs_initial = isinstance(recipe.objective, TSpin)
-        earlier = range(max(0, t - recipe.selfplay.replay), t)
-        for source in {*earlier, *((0,) if needs_initial and t else ())}:
-            processes.on_rank_zero(folder.require, "generate", source)
-        players.load(t - 1)
+        replayed = range(max(0, t - recipe.selfplay.replay), t)
+        for iteration in {*replayed, *((0,) if needs_initial and t else ())}:
+            processes.on_rank_zero(folder.require, "generate", iteration)
+        players.load(t - 1)  # θ_t
         size = recipe.opponent.shard_size
         examples = {split: RecordFile(folder.examples(split), Example) for split in prompt_splits(recipe)}
         shards = [(split, shard) for split, records in examples.items() for shard in range(records.shards(size))]
@@ -59,8 +60,8 @@ def reference_logprobs(run: Run, t: int) -> None:
                 chosen = examples[split].shard(shard, size)
                 generations = [
                     generation
-                    for source in ((t, *reversed(earlier)) if split == "train" else (t,))
-                    for generation in read_lines(folder.generations(source, split, shard), Generation)
+                    for iteration in ((t, *reversed(replayed)) if split == "train" else (t,))
+                    for generation in read_lines(folder.generations(iteration, split, shard), Generation)
                 ]
                 path = folder.pairs(t, split, shard)
                 if folder.is_verified(path):
@@ -103,12 +104,12 @@ def _make_pairs(
     by_id: dict[str, list[Generation]] = defaultdict(list)
     for generation in generations:
         by_id[generation.id].append(generation)
-    used = []
+    members = []  # of each tree: the example and its synthetic responses
     trees = []
     for example in examples:
         synthetic = [g for g in by_id[example.id] if g.token_ids != example.response_ids]
         if synthetic:
-            used.append((example, synthetic))
+            members.append((example, synthetic))
             trees.append(PrefixTree(example.prompt_ids, (example.response_ids, *(g.token_ids for g in synthetic))))
     pairs: dict[int, list[Pair]] = {}
     budget = players.recipe.train.tokens_per_micro_batch
@@ -116,7 +117,7 @@ def _make_pairs(
         check_interrupt()
         logprobs = iter(players.response_logprobs([trees[index] for index in chosen]))
         for index in chosen:
-            example, synthetic = used[index]
+            example, synthetic = members[index]
             real = next(logprobs)
             pairs[index] = [
                 Pair(
@@ -139,7 +140,8 @@ def _make_pairs(
 def _with_initial(pairs: list[Pair], generations: Iterable[Generation]) -> list[Pair]:
     """Add θ_0's response to each pair, for T-SPIN.
 
-    If θ_0's response is the real one, the synthetic one takes its place: the loss must not push the real one down.
+    If θ_0's response equals the real one, use the synthetic one instead, because the loss must not lower the
+    likelihood of the real response.
     """
     initial = {(generation.id, generation.sample): generation.token_ids for generation in generations}
 
@@ -188,7 +190,7 @@ class _Tally:
         count["mismatch_max"] = max([count["mismatch_max"], *mismatches])
 
     def rates(self) -> dict[str, dict[str, float]]:
-        """Counts, rates, and the log-probability mismatch in nats per token, by split."""
+        """Return counts, rates, and the log-probability mismatch in nats per token, by split."""
         rates: dict[str, dict[str, float]] = {}
         for split, count in self.counts.items():
             responses = count["responses"]
@@ -205,7 +207,7 @@ class _Tally:
         return rates
 
     def summary(self) -> str:
-        """One line about the training split, or about the held-out split if there is no other."""
+        """Describe the training split, or the held-out split if there is no training split, in one line."""
         split, rates = next(iter(self.rates().items()))
         pairs = "pairs" if split == "train" else "held-out pairs"
         mismatch = rates.get("logprob_mismatch_mean")

@@ -61,7 +61,7 @@ def _fine_tune(run: Run, heldout_nll: HeldoutNLL) -> None:
 
 
 def _probe_trees(examples: list[Example], max_length: int) -> list[PrefixTree]:
-    """Trees to measure prefix sharing on: the longest prompt and two more, each with its own and another's response."""
+    """Return trees to measure prefix sharing on: two or three prompts, among them the longest, with two responses."""
     longest = sorted(examples, key=lambda example: -len(example.prompt_ids))[:1]
     chosen = longest + [example for example in examples[:2] if example not in longest]
     return [

@@ -29,7 +29,7 @@ def train(run: Run, t: int) -> None:
     with run.stage("train", t) as stage:
         if stage.done:
             return
-        run.players.load(t - 1)
+        run.players.load(t - 1)  # θ_t
         dataset, loss_fn = _dataset_and_loss(run, t)
         if len(dataset.batch_cost) == 0:
             log.warning("iteration %d: every synthetic response equals the real one; there is nothing to learn", t)
@@ -49,18 +49,18 @@ def train(run: Run, t: int) -> None:
 
 def _dataset_and_loss(run: Run, t: int) -> tuple[TrainDataset, LossFunction]:
     recipe, folder = run.recipe, run.folder
-    if recipe.is_control:  # as many examples in a step as self-play has prompts
-        return SftDataset(folder.examples("train"), batch_cost=recipe.num_synthetic(t)), sft_loss
+    if recipe.is_control:  # a step has as many examples as a step of self-play has prompts
+        return SftDataset(folder.examples("train"), batch_cost=recipe.synthetic_per_prompt(t)), sft_loss
     shards = RecordFile(folder.examples("train"), Example).shards(recipe.opponent.shard_size)
     paths = [folder.pairs(t, "train", shard) for shard in range(shards)]
     return PairDataset(paths, recipe.train.batch_size), pair_loss(recipe, t)
 
 
 def _collapse_guard(run: Run, t: int, heldout_nll: HeldoutNLL) -> Callable[[int], bool]:
-    """Make a function that ends training after an epoch in which the held-out NLL has risen beyond the guard's bound.
+    """Return a function that returns False after an epoch in which the held-out NLL exceeds the guard's bound.
 
-    The player is then saved and evaluated, and `promote` stops the run. After the last epoch the evaluate stage
-    decides, which measures more.
+    Training then ends, the player is saved and evaluated, and `promote` stops the run. The last epoch is not checked
+    here, because `promote` checks the evaluated player by more metrics.
     """
     guard, epochs = run.recipe.selfplay.guard, run.recipe.train.epochs
     if guard is None or epochs == 1:
@@ -68,7 +68,7 @@ def _collapse_guard(run: Run, t: int, heldout_nll: HeldoutNLL) -> Callable[[int]
     on_rank_zero(run.folder.require, "evaluate", START)
     start = read_json(run.folder.eval_metrics(START))
 
-    def continues(epoch: int) -> bool:
+    def should_continue(epoch: int) -> bool:
         if epoch == epochs:
             return True
         signs = detect_collapse(guard, start, {"heldout_nll": heldout_nll.measure(epoch)})
@@ -76,4 +76,4 @@ def _collapse_guard(run: Run, t: int, heldout_nll: HeldoutNLL) -> Callable[[int]
             log.warning("iteration %d: collapse, training ends after epoch %d: %s", t, epoch, signs)
         return not signs
 
-    return continues
+    return should_continue
