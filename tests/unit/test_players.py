@@ -334,7 +334,7 @@ def test_resolve_model(saved: Any, package: Path, tmp_path: Path, monkeypatch: p
         ("package://no.such/x.gguf", "write package://NAME/FILE"),
         ("package:///x.gguf", "package://"),
         ("package://llm_pretend/other.gguf", r"the package has no such file; it has tiny\.gguf$"),
-        ("package://llm_pretend/sub/other.gguf", r"the package has no such file; it has no \*\.gguf$"),
+        ("package://llm_pretend/sub/other.gguf", r"the package has no such file; it has no \.gguf file$"),
         ("package://llm_pretend", "write package://NAME/FILE"),
     ],
 )
