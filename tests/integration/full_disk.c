@@ -1,13 +1,13 @@
-/* A disk that gets full. Preloaded into a process, this lets its n-th call that writes below a folder fail with ENOSPC:
- * whoever makes it, Python or a library in C++ or Rust. Anything else is left alone.
+/* A disk that fills up. Preload this library into a process, and the n-th call that writes below a folder fails with
+ * ENOSPC, in Python and in libraries of C++ or Rust. Other calls do not change.
  *
  *   FULL_DISK_FOLDER  the folder, absolute and without links
- *   FULL_DISK_AT      n, from 1; 0 or absent is never
- *   FULL_DISK_ONCE    any value: the call after it works again; without it the disk stays full
- *   FULL_DISK_ERROR   the number of another error: read-only, damaged
- *   FULL_DISK_LOG     a file elsewhere that gets a line for each of these calls
+ *   FULL_DISK_AT      n, from 1; 0 or unset: no call fails
+ *   FULL_DISK_ONCE    any value: later calls work; unset: the disk stays full
+ *   FULL_DISK_ERROR   errno of another error: read-only, damaged
+ *   FULL_DISK_LOG     a file outside the folder that gets a line for each such call
  *
- * The environment is read at each call, so that a process may set it for itself.
+ * The environment is read at each call, so a process may change it.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -44,7 +44,7 @@ static void note(long number, const char *what, const char *path, long bytes, in
     }
 }
 
-/* Whether a call on a path fails; if so, errno is set. */
+/* Return whether a call on a path fails; set errno if it does. */
 static int full(const char *what, const char *path, long bytes)
 {
     const char *folder = getenv("FULL_DISK_FOLDER"), *at = getenv("FULL_DISK_AT");
@@ -172,7 +172,7 @@ ALLOCATE(posix_fallocate64, off64_t)
 FALLOCATE(fallocate, off_t)
 FALLOCATE(fallocate64, off64_t)
 
-/* What is written through a mapping is not seen here; that a file is mapped to be written is. */
+/* Writes through a mapping are not seen. The mapping of a file for writing is. */
 #define MMAP(name, offset_type)                                                                                        \
     void *name(void *at, size_t size, int protection, int flags, int file, offset_type offset)                         \
     {                                                                                                                  \
@@ -218,7 +218,7 @@ int renameat(int from_folder, const char *from, int folder, const char *to)
     return full_at("rename", folder, to) ? -1 : REAL(renameat)(from_folder, from, folder, to);
 }
 
-/* A folder that is there already is told so, however full the disk is. */
+/* mkdir of an existing folder fails with EEXIST, also on a full disk. */
 int mkdir(const char *path, mode_t mode)
 {
     return faccessat(AT_FDCWD, path, F_OK, 0) && full_at("mkdir", AT_FDCWD, path) ? -1 : REAL(mkdir)(path, mode);

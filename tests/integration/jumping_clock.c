@@ -1,11 +1,10 @@
-/* A clock that jumps. Preloaded into a process, this moves what it is told of the time of day by up to ten years, forth
- * and back, another way every few calls. Clocks that only count (CLOCK_MONOTONIC and such) and the times of files are
- * left alone.
+/* A clock that jumps. Preload this library into a process, and its time of day jumps by up to ten years, forward or
+ * back, every few calls. Clocks that only count (CLOCK_MONOTONIC and such) and the times of files do not change.
  *
- *   JUMPING_CLOCK      n: another jump every n calls; absent is never
+ *   JUMPING_CLOCK      n: jump every n calls; unset: no jumps
  *   JUMPING_CLOCK_LOG  a file that gets a line for each jump
  *
- * The environment is read at each call, so that a process may set it for itself.
+ * The environment is read at each call, so a process may change it.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
