@@ -37,14 +37,14 @@ def test_lock_is_released_by_an_exception(run):
 
 
 def test_lock_file_of_a_dead_process_does_not_lock(run):
-    run.state.mkdir(parents=True)
+    run.state_folder.mkdir(parents=True)
     run.lock.write_text("pid 1 on a machine that was switched off long ago, and its name was rather long")
     with run.locked():
         assert run.lock_owner() == f"pid {os.getpid()} on {os.uname().nodename}"
 
 
 def test_lock_of_another_process(run):
-    run.state.mkdir(parents=True)
+    run.state_folder.mkdir(parents=True)
     with run.lock.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(RunError, match=r"in use by another process \(unknown\)"), run.locked():

@@ -168,7 +168,7 @@ def test_unfinished_work_is_kept_while_inputs_and_recipe_are_the_same(run):
     files = finish_sft(run)
     generations = run.generations(0, "train", 0).parent
     run.begin("generate", 0, RECIPE)
-    made_from = read_json(run.begun_note("generate", 0))["made_from"]
+    made_from = read_json(run.begun_file("generate", 0))["made_from"]
     assert made_from == run.metadata("sft", START)["digest"]
     generations.mkdir(parents=True)
     (generations / "half.txt").write_text("half")
@@ -181,7 +181,7 @@ def test_unfinished_work_is_kept_while_inputs_and_recipe_are_the_same(run):
     run.complete("sft", START, [run.player(START), files["a"], files["b"]])  # repeated, with another result
     run.begin("generate", 0, OTHER_RECIPE)
     assert not generations.exists()
-    assert read_json(run.begun_note("generate", 0))["made_from"] == run.metadata("sft", START)["digest"] != made_from
+    assert read_json(run.begun_file("generate", 0))["made_from"] == run.metadata("sft", START)["digest"] != made_from
 
 
 def test_unfinished_work_without_a_note_is_deleted(run):

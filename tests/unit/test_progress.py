@@ -26,7 +26,7 @@ def test_no_remaining_time_from_the_first_responses_of_a_batch(
 ) -> None:
     monkeypatch.setattr(progress, "LOG_SECONDS", -1)
     caplog.set_level(logging.INFO)
-    with progress.track("generate", 20, completed=4, responses="responses") as advance:
+    with progress.track("generate", 20, completed=4, response_unit="responses") as advance:
         advance(3, 600)
         advance(1, 600)
     first, last = caplog.messages

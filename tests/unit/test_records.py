@@ -17,7 +17,7 @@ from spinlm.rundir.records import (
     HeldoutSampled,
     Journal,
     RecordFile,
-    read_line,
+    parse_line,
     read_lines,
     to_line,
 )
@@ -55,7 +55,9 @@ def test_records_are_read_back(kind, data):
         by_number = RecordFile(path, kind)
         assert [by_number[number] for number in range(len(by_number))] == records
         size = data.draw(st.integers(1, 4))
-        assert [record for shard in range(by_number.shards(size)) for record in by_number.shard(shard, size)] == records
+        assert [
+            record for shard in range(by_number.num_shards(size)) for record in by_number.shard(shard, size)
+        ] == records
 
 
 @given(record=RECORDS[Generation], share=st.floats(0, 1, exclude_max=True))
@@ -63,7 +65,7 @@ def test_records_are_read_back(kind, data):
 def test_line_that_was_cut_off_is_refused(record, share):
     line = to_line(replace(record, text=record.text + "x")).rstrip("\n").encode()
     with pytest.raises(RunError, match=r"train\.jsonl, line 7: not a valid Generation"):
-        read_line(line[: int(len(line) * share)], Generation, Path("train.jsonl"), 7)
+        parse_line(line[: int(len(line) * share)], Generation, Path("train.jsonl"), 7)
 
 
 def test_journal_appends_and_reads_back(tmp_path):

@@ -73,7 +73,7 @@ def test_clear(run, tmp_path):
         run.set_best(0)
         (run.root / "link").symlink_to(tmp_path / "outside")
         run.clear()
-        assert names(run.root) == [".spinlm"] and names(run.state) == ["lock"]
+        assert names(run.root) == [".spinlm"] and names(run.state_folder) == ["lock"]
         run.clear()  # nothing is left to delete
     assert (tmp_path / "outside" / "kept.txt").read_text() == "kept"
 
@@ -91,4 +91,4 @@ def test_clear_that_was_cut_short_can_be_repeated(run, monkeypatch):
     assert run.is_run() and not run.has_results()
     with run.locked():
         run.clear()
-    assert names(run.root) == [".spinlm"] and names(run.state) == ["lock"]
+    assert names(run.root) == [".spinlm"] and names(run.state_folder) == ["lock"]

@@ -19,7 +19,7 @@ from spinlm.errors import RunError
 
 T = TypeVar("T")
 
-NO_TIMEOUT = timedelta(days=365)  # of waiting: rank 0 may ask a server for responses for hours
+NO_TIMEOUT = timedelta(days=365)  # processes may wait for hours while rank 0 gets responses from a server
 
 
 class ProcessGroup:
@@ -30,13 +30,13 @@ class ProcessGroup:
         self._gloo: Any = None  # torch.distributed group for Python objects
         self._watchdog: Watchdog | None = None
         self._joined = False
-        self._acting = False  # rank 0 is inside on_rank_zero
+        self._others_wait = False  # this is rank 0, inside on_rank_zero
         self._counters = itertools.count()  # names of shared counters, the same in every process
 
     @property
     def alone(self) -> bool:
-        """Whether this process does everything itself: there is no other one, or the others are waiting."""
-        return not self._joined or self._acting
+        """Whether this process does everything itself, because there is no other process or the others wait."""
+        return not self._joined or self._others_wait
 
     def rank(self) -> int:
         """Number of this process, from 0."""
@@ -59,26 +59,26 @@ class ProcessGroup:
         self.barrier()
         result: list[Any] = [None]
         if self.rank() == 0:
-            self._acting = True
+            self._others_wait = True
             try:
                 result = [function(*args, **kwargs)]
             finally:
-                self._acting = False
+                self._others_wait = False
         dist.broadcast_object_list(result, src=0, group=self._gloo)
         return result[0]
 
-    def claim_work(self, items: Sequence[T], participate: bool = True) -> Iterator[T]:
+    def claim_work(self, items: Sequence[T], participates: bool = True) -> Iterator[T]:
         """Yield this process's share of the items; work is claimed dynamically.
 
         Args:
             items: the same sequence in every process.
-            participate: whether this process claims any.
+            participates: whether this process claims items.
         """
         if self.alone:
             yield from items
             return
         claim = self.shared_counter()
-        while participate and (index := claim(1) - 1) < len(items):
+        while participates and (index := claim(1) - 1) < len(items):
             yield items[index]
 
     def all_gather(self, value: T) -> list[T]:
@@ -105,7 +105,7 @@ class ProcessGroup:
 
     @contextlib.contextmanager
     def join(self) -> Iterator[None]:
-        """Within the block, work together with the other processes that the launcher started.
+        """Connect to the other processes that the launcher started, for the duration of the block.
 
         Raises:
             PeerError: another process failed; that process prints the error.
@@ -174,7 +174,7 @@ def _connect() -> tuple[Any, Any]:
 
 
 def _disconnect() -> None:
-    """NCCL warns if a process exits without this. After a failure it would wait for processes that are gone."""
+    """Destroy the process group, because NCCL warns otherwise. After a failure this would wait for lost processes."""
     import torch.distributed as dist
 
     if dist.is_initialized():
@@ -193,7 +193,7 @@ process_group = _group.join
 
 
 class SharedCounter:
-    """Count what this process has done or, if `shared`, what all processes have done."""
+    """A counter of this process or, if `shared`, of all processes."""
 
     def __init__(self, shared: bool):
         self.shared = shared and not _group.alone
@@ -205,5 +205,5 @@ class SharedCounter:
         return self._count
 
     def add(self, amount: int) -> int:
-        """Add what this process has done. Return the sum."""
+        """Add to the counter. Return the sum."""
         return self._add(amount)

@@ -19,18 +19,18 @@ SYNC_SECONDS = 1  # between exchanges with other processes
 
 @contextlib.contextmanager
 def track(
-    label: str, total: int, completed: int = 0, unit: str = "tokens", *, shared: bool = False, responses: str = ""
+    label: str, total: int, completed: int = 0, unit: str = "tokens", *, shared: bool = False, response_unit: str = ""
 ) -> Iterator[Advance]:
     """Show completed items, units per second, and the time left.
 
     Args:
         label: name of the stage.
         total: number of items.
-        completed: items that an earlier process completed. They do not count for the rate.
+        completed: items that were complete before. They do not count for the rate.
         unit: what the rate counts.
         shared: whether the processes share the items. Otherwise every process does all of them.
-        responses: name of the items if they are responses. Responses of a batch end together, so no time left is shown
-            before a quarter of them is complete.
+        response_unit: name of the items, if they are responses. No time left is shown before a quarter is complete,
+            because the responses of a batch end together.
     """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -69,8 +69,10 @@ def track(
             if bar.disable and is_main_process() and now - logged > LOG_SECONDS:
                 logged = now
                 seconds_left = (total - completed - items) * (now - started) / max(items, 1)
-                hide_time = responses and items < (total - completed) / 4
+                hide_time = response_unit and items < (total - completed) / 4
                 time_left = "" if hide_time else f", {seconds_left:.0f} s left"
-                log.info("%s %d/%s, %s%s", label, completed + items, f"{total} {responses}".strip(), rate, time_left)
+                log.info(
+                    "%s %d/%s, %s%s", label, completed + items, f"{total} {response_unit}".strip(), rate, time_left
+                )
 
         yield advance

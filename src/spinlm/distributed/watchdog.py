@@ -23,11 +23,11 @@ ERROR_KEY = "error"
 HEARTBEAT_SECONDS = 1.0
 EXIT_GRACE_SECONDS = 10.0  # a process that is exiting is ended after this time
 SHUTDOWN_TIMEOUT = 3.0  # seconds for which rank 0 keeps the store open, so that the others can read its error
-CONTINUE = "Finished work is kept: run the same command again to continue"
+RESUME_HINT = "Finished work is kept: run the same command again to continue"
 
 
 class Watchdog:
-    """Two threads: one talks to the store, which may hang; the other watches the clock."""
+    """Two threads: one exchanges heartbeats through the store, which may hang; the other looks for lost processes."""
 
     def __init__(self, store: Any, rank: int, size: int):
         self._lost_after = float(os.environ.get("SPINLM_LOST_AFTER", 120))  # seconds without a heartbeat
@@ -63,9 +63,9 @@ class Watchdog:
 
     def _write_error(self, error: BaseException) -> BaseException:
         if _is_collective_error(error):
-            error = RunError(f"a process ended or cannot be reached ({first_line(error)}). {CONTINUE}")
+            error = RunError(f"a process ended or cannot be reached ({first_line(error)}). {RESUME_HINT}")
         elif isinstance(error, StoppedError):
-            error = StoppedError(f"stopped by a signal, or by the launcher after another process ended. {CONTINUE}")
+            error = StoppedError(f"stopped by a signal, or by the launcher after another process ended. {RESUME_HINT}")
         text = f"{self._name}: {first_line(error)}"
         with contextlib.suppress(Exception):  # the store may be out of reach
             first_error = self._store.compare_set(ERROR_KEY, "", text).decode()
@@ -95,7 +95,7 @@ class Watchdog:
                         self._heartbeats[rank] = beat, time.monotonic()
                 if self._store.check([ERROR_KEY]):
                     self._peer_error = self._store.get(ERROR_KEY).decode()
-            except RuntimeError:  # out of reach, for now or for good: the other thread counts the seconds
+            except RuntimeError:  # the store is out of reach; the other thread measures for how long
                 continue
             self._last_contact = time.monotonic()
 
@@ -112,7 +112,7 @@ class Watchdog:
                 os._exit(SpinError.exit_code)
 
     def _diagnose(self) -> SpinError | None:
-        """The error to end this process with, if another process failed or is lost."""
+        """Return the error that ends this process, if another process failed or is lost."""
         if self._peer_error is not None:
             return PeerError(self._peer_error)
         silent = [
@@ -128,12 +128,12 @@ class Watchdog:
             return None
         return RunError(
             f"{self._name}: {problem} for {self._lost_after:.0f} s. Check the machines and the network between them. "
-            f"{CONTINUE}"
+            f"{RESUME_HINT}"
         )
 
 
 def first_line(error: BaseException) -> str:
-    """First line of an error's message, or the name of its class."""
+    """Return the first line of an error's message, or the name of its class."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 

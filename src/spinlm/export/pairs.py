@@ -84,7 +84,7 @@ def _write_split(recipe: Recipe, folder: RunDir, iteration: int, split: str, pat
     examples, size = RecordFile(folder.examples(split), Example), recipe.opponent.shard_size
     written = skipped = 0
     with pq.ParquetWriter(path, schema) as writer:
-        for shard in range(examples.shards(size)):
+        for shard in range(examples.num_shards(size)):
             pairs = read_pairs([folder.pairs(iteration, split, shard)])
             keys = pairs.select(["id", "source_iteration", "sample"]).to_pylist()
             rows = list(

@@ -10,7 +10,7 @@ from spinlm.errors import SpinError
 from spinlm.report.summary import is_control, outcome, player_rows, promotions, start_from, verdict
 from spinlm.rundir.layout import RunDir
 from spinlm.rundir.provenance import read_recipe
-from spinlm.rundir.stage_graph import START, Stage, stage_label, stages
+from spinlm.rundir.stage_graph import START, StageKey, stage_label, stages
 from spinlm.utils.atomic import finite
 
 TAIL_BYTES = 1 << 16  # read from the end of train_log.jsonl to find its last line
@@ -131,12 +131,12 @@ def find_runs(parent: Path) -> list[RunDir]:
     return [run for path in sorted(parent.glob("*")) if (run := RunDir(path)).is_run()]
 
 
-def stages_of(folder: RunDir) -> Iterator[Stage]:
+def stages_of(folder: RunDir) -> Iterator[StageKey]:
     """Return the stages of a run in order."""
     return stages(read_recipe(folder)["selfplay"]["iterations"])
 
 
-def own_stages(folder: RunDir) -> Iterator[Stage]:
+def own_stages(folder: RunDir) -> Iterator[StageKey]:
     """Yield the stages that this run completed itself, not those of a start taken from another run."""
     taken = start_from(folder) is not None
     own = (stage for stage in stages_of(folder) if not (taken and stage[1] == START))

@@ -1,4 +1,4 @@
-"""Fork: begin a run with the start of another run, so that both are compared from the same player."""
+"""Fork: copy the starting player of another run, so that both runs can be compared."""
 
 import contextlib
 import logging
@@ -10,7 +10,7 @@ from spinlm.errors import RunError
 from spinlm.recipe.fingerprint import differences, with_defaults
 from spinlm.recipe.schema import MUTABLE_FIELDS, Recipe
 from spinlm.rundir.layout import RunDir
-from spinlm.rundir.provenance import provenance, read_recipe
+from spinlm.rundir.provenance import current_provenance, read_recipe
 from spinlm.rundir.stage_graph import START, START_STAGES
 from spinlm.utils.atomic import atomic_path, read_json, write_json
 
@@ -29,14 +29,14 @@ FIELDS_AFTER_START = (
     "opponent.shard_size",
     *MUTABLE_FIELDS,
 )
-"""Sections and fields that no stage of the start reads. A fork may change them."""
+"""Sections and fields of the recipe that the stages of the start do not read. A fork may change them."""
 
 
 def fork_from(recipe: Recipe, folder: RunDir, source: RunDir) -> None:
-    """Copy examples, starting player and its evaluation from another run. A folder that has them is left unchanged.
+    """Copy the examples, the starting player and its evaluation from another run, if the folder does not have them.
 
     Raises:
-        RunError: as `check_source`; or the folder has another start.
+        RunError: `check_source` fails, or the folder has another start.
     """
     check_source(recipe, folder, source)
     if folder.has_results():
@@ -48,8 +48,8 @@ def fork_from(recipe: Recipe, folder: RunDir, source: RunDir) -> None:
             if source.checkpoints(START) not in path.parents:
                 _copy_or_link(path, folder.root / path.relative_to(source.root), link=part == source.base)
     inputs = read_json(source.provenance)["inputs"]
-    write_json(folder.provenance, {"inputs": inputs, **provenance(), "start_from": str(source.root.absolute())})
-    for stage in START_STAGES:  # markers last: everything they stand for is in place
+    write_json(folder.provenance, {"inputs": inputs, **current_provenance(), "start_from": str(source.root.absolute())})
+    for stage in START_STAGES:  # last, because a marker says that the files of its stage are complete
         _copy_or_link(source.marker(stage, START), folder.marker(stage, START))
     log.info("copied the start from %s", source.root)
 
@@ -58,7 +58,7 @@ def check_source(recipe: Recipe, folder: RunDir, source: RunDir) -> None:
     """Make sure that the start of another run can be copied.
 
     Raises:
-        RunError: the other run is the folder itself, its start is not complete, or this recipe would make another one.
+        RunError: the other run is the folder itself, its start is not complete, or it was made with other settings.
     """
     if source.root.resolve() == folder.root.resolve():
         raise RunError(f"--start-from {source.root}: is the run folder itself. Choose another --run-dir")

@@ -39,8 +39,8 @@ class RunDir(MarkedFolder):
 
     @property
     def prefix_sharing(self) -> Path:
-        """Whether the responses to a prompt share a row, and the measurements behind that choice."""
-        return self.state / "prefix_sharing.json"
+        """Whether the responses to a prompt share a row, and the measured errors."""
+        return self.state_folder / "prefix_sharing.json"
 
     @property
     def train_log(self) -> Path:
@@ -74,9 +74,9 @@ class RunDir(MarkedFolder):
         return self.iteration(t) / "pairs" / f"{split}-{shard:05d}.arrow"
 
     def shards_on_disk(self, stage: str, t: int) -> list[tuple[str, int]]:
-        """Shards (split and number) that the stage generate or reference_logprobs has written."""
-        example = (self.generations if stage == "generate" else self.pairs)(t, "train", 0)
-        names = [path.stem.rpartition("-") for path in example.parent.glob(f"*-*{example.suffix}")]
+        """Return the shards, as (split, number), that the stage generate or reference_logprobs has written."""
+        first = (self.generations if stage == "generate" else self.pairs)(t, "train", 0)
+        names = [path.stem.rpartition("-") for path in first.parent.glob(f"*-*{first.suffix}")]
         return [(split, int(shard)) for split, _, shard in names if shard.isdecimal()]
 
     def checkpoints(self, t: int) -> Path:
@@ -139,18 +139,18 @@ class RunDir(MarkedFolder):
         """Delete the checkpoints of a complete training."""
         if self.checkpoints(t).exists():
             shutil.rmtree(self.checkpoints(t))
-        self.begun_note(stage, t).unlink(missing_ok=True)
+        self.begun_file(stage, t).unlink(missing_ok=True)
 
     def clear(self) -> None:
-        """Delete everything but the lock, which the caller holds. A deletion that is cut short can be repeated."""
+        """Delete everything but the lock, which the caller holds. An interrupted deletion can be repeated."""
         recipe_digest = self.digest_file(self.recipe)
-        for entry in self.state.iterdir():  # markers and notes first: spinlm reads no half-deleted stage
+        for entry in self.state_folder.iterdir():  # markers first, so that no marker outlives the files of its stage
             if entry not in (self.lock, recipe_digest.parent):
                 _delete(entry)
         for entry in self.root.iterdir():
-            if entry != self.state:
+            if entry != self.state_folder:
                 _delete(entry)
-        recipe_digest.unlink(missing_ok=True)  # last: it makes the folder a run folder, which may be deleted
+        recipe_digest.unlink(missing_ok=True)  # last: without this file, spinlm would refuse the folder as not its own
         if recipe_digest.parent.exists():
             shutil.rmtree(recipe_digest.parent)
 

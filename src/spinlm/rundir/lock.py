@@ -25,14 +25,14 @@ class LockedFolder:
         self._lock_file: IO[str] | None = None  # open while this process holds the folder
 
     @property
-    def state(self) -> Path:
+    def state_folder(self) -> Path:
         """Folder with what only spinlm reads."""
         return self.root / STATE
 
     @property
     def lock(self) -> Path:
-        """File that the process which writes to the folder holds a lock on. The file names the process."""
-        return self.state / "lock"
+        """File that the process that writes to the folder holds a lock on. It contains the process id and the host."""
+        return self.state_folder / "lock"
 
     @property
     def error_file(self) -> Path:
@@ -47,7 +47,7 @@ class LockedFolder:
     def digest_file(self, path: Path) -> Path:
         """File with the recorded SHA-256 of a file of the run folder."""
         relative = path.relative_to(self.root)
-        return self.state / "digests" / relative.with_name(f"{relative.name}.sha256")
+        return self.state_folder / "digests" / relative.with_name(f"{relative.name}.sha256")
 
     def is_run(self) -> bool:
         """Whether the folder holds a run."""
@@ -66,7 +66,7 @@ class LockedFolder:
             raise RunError(f"{self.root}: not a folder, and cannot be made one. Choose another --run-dir") from None
         if not self.is_run() and self._has_foreign_files():
             raise RunError(f"{self.root}: holds files but no spinlm run. Choose another --run-dir")
-        self.state.mkdir(exist_ok=True)
+        self.state_folder.mkdir(exist_ok=True)
         with self.lock.open("a+") as file:
             self._acquire(file)
             self._lock_file = file
@@ -118,7 +118,7 @@ class LockedFolder:
             raise RunError(f"{self.root}: was removed or replaced while it was in use. Run the same command again")
 
     def lock_owner(self) -> str:
-        """Process that holds the run folder, or held it last."""
+        """Return the process that holds the run folder, or that held it last."""
         return self.lock.read_text(encoding="utf-8", errors="replace") if self.lock.exists() else ""
 
     def in_use(self) -> bool:
@@ -133,7 +133,7 @@ class LockedFolder:
         return False
 
     def write_error(self, error: Exception) -> None:
-        """Save the error that ended this attempt, for `spinlm status`. Failing to save is not an error."""
-        with contextlib.suppress(OSError, RunError):  # the error itself is raised by the caller
+        """Save the error that ended this attempt, for `spinlm status`. Ignore a failure to save it."""
+        with contextlib.suppress(OSError, RunError):  # the caller raises `error`
             self.check_held()
             write_text(self.error_file, f"{str(error) or type(error).__name__}\n")

@@ -15,14 +15,14 @@ from typing import Any
 
 from spinlm.errors import RunError
 from spinlm.rundir.lock import LockedFolder
-from spinlm.rundir.stage_graph import START, Stage, inputs_of, parent_stage, player_folder, stage_label
+from spinlm.rundir.stage_graph import StageKey, inputs_of, parent_stage, player_folder, player_stage, stage_label
 from spinlm.utils.atomic import file_digest, read_json, short_digest, write_json, write_text
 
 log = logging.getLogger("spinlm")
 
 MTIME_GRANULARITY_NS = 1_000_000_000  # two changes within this time can have the same time stamp
 VOLATILE_KEYS = ("seconds", "resumed", "sum")
-"""Keys of a marker that differ when a stage is repeated. `sum`, the marker's own digest, covers the other two."""
+"""Keys of a marker that differ when a stage is repeated. `sum` is the digest of all other keys."""
 
 PARTIAL_OUTPUTS = {
     "sft": "checkpoints",
@@ -39,7 +39,7 @@ class MarkedFolder(LockedFolder):
     def __init__(self, root: Path):
         super().__init__(root)
         self._digests: dict[Path, tuple[tuple[int, ...], str]] = {}  # path → version of the file, its SHA-256
-        self._started: dict[Stage, tuple[float, bool]] = {}  # stage → monotonic time, whether it was resumed
+        self._started: dict[StageKey, tuple[float, bool]] = {}  # stage → monotonic time, whether it was resumed
 
     def iteration(self, t: int) -> Path:
         """Folder of an iteration; `START` is the starting player's."""
@@ -47,17 +47,17 @@ class MarkedFolder(LockedFolder):
 
     def marker(self, stage: str, t: int) -> Path:
         """File that exists when the stage is complete."""
-        return self.state / player_folder(t) / f"{stage}.done"
+        return self.state_folder / player_folder(t) / f"{stage}.done"
 
-    def begun_note(self, stage: str, t: int) -> Path:
-        """File that says what the unfinished work of a stage was made from."""
-        return self.state / player_folder(t) / f"{stage}.begun"
+    def begun_file(self, stage: str, t: int) -> Path:
+        """File that records the inputs and the recipe of a stage's unfinished work."""
+        return self.state_folder / player_folder(t) / f"{stage}.begun"
 
     def done(self, stage: str, t: int) -> bool:
         """Whether a stage is complete.
 
         Raises:
-            RunError: the stage is complete, but its parent stage has another result by now.
+            RunError: the stage is complete, but the result of its parent stage has changed since.
         """
         marker = self.marker(stage, t)
         if not marker.exists():
@@ -72,7 +72,7 @@ class MarkedFolder(LockedFolder):
 
     def has_results(self) -> bool:
         """Whether any stage is complete."""
-        return any(self.state.glob("*/*.done"))
+        return any(self.state_folder.glob("*/*.done"))
 
     def begin(self, stage: str, t: int, fingerprint: str) -> None:
         """Start or resume a stage. Unfinished work from other inputs or from another recipe is deleted.
@@ -80,26 +80,26 @@ class MarkedFolder(LockedFolder):
         Args:
             stage: name of the stage.
             t: iteration.
-            fingerprint: of the recipe in this iteration (`recipe_fingerprint`).
+            fingerprint: fingerprint of the recipe in this iteration (`recipe_fingerprint`).
 
         Raises:
             RunError: a stage that this one reads is not complete, or its files have changed.
         """
         self.check_held()
-        for read in inputs_of(stage, t):
-            self.require(*read)
+        for stage_input in inputs_of(stage, t):
+            self.require(*stage_input)
         self._started[stage, t] = time.monotonic(), False
         if stage not in PARTIAL_OUTPUTS:
             return
-        note, partial = self.begun_note(stage, t), self.iteration(t) / PARTIAL_OUTPUTS[stage]
+        begun_file, partial = self.begun_file(stage, t), self.iteration(t) / PARTIAL_OUTPUTS[stage]
         made_from = {"made_from": self._parent_digest(stage, t), "recipe": fingerprint}
-        if note.exists() and read_json(note) == made_from:
+        if begun_file.exists() and read_json(begun_file) == made_from:
             self._started[stage, t] = time.monotonic(), True
             return
         if partial.is_dir():
             log.warning("%s: deleted: this unfinished work has other inputs or another recipe", partial)
             shutil.rmtree(partial)
-        write_json(note, made_from)
+        write_json(begun_file, made_from)
 
     def complete(self, stage: str, t: int, outputs: Iterable[Path], **metadata: Any) -> None:
         """Write a stage's marker. This is the last thing a stage does.
@@ -178,14 +178,14 @@ class MarkedFolder(LockedFolder):
                 )
 
     def player_digest(self, t: int) -> str:
-        """Digest of an iteration's player and of everything it was made from.
+        """Return the digest of an iteration's player.
 
         Raises:
             RunError: the player is missing or has changed.
         """
-        stage = "sft" if t == START else "train"
-        self.require(stage, t)
-        return str(self.metadata(stage, t)["digest"])
+        stage = player_stage(t)
+        self.require(*stage)
+        return str(self.metadata(*stage)["digest"])
 
     def _parent_digest(self, stage: str, t: int) -> str | None:
         parent = parent_stage(stage, t)
@@ -199,7 +199,7 @@ class MarkedFolder(LockedFolder):
         return str(self.metadata(*parent)["digest"])
 
     def record_digest(self, path: Path) -> None:
-        """Record the SHA-256 of a file that is complete before its stage is."""
+        """Record the SHA-256 of a complete file whose stage is still in progress."""
         self.check_held()
         write_text(self.digest_file(path), self._digest(path))
 
@@ -218,20 +218,20 @@ class MarkedFolder(LockedFolder):
         return not record.exists() or record.read_bytes() == self._digest(path).encode()
 
     def _digest(self, path: Path) -> str:
-        """SHA-256 of a file, read again only if the file's size, times or inode have changed."""
+        """Return the SHA-256 of a file. Read the file again only if its size, times or inode have changed."""
         status = path.stat()
         version = (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
         cached = self._digests.get(path)
         if cached is None or cached[0] != version:
             cached = (version, file_digest(path))
-            # A file changed just now may change again without another time stamp; so may one dated in the future.
+            # A file with a time stamp of this second, or of the future, may change again and keep its time stamp.
             if time.time_ns() - status.st_ctime_ns > MTIME_GRANULARITY_NS:
                 self._digests[path] = cached
         return cached[1]
 
 
 def _files(paths: Iterable[Path]) -> list[Path]:
-    """The files among these paths, and the files inside the folders among them."""
+    """Return these files, and the files in these folders."""
     return [
         file for path in paths for file in ([path] if path.is_file() else sorted(path.rglob("*"))) if file.is_file()
     ]

@@ -31,8 +31,8 @@ def read_recipe(folder: RunDir) -> dict[str, Any]:
     return values
 
 
-def provenance() -> dict[str, Any]:
-    """Versions, command line and machine of this process."""
+def current_provenance() -> dict[str, Any]:
+    """Return versions, command line and machine of this process."""
     import torch
 
     cuda = torch.cuda.is_available()

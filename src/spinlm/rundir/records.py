@@ -111,10 +111,10 @@ def read_lines(path: Path, kind: type[Record]) -> Iterator[Record]:
     """
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
-            yield read_line(line, kind, path, number)
+            yield parse_line(line, kind, path, number)
 
 
-def read_line(line: bytes, kind: type[Record], path: Path, number: int) -> Record:
+def parse_line(line: bytes, kind: type[Record], path: Path, number: int) -> Record:
     """Decode one line of a file.
 
     Raises:
@@ -130,7 +130,7 @@ def read_line(line: bytes, kind: type[Record], path: Path, number: int) -> Recor
 
 
 def count_records(path: Path) -> int:
-    """Number of records in a JSON-lines file."""
+    """Return the number of records in a JSON-lines file."""
     with path.open("rb") as file:
         return sum(1 for _ in file)
 
@@ -155,8 +155,8 @@ class RecordFile(Generic[Record]):
         """Read one record. Raises RunError if the line is not such a record."""
         return self._read(index, index + 1)[0]
 
-    def shards(self, size: int) -> int:
-        """Number of shards of `size` records; the last shard may be smaller."""
+    def num_shards(self, size: int) -> int:
+        """Return the number of shards of `size` records; the last shard may be smaller."""
         return math.ceil(len(self) / size)
 
     def shard(self, number: int, size: int) -> list[Record]:
@@ -166,7 +166,7 @@ class RecordFile(Generic[Record]):
     def _read(self, first: int, end: int) -> list[Record]:
         with self.path.open("rb") as file:
             file.seek(self._offsets[first])
-            return [read_line(file.readline(), self.kind, self.path, index + 1) for index in range(first, end)]
+            return [parse_line(file.readline(), self.kind, self.path, index + 1) for index in range(first, end)]
 
 
 class Journal:

@@ -36,7 +36,7 @@ def claim_recipe(folder: RunDir, recipe: Recipe) -> None:
 
 
 def recipe_changes(folder: RunDir, recipe: Recipe) -> list[str]:
-    """List what an incompatible recipe changes, a line for each field. Empty before the first stage is complete.
+    """List the fields that an incompatible recipe changes. Empty before the first stage is complete.
 
     Raises:
         RunError: the folder's own recipe.yaml was edited.
@@ -62,7 +62,7 @@ def verify_inputs(folder: RunDir, inputs: dict[str, Any]) -> None:
     if not isinstance(provenance, dict) or "inputs" not in provenance:
         raise RunError(f"{folder.provenance}: damaged: no digests of model and data. Start again with --overwrite")
     changes = differences(provenance["inputs"], inputs)
-    # A commit is null if the hub could not be asked.
+    # A commit is null if the hub did not answer.
     changes = [line for line in changes if not line.startswith('model.commit: was null, is "')]
     changes = [line for line in changes if not (line.startswith("model.commit: was ") and line.endswith(", is null"))]
     if changes:
@@ -77,7 +77,7 @@ def verify_inputs(folder: RunDir, inputs: dict[str, Any]) -> None:
 
 
 def _hub_commit(folder: RunDir) -> str | None:
-    """Commit of the Hugging Face model that the run began with; None for a local model or an unknown commit."""
+    """Return the commit of the hub model that the run began with; None for a local model or an unknown commit."""
     provenance = read_json(folder.provenance) if folder.provenance.exists() else {}
     model = provenance.get("inputs", {}).get("model", {}) if isinstance(provenance, dict) else {}
     return model.get("commit")

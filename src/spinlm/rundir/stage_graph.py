@@ -1,8 +1,8 @@
-"""The order of a run: its players, its stages, and what each stage is made from."""
+"""The stages of a run, their order and their inputs; and the names of the players."""
 
 from collections.abc import Iterator
 
-Stage = tuple[str, int]  # name and iteration
+StageKey = tuple[str, int]  # name and iteration
 
 START = -1
 """The iteration number of the starting player θ_0."""
@@ -14,29 +14,29 @@ STAGES = ("generate", "reference_logprobs", "train", "evaluate", "promote")
 """The stages of an iteration."""
 
 
-def stages(iterations: int) -> Iterator[Stage]:
+def stages(iterations: int) -> Iterator[StageKey]:
     """Yield the stages of a run in order."""
     yield from ((stage, START) for stage in START_STAGES)
     yield from ((stage, t) for t in range(iterations) for stage in STAGES)
 
 
 def player_folder(t: int) -> str:
-    """Name of the folder that holds an iteration's player; `START` is the starting player."""
+    """Return the name of the folder that holds an iteration's player; `START` is the starting player."""
     return "start" if t == START else f"iteration-{t}"
 
 
 def player_name(t: int) -> str:
-    """Name of an iteration's player in messages and tables; `START` is the starting player."""
+    """Return the name of an iteration's player for messages and tables; `START` is the starting player."""
     return "start" if t == START else f"iteration {t}"
 
 
-def player_stage(t: int) -> Stage:
-    """The stage that makes an iteration's player."""
+def player_stage(t: int) -> StageKey:
+    """Return the stage that makes an iteration's player."""
     return ("sft", START) if t == START else ("train", t)
 
 
-def parent_stage(stage: str, t: int) -> Stage | None:
-    """The stage whose result a stage is made from; None for prepare."""
+def parent_stage(stage: str, t: int) -> StageKey | None:
+    """Return the stage whose digest goes into the marker of this stage; None for prepare."""
     match stage:
         case "prepare":
             return None
@@ -55,9 +55,9 @@ def parent_stage(stage: str, t: int) -> Stage | None:
     raise AssertionError(f"unknown stage {stage}")
 
 
-def inputs_of(stage: str, t: int) -> list[Stage]:
-    """The stages whose files a stage reads."""
-    inputs: list[Stage] = [] if stage in ("prepare", "promote") else [("prepare", START)]
+def inputs_of(stage: str, t: int) -> list[StageKey]:
+    """Return the stages whose files this stage reads."""
+    inputs: list[StageKey] = [] if stage in ("prepare", "promote") else [("prepare", START)]
     match stage:
         case "generate":
             inputs += [player_stage(t - 1)]
@@ -70,8 +70,8 @@ def inputs_of(stage: str, t: int) -> list[Stage]:
     return list(dict.fromkeys([*inputs, *([] if parent is None else [parent])]))
 
 
-def stage_label(stage: Stage | None) -> str:
-    """Name of a stage in messages."""
+def stage_label(stage: StageKey | None) -> str:
+    """Return the name of a stage for messages."""
     if stage is None:
         return "nothing"
     name, t = stage

@@ -66,8 +66,8 @@ def evaluate(run: Run, t: int) -> None:
         shards: dict[int, _ShardResults] = {}
         # Per prompt: two generated responses, one scoring pass of the player, one scoring pass of θ_0.
         total, label = 4 * len(heldout), f"{player_name(t)}: evaluate"
-        with track(label, total, shared=True, responses="responses written and read") as advance:
-            for number in processes.claim_work(range(heldout.shards(size))):
+        with track(label, total, shared=True, response_unit="responses written and read") as advance:
+            for number in processes.claim_work(range(heldout.num_shards(size))):
                 examples = heldout.shard(number, size)
                 greedy = _respond(run, examples, 0.0, greedy_seed + number, advance)
                 sampled = _respond(run, examples, 1.0, sampled_seed + number, advance)

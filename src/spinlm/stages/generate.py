@@ -35,7 +35,7 @@ def generate(run: Run, t: int) -> None:
         recipe, folder, players = run.recipe, run.folder, run.players
         size = recipe.opponent.shard_size
         examples = {split: RecordFile(folder.examples(split), Example) for split in prompt_splits(recipe)}
-        shards = [(split, shard) for split, records in examples.items() for shard in range(records.shards(size))]
+        shards = [(split, shard) for split, records in examples.items() for shard in range(records.num_shards(size))]
         missing = processes.on_rank_zero(_missing, folder, t, shards)
         participates = processes.is_main_process() or recipe.opponent.engine == "local" or recipe.preferences
         if not participates:
@@ -46,7 +46,9 @@ def generate(run: Run, t: int) -> None:
         needs_engine = participates and missing and not recipe.preferences
         with (
             open_engine(players, t) if needs_engine else nullcontext() as engine,
-            track(f"iteration {t}: generate", total, total - remaining, shared=True, responses="responses") as advance,
+            track(
+                f"iteration {t}: generate", total, total - remaining, shared=True, response_unit="responses"
+            ) as advance,
         ):
             for split, shard in processes.claim_work(missing, participates):
                 chosen = examples[split].shard(shard, size)

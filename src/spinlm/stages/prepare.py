@@ -16,7 +16,7 @@ from spinlm.model.loading import hub_commit, prepare_base_model
 from spinlm.model.quantize import check_4bit_support
 from spinlm.model.run import Run
 from spinlm.recipe.schema import Recipe
-from spinlm.rundir.provenance import provenance
+from spinlm.rundir.provenance import current_provenance
 from spinlm.rundir.records import SPLITS, Example, to_line
 from spinlm.rundir.resume import verify_inputs
 from spinlm.training.optimizers import check_optimizer
@@ -51,7 +51,7 @@ def _check_inputs(run: Run) -> dict[str, Any]:
     inputs = {"data": _data_fingerprint(run.recipe), "model": _model_fingerprint(run.recipe)}
     verify_inputs(run.folder, inputs)
     if not run.folder.has_results() or not run.folder.provenance.exists():
-        write_json(run.folder.provenance, {"inputs": inputs, **provenance()})
+        write_json(run.folder.provenance, {"inputs": inputs, **current_provenance()})
     return inputs
 
 

@@ -52,7 +52,7 @@ def reference_logprobs(run: Run, t: int) -> None:
         players.load(t - 1)  # θ_t
         size = recipe.opponent.shard_size
         examples = {split: RecordFile(folder.examples(split), Example) for split in prompt_splits(recipe)}
-        shards = [(split, shard) for split, records in examples.items() for shard in range(records.shards(size))]
+        shards = [(split, shard) for split, records in examples.items() for shard in range(records.num_shards(size))]
         tally = _Tally()
         total = sum(map(len, examples.values()))
         with track(f"iteration {t}: reference log-probabilities", total, shared=True) as advance:

@@ -51,7 +51,7 @@ def _dataset_and_loss(run: Run, t: int) -> tuple[TrainDataset, LossFunction]:
     recipe, folder = run.recipe, run.folder
     if recipe.is_control:  # a step has as many examples as a step of self-play has prompts
         return SftDataset(folder.examples("train"), batch_cost=recipe.synthetic_per_prompt(t)), sft_loss
-    shards = RecordFile(folder.examples("train"), Example).shards(recipe.opponent.shard_size)
+    shards = RecordFile(folder.examples("train"), Example).num_shards(recipe.opponent.shard_size)
     paths = [folder.pairs(t, "train", shard) for shard in range(shards)]
     return PairDataset(paths, recipe.train.batch_size), pair_loss(recipe, t)
 
