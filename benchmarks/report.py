@@ -102,8 +102,9 @@ def main() -> None:
         "# Performance",
         "",
         f"Measured by `{command}` on {datetime.date.today()}: {machine()}, {args.threads} threads, Python "
-        f"{platform.python_version()}, {versions}. Contenders take turns. Times of 128 + 128 in float32 are medians "
-        f"of {args.rounds}, all others are single measurements. The machine is noisy: read the ratios.",
+        f"{platform.python_version()}, {versions}. Contenders take turns. Lengths are tokens of "
+        f"prompt + response. Times of 128 + 128 in float32 are medians of {args.rounds}, all others are single "
+        "measurements. The machine is noisy: read the ratios.",
     ]
     for part in args.parts.split(","):
         match part:

@@ -50,12 +50,12 @@ def test_what_the_template_comments_out_is_right_too(tmp_path: Path) -> None:
         bare = line.lstrip()
         optional = bare.startswith("# ") and ":" in bare.split("#")[1] and not line.startswith("# A recipe")
         keep = optional and bare[2:].split(":")[0].strip() in OPTIONAL
-        lines.append(line.replace("# ", "", 1) if keep else line.replace("evaluate: {}", "evaluate:"))
+        lines.append(line.replace("# ", "", 1) if keep else line)
     path = tmp_path / "all.yaml"
     path.write_text("\n".join(lines))
     recipe = load_recipe(path)
     assert recipe.sft is not None and recipe.sft.learning_rate == 1e-4
-    assert recipe.evaluate.scorer == "exact_match"
+    assert recipe.evaluate.scorer is None  # written as null
     assert recipe.data.columns.prompt == "question"
     assert recipe.report_to == ["tensorboard"]
 
@@ -71,6 +71,5 @@ OPTIONAL = {
     "learning_rate",
     "nll_weight",
     "gradient_checkpointing",
-    "scorer",
     "report_to",
 }

@@ -103,7 +103,7 @@ def report(
 def chat(
     run: RunPath,
     iteration: PlayersOption = "start,best",
-    prompt: Annotated[str | None, typer.Option(help="Send this prompt and exit. The default reads prompts.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Send this prompt and exit. Without it, type prompts.")] = None,
     system: Annotated[str | None, typer.Option(help="Set the system prompt. Use the one of your data.")] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="Set the temperature. 0 decodes greedily.")] = 0.0,
 ) -> None:

@@ -132,7 +132,7 @@ def _notes(recipe: Recipe, lengths: Lengths, shape_source: str, devices: tuple[D
     if lengths.are_limits:
         yield "Lengths are upper limits, so tokens and time are, too. From a local file the plan estimates lengths."
     if not devices:
-        yield f"Memory and time are unknown, because the model's shape is: {shape_source}."
+        yield f"Memory and time are unknown, because the shape of the model is unknown: {shape_source}."
     for device in (device for device in devices if device.name == GPU.name):
         for phase in ("training", "generating"):
             if device.memory[phase] > device.capacity:

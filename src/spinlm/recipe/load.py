@@ -228,9 +228,10 @@ def _unknown_key(sections: Sequence[Any], key: str) -> str:
             f"command line: 'objective={{name: {name}}}'"
         )
     elsewhere = dict.fromkeys(name for name, _ in iterate_fields(Recipe) if name.rpartition(".")[2] == key)
-    if 0 < len(elsewhere) <= 2:
-        return f"unknown key; did you mean {' or '.join(elsewhere)}?"
     known = list(section.model_fields)
+    if 0 < len(elsewhere) <= 2:
+        typo = nearest(key, known, cutoff=0.8)  # data.prompt may mean data.prompts, too
+        return f"unknown key; did you mean {' or '.join([*([typo] if typo else []), *elsewhere])}?"
     if near := nearest(key, known):
         return f"unknown key; did you mean {near}?"
     return f"unknown key; known: {', '.join(known)}"

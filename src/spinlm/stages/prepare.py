@@ -81,8 +81,8 @@ def _write_examples(run: Run, data_fingerprint: dict[str, Any]) -> dict[str, int
         },
     )
     counts = selection.counts
-    splits = (counts[split] for split in ("train", "heldout", "sft"))
-    log.info("examples: %d for self-play, %d held out, %d for SFT only", *splits)
+    sft_only = f", {counts['sft']} for SFT only" if counts["sft"] else ""
+    log.info("examples: %d for self-play, %d held out%s", counts["train"], counts["heldout"], sft_only)
     for reason, count in selection.skipped.items():
         log.info("  skipped: %d × %s (see %s)", count, reason.replace("_", " "), folder.skipped_rows)
     return counts
