@@ -1,12 +1,16 @@
 """Ctrl-C, SIGTERM and other reasons to stop: the main thread stops at the next safe point."""
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Iterator
 from types import FrameType
 
 from spinlm.errors import SpinError, StoppedError
+
+STOPPING = b"\nstopping when the current step is complete; Ctrl-C again stops at once\n"
+STDERR = 2  # written to directly: a signal may arrive while Python writes to its stream
 
 _stop_error: SpinError | None = None
 _deferred = False
@@ -52,6 +56,8 @@ def graceful_shutdown() -> Iterator[None]:
     def handle(number: int, frame: FrameType | None) -> None:
         if _stop_error is None:
             request_stop(StoppedError("stopped; run the same command again to continue"))
+            if number == signal.SIGINT and os.isatty(STDERR) and os.environ.get("RANK", "0") == "0":
+                os.write(STDERR, STOPPING)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
