@@ -166,7 +166,10 @@ def test_one_line_for_each_error(tmp_path: Path) -> None:
         ({"selfplay": {"select": {"patiance": 1}}}, "selfplay.select.patiance: unknown key; did you mean patience?"),
         ({"lora": {"rank_": 1, "r": 2}}, "lora.rank_: unknown key; known: r, alpha, dropout, target_modules"),
         ({"train": {"beta": 1}}, "train.beta: unknown key; did you mean objective.beta?"),
-        ({"data": {"path": "x", "prompt": 1}}, "data.prompt: unknown key; did you mean prompts or data.columns.prompt?"),
+        (
+            {"data": {"path": "x", "prompt": 1}},
+            "data.prompt: unknown key; did you mean prompts or data.columns.prompt?",
+        ),
         ({"epochs": 1}, "epochs: unknown key; did you mean train.epochs or sft.epochs?"),
         ({"train": {"x]": 1}, "seed": 1}, "train.x]: unknown key; known: epochs, batch_size"),
     ],

@@ -42,7 +42,9 @@ def _fine_tune(run: Run, heldout_nll: HeldoutNLL) -> None:
         is_new = str(epoch) not in heldout_nll.values
         nll = heldout_nll.measure(epoch)
         if is_new:
-            log.info("sft: held-out NLL %.4f nats per token %s", nll, f"after epoch {epoch}" if epoch else "before training")
+            log.info(
+                "sft: held-out NLL %.4f nats per token %s", nll, f"after epoch {epoch}" if epoch else "before training"
+            )
         return True
 
     measure(0)
