@@ -30,7 +30,7 @@ def response(key: str = "a", **changes: Any) -> HeldoutGreedy:
         "identical": False,
         "repeated_4grams": 0.0,
         "nll": 1.0,
-        "task_score": None,
+        "task_score": 0.0,
     }
     return HeldoutGreedy(**values | changes)
 
@@ -324,8 +324,6 @@ def test_runs_are_compared_after_the_last_iteration_of_both(runs):
     ours, control = runs([[0, 0], [1, 1], [0, 1], [1, 1]], [[0, 0], [1, 1], [1, 1]])
     comparison = compare_runs(ours, control)
     assert (comparison.iteration, comparison.mean_difference) == (1, -0.5)
-    assert comparison.later_iterations == {"ours": 2}
-    assert "iteration 2" in str(comparison)
     assert compare_runs(control, ours).mean_difference == 0.5
 
 

@@ -4,7 +4,6 @@ import importlib
 import json
 import shlex
 import shutil
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -151,7 +150,7 @@ def print_result(folder: RunDir) -> None:
     out.print(verdict(folder))
     best = START if (chosen := folder.best()) is None else chosen
     out.print(printable(f"\nThe run is in {folder.root}; the best player is {folder.player(best)}. Next:"))
-    program = "spinlm" if shutil.which("spinlm") else _program()
+    program = "spinlm" if shutil.which("spinlm") else "python -m spinlm"
     for command, purpose in _next_commands(folder).items():
         out.print(f"  {program} {printable(command)}    # {purpose}", soft_wrap=True)
 
@@ -179,8 +178,3 @@ def _next_commands(folder: RunDir) -> dict[str, str]:
         compare = f"status {shlex.quote(str(path))} --baseline {run}"
         return {compare: "compare that run with this one", **commands}
     return commands
-
-
-def _program() -> str:
-    """Return the words that started this program."""
-    return "python -m spinlm" if sys.argv[0].endswith("__main__.py") else sys.argv[0]

@@ -76,8 +76,7 @@ def parse_recipe(values: dict[str, Any], where: str = "recipe") -> Recipe:
 class _Loader(yaml.SafeLoader):
     """YAML in which `5e-7` is a number, as in YAML 1.2.
 
-    Refused are repeated keys, keys without a value, aliases (nested ones can fill any memory), and whole numbers such
-    as 010 or 1:30, which YAML 1.1 reads as 8 and 90.
+    Refused are repeated keys, keys without a value, and aliases (nested ones can fill any memory).
     """
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
@@ -87,13 +86,6 @@ class _Loader(yaml.SafeLoader):
                 f"*{alias.anchor} (line {alias.start_mark.line + 1}): aliases are not supported. Repeat the value"
             )
         return super().compose_node(parent, index)
-
-    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
-        text = self.construct_scalar(node).lstrip("+-")
-        if ":" in text or (text.startswith("0") and text.strip("0_").isdigit()):
-            line = node.start_mark.line + 1
-            raise yaml.YAMLError(f"{text} (line {line}): write it as a plain number, or as text in quotes")
-        return int(super().construct_yaml_int(node))
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -119,8 +111,6 @@ class _Dumper(yaml.SafeDumper):
     """YAML that `_Loader` reads back unchanged: a text such as `12e4567`, perhaps a commit, is quoted."""
 
 
-_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
-
 for _kind in (_Loader, _Dumper):
     _kind.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+0123456789"))
 
@@ -138,11 +128,6 @@ def parse_yaml(text: str, where: str) -> Any:
     """
     try:
         return yaml.load(text, Loader=_Loader)
-    except yaml.scanner.ScannerError as error:
-        line = error.problem_mark.line if error.problem_mark else 0
-        if "".join(text.splitlines()[line : line + 1]).lstrip(" ").startswith("\t"):
-            raise RecipeError(f"{where}: line {line + 1} begins with a tab: indent with spaces: {error}") from None
-        raise RecipeError(f"{where}: not valid YAML: {error}") from None
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, OverflowError) as error:
         raise RecipeError(f"{where}: not valid YAML: {error}") from None
     except RecursionError:
@@ -253,7 +238,7 @@ def _show(value: Any) -> str:
         text = json.dumps(value, default=str, ensure_ascii=False)
     except TypeError:  # a key that JSON cannot have
         text = repr(value)
-    except ValueError:  # a value that contains itself, or an infinite number
+    except ValueError:  # a value that contains itself, or a number with too many digits
         text = f"a value of the type {type(value).__name__}"
     return text[:80].encode("utf-8", "backslashreplace").decode()
 

@@ -34,7 +34,6 @@ class RunComparison:
     standard_error: float  # of the mean difference
     prompts: int
     min_standard_errors: float  # a difference below this many standard errors counts as none
-    later_iterations: dict[str, int]  # last iteration of each run that has evaluated more than `iteration`
 
     @property
     def result(self) -> str:
@@ -51,7 +50,6 @@ class RunComparison:
             f"{title[:1].upper()}{title[1:]} {lead} (mean paired difference ± standard error on "
             f"{self.prompts} held-out prompts).",
             "Another seed may differ.",
-            *(f"{name} has evaluated iteration {last}." for name, last in self.later_iterations.items()),
             *([] if self.metric == "task_score" else [NLL_CAVEAT]),
         ]
         return " ".join(sentences)
@@ -86,7 +84,6 @@ def compare_runs(run: RunDir, baseline: RunDir) -> RunComparison:
         )
     leads = [lead(metric, values[example], baseline_values[example]) for example in shared]
     names = _names(run, baseline)
-    last = {name: player_rows(folder)[-1].iteration for name, folder in zip(names, (run, baseline), strict=True)}
     return RunComparison(
         run=names[0],
         baseline=names[1],
@@ -96,7 +93,6 @@ def compare_runs(run: RunDir, baseline: RunDir) -> RunComparison:
         standard_error=standard_error(leads),
         prompts=len(leads),
         min_standard_errors=select["min_standard_errors"],
-        later_iterations={name: number for name, number in last.items() if number > iteration},
     )
 
 

@@ -16,7 +16,7 @@ from spinlm.report.status import is_step, own_stages, run_status
 from spinlm.report.summary import COLUMNS, PlayerRow, compared_player, display_text, player_rows, verdict
 from spinlm.rundir.layout import RunDir
 from spinlm.rundir.provenance import read_recipe
-from spinlm.rundir.stage_graph import START, player_name
+from spinlm.rundir.stage_graph import player_name
 from spinlm.utils.atomic import read_json, read_json_lines
 
 REPORT_COLUMNS = (*COLUMNS, ("probe_auc", "probe AUC", "{:.2f}"), ("kl_from_start", "KL from start", "{:.3f}"))
@@ -25,25 +25,12 @@ REPORT_COLUMNS = (*COLUMNS, ("probe_auc", "probe AUC", "{:.2f}"), ("kl_from_star
 SIDE_BY_SIDE = 20
 """Prompts whose responses the report shows side by side."""
 
-EXTREMES = 5
-"""Largest wins shown, and largest losses."""
-
-
-@dataclass(frozen=True)
-class ResponseDiff:
-    """A held-out prompt with the responses of the start and of a later player."""
-
-    gain: float  # of the later player over the start; positive is better
-    prompt: str
-    real: str
-    start: str
-    later: str
-
 
 @dataclass(frozen=True)
 class PromptResponses:
     """A held-out prompt with the real response and the players' responses."""
 
+    gain: float  # of the compared player over the start; positive is better
     messages: list[dict[str, str]]  # the prompt
     real: str
     responses: list[tuple[str, str, float | None]]  # player, text, task score
@@ -157,7 +144,10 @@ class RunData:
         return compared_player(self.players)
 
     def side_by_side(self, prompts: int = SIDE_BY_SIDE, *, all_players: bool = True) -> list[PromptResponses]:
-        """Return the responses to some held-out prompts; those on which the compared players differ come first.
+        """Return the responses to some held-out prompts.
+
+        Prompts on which the start and the compared player differ come first, the largest gains and losses before all:
+        in task score, or without a scorer in the NLL of the real response.
 
         Args:
             prompts: most prompts to return.
@@ -167,10 +157,15 @@ class RunData:
             return []
         first, second = self.players[0], self.compared or self.players[0]
         shown = [player for player in self.players if all_players or player in (first, second)]
-        start, later = self.responses[first.iteration], self.responses[second.iteration]
-        order = sorted(self.examples, key=lambda example: start[example["id"]]["text"] == later[example["id"]]["text"])
+        rows = []
+        for example in self.examples:
+            old, new = (self.responses[player.iteration][example["id"]] for player in (first, second))
+            gain = new["task_score"] - old["task_score"] if self.scored else old["nll"] - new["nll"]
+            rows.append((old["text"] == new["text"], -abs(gain), gain, example))
+        rows.sort(key=lambda row: row[:2])
         return [
             PromptResponses(
+                gain,
                 example["messages"],
                 example["response"],
                 [
@@ -179,30 +174,13 @@ class RunData:
                     for response in (self.responses[player.iteration][example["id"]],)
                 ],
             )
-            for example in order[:prompts]
+            for _, _, gain, example in rows[:prompts]
         ]
 
     @property
     def scored(self) -> bool:
         """Whether the recipe has a scorer, so that responses have a task score."""
         return bool(self.recipe["evaluate"]["scorer"])
-
-    @cached_property
-    def wins_and_losses(self) -> tuple[list[ResponseDiff], list[ResponseDiff]]:
-        """The largest gains and losses against the start: in task score, or without one in the real response's NLL."""
-        if self.compared is None:
-            return [], []
-        start, later = self.responses[START], self.responses[self.compared.iteration]
-        diffs = []
-        for example in self.examples:
-            old, new = start[example["id"]], later[example["id"]]
-            gain = new["task_score"] - old["task_score"] if self.scored else old["nll"] - new["nll"]
-            prompt = example["messages"][-1]["content"]
-            diffs.append(ResponseDiff(gain, prompt, example["response"], _response_text(old), _response_text(new)))
-        diffs.sort(key=lambda diff: diff.gain)
-        losses = [diff for diff in diffs[:EXTREMES] if diff.gain < 0]
-        wins = [diff for diff in diffs[::-1][:EXTREMES] if diff.gain > 0]
-        return wins, losses
 
     @property
     def system_prompt(self) -> str | None:
