@@ -14,7 +14,7 @@ from spinlm.report.run_data import run_data
 from spinlm.report.summary import table_cells
 from spinlm.rundir.layout import RunDir
 from spinlm.rundir.stage_graph import START, player_name
-from spinlm.utils.atomic import read_json, write_text
+from spinlm.utils.atomic import read_json
 from spinlm.utils.model_path import existing_path, install_command, parse_package_uri, resolve_model
 
 CARD = "README.md"
@@ -26,15 +26,8 @@ License = dict[str, Any]
 LICENSE_FIELDS = ("license", "license_name", "license_link")
 
 
-def write_card(recipe: Recipe, iteration: int, player: Path) -> None:
-    """Write the card of a player that was just saved: its origin and its base model."""
-    title = player_name(iteration).capitalize()
-    card = _render(recipe, iteration, {}, merged=False, title=title, version=metadata.version("spinlm"), results=None)
-    write_text(player / CARD, card)
-
-
 def render_card(recipe: Recipe, folder: RunDir, iteration: int, *, merged: bool, license: str | None = None) -> str:
-    """Return the card of a player to export, with code to load it, its data and its results.
+    """Return the card of a player to export: its origin, code to load it, its data and its results.
 
     Args:
         recipe: the recipe of the run.
@@ -43,62 +36,52 @@ def render_card(recipe: Recipe, folder: RunDir, iteration: int, *, merged: bool,
         merged: whether the adapter is merged into the base model.
         license: license of the player, an SPDX name; None uses the base model's, where its files state one.
     """
-    run = run_data(folder)
-    fields: License = {"license": license} if license else base_license(recipe.model)
-    titles, body = table_cells(run.players)
-    return _render(
-        recipe,
-        iteration,
-        fields,
-        merged=merged,
-        title=f"{player_name(iteration).capitalize()} of {run.name}",
-        version=run.provenance.get("spinlm", metadata.version("spinlm")),
-        results=run,
-        table=[titles, ["---", *("---:" for _ in titles[1:])], *body] if body else [],
-        player=player_name(iteration),
-        data=public_name(recipe.data.path),
-        counts=folder.metadata("prepare", START)["counts"],
-        max_new_tokens=recipe.evaluate.max_new_tokens or recipe.opponent.max_new_tokens,
-        stop_ids=read_json(folder.player(iteration) / "generation_config.json")["eos_token_id"],
-        license_name=fields.get("license_name") or fields.get("license", ""),
-        own_license=license is not None,
-        **_base_arguments(recipe.model, run.provenance),
-    )
-
-
-def _render(recipe: Recipe, iteration: int, license: License, *, merged: bool, **values: Any) -> str:
     from huggingface_hub import ModelCard, ModelCardData
 
+    run, player = run_data(folder), player_name(iteration)
+    commit = run.provenance.get("commit")
     adapter = recipe.lora is not None and not merged
     base = public_name(recipe.model.path) + (f" at revision {recipe.model.revision}" if recipe.model.revision else "")
     weights = f"a whole model, trained from {base}"
     if recipe.lora is not None:
         weights = f"a LoRA adapter {'merged into' if merged else 'over'} the base model {base}"
-    trained = iteration != START or recipe.sft is not None
-    data_on_hub = trained and not names_a_file(recipe.data.path) and _on_hub(recipe.data.path)
-    relation: dict[str, Any] = {}
-    if _on_hub(recipe.model.path):
-        relation = {"base_model": recipe.model.path, "base_model_relation": "adapter" if adapter else "finetune"}
-    tags = ["dpo"] if recipe.preferences else ["spin", "self-play"]
-    card_data = ModelCardData(
-        **license,
-        **relation,
-        datasets=[recipe.data.path] if data_on_hub else None,
-        library_name="peft" if adapter else "transformers",
-        pipeline_tag="text-generation",
-        tags=None if iteration == START or recipe.is_control else tags,
-    )
+    fields: License = {"license": license} if license else base_license(recipe.model)
+    titles, body = table_cells(run.players)
     card = ModelCard.from_template(
-        card_data,
+        ModelCardData(**fields, **_metadata(recipe, iteration, adapter)),
         template_path=str(TEMPLATE),
+        title=f"{player.capitalize()} of {run.name}",
         origin=_origin(recipe, iteration),
+        version=run.provenance.get("spinlm", metadata.version("spinlm")) + (f" ({commit})" if commit else ""),
         weights=weights,
         adapter=adapter,
         four_bit=recipe.model.load_in_4bit,
+        results=run,
+        table=[titles, ["---", *("---:" for _ in titles[1:])], *body] if body else [],
+        player=player,
+        data=public_name(recipe.data.path),
+        counts=folder.metadata("prepare", START)["counts"],
+        max_new_tokens=recipe.evaluate.max_new_tokens or recipe.opponent.max_new_tokens,
+        stop_ids=read_json(folder.player(iteration) / "generation_config.json")["eos_token_id"],
         recipe=yaml.safe_dump(_public_recipe(recipe), sort_keys=False, allow_unicode=True).rstrip(),
-        **values,
+        license_name=fields.get("license_name") or fields.get("license", ""),
+        own_license=license is not None,
+        **_base_arguments(recipe.model, run.provenance),
     )
     return f"{card}\n"
+
+
+def _metadata(recipe: Recipe, iteration: int, adapter: bool) -> dict[str, Any]:
+    """Return the metadata of a card, without the license. Local paths are left out."""
+    values: dict[str, Any] = {"library_name": "peft" if adapter else "transformers", "pipeline_tag": "text-generation"}
+    if _on_hub(recipe.model.path):
+        values |= {"base_model": recipe.model.path, "base_model_relation": "adapter" if adapter else "finetune"}
+    trained = iteration != START or recipe.sft is not None
+    if trained and not names_a_file(recipe.data.path) and _on_hub(recipe.data.path):
+        values["datasets"] = [recipe.data.path]
+    if iteration != START and not recipe.is_control:
+        values["tags"] = ["dpo"] if recipe.preferences else ["spin", "self-play"]
+    return values
 
 
 def _base_arguments(model: Model, provenance: dict[str, Any]) -> dict[str, Any]:

@@ -161,6 +161,7 @@ class Players:
             self.model.save_pretrained(path, state_dict=full_weights, **extra)
             if self.recipe.lora is not None:
                 _sort_target_modules(path / "adapter_config.json")
+                (path / "README.md").unlink(missing_ok=True)  # PEFT's empty card; `export` writes one
             self.save_tokenizer(path)
 
     def save_tokenizer(self, folder: Path) -> None:

@@ -2,9 +2,7 @@
 
 import logging
 
-from spinlm.distributed.processes import on_rank_zero
 from spinlm.evals.heldout import HeldoutNLL
-from spinlm.export.model_card import write_card
 from spinlm.model.prefix_trees import PrefixTree
 from spinlm.model.run import Run
 from spinlm.rundir.records import Example, read_lines
@@ -29,7 +27,6 @@ def sft(run: Run) -> None:
             run.players.save(START)
         else:
             _fine_tune(run, heldout_nll)
-        on_rank_zero(write_card, run.recipe, START, run.folder.player(START))
         stage.outputs = [run.folder.player(START)]
         stage.metadata = {"heldout_nll_by_epoch": heldout_nll.values, "prefix_sharing": sharing}
 

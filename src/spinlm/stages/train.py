@@ -6,7 +6,6 @@ from collections.abc import Callable
 from spinlm.distributed.processes import on_rank_zero
 from spinlm.evals.collapse import detect_collapse
 from spinlm.evals.heldout import HeldoutNLL
-from spinlm.export.model_card import write_card
 from spinlm.model.run import Run
 from spinlm.recipe.fields import value_at
 from spinlm.rundir.records import Example, RecordFile
@@ -41,7 +40,6 @@ def train(run: Run, t: int) -> None:
         recorder, guard = step_recorder(run, "train", t), _collapse_guard(run, t, heldout_nll)
         steps = trainer.fit(dataset, loss_fn, on_step=recorder, on_epoch=guard)
         trainer.save_player(t)
-        on_rank_zero(write_card, run.recipe, t, run.folder.player(t))
         stage.outputs = [run.folder.player(t)]
         pairs = int(dataset.batch_cost.sum())
         stage.metadata = {"steps": steps, "pairs": pairs, "heldout_nll_by_epoch": heldout_nll.values}
