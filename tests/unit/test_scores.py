@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.console import Console
 
-from spinlm.evals.scores import AVERAGED, Score, add_scores, average, read_scores, table
+from spinlm.evals.scores import AVERAGED_TASKS, Score, add_scores, average, read_scores, table
 from spinlm.rundir.layout import RunDir
 from spinlm.rundir.stage_graph import START
 
@@ -38,7 +38,7 @@ def test_scores_are_added_and_replaced(tmp_path: Path) -> None:
 
 
 def test_average_of_the_six_tasks_has_the_error_of_independent_tasks() -> None:
-    six = AVERAGED[SUITE]
+    six = AVERAGED_TASKS[SUITE]
     scores = {task: score(number / 10, 0.03) for number, task in enumerate(six)}
     mean = average(scores, six)
     assert mean is not None
@@ -52,7 +52,7 @@ def test_average_of_the_six_tasks_has_the_error_of_independent_tasks() -> None:
 
 def test_table_shows_the_average_if_all_six_tasks_were_measured(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
-    six = AVERAGED[SUITE]
+    six = AVERAGED_TASKS[SUITE]
     add_scores(run, START, SUITE, {task: score(0.5) for task in six})
     add_scores(run, 0, SUITE, {task: score(0.25) for task in six[:5]})
     lines = [line.split() for line in shown(run, START, 0).splitlines()]

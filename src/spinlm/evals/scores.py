@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
-AVERAGED = {
+AVERAGED_TASKS = {
     "open-llm-leaderboard": ("arc_challenge", "truthfulqa_mc2", "winogrande", "gsm8k", "hellaswag", "mmlu"),
 }
 """Suites that get a row with the mean of these tasks, as in the paper."""
@@ -106,7 +106,7 @@ def score_table(run: RunDir, iterations: Sequence[int], suite: str) -> ScoreTabl
     """
     measured = {iteration: read_scores(run, iteration).get(suite, {}) for iteration in iterations}
     for scores in measured.values():
-        if suite in AVERAGED and (mean := average(scores, AVERAGED[suite])):
+        if suite in AVERAGED_TASKS and (mean := average(scores, AVERAGED_TASKS[suite])):
             scores["average"] = mean
     any_marked, rows = False, []
     for task in dict.fromkeys(task for scores in measured.values() for task in scores):

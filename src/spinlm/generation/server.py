@@ -28,7 +28,7 @@ from spinlm.utils.signals import check_interrupt
 
 log = logging.getLogger("spinlm")
 
-MODELS, HEALTH = "/v1/models", "/health"  # every server has at least one of the two
+MODELS_PATH, HEALTH_PATH = "/v1/models", "/health"  # every server has at least one of the two
 POLL_SECONDS = 0.5
 
 
@@ -36,7 +36,7 @@ class ServerError(SpinError, RuntimeError):
     """A server cannot be reached or started, rejects a request, or returns something else than a response."""
 
 
-ERRORS = ErrorContext(
+ERROR_CONTEXT = ErrorContext(
     error=ServerError,
     url_setting="opponent.server.urls",
     model_setting="opponent.server.model",
@@ -89,7 +89,9 @@ class ServerEngine:
             responses[number] = response
             on_progress(1, len(response.token_ids))
 
-        endpoint = Endpoint(self.urls, self.model or "", self.server.timeout, self.server.max_concurrency, ERRORS)
+        endpoint = Endpoint(
+            self.urls, self.model or "", self.server.timeout, self.server.max_concurrency, ERROR_CONTEXT
+        )
         run_async(endpoint.run(requests, lambda request: self._generate(endpoint, request), record))
         ordered = [responses[number] for number in range(len(requests))]
         return [ordered[first : first + sampling.samples] for first in range(0, len(ordered), sampling.samples)]
@@ -256,15 +258,15 @@ def _wait_until_ready(
 
 def _is_ready(url: str) -> bool:
     """Return whether a server is ready. llama.cpp lists its model while it loads, but reports that it is unhealthy."""
-    response = probe(url + HEALTH, ERRORS)
+    response = probe(url + HEALTH_PATH, ERROR_CONTEXT)
     if response is not None and response.status_code == 404:
-        response = probe(url + MODELS, ERRORS)
+        response = probe(url + MODELS_PATH, ERROR_CONTEXT)
     return response is not None and response.status_code < 500
 
 
 def _first_model(url: str) -> str | None:
     """Return the first model that a server lists; None if it lists none, and so needs no name."""
-    response = probe(url + MODELS, ERRORS)
+    response = probe(url + MODELS_PATH, ERROR_CONTEXT)
     try:
         return None if response is None else str(response.json()["data"][0]["id"])
     except (KeyError, IndexError, TypeError, ValueError):
@@ -274,7 +276,7 @@ def _first_model(url: str) -> str | None:
 def _log_excerpt(command: str, log_file: Path) -> str:
     lines = log_file.read_text(encoding="utf-8", errors="replace").splitlines()[-8:]
     excerpt = "".join(f"\n  {line}" for line in lines)
-    return redact(f"The command: {command}\nThe end of its log, {log_file}:{excerpt}", ERRORS)
+    return redact(f"The command: {command}\nThe end of its log, {log_file}:{excerpt}", ERROR_CONTEXT)
 
 
 def _run_reload_command(command: str, timeout: float, log_file: Path) -> None:
@@ -322,5 +324,5 @@ def _unload_adapter(server: Server, urls: list[str], name: str) -> None:
 
 
 def _post(server: Server, url: str, path: str, body: dict[str, str]) -> None:
-    endpoint = Endpoint([url], "", server.timeout, 1, ERRORS)
+    endpoint = Endpoint([url], "", server.timeout, 1, ERROR_CONTEXT)
     run_async(endpoint.run([body], lambda body: endpoint.post(path, body), lambda *_: None))

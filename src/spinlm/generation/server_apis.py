@@ -64,7 +64,7 @@ class VLLM:
 
     def body(self, model: str | None, request: GenerationRequest) -> dict[str, Any]:
         """See `ServerAPI`."""
-        return _named("model", model) | {
+        return _optional_field("model", model) | {
             "prompt": list(request.prompt_ids),
             "max_tokens": request.max_tokens,
             "temperature": request.temperature,
@@ -83,7 +83,9 @@ class VLLM:
         choice = reply["choices"][0]
         token_ids = [int(token) for token in choice["token_ids"]]
         logprobs = (choice.get("logprobs") or {}).get("token_logprobs")
-        return GenerationResult(token_ids, _stopped(choice["finish_reason"]), _aligned(logprobs, token_ids))
+        return GenerationResult(
+            token_ids, _is_stopped(choice["finish_reason"]), _complete_logprobs(logprobs, token_ids)
+        )
 
 
 class LlamaCpp:
@@ -101,7 +103,7 @@ class LlamaCpp:
 
     def body(self, model: str | None, request: GenerationRequest) -> dict[str, Any]:
         """See `ServerAPI`."""
-        return _named("model", model) | {
+        return _optional_field("model", model) | {
             "prompt": list(request.prompt_ids),
             "n_predict": request.max_tokens,
             "return_tokens": True,
@@ -118,7 +120,7 @@ class LlamaCpp:
         probabilities = reply.get("completion_probabilities") or []
         complete = [int(token["id"]) for token in probabilities] == token_ids
         logprobs = [float(token["logprob"]) for token in probabilities] if complete else None
-        return GenerationResult(token_ids, _stopped(reply["stop_type"], ("eos", "word"), "limit"), logprobs)
+        return GenerationResult(token_ids, _is_stopped(reply["stop_type"], ("eos", "word"), "limit"), logprobs)
 
 
 class SGLang:
@@ -132,7 +134,7 @@ class SGLang:
 
     def body(self, model: str | None, request: GenerationRequest) -> dict[str, Any]:
         """See `ServerAPI`. `model` is the name of the adapter."""
-        return _named("lora_path", model) | {
+        return _optional_field("lora_path", model) | {
             "input_ids": list(request.prompt_ids),
             "return_logprob": True,
             "sampling_params": {
@@ -152,24 +154,26 @@ class SGLang:
         token_ids = [int(token) for token in reply["output_ids"]]
         meta = reply["meta_info"]
         logprobs = [entry[0] for entry in meta.get("output_token_logprobs") or ()]
-        return GenerationResult(token_ids, _stopped(meta["finish_reason"]["type"]), _aligned(logprobs, token_ids))
+        return GenerationResult(
+            token_ids, _is_stopped(meta["finish_reason"]["type"]), _complete_logprobs(logprobs, token_ids)
+        )
 
 
 SERVER_APIS: dict[str, ServerAPI] = {"vllm": VLLM(), "sglang": SGLang(), "llama.cpp": LlamaCpp()}
 
 
-def _named(field: str, model: str | None) -> dict[str, Any]:
+def _optional_field(field: str, model: str | None) -> dict[str, Any]:
     return {} if model is None else {field: model}
 
 
-def _stopped(reason: Any, stop_reasons: tuple[str, ...] = ("stop",), limit_reason: str = "length") -> bool:
+def _is_stopped(reason: Any, stop_reasons: tuple[str, ...] = ("stop",), limit_reason: str = "length") -> bool:
     """Return whether a response stopped at an end token; raise ValueError if the server aborted the response."""
     if reason not in (*stop_reasons, limit_reason):
         raise ValueError(f"ended with {reason!r}")
     return reason != limit_reason
 
 
-def _aligned(logprobs: Any, token_ids: list[int]) -> list[float] | None:
+def _complete_logprobs(logprobs: Any, token_ids: list[int]) -> list[float] | None:
     """Return the log-probabilities if there is one for each token."""
     if not isinstance(logprobs, list) or len(logprobs) != len(token_ids) or None in logprobs:
         return None

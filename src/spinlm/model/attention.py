@@ -25,7 +25,7 @@ TREE_ATTENTION = "spinlm_tree"
 """Name of `tree_attention` in transformers' `AttentionInterface`."""
 
 RECOMPILE_LIMIT = 64
-"""Compiled versions of FlexAttention per process, for row lengths, windows, training and scoring. PyTorch allows 8."""
+"""Compiled versions of FlexAttention per process: by row length, window, training or not. PyTorch's default is 8."""
 
 
 def register_tree_attention() -> None:
@@ -58,21 +58,21 @@ def tree_attention(
     key_distance: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Compute attention over one row of prefix trees, or with `key_distance` of one new token per cached response.
+    """Compute attention over one row of prefix trees; or, if `key_distance` is given, of one new token per response.
 
     Args:
         module: the attention layer.
-        query: [1, H, L, E], or [N, H, 1, E] with `key_distance`.
-        key: [1, G, L, E], or [N, G, K, E] with `key_distance`.
+        query: [1, H, L, E]; [N, H, 1, E] with `key_distance`.
+        key: [1, G, L, E]; [N, G, K, E] with `key_distance`.
         value: as key.
         attention_mask: ignored; `spans` or `key_distance` define the mask.
-        scaling: factor of query · key; None means 1/√E.
+        scaling: multiplies query · key; None means 1/√E.
         dropout: ignored; players are trained without attention dropout.
         softcap: scores become softcap · tanh(score / softcap), as in Gemma 2.
         sliding_window: number of positions a token attends to, including its own.
         spans: the trees in the row.
-        block_masks: masks of the same row for FlexAttention; None computes the row in segments.
-        key_distance: [N, K] position of the row's new token minus position of the key; negative for unused cache.
+        block_masks: masks of the row for FlexAttention. Without them the row is computed in segments.
+        key_distance: [N, K] position of the new token minus position of the key; negative where the cache is unused.
 
     Returns:
         [1, L, H, E] or [N, 1, H, E], and None in place of attention weights.
@@ -92,33 +92,35 @@ def tree_attention(
     queries, keys, values = (states.split(lengths, dim=2) for states in (query, key, value))
     outputs = []
     for index, (segment, q, k, v) in enumerate(zip(segments, queries, keys, values, strict=True)):
-        if segment.trunk is None:
+        if segment.prompt_segment is None:
             output = value.new_zeros(*q.shape[:3], value.shape[3])
-        elif segment.trunk == index:
+        elif segment.prompt_segment == index:
             output = _causal_attention(q, k, v, params)
         else:
-            prompt_k, prompt_v = (states[segment.trunk][:, :, : segment.prompt_length] for states in (keys, values))
+            prompt_k, prompt_v = (
+                states[segment.prompt_segment][:, :, : segment.prompt_length] for states in (keys, values)
+            )
             output = _causal_attention(q, torch.cat([prompt_k, k], dim=2), torch.cat([prompt_v, v], dim=2), params)
         outputs.append(output.transpose(1, 2))
     return torch.cat(outputs, dim=1), None
 
 
 class _Segment(NamedTuple):
-    """A part of a row with plainly causal attention, after the prompt at the beginning of segment number `trunk`."""
+    """A part of a row with causal attention. Its tokens also attend to the prompt, which may be in another segment."""
 
     length: int
-    trunk: int | None  # None for padding
+    prompt_segment: int | None  # number of the segment that begins with the prompt; None for padding
     prompt_length: int
 
 
 def _segments(spans: Sequence[TreeSpan], row_length: int) -> list[_Segment]:
-    """Split a row into segments. A prompt and its first branch are one segment, whose trunk is itself."""
+    """Split a row into segments. A prompt and its first branch are one segment; every other branch is one."""
     segments: list[_Segment] = []
     for span in spans:
         first, *others = [length for _, length in span.branches] or [0]
-        trunk = len(segments)
-        segments.append(_Segment(span.prompt_length + first, trunk, span.prompt_length))
-        segments += [_Segment(length, trunk, span.prompt_length) for length in others if length]
+        prompt_segment = len(segments)
+        segments.append(_Segment(span.prompt_length + first, prompt_segment, span.prompt_length))
+        segments += [_Segment(length, prompt_segment, span.prompt_length) for length in others if length]
     padding = row_length - sum(segment.length for segment in segments)
     return [*segments, _Segment(padding, None, 0)] if padding else segments
 
@@ -142,15 +144,17 @@ def _decode_attention(query: Tensor, key: Tensor, value: Tensor, key_distance: T
     """Compute attention of one new token per row: [N, H, 1, E], [N, G, K, E], [N, G, K, E], [N, K] → [N, H, 1, E]."""
     rows, heads, _, size = query.shape
     mask = _visible(key_distance, params.sliding_window)[:, None, None]  # [N, 1, 1, K]
-    if query.dtype != torch.float32 and params.softcap is None:  # the kernel that scores, which rounds once
+    if (
+        query.dtype != torch.float32 and params.softcap is None
+    ):  # the kernel that also scores responses; it rounds only once
         return _sdpa(query, key, value, mask, params)
-    # The heads that share a key are the rows of one product, so that keys are read once and not copied.
+    # Heads that share a key become rows of one product: the keys are read once and not copied.
     grouped = query.view(rows, key.shape[1], heads // key.shape[1], size)  # [N, G, H/G, E]
     return _explicit_attention(grouped, key, value, mask, params).reshape(rows, heads, 1, -1)
 
 
 def _visible(key_distance: Tensor, window: int | None) -> Tensor:
-    """Whether a query attends to a key, from the query's position minus the key's."""
+    """Return whether a query attends to a key, from the position of the query minus the position of the key."""
     mask = key_distance >= 0
     return mask if window is None else mask & (key_distance < window)
 
@@ -182,7 +186,7 @@ class BlockMasks:
             position_ids: [1, L], on the compute device.
         """
         self.position = position_ids[0]
-        tree = torch.full((len(self.position),), len(spans))  # padding gets the number after the last tree
+        tree = torch.full((len(self.position),), len(spans))  # the number after the last tree marks padding
         branch = torch.zeros_like(tree)  # 0 for the prompt
         for number, span in enumerate(spans):
             tree[span.start : span.start + len(span)] = number

@@ -32,15 +32,15 @@ class BatchState(Protocol):
     """Whether `prefill` may be called while responses are running."""
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """Append responses to the batch; returns the logits of their first tokens: [number of prompts, V]."""
+        """Append one response per prompt. Return the logits of their first tokens: [number of prompts, V]."""
         ...
 
     def step(self, tokens: Tensor) -> Tensor:
-        """Append a token [N] to each running response; returns the logits of the next tokens: [N, V]."""
+        """Append a token [N] to each running response. Return the logits of the next tokens: [N, V]."""
         ...
 
     def compact(self, rows: list[int]) -> list[int]:
-        """Remove all responses except those in `rows`; returns `rows` in their new order."""
+        """Remove all responses except those in `rows`. Return `rows` in their new order."""
         ...
 
 
@@ -52,11 +52,11 @@ class RaggedCache(Cache):
         self.max_rows, self.max_length = max_rows, max_length
         self.buffers: dict[int, tuple[Tensor, ...]] = {}  # by layer
         self.lengths: list[int] = []  # [N] cached tokens of each running response, including its prompt
-        self.prefilling: list[tuple[TreeSpan, list[int]]] | None = None  # prompts, and the rows to copy each into
+        self.prefilling: list[tuple[TreeSpan, list[int]]] | None = None  # each prompt with the rows to copy it into
         self._rows = self._positions = torch.empty(0, dtype=torch.long)  # [N] where `update` writes the next token
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
-        """Store the keys and values of a layer; returns those that its attention reads."""
+        """Store the keys and values of a layer. Return those that its attention reads."""
         if layer_idx not in self.buffers:
             # Zeros, because masked values are multiplied by 0 and must not be NaN.
             self.buffers[layer_idx] = tuple(
@@ -76,7 +76,7 @@ class RaggedCache(Cache):
         return tuple(buffer[: len(self.lengths), :, : max(self.lengths)] for buffer in buffers)
 
     def extend(self, device: torch.device) -> Tensor:
-        """Add one token to the length of each running response; returns its position id: [N]."""
+        """Add one token to the length of each running response. Return the position ids of these tokens: [N]."""
         self._rows = torch.arange(len(self.lengths), device=device)
         self._positions = torch.tensor(self.lengths, device=device)
         self.lengths = [length + 1 for length in self.lengths]
@@ -108,7 +108,7 @@ class RaggedBatch:
         logprobs.use_tree_attention(True)
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """See `BatchState`. Consecutive occurrences of the same prompt object are computed once."""
+        """See `BatchState`. Consecutive occurrences of one prompt object are computed once."""
         return torch.cat([self._prefill(group) for group in _prefill_groups(prompts)])
 
     def _prefill(self, group: list[tuple[Sequence[int], int]]) -> Tensor:
@@ -153,7 +153,7 @@ class RaggedBatch:
 
 
 def _prefill_groups(prompts: Sequence[Sequence[int]]) -> list[list[tuple[Sequence[int], int]]]:
-    """Count consecutive occurrences of a prompt and group the prompts, in order, by forward pass."""
+    """Divide the prompts into forward passes, in order. Return each prompt with its consecutive occurrences."""
     groups: list[list[tuple[Sequence[int], int]]] = []
     free = 0
     for _, same in groupby(prompts, key=id):

@@ -3,7 +3,7 @@
 A linear layer with a LoRA update computes y = x·Wᵀ + b + (α/r) (x·Aᵀ)·Bᵀ (LoRA, arXiv 2106.09685). PEFT's layer needs
 three more passes over a tensor of the output's size, and autograd saves a copy for each. The fused layer adds both
 products in place, forward and backward, and saves only x and x·Aᵀ. A fused gated MLP recomputes act(g) ⊙ u from g and u
-in backward. A 4-bit weight is dequantized again in backward. Parameters, their names and saved files stay the same.
+in backward. A 4-bit weight is dequantized again in backward. Fusing changes no parameters, names or saved files.
 
 Shapes: L tokens, D hidden, I inputs, O outputs, R rank. In code, x·Aᵀ [L, R] is `low_rank`.
 """
@@ -77,7 +77,7 @@ def _has_forward(layer: Any, forward: Callable[..., Tensor]) -> bool:
 
 @torch.no_grad()
 def _fuse_if_equal(layer: Any, forward: Callable[..., Tensor], weight: Tensor) -> bool:
-    """Replace the forward of a layer with weight [I] or [O, I] if both agree on random inputs [3, I]."""
+    """Replace the forward of a layer with weight [I] or [O, I] if both versions agree on random inputs [3, I]."""
     x = torch.randn(3, weight.shape[-1], generator=torch.Generator().manual_seed(0)).to(weight)
     modes = [(module, module.training) for module in layer.modules()]
     layer.eval()  # disables dropout
@@ -110,7 +110,7 @@ def _is_lora_linear(layer: Any) -> bool:
 
 
 def _base_weight(layer: Any) -> Tensor:
-    """W of a LoRA layer: [O, I]."""
+    """Return W of a LoRA layer: [O, I]."""
     base = layer.base_layer
     if is_4bit(base):
         return dequantize(base)
@@ -119,12 +119,12 @@ def _base_weight(layer: Any) -> Tensor:
 
 
 def _lora_weights(layer: Any) -> tuple[Tensor, Tensor]:
-    """A [R, I] and B [O, R]."""
+    """Return A [R, I] and B [O, R]."""
     return layer.lora_A["default"].weight, layer.lora_B["default"].weight
 
 
 def _scale(layer: Any) -> float:
-    """α/r."""
+    """Return α/r."""
     return float(layer.scaling["default"])
 
 
@@ -133,7 +133,7 @@ def _has_dropout(layer: Any) -> bool:
 
 
 def _merged_weight(layer: Any) -> Tensor:
-    """W + (α/r) B·A: [O, I]."""
+    """Return W + (α/r) B·A: [O, I]."""
     lora_a, lora_b = (weight.detach() for weight in _lora_weights(layer))
     return torch.addmm(_base_weight(layer).detach(), lora_b, lora_a, alpha=_scale(layer))
 
@@ -153,8 +153,8 @@ def _lora_forward(layer: Any, x: Tensor) -> Tensor:
 class _LoraLinear(torch.autograd.Function):
     """([..., I], [..., I] or None, layer, A [R, I], B [O, R]) → [..., O] in the precision of x.
 
-    The second argument is the adapter's input if dropout makes it differ from x. The layer is an argument in place of
-    its frozen weight, which may have to be dequantized in forward and again in backward.
+    The second argument is the adapter's input after dropout, or None without dropout. The third argument is the layer
+    and not its frozen weight, because forward and backward each dequantize a 4-bit weight.
     """
 
     @staticmethod

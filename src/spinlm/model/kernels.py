@@ -1,8 +1,8 @@
 """Matrix products outside of autograd.
 
-For float32 on a CPU the products call oneDNN. PyTorch's default, MKL, took 1.0 to 1.6 times as long at the shapes of a
-135M model on an AMD processor with AVX-512, and up to twice as long as oneDNN with a prepacked weight for the few rows
-of a decoding step. `benchmarks/products.py` measures the three.
+For float32 on a CPU the products call oneDNN instead of PyTorch's default, MKL. With the shapes of a 135M model on an
+AMD processor with AVX-512, MKL took 1.0 to 1.6 times as long as oneDNN. For the few rows of a decoding step, MKL took
+up to twice as long as oneDNN with a prepacked weight. `benchmarks/products.py` measures all three.
 
 Shapes: M rows, I inputs, O outputs, R rank.
 """

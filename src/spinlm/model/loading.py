@@ -25,8 +25,8 @@ log = logging.getLogger("spinlm")
 
 
 @contextlib.contextmanager
-def _load_errors(message: str) -> Iterator[None]:
-    """Turn what transformers, safetensors and gguf raise for missing, damaged or wrong files into a ModelError."""
+def _as_model_error(message: str) -> Iterator[None]:
+    """Raise a ModelError instead of the errors of transformers, safetensors and gguf for missing or damaged files."""
     try:
         yield
     except ModelError:
@@ -44,7 +44,7 @@ def _load_errors(message: str) -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    """Say why loading failed: the library's own message, unless the message recommends something dangerous."""
+    """Return why loading failed: the message of the library, unless it recommends something dangerous."""
     if isinstance(error, pickle.UnpicklingError):
         return (
             "its weights are a pickle that holds more than tensors. Such a file can run any code, so spinlm does not "
@@ -101,11 +101,13 @@ def warn_remote_code() -> None:
     log.warning("model.trust_remote_code is on: code from the model's repository runs on this machine, as your user")
 
 
-_converted: dict[Path, dict[str, Any]] = {}  # source of each folder that this process converted or verified
+_converted: dict[
+    Path, dict[str, Any]
+] = {}  # folder → its source file, if this process converted or verified the folder
 
 
 def _convert_gguf(path: Path, folder: Path) -> None:
-    """Convert a .gguf file to a model folder, unless the folder holds the verified result already."""
+    """Convert a .gguf file to a model folder, unless the folder already holds the result with correct digests."""
     source = {"file": path.name, "bytes": path.stat().st_size}
     record = folder / "source.json"
     if record.exists() and (
@@ -116,7 +118,7 @@ def _convert_gguf(path: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     log.info("converting %s to %s", path.name, folder)
-    with _load_errors(f"{path}: transformers cannot read this .gguf file"):
+    with _as_model_error(f"{path}: transformers cannot read this .gguf file"):
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
         dequantize = GgufConfig(dequantize=True)
         model = AutoModelForCausalLM.from_pretrained(
@@ -130,7 +132,7 @@ def _convert_gguf(path: Path, folder: Path) -> None:
 
 
 def _digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of each file of a converted model."""
+    """Return the SHA-256 of each file of a converted model."""
     return {path.name: file_digest(path) for path in sorted(folder.iterdir()) if path.name != "source.json"}
 
 
@@ -155,7 +157,7 @@ def load_tokenizer(model: Model, path: str) -> Any:
     from transformers import AutoTokenizer
 
     hub = "" if resolve_model(path) else " from the hub (there is no folder of that name)"
-    with _load_errors(f"{path}: the tokenizer cannot be loaded{hub}"):
+    with _as_model_error(f"{path}: the tokenizer cannot be loaded{hub}"):
         return AutoTokenizer.from_pretrained(path, revision=model.revision, trust_remote_code=model.trust_remote_code)
 
 
@@ -187,7 +189,7 @@ def load_model(model: Model, path: str, dtype: torch.dtype, *, load_in_4bit: boo
     from transformers import AutoConfig, AutoModelForCausalLM
 
     options: dict[str, Any] = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
-    with _load_errors(f"{path}: the model cannot be loaded"):
+    with _as_model_error(f"{path}: the model cannot be loaded"):
         config = AutoConfig.from_pretrained(path, **options)
         if getattr(config, "quantization_config", None):
             raise ModelError(
@@ -235,14 +237,14 @@ def load_player(model: Any, folder: Path) -> None:
         ModelError: the weights in the folder are incomplete, damaged, not finite, or of another model.
     """
     load = _load_adapter if hasattr(model, "get_base_model") else _load_full_model
-    with _load_errors(f"{folder}: not a player of this model"):
+    with _as_model_error(f"{folder}: not a player of this model"):
         mismatched = load(model, folder)
         if mismatched:
             raise ValueError(f"{len(mismatched)} weights missing or unknown ({', '.join(sorted(mismatched)[:3])} …)")
 
 
 def _load_adapter(model: Any, folder: Path) -> set[str]:
-    """Load an adapter; returns the names of weights that only the file or only the model has."""
+    """Load an adapter. Return the names of weights that only the file or only the model has."""
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
     from safetensors.torch import load_file
 
@@ -255,7 +257,7 @@ def _load_adapter(model: Any, folder: Path) -> set[str]:
 
 
 def _load_full_model(model: Any, folder: Path) -> set[str]:
-    """Load all weights; returns the names of weights that are missing, unknown, or of another shape."""
+    """Load all weights. Return the names of weights that are missing, unknown, or of another shape."""
     from transformers import AutoConfig
 
     model_type = AutoConfig.from_pretrained(folder).model_type

@@ -55,7 +55,7 @@ class LogProbs(nn.Module):
         """
         Args:
             model: a causal language model of transformers, with or without a PEFT adapter.
-            autocast: precision to compute in if it differs from the weights'; None computes in the weights' precision.
+            autocast: precision to compute in; None means the precision of the weights.
 
         Raises:
             ModelError: the output head of the model is not a plain linear layer.
@@ -132,7 +132,7 @@ class LogProbs(nn.Module):
         return self.transform.logits(hidden.to(weight.dtype), weight, bias)
 
     def _head(self) -> tuple[Tensor, Tensor | None]:
-        """Weight [V, D] and bias [V] of the output head, in the compute precision."""
+        """Return weight [V, D] and bias [V] of the output head, in the compute precision."""
         head = self.causal_lm.get_output_embeddings()
         dtype, bias = self.autocast or head.weight.dtype, getattr(head, "bias", None)
         return head.weight.to(dtype), None if bias is None else bias.to(dtype)
@@ -141,7 +141,7 @@ class LogProbs(nn.Module):
         """Compute the final hidden states that predict a response token: [M, D]."""
         self.use_tree_attention(batch.spans is not None)
         device = batch.input_ids.device.type
-        # Each weight is used once, so cached casts would only take memory, or go stale when weights are gathered again.
+        # No cache: each weight is cast once, and FSDP may gather a weight again, which makes a cached cast wrong.
         with torch.autocast(device, dtype=self.autocast, enabled=self.autocast is not None, cache_enabled=False):
             states = self.causal_lm.base_model(
                 input_ids=batch.input_ids,
@@ -168,7 +168,7 @@ class LogProbs(nn.Module):
 
 @torch.no_grad()
 def max_logprob_error(logprobs: LogProbs, trees: Sequence[PrefixTree], prefix_sharing: bool) -> float:
-    """Compare packed log-probabilities with those from the model's full logits of one unpadded row per response.
+    """Compare log-probabilities of packed trees with those from the model's own logits, one response at a time.
 
     Returns:
         The largest absolute difference over all responses, in nats per token.
@@ -240,7 +240,7 @@ class _TargetLogProbs(torch.autograd.Function):
 class _TargetSoftmax:
     """log p(y) per row of logits [M, V], and its gradient with respect to the head's output. Overwrites the logits.
 
-    In place, because the page faults of a second tensor of this size cost more than the arithmetic.
+    A second tensor of this size would cost more time in page faults than the arithmetic takes.
     """
 
     def __init__(self, logits: Tensor, targets: Tensor, transform: LogitTransform, *, need_gradient: bool):

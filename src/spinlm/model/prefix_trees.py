@@ -38,11 +38,11 @@ class PrefixTree:
 
 @dataclass(frozen=True, slots=True)
 class TreeSpan:
-    """The place of a tree in a row. The prompt begins at `start`; a branch is the (start, length) of a response."""
+    """The place of a tree in a row."""
 
-    start: int
+    start: int  # of the prompt
     prompt_length: int
-    branches: tuple[tuple[int, int], ...]  # a length may be 0
+    branches: tuple[tuple[int, int], ...]  # (start, length) of each response without its last token; length may be 0
 
     def __len__(self) -> int:
         return self.prompt_length + sum(length for _, length in self.branches)
@@ -62,7 +62,7 @@ class PackedBatch:
     targets: Tensor  # [M]
     response_indices: Tensor  # [M]
     num_responses: int  # S
-    spans: tuple[TreeSpan, ...] | None  # of the one row with prefix sharing; None without
+    spans: tuple[TreeSpan, ...] | None  # the trees in the one row; None without prefix sharing
 
     def to(self, device: torch.device) -> "PackedBatch":
         """Copy the tensors to a device."""
@@ -92,7 +92,9 @@ def _pack_one_row(trees: Sequence[PrefixTree]) -> PackedBatch:
             logits_indices += [start + prompt_length - 1, *range(branch, branch + length)]
             branches.append((branch, length))
         spans.append(TreeSpan(start, prompt_length, tuple(branches)))
-    padding = -len(ids) % ROW_BLOCK if len(ids) > ROW_BLOCK else 0  # here once, instead of in every `kernels.linear`
+    padding = (
+        -len(ids) % ROW_BLOCK if len(ids) > ROW_BLOCK else 0
+    )  # padded once here, and not in every `kernels.linear`
     input_ids, position_ids = torch.tensor([ids + [0] * padding]), torch.tensor([positions + [0] * padding])
     return PackedBatch(input_ids, position_ids, torch.tensor(logits_indices), *_targets(trees), tuple(spans))
 

@@ -25,7 +25,7 @@ class JudgeError(SpinError, RuntimeError):
     """The judge's settings are wrong, or the judge cannot be reached, refuses, or writes no verdict."""
 
 
-ERRORS = ErrorContext(
+ERROR_CONTEXT = ErrorContext(
     error=JudgeError,
     url_setting="url in judge.yaml",
     model_setting="model in judge.yaml",
@@ -177,7 +177,7 @@ class Judge(Section):
             JudgeError: the endpoint cannot be reached, refuses, or is not OpenAI-compatible.
             StoppedError: the user asked to stop.
         """
-        endpoint = Endpoint([self.url], self.model, self.timeout, self.max_concurrency, ERRORS)
+        endpoint = Endpoint([self.url], self.model, self.timeout, self.max_concurrency, ERROR_CONTEXT)
 
         async def request(messages: list[Message]) -> str:
             fields = {"model": self.model, "messages": messages, "temperature": 0, "max_tokens": self.max_tokens}
@@ -189,4 +189,4 @@ class Judge(Section):
 
 def _judgment(reply: Any) -> str:
     text = reply["choices"][0]["message"]["content"]
-    return redact(text, ERRORS) if isinstance(text, str) else ""
+    return redact(text, ERROR_CONTEXT) if isinstance(text, str) else ""
