@@ -8,7 +8,7 @@ import pytest
 
 from spinlm.errors import RecipeError
 from spinlm.generation.base import Response, Sampling
-from spinlm.generation.vllm import VllmError, assign_gpus, engine_arguments, explain, parse_response, request
+from spinlm.generation.vllm import VllmError, assign_gpus, engine_arguments, explain, make_request, parse_response
 from spinlm.generation.vllm_worker import read_output
 from spinlm.recipe.load import parse_recipe
 from spinlm.recipe.opponent import Vllm
@@ -48,7 +48,7 @@ def test_unsupported_rank() -> None:
 
 @pytest.mark.parametrize(("prompt", "limit"), [([1] * 5, 20), ([1] * 25, 5)])
 def test_request(prompt: list[int], limit: int) -> None:
-    assert request(prompt, SAMPLING, 7) == {
+    assert make_request(prompt, SAMPLING, 7) == {
         "prompt": prompt,
         "sampling": {
             "temperature": 0.7,

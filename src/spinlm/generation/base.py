@@ -12,7 +12,7 @@ OnProgress = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """Sampling parameters. Every engine takes the same ones."""
+    """Sampling parameters, the same for all engines."""
 
     temperature: float  # 0 is greedy
     top_p: float
@@ -23,7 +23,7 @@ class Sampling:
 
     @classmethod
     def from_recipe(cls, recipe: Recipe, stop_ids: tuple[int, ...], **overrides: Any) -> "Sampling":
-        """Return the parameters of a recipe's opponent, with some of them replaced."""
+        """Return the parameters of a recipe's opponent. `overrides` replace some of them."""
         opponent = recipe.opponent
         sampling = cls(
             temperature=opponent.temperature,

@@ -39,7 +39,7 @@ class _PartialResponse:
 
 
 class LocalEngine:
-    """The local engine."""
+    """The engine that generates with the model in this process."""
 
     def __init__(self, logprobs: LogProbs, batch_size: int, prefix_sharing: bool):
         """
@@ -69,7 +69,7 @@ class LocalEngine:
             for index, prompt in enumerate(prompts)
             for sample in range(sampling.samples)
         ]
-        # Sorted by length: padded rows then need little padding. The samples of one prompt stay together.
+        # Sort by length, so that padded rows need little padding. The samples of one prompt stay together.
         waiting = deque(sorted(partial, key=lambda response: -len(prompts[response.prompt])))
         dtype = self.logprobs.autocast
         autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
@@ -142,7 +142,7 @@ def sample(logits: Tensor, temperature: float, top_p: float, draws: Tensor) -> t
         logits: [B, V] in float32.
         temperature: divides the logits; 0 selects the most likely token.
         top_p: sample from the smallest set of tokens whose probabilities sum to at least this.
-        draws: [B] in float32, uniform in [0, 1); the token is where the cumulative distribution exceeds the draw.
+        draws: [B] in float32, uniform in [0, 1): the first token whose cumulative probability exceeds the draw.
 
     Returns:
         Tokens [B], and their log-probabilities [B] under the model at temperature 1, before top-p.

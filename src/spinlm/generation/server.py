@@ -33,7 +33,7 @@ POLL_SECONDS = 0.5
 
 
 class ServerError(SpinError, RuntimeError):
-    """A server cannot be reached or started, rejects a request, or returns something else than a response."""
+    """A server cannot be reached or started, rejects a request, or does not return a response."""
 
 
 ERROR_CONTEXT = ErrorContext(
@@ -106,7 +106,7 @@ class ServerEngine:
 
 
 def merge_extra_body(body: dict[str, Any], extra_body: dict[str, Any]) -> dict[str, Any]:
-    """Return the body with the extra fields added or replaced, recursively; a field that is None is removed."""
+    """Return the body with the extra fields added or replaced, recursively. Remove fields that are None."""
     merged = dict(body)
     for name, value in extra_body.items():
         nested = isinstance(value, dict) and isinstance(body.get(name), dict)
@@ -257,7 +257,7 @@ def _wait_until_ready(
 
 
 def _is_ready(url: str) -> bool:
-    """Return whether a server is ready. llama.cpp lists its model while it loads, but reports that it is unhealthy."""
+    """Return whether a server is ready. Ask /health first: llama.cpp lists its model before the model is loaded."""
     response = probe(url + HEALTH_PATH, ERROR_CONTEXT)
     if response is not None and response.status_code == 404:
         response = probe(url + MODELS_PATH, ERROR_CONTEXT)
@@ -265,7 +265,7 @@ def _is_ready(url: str) -> bool:
 
 
 def _first_model(url: str) -> str | None:
-    """Return the first model that a server lists; None if it lists none, and so needs no name."""
+    """Return the first model that a server lists; None if it lists none and therefore needs no name."""
     response = probe(url + MODELS_PATH, ERROR_CONTEXT)
     try:
         return None if response is None else str(response.json()["data"][0]["id"])
@@ -280,7 +280,7 @@ def _log_excerpt(command: str, log_file: Path) -> str:
 
 
 def _run_reload_command(command: str, timeout: float, log_file: Path) -> None:
-    """Run the user's command with output to a file: a server that it leaves running would keep a pipe open."""
+    """Run the user's command. Its output goes to a file, because a server that it starts would keep a pipe open."""
     started = time.monotonic()
     with log_file.open("wb") as file:
         process = subprocess.Popen(command, shell=True, stdin=subprocess.DEVNULL, stdout=file, stderr=file)
@@ -308,14 +308,14 @@ def _load_adapter(server: Server, urls: list[str], name: str, player: Path) -> N
         try:
             _post(server, url, path, {"lora_name": name, "lora_path": str(player)})
         except RefusedError as refused:
-            if "already" not in str(refused):  # else an earlier run of this command loaded the adapter
+            if "already" not in str(refused):  # an interrupted run may have loaded the adapter
                 raise ServerError(
                     f"{url}{path}: cannot load the adapter {player} ({refused}). {_ADAPTER_REQUIREMENTS[server.api]}"
                 ) from None
 
 
 def _unload_adapter(server: Server, urls: list[str], name: str) -> None:
-    """Unload an adapter, so that the server does not collect one for each iteration. Ignore errors."""
+    """Unload an adapter; otherwise the server would keep the adapter of every iteration. Ignore errors."""
     path = SERVER_APIS[server.api].unload_adapter_path
     assert path is not None, "the recipe is validated"
     for url in urls:

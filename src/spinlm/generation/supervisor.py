@@ -2,7 +2,7 @@
 
     python supervisor.py COMMAND
 
-End of standard input means that the parent has exited or wants the command to stop. Imports only the standard library.
+The parent closes standard input to stop the command; its exit does the same. Imports only the standard library.
 """
 
 import contextlib
@@ -40,7 +40,7 @@ def main() -> int:
     threading.Thread(target=stop_with_parent, daemon=True).start()
     code = child.wait()
     if stopping.is_set():
-        threading.Event().wait()  # the shell has exited; its children may need longer
+        threading.Event().wait()  # the shell has exited; `stop_with_parent` still waits for its children
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
     return code if code >= 0 else 128 - code

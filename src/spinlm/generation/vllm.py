@@ -71,7 +71,7 @@ def engine_arguments(recipe: Recipe, settings: Vllm, model: str, dtype: str) -> 
     return {name: value for name, value in arguments.items() if value is not None}
 
 
-def request(prompt: Sequence[int], sampling: Sampling, seed: int) -> dict[str, Any]:
+def make_request(prompt: Sequence[int], sampling: Sampling, seed: int) -> dict[str, Any]:
     """Return a prompt and the arguments of `vllm.SamplingParams` for one response."""
     return {
         "prompt": list(prompt),
@@ -80,7 +80,7 @@ def request(prompt: Sequence[int], sampling: Sampling, seed: int) -> dict[str, A
             "top_p": sampling.top_p,
             "max_tokens": min(sampling.max_new_tokens, sampling.max_length - len(prompt)),
             "stop_token_ids": list(sampling.stop_ids),
-            "ignore_eos": True,  # the end tokens of this run may be others
+            "ignore_eos": True,  # this run may have other end tokens than the model
             "seed": seed,
             "logprobs": 0,  # of the sampled token only
             "detokenize": False,
@@ -180,7 +180,7 @@ class Worker:
 
 
 class VllmEngine:
-    """The vLLM engine. Its workers have the opponent."""
+    """The vLLM engine. Its workers have loaded the opponent."""
 
     def __init__(self, workers: Sequence[Worker]):
         self.workers = workers
@@ -194,7 +194,7 @@ class VllmEngine:
             VllmError: vLLM fails.
         """
         requests = [
-            request(prompt, sampling, derive_seed(seed, index, sample) >> 32)  # 31 bits
+            make_request(prompt, sampling, derive_seed(seed, index, sample) >> 32)  # 31 bits
             for index, prompt in enumerate(prompts)
             for sample in range(sampling.samples)
         ]

@@ -81,7 +81,7 @@ def run_lm_harness(run: Run, iterations: Sequence[int], options: HarnessOptions)
 def _measure(
     model: "PlayerLM", folder: RunDir, iteration: int, suite: str, group: TaskGroup, settings: dict[str, Any]
 ) -> None:
-    """Measure a group of tasks unless it has a score with these settings. Its tasks are kept under SUITE/GROUP."""
+    """Measure a group of tasks unless it has a score with these settings. Write its tasks' scores as SUITE/GROUP."""
     title = player_name(iteration)
     counts = {"player": folder.player_digest(iteration)}
     score = read_scores(folder, iteration).get(suite, {}).get(group.name)
@@ -95,11 +95,11 @@ def _measure(
             "%s: some prompts of %s exceed the %d tokens of the model and lost their beginning",
             *(title, group.name, model.max_length),
         )
-    if group.group is not None:
+    if group.lm_eval_group is not None:
         members = [_scores(name, results[name], None, settings, counts) for name in group.tasks]
         merged = {name: score for scores in members for name, score in scores.items()}
         add_scores(folder, iteration, f"{suite}/{group.name}", merged)
-        results[group.name] = dict(group.group.aggregate(results))
+        results[group.name] = dict(group.lm_eval_group.aggregate(results))
     add_scores(folder, iteration, suite, _scores(group.name, results[group.name], group.metric, settings, counts))
 
 
@@ -154,7 +154,7 @@ def _settings(group: TaskGroup, limit: int | None) -> dict[str, Any]:
     first = next(iter(group.tasks.values()))
     return {
         "num_fewshot": first.get_config("num_fewshot"),
-        "task_version": first.VERSION if group.group is None else group.group.version,
+        "task_version": first.VERSION if group.lm_eval_group is None else group.lm_eval_group.version,
         "definition": _digest(configs),
         "data": _digest(rows),
     }

@@ -50,7 +50,7 @@ class TaskGroup:
     name: str
     tasks: "dict[str, Task]"
     metric: str | None  # see `TaskSpec`
-    group: "Group | None" = None
+    lm_eval_group: "Group | None" = None  # computes the aggregate score
 
 
 def harness_version() -> str:
@@ -125,7 +125,7 @@ def _task_manager(names: Sequence[str], include_path: Path | None) -> "TaskManag
 
 
 def _load(manager: "TaskManager", spec: TaskSpec) -> list[TaskGroup]:
-    """Return the rows of the score table for a spec: one if it has an aggregate score, otherwise one per task."""
+    """Load the tasks of a spec: as one group if it has an aggregate score, otherwise as one group per task."""
     try:
         loaded = manager.load([spec.name])
     except Exception as error:  # a task may run any code when it loads
@@ -163,7 +163,8 @@ def _set_num_fewshot(task: "Task", num_fewshot: int | None) -> None:
         return
     train, validation, test = (task.get_config(f"{split}_split") for split in ("training", "validation", "test"))
     questions, examples = test or validation, config.split or train or validation or test
-    if examples == questions and config.split != test:  # the harness removes a question only if these two are equal
+    # The harness removes the question from the examples only if the examples are from the test split.
+    if examples == questions and config.split != test:
         raise RunError(
             f"{name}: the few-shot examples of a question may contain the question. Set fewshot_split: {questions} and "
             f"test_split: {questions} in the task's YAML file, or measure with --num-fewshot 0"
