@@ -57,6 +57,11 @@ def shortened(text: str, limit: int = 200) -> str:
     return text if len(text) <= limit else f"{text[:limit]}…"
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or the name of its class."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error means too little memory, on a GPU or for a CPU tensor."""
     signs = ("can't allocate memory", "out of memory", "ALLOC_FAILED")

@@ -34,7 +34,7 @@ def benchmark(
     options = HarnessOptions(suite, tasks, num_fewshot, limit, include_path, apply_chat_template, batch_size)
     with folder.locked(), graceful_shutdown():
         run_lm_harness(Run(recipe, folder), players, options)
-    console(200).print(scores.table(folder, players, suite or "tasks"))
+    console(200).print(scores.rich_table(folder, players, suite or "tasks"))
 
 
 def mt_bench(
@@ -64,6 +64,6 @@ def mt_bench(
             max_new_tokens=max_new_tokens,
         )
     out = console(200)
-    out.print(scores.table(folder, players, suite_name(pairwise)))
+    out.print(scores.rich_table(folder, players, suite_name(pairwise)))
     for note in notes:
         out.print(printable(note))

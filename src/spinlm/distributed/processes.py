@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
-from spinlm.distributed.watchdog import Watchdog, first_line
-from spinlm.errors import RunError
+from spinlm.distributed.watchdog import Watchdog
+from spinlm.errors import RunError, first_line
 
 T = TypeVar("T")
 

@@ -14,7 +14,7 @@ import threading
 import time
 from typing import Any
 
-from spinlm.errors import PeerError, RunError, SpinError, StoppedError
+from spinlm.errors import PeerError, RunError, SpinError, StoppedError, first_line
 from spinlm.utils.signals import request_stop
 
 ERROR_KEY = "error"
@@ -130,11 +130,6 @@ class Watchdog:
             f"{self._name}: {problem} for {self._lost_after:.0f} s. Check the machines and the network between them. "
             f"{RESUME_HINT}"
         )
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or the name of its class."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _is_collective_error(error: BaseException) -> bool:

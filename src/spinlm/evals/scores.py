@@ -32,28 +32,28 @@ class Score:
     counts: dict[str, Any] = field(default_factory=dict)  # what was measured, and what was left out
 
 
-def read_scores(run: RunDir, iteration: int) -> dict[str, dict[str, Score]]:
+def read_scores(folder: RunDir, iteration: int) -> dict[str, dict[str, Score]]:
     """Return the scores of a player by suite and task. The dict is empty if nothing was measured."""
-    path = run.benchmarks(iteration)
+    path = folder.benchmarks(iteration)
     if not path.exists():
         return {}
     return {suite: {task: Score(**score) for task, score in tasks.items()} for suite, tasks in read_json(path).items()}
 
 
-def add_scores(run: RunDir, iteration: int, suite: str, scores: dict[str, Score], *, replace: bool = False) -> None:
+def add_scores(folder: RunDir, iteration: int, suite: str, scores: dict[str, Score], *, replace: bool = False) -> None:
     """Add scores to those of a player. A task that was measured before gets its new score.
 
     Args:
-        run: the run folder.
+        folder: the run folder.
         iteration: the iteration of the player.
         suite: the suite of the scores.
         scores: scores by task.
         replace: remove the other scores of the suite.
     """
-    kept = read_scores(run, iteration)
+    kept = read_scores(folder, iteration)
     kept[suite] = scores if replace else kept.get(suite, {}) | scores
     write_json(
-        run.benchmarks(iteration),
+        folder.benchmarks(iteration),
         {name: {task: asdict(score) for task, score in tasks.items()} for name, tasks in kept.items()},
     )
 
@@ -85,12 +85,12 @@ class ScoreTable:
     caption: str
 
 
-def table(run: RunDir, iterations: Sequence[int], suite: str) -> "Table":
+def rich_table(folder: RunDir, iterations: Sequence[int], suite: str) -> "Table":
     """Return the table of a suite for the terminal."""
     from rich.box import SIMPLE
     from rich.table import Table
 
-    scores = score_table(run, iterations, suite)
+    scores = score_table(folder, iterations, suite)
     grid = Table(box=SIMPLE, pad_edge=False, padding=(0, 1), caption_justify="left", caption=scores.caption or None)
     for number, title in enumerate(scores.titles):
         grid.add_column(title, justify="left" if number < 2 else "right", no_wrap=True)
@@ -99,12 +99,12 @@ def table(run: RunDir, iterations: Sequence[int], suite: str) -> "Table":
     return grid
 
 
-def score_table(run: RunDir, iterations: Sequence[int], suite: str) -> ScoreTable:
+def score_table(folder: RunDir, iterations: Sequence[int], suite: str) -> ScoreTable:
     """Return the scores of players in a suite, as value ± standard error.
 
     A `*` marks a score whose settings differ from those of the first score in its row: the two are not comparable.
     """
-    measured = {iteration: read_scores(run, iteration).get(suite, {}) for iteration in iterations}
+    measured = {iteration: read_scores(folder, iteration).get(suite, {}) for iteration in iterations}
     for scores in measured.values():
         if suite in AVERAGED_TASKS and (mean := average(scores, AVERAGED_TASKS[suite])):
             scores["average"] = mean

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from spinlm.errors import ModelError
+from spinlm.errors import ModelError, first_line
 from spinlm.model.quantize import bnb_config, check_4bit_support, patch_4bit_layers
 from spinlm.recipe.schema import Lora, Model
 from spinlm.rundir.layout import RunDir
@@ -55,11 +55,7 @@ def _reason(error: Exception) -> str:
             "its repository contains code, which spinlm runs only with model.trust_remote_code: true. Read its .py "
             "files first: they run as your user"
         )
-    return _first_line(error)
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return first_line(error)
 
 
 def compute_dtype(model: Model, device: torch.device) -> torch.dtype:
@@ -227,7 +223,7 @@ def add_adapter(model: Any, lora: Lora, seed: int, revision: str | None = None) 
     try:
         return get_peft_model(model, config)
     except ValueError as error:
-        raise ModelError(f"lora.target_modules: {_first_line(error)}") from error
+        raise ModelError(f"lora.target_modules: {first_line(error)}") from error
 
 
 def load_player(model: Any, folder: Path) -> None:

@@ -11,7 +11,7 @@ from spinlm.report.summary import (
     METRIC_NAMES,
     NLL_CAVEAT,
     count_standard_errors,
-    format_lead,
+    format_improvement,
     player_rows,
     promotions,
 )
@@ -44,10 +44,10 @@ class RunComparison:
 
     def __str__(self) -> str:
         title = METRIC_NAMES[self.metric]
-        lead = f"{format_lead(self.metric, self.mean_difference)} ± {self.standard_error:.3f}"
+        size = f"{format_improvement(self.metric, self.mean_difference)} ± {self.standard_error:.3f}"
         sentences = [
             f"{self.run} vs {self.baseline} after iteration {self.iteration}: {self.result}.",
-            f"{title[:1].upper()}{title[1:]} {lead} (mean paired difference ± standard error on "
+            f"{title[:1].upper()}{title[1:]} {size} (mean paired difference ± standard error on "
             f"{self.prompts} held-out prompts).",
             "Another seed may differ.",
             *([] if self.metric == "task_score" else [NLL_CAVEAT]),
@@ -82,16 +82,16 @@ def compare_runs(run: RunDir, baseline: RunDir) -> RunComparison:
             f"{run.root} and {baseline.root} cannot be compared: they share {len(shared)} held-out examples, of "
             f"{len(values)} and {len(baseline_values)}. Start one of them with --start-from the other"
         )
-    leads = [lead(metric, values[example], baseline_values[example]) for example in shared]
+    improvements = [improvement(metric, values[example], baseline_values[example]) for example in shared]
     names = _names(run, baseline)
     return RunComparison(
         run=names[0],
         baseline=names[1],
         iteration=iteration,
         metric=metric,
-        mean_difference=statistics.fmean(leads),
-        standard_error=standard_error(leads),
-        prompts=len(leads),
+        mean_difference=statistics.fmean(improvements),
+        standard_error=standard_error(improvements),
+        prompts=len(improvements),
         min_standard_errors=select["min_standard_errors"],
     )
 
@@ -107,8 +107,8 @@ def player_values(folder: RunDir, iteration: int, metric: str) -> dict[str, floa
     return {row["id"]: float(row[key] or 0.0) for row in read_json_lines(folder.heldout_greedy(iteration))}
 
 
-def lead(metric: str, value: float, baseline: float) -> float:
-    """Return by how much a value is better than the baseline's. A lower NLL is better."""
+def improvement(metric: str, value: float, baseline: float) -> float:
+    """Return how much better a value is than the baseline's; negative if it is worse. A lower NLL is better."""
     return value - baseline if metric == "task_score" else baseline - value
 
 

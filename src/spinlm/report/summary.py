@@ -163,11 +163,11 @@ def _no_improvement(folder: RunDir, method: str, judged: list[dict[str, Any]], m
 
 
 def _mean_and_error(metric: str, promotion: dict[str, Any]) -> str:
-    return f"{format_lead(metric, promotion['mean_difference'])} ± {promotion['standard_error']:.3f}"
+    return f"{format_improvement(metric, promotion['mean_difference'])} ± {promotion['standard_error']:.3f}"
 
 
-def format_lead(metric: str, mean_difference: float) -> str:
-    """Format a lead: a task score with its sign, an NLL as `lower by` (better) or `higher by` (worse)."""
+def format_improvement(metric: str, mean_difference: float) -> str:
+    """Format an improvement: a task score with its sign, an NLL as `lower by` (better) or `higher by` (worse)."""
     if metric == "task_score":
         return f"{mean_difference:+z.3f}"
     return f"{'lower' if mean_difference >= 0 else 'higher'} by {abs(mean_difference):.3f}"

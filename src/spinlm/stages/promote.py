@@ -8,7 +8,7 @@ from typing import Any
 from spinlm.distributed.processes import on_rank_zero
 from spinlm.evals.collapse import detect_collapse
 from spinlm.model.run import Run
-from spinlm.report.compare import lead, player_values, select_metric
+from spinlm.report.compare import improvement, player_values, select_metric
 from spinlm.rundir.stage_graph import START, player_name
 from spinlm.utils.atomic import read_json, write_json
 from spinlm.utils.statistics import significantly_better, standard_error
@@ -83,6 +83,6 @@ def compare(run: Run, t: int, baseline: int) -> Comparison:
     select = run.recipe.selfplay.select
     metric = select_metric(select.metric, run.recipe.evaluate.scorer)
     new, old = player_values(run.folder, t, metric), player_values(run.folder, baseline, metric)
-    differences = [lead(metric, new[key], old[key]) for key in old]
+    differences = [improvement(metric, new[key], old[key]) for key in old]
     better = significantly_better(differences, select.min_standard_errors)
     return Comparison(metric, baseline, statistics.fmean(differences), standard_error(differences), better)

@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spinlm.errors import RunError, SpinError, is_out_of_memory
+from spinlm.errors import RunError, SpinError, first_line, is_out_of_memory
 from spinlm.evals.lm_harness.tasks import TaskGroup, harness_version, load_tasks, select_tasks
 from spinlm.evals.scores import Score, add_scores, read_scores
 from spinlm.model.run import Run
@@ -138,8 +138,7 @@ def _evaluate(model: "PlayerLM", group: TaskGroup, limit: int | None, chat_templ
             raise RunError(f"{group.name}: out of memory. Lower --batch-size; finished scores are kept") from error
         if isinstance(error, RuntimeError):
             raise  # the model failed
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise RunError(f"{group.name}: lm-evaluation-harness cannot measure it: {reason}") from error
+        raise RunError(f"{group.name}: lm-evaluation-harness cannot measure it: {first_line(error)}") from error
     assert output is not None, "there is one process"
     return dict(output["results"])
 

@@ -29,7 +29,7 @@ Value = TypeVar("Value", float, str)
 Values = Mapping[Turn, float | None]
 """A rating or result for each turn; None if the verdict could not be parsed."""
 
-CONSISTENT = {("A", "B"): 1.0, ("B", "A"): 0.0, ("C", "C"): 0.5}
+CONSISTENT_RESULTS = {("A", "B"): 1.0, ("B", "A"): 0.0, ("C", "C"): 0.5}
 """Result of two verdicts that agree, for the player that is A in the first and B in the second."""
 
 
@@ -109,7 +109,7 @@ def comparison_result(first: str | None, second: str | None) -> float | None:
     """
     if first is None or second is None:
         return None
-    return CONSISTENT.get((first, second), 0.5)
+    return CONSISTENT_RESULTS.get((first, second), 0.5)
 
 
 def grade_single(judge_run: JudgeRun, players: Sequence[int]) -> None:
@@ -194,7 +194,7 @@ def grade_pairwise(judge_run: JudgeRun, player: int, baseline: int) -> None:
     if not results:
         raise DataError(f"{label}: there is no question that both players responded to")
     tally = Counter(results.values())
-    inconsistent = sum(None not in comparison and comparison not in CONSISTENT for comparison in comparisons)
+    inconsistent = sum(None not in comparison and comparison not in CONSISTENT_RESULTS for comparison in comparisons)
     counts = {
         **judge_run.counts(choices, len(results), journal),
         **{"wins": tally[1.0], "ties": tally[0.5], "losses": tally[0.0]},

@@ -56,14 +56,16 @@ def run_mt_bench(
         )
     loaded = Judge.load(judge)
     all_questions = read_questions(questions)
-    known = read_references(references, all_questions)
+    reference_answers = read_references(references, all_questions)
     chosen = all_questions[:limit]
-    without = [q.category for q in chosen if q.uses_reference and q.question_id not in known]
+    without_reference = [q.category for q in chosen if q.uses_reference and q.question_id not in reference_answers]
     settings = {
         **loaded.fingerprint,
         "questions": short_digest([question.fingerprint for question in all_questions]),
-        "references": short_digest(sorted((str(key), turns) for key, turns in known.items())) if known else None,
-        "without_reference": len(without),
+        "references": short_digest(sorted((str(key), turns) for key, turns in reference_answers.items()))
+        if reference_answers
+        else None,
+        "without_reference": len(without_reference),
         "limit": limit,
         "max_new_tokens": max_new_tokens,
         "seed": run.recipe.seed,
@@ -74,10 +76,12 @@ def run_mt_bench(
     for response_set in response_sets.values():
         response_set.generate(chosen)
     notes = [note for response_set in response_sets.values() for note in response_set.notes(chosen)]
-    if without:
-        names = ", ".join(sorted(set(without)))
-        notes.append(f"{len(without)} questions ({names}) have no reference answer: the judge decides without one")
-    judge_run = JudgeRun(loaded, chosen, known, response_sets, settings, notes)
+    if without_reference:
+        names = ", ".join(sorted(set(without_reference)))
+        notes.append(
+            f"{len(without_reference)} questions ({names}) have no reference answer: the judge decides without one"
+        )
+    judge_run = JudgeRun(loaded, chosen, reference_answers, response_sets, settings, notes)
     if pairwise:
         for player in players[1:]:
             grade_pairwise(judge_run, player, players[0])
