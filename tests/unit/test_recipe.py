@@ -340,6 +340,8 @@ def test_load_in_4bit_excludes_fsdp() -> None:
         ("a: 1\rb: c: d", "not valid YAML"),
         ("a: x\u2028\nb: c: d", "not valid YAML"),
         ("a: &a 1\nseed: *a\n", "*a (line 2): aliases are not supported"),
+        ("seed: 010\n", "010 (line 1): write a plain number"),
+        ("seed: 1:30\n", "1:30 (line 1): write a plain number"),
     ],
 )
 def test_invalid_files(tmp_path: Path, text: str, message: str) -> None:

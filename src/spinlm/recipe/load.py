@@ -76,7 +76,8 @@ def parse_recipe(values: dict[str, Any], where: str = "recipe") -> Recipe:
 class _Loader(yaml.SafeLoader):
     """YAML in which `5e-7` is a number, as in YAML 1.2.
 
-    Refused are repeated keys, keys without a value, and aliases (nested ones can fill any memory).
+    Refused are repeated keys, keys without a value, aliases (nested ones can fill any memory), and integers such as 010
+    and 1:30, which YAML 1.1 reads as 8 and 90.
     """
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
@@ -86,6 +87,13 @@ class _Loader(yaml.SafeLoader):
                 f"*{alias.anchor} (line {alias.start_mark.line + 1}): aliases are not supported. Repeat the value"
             )
         return super().compose_node(parent, index)
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        text = self.construct_scalar(node).lstrip("+-")
+        if ":" in text or (text.startswith("0") and text.strip("0_").isdigit()):
+            line = node.start_mark.line + 1
+            raise yaml.YAMLError(f"{text} (line {line}): write a plain number, or text in quotes")
+        return int(super().construct_yaml_int(node))
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -110,6 +118,8 @@ _EXPONENT = re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$")
 class _Dumper(yaml.SafeDumper):
     """YAML that `_Loader` reads back unchanged: a text such as `12e4567`, perhaps a commit, is quoted."""
 
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 
 for _kind in (_Loader, _Dumper):
     _kind.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+0123456789"))
