@@ -106,7 +106,7 @@ def test_unknown_optimizer(refused, tmp_path):
 
 def test_unknown_scorer(refused, tmp_path):
     message = refused("evaluate.scorer=exact_mach")
-    assert "evaluate.scorer: there is no scorer 'exact_mach'. Did you mean exact_match?" in message
+    assert "evaluate.scorer: no scorer 'exact_mach'. Known: exact_match" in message
     assert_nothing_made(tmp_path / "run")
 
 

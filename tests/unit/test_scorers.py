@@ -114,7 +114,7 @@ def test_unknown_name_shows_all_known():
     with pytest.raises(RecipeError) as error:
         get_scorer("json_field")
     message = str(error.value)
-    assert message.startswith("evaluate.scorer: there is no scorer 'json_field'. Known: ")
+    assert message.startswith("evaluate.scorer: no scorer 'json_field'. Known: ")
     assert all(name in message for name in ("exact_match", "gsm8k", "module:function"))
 
 

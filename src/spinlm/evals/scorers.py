@@ -88,8 +88,7 @@ def get_scorer(name: str) -> Scorer:
     function = _import_function(name) if ":" in name else SCORERS.get(name)
     if function is None:
         raise RecipeError(
-            f"evaluate.scorer: there is no scorer {name!r}. Known: {', '.join(SCORERS)}, or module:function for your "
-            "own"
+            f"evaluate.scorer: no scorer {name!r}. Known: {', '.join(SCORERS)}, or module:function for your own"
         )
     return _with_check(name, function)
 

@@ -41,15 +41,7 @@ def read_scores(folder: RunDir, iteration: int) -> dict[str, dict[str, Score]]:
 
 
 def add_scores(folder: RunDir, iteration: int, suite: str, scores: dict[str, Score], *, replace: bool = False) -> None:
-    """Add scores to those of a player. A task that was measured before gets its new score.
-
-    Args:
-        folder: the run folder.
-        iteration: the iteration of the player.
-        suite: the suite of the scores.
-        scores: scores by task.
-        replace: remove the other scores of the suite.
-    """
+    """Add scores, by task, to those of a player in a suite; with `replace`, remove the other scores of the suite."""
     kept = read_scores(folder, iteration)
     kept[suite] = scores if replace else kept.get(suite, {}) | scores
     write_json(

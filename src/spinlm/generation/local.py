@@ -39,18 +39,10 @@ class _PartialResponse:
 
 
 class LocalEngine:
-    """The engine that generates with the model in this process."""
+    """The engine of this process: at most `batch_size` responses at once, with the player that `logprobs` holds."""
 
     def __init__(self, logprobs: LogProbs, batch_size: int, prefix_sharing: bool):
-        """
-        Args:
-            logprobs: the model with the current opponent.
-            batch_size: responses that are generated at once.
-            prefix_sharing: whether the model's attention supports prefix trees.
-        """
-        self.logprobs = logprobs
-        self.batch_size = batch_size
-        self.prefix_sharing = prefix_sharing
+        self.logprobs, self.batch_size, self.prefix_sharing = logprobs, batch_size, prefix_sharing
 
     @torch.inference_mode()
     def generate(

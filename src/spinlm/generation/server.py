@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,7 +28,6 @@ from spinlm.utils.signals import check_interrupt
 
 log = logging.getLogger("spinlm")
 
-MODELS_PATH, HEALTH_PATH = "/v1/models", "/health"  # every server has at least one of the two
 POLL_SECONDS = 0.5
 
 
@@ -44,13 +43,6 @@ ERROR_CONTEXT = ErrorContext(
     key_variables=("SPINLM_SERVER_KEY",),
     resume_hint="Complete shards are kept: run the same command again to continue",
 )
-
-_ADAPTER_REQUIREMENTS = {
-    "vllm": "Was the server started with --enable-lora, a --max-lora-rank of at least lora.r, and "
-    "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, and can it read this folder?",
-    "sglang": "Was the server started with --enable-lora, a --max-lora-rank of at least lora.r and "
-    "--lora-target-modules all, and can it read this folder?",
-}
 
 
 @dataclass(frozen=True)
@@ -155,17 +147,15 @@ def open_server(players: Players, t: int) -> Iterator[ServerEngine]:
     player, logs = folder.player(t - 1).absolute(), folder.iteration(t)
     logs.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
-        values = {"player": str(player), "iteration": str(t)}
+        values = {"player": str(player), "iteration": str(t), "base": players.base_model}
         templates = " ".join(text for text in (server.launch_command, server.reload_command, server.model) if text)
-        if "{base}" in templates:
-            values["base"] = players.base_model
         if "{merged}" in templates:
             merged = folder.iteration(t).absolute() / ".merged"
             shutil.rmtree(merged, ignore_errors=True)  # from a process that was killed
             stack.callback(shutil.rmtree, merged, ignore_errors=True)
             values["merged"] = str(merged)
             save_for_serving(players, t - 1, merged)
-        urls = [_base_url(url) for url in server.urls]
+        urls = [url.strip().rstrip("/").removesuffix("/completions").removesuffix("/v1") for url in server.urls]
         if server.launch_command is not None:
             values["port"] = str(_free_port())
             urls = urls or [f"http://127.0.0.1:{values['port']}"]
@@ -183,10 +173,6 @@ def open_server(players: Players, t: int) -> Iterator[ServerEngine]:
         if model is None and server.api != "sglang":
             model = _first_model(urls[0])
         yield ServerEngine(server, urls, model, players.renderer)
-
-
-def _base_url(url: str) -> str:
-    return url.strip().rstrip("/").removesuffix("/completions").removesuffix("/v1")
 
 
 def _fill(template: str, values: dict[str, str], *, quote: bool = True) -> str:
@@ -218,19 +204,14 @@ def _launch(command: str, urls: list[str], timeout: float, log_file: Path) -> It
             stderr=subprocess.STDOUT,
             start_new_session=True,  # a signal to our terminal or process group must not stop the supervisor first
         )
-
-    def exit_report() -> str | None:
-        if (code := process.poll()) is None:
-            return None
-        return f"exited with code {code}. {_log_excerpt(command, log_file)}"
-
     try:
-        _wait_until_ready(urls, timeout, "opponent.server.launch_command", exit_report)
+        _wait_until_ready(urls, timeout, "opponent.server.launch_command", process)
         yield
     except ServerError as error:
-        if (report := exit_report()) and report not in str(error):
-            raise ServerError(f"{error}\nThe server of opponent.server.launch_command {report}") from None
-        raise
+        if (code := process.poll()) is None:
+            raise
+        excerpt = _log_excerpt(command, log_file)
+        raise ServerError(f"{error}\nThe server exited with code {code}. {excerpt}") from None
     finally:
         assert process.stdin is not None
         process.stdin.close()  # makes the supervisor stop the server
@@ -238,15 +219,15 @@ def _launch(command: str, urls: list[str], timeout: float, log_file: Path) -> It
 
 
 def _wait_until_ready(
-    urls: list[str], timeout: float, setting: str, exit_report: Callable[[], str | None] = lambda: None
+    urls: list[str], timeout: float, setting: str, process: "subprocess.Popen[bytes] | None" = None
 ) -> None:
-    """Wait until every URL is ready, or raise ServerError at the timeout or as soon as there is an exit report."""
+    """Wait until every URL is ready, or raise ServerError at the timeout or as soon as the process has exited."""
     started = time.monotonic()
     for url in urls:
         while not _is_ready(url):
             check_interrupt()
-            if report := exit_report():
-                raise ServerError(f"{setting}: the server was not ready at {url} when it {report}")
+            if process is not None and process.poll() is not None:
+                raise ServerError(f"{setting}: the server exited before it was ready at {url}")
             if time.monotonic() - started > timeout:
                 raise ServerError(
                     f"{setting}: nothing answered at {url} within {timeout:g} seconds; opponent.server.start_timeout "
@@ -257,16 +238,14 @@ def _wait_until_ready(
 
 
 def _is_ready(url: str) -> bool:
-    """Return whether a server is ready. Ask /health first: llama.cpp lists its model before the model is loaded."""
-    response = probe(url + HEALTH_PATH, ERROR_CONTEXT)
-    if response is not None and response.status_code == 404:
-        response = probe(url + MODELS_PATH, ERROR_CONTEXT)
+    """Return whether a server is ready. While it loads its model, a server answers with an error or not at all."""
+    response = probe(f"{url}/health", ERROR_CONTEXT)
     return response is not None and response.status_code < 500
 
 
 def _first_model(url: str) -> str | None:
     """Return the first model that a server lists; None if it lists none and therefore needs no name."""
-    response = probe(url + MODELS_PATH, ERROR_CONTEXT)
+    response = probe(f"{url}/v1/models", ERROR_CONTEXT)
     try:
         return None if response is None else str(response.json()["data"][0]["id"])
     except (KeyError, IndexError, TypeError, ValueError):
@@ -302,22 +281,22 @@ def _run_reload_command(command: str, timeout: float, log_file: Path) -> None:
 
 
 def _load_adapter(server: Server, urls: list[str], name: str, player: Path) -> None:
-    path = SERVER_APIS[server.api].load_adapter_path
-    assert path is not None, "the recipe is validated"
+    path = SERVER_APIS[server.api].adapter_path.format("load")
     for url in urls:
         try:
             _post(server, url, path, {"lora_name": name, "lora_path": str(player)})
         except RefusedError as refused:
             if "already" not in str(refused):  # an interrupted run may have loaded the adapter
                 raise ServerError(
-                    f"{url}{path}: cannot load the adapter {player} ({refused}). {_ADAPTER_REQUIREMENTS[server.api]}"
+                    f"{url}{path}: cannot load the adapter {player} ({refused}). The server must be able to read this "
+                    "folder, and must run with --enable-lora and a --max-lora-rank of at least lora.r (vLLM also with "
+                    "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, SGLang also with --lora-target-modules all)"
                 ) from None
 
 
 def _unload_adapter(server: Server, urls: list[str], name: str) -> None:
     """Unload an adapter; otherwise the server would keep the adapter of every iteration. Ignore errors."""
-    path = SERVER_APIS[server.api].unload_adapter_path
-    assert path is not None, "the recipe is validated"
+    path = SERVER_APIS[server.api].adapter_path.format("unload")
     for url in urls:
         with suppress(RefusedError, ServerError):
             _post(server, url, path, {"lora_name": name})

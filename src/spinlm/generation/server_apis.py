@@ -35,8 +35,7 @@ class ServerAPI(Protocol):
     """The format of one kind of server."""
 
     path: str
-    load_adapter_path: str | None  # takes lora_name and lora_path
-    unload_adapter_path: str | None  # takes lora_name
+    adapter_path: str  # with {} for load or unload; empty if the server cannot load adapters
     result_field: str  # the field that holds the token ids, for error messages
     raw_logprobs: bool  # log-probabilities are those before temperature and top-p
 
@@ -57,13 +56,11 @@ class VLLM:
     """vLLM 0.10.2 or newer: /v1/completions with token ids in both directions."""
 
     path = "/v1/completions"
-    load_adapter_path: str | None = "/v1/load_lora_adapter"  # requires VLLM_ALLOW_RUNTIME_LORA_UPDATING
-    unload_adapter_path: str | None = "/v1/unload_lora_adapter"
+    adapter_path = "/v1/{}_lora_adapter"  # requires VLLM_ALLOW_RUNTIME_LORA_UPDATING
     result_field = "choices[0].token_ids"
     raw_logprobs = True
 
     def body(self, model: str | None, request: GenerationRequest) -> dict[str, Any]:
-        """See `ServerAPI`."""
         return _optional_field("model", model) | {
             "prompt": list(request.prompt_ids),
             "max_tokens": request.max_tokens,
@@ -79,7 +76,6 @@ class VLLM:
         }
 
     def parse(self, reply: Any) -> GenerationResult:
-        """See `ServerAPI`."""
         choice = reply["choices"][0]
         token_ids = [int(token) for token in choice["token_ids"]]
         logprobs = (choice.get("logprobs") or {}).get("token_logprobs")
@@ -96,13 +92,11 @@ class LlamaCpp:
     """
 
     path = "/completion"
-    load_adapter_path: str | None = None
-    unload_adapter_path: str | None = None
+    adapter_path = ""
     result_field = "tokens"
     raw_logprobs = True
 
     def body(self, model: str | None, request: GenerationRequest) -> dict[str, Any]:
-        """See `ServerAPI`."""
         return _optional_field("model", model) | {
             "prompt": list(request.prompt_ids),
             "n_predict": request.max_tokens,
@@ -115,7 +109,6 @@ class LlamaCpp:
         }
 
     def parse(self, reply: Any) -> GenerationResult:
-        """See `ServerAPI`."""
         token_ids = [int(token) for token in reply["tokens"]]
         probabilities = reply.get("completion_probabilities") or []
         complete = [int(token["id"]) for token in probabilities] == token_ids
@@ -127,13 +120,12 @@ class SGLang:
     """SGLang's /generate. Its log-probabilities are those after temperature and top-p."""
 
     path = "/generate"
-    load_adapter_path: str | None = "/load_lora_adapter"
-    unload_adapter_path: str | None = "/unload_lora_adapter"
+    adapter_path = "/{}_lora_adapter"
     result_field = "output_ids"
     raw_logprobs = False
 
     def body(self, model: str | None, request: GenerationRequest) -> dict[str, Any]:
-        """See `ServerAPI`. `model` is the name of the adapter."""
+        # The model is the name of the adapter.
         return _optional_field("lora_path", model) | {
             "input_ids": list(request.prompt_ids),
             "return_logprob": True,
@@ -150,7 +142,6 @@ class SGLang:
         }
 
     def parse(self, reply: Any) -> GenerationResult:
-        """See `ServerAPI`."""
         token_ids = [int(token) for token in reply["output_ids"]]
         meta = reply["meta_info"]
         logprobs = [entry[0] for entry in meta.get("output_token_logprobs") or ()]

@@ -180,12 +180,7 @@ class BlockMasks:
     """FlexAttention's block masks of a row of trees, one per sliding window of the model."""
 
     def __init__(self, spans: Sequence[TreeSpan], position_ids: Tensor):
-        """
-        Args:
-            spans: the trees in the row.
-            position_ids: [1, L], on the compute device.
-        """
-        self.position = position_ids[0]
+        self.position = position_ids[0]  # [L], on the compute device
         tree = torch.full((len(self.position),), len(spans))  # the number after the last tree marks padding
         branch = torch.zeros_like(tree)  # 0 for the prompt
         for number, span in enumerate(spans):

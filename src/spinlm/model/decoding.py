@@ -91,17 +91,11 @@ class RaggedCache(Cache):
 
 
 class RaggedBatch:
-    """Responses of different lengths without padding."""
+    """At most `max_rows` responses of at most `max_length` tokens with their prompts, without padding."""
 
     supports_continuous_batching = True
 
     def __init__(self, logprobs: LogProbs, max_rows: int, max_length: int):
-        """
-        Args:
-            logprobs: a model with tree attention.
-            max_rows: maximum number of running responses.
-            max_length: maximum length of a response with its prompt, in tokens.
-        """
         self.logprobs = logprobs
         self.device = next(logprobs.parameters()).device
         self.cache = RaggedCache(max_rows, max_length)

@@ -18,17 +18,12 @@ def save_merged(players: Players, t: int, target: Path) -> None:
     """Save the base with the adapter of iteration `t` merged into it, and the tokenizer.
 
     An adapter that was trained over a 4-bit base is merged into the unquantized base.
-
-    Args:
-        players: the players of a LoRA run.
-        t: the iteration.
-        target: the folder to write.
     """
     model = players.recipe.model
     if model.load_in_4bit:
         log.info(
-            "the adapter was trained over a 4-bit base and is merged into the base in %s: the merged model is not the "
-            "player that was evaluated; `spinlm check` shows how much the two bases differ",
+            "the adapter of a 4-bit base is merged into the base in %s: the merged model differs from the player that "
+            "was evaluated; `spinlm check` shows by how much the bases differ",
             players.dtype,
         )
     base = load_model(model, players.base_model, players.dtype)

@@ -54,14 +54,7 @@ class Players:
     """One model, and the players it can become. `spinlm.model.run.Run` makes one per process."""
 
     def __init__(self, recipe: Recipe, folder: RunDir):
-        """
-        Args:
-            recipe: the recipe of the run.
-            folder: the run folder, which holds the players' weights.
-
-        Raises:
-            ModelError: the model does not exist or cannot be converted.
-        """
+        """Raises ModelError if the model does not exist or cannot be converted."""
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()
@@ -141,9 +134,7 @@ class Players:
     def save(self, t: int, full_weights: Mapping[str, Any] | None = None) -> None:
         """Save the weights as the player of iteration `t`, with the tokenizer. Process 0 writes.
 
-        Args:
-            t: the iteration.
-            full_weights: the complete weights, if the model holds shards.
+        `full_weights` are the complete weights, if the model holds shards.
 
         Raises:
             ModelError: a weight is NaN or infinite.
@@ -178,9 +169,7 @@ class Players:
             ModelError: a log-probability is NaN or infinite.
         """
         self.logprobs.eval()
-        values: list[float] = self.logprobs(pack_batch(trees, self.prefix_sharing).to(self.device)).tolist()
-        self._check_finite(values)
-        return values
+        return self._finite(self.logprobs(pack_batch(trees, self.prefix_sharing).to(self.device)))
 
     @torch.no_grad()
     def logprobs_and_features(self, trees: Sequence[PrefixTree]) -> tuple[list[float], np.ndarray]:
@@ -188,15 +177,14 @@ class Players:
         self.logprobs.eval()
         batch = pack_batch(trees, self.prefix_sharing).to(self.device)
         logprobs, features = self.logprobs.logprobs_and_features(batch)
-        values = logprobs.tolist()
-        self._check_finite(values)
-        return values, features.cpu().numpy()
+        return self._finite(logprobs), features.cpu().numpy()
 
-    def _check_finite(self, logprobs: list[float]) -> None:
-        """Raise if a log-probability is NaN or infinite."""
-        if not all(map(math.isfinite, logprobs)):
+    def _finite(self, logprobs: Tensor) -> list[float]:
+        values: list[float] = logprobs.tolist()
+        if not all(map(math.isfinite, values)):
             player = self._loaded or "the player in training"
             raise ModelError(f"{player}: its log-probabilities are not finite. {_DESTROYED}")
+        return values
 
     @cached_property
     def prefix_sharing(self) -> bool:

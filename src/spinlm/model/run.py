@@ -102,7 +102,7 @@ def open_run(
         _check_same_recipe(recipe)
         if start_from is not None:
             on_rank_zero(check_source, recipe, folder, start_from)  # before anything is deleted
-        on_rank_zero(_enter, stack, folder.locked())
+        on_rank_zero(stack.enter_context, folder.locked())
         on_rank_zero(_claim, recipe, folder, start_from, overwrite)
         _check_shared_filesystem(folder)
         on_rank_zero(folder.error_file.unlink, missing_ok=True)
@@ -115,10 +115,6 @@ def open_run(
             if is_main_process() and is_cause and not isinstance(error, StoppedError | PeerError):
                 folder.write_error(error)
             raise
-
-
-def _enter(stack: contextlib.ExitStack, context: contextlib.AbstractContextManager[None]) -> None:
-    stack.enter_context(context)
 
 
 def _claim(recipe: Recipe, folder: RunDir, start_from: RunDir | None, overwrite: bool) -> None:

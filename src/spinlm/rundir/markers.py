@@ -9,7 +9,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,10 +77,7 @@ class MarkedFolder(LockedFolder):
     def begin(self, stage: str, t: int, fingerprint: str) -> None:
         """Start or resume a stage. Unfinished work from other inputs or from another recipe is deleted.
 
-        Args:
-            stage: name of the stage.
-            t: iteration.
-            fingerprint: fingerprint of the recipe in this iteration (`recipe_fingerprint`).
+        `fingerprint` is that of the recipe in this iteration (`recipe_fingerprint`).
 
         Raises:
             RunError: a stage that this one reads is not complete, or its files have changed.
@@ -101,23 +98,18 @@ class MarkedFolder(LockedFolder):
             shutil.rmtree(partial)
         write_json(begun_file, made_from)
 
-    def complete(self, stage: str, t: int, outputs: Iterable[Path], **metadata: Any) -> None:
+    def complete(self, stage: str, t: int, outputs: Sequence[Path], **metadata: Any) -> None:
         """Write a stage's marker. This is the last thing a stage does.
 
         The marker also holds the `seconds` since the stage began in this process, and `resumed: true` if an earlier
         process did a part of the work.
 
-        Args:
-            stage: name of the stage.
-            t: iteration.
-            outputs: files and folders that the stage wrote.
-            metadata: JSON values to keep in the marker.
+        `outputs` are the files and folders that the stage wrote; `metadata` are JSON values to keep in the marker.
 
         Raises:
             RunError: the parent stage is not complete, or an output is missing or differs from its recorded digest.
         """
         self.check_held()
-        outputs = list(outputs)
         for path in outputs:
             if not path.exists():
                 raise RunError(f"{path}: is missing. Run the same command again to make the file")
@@ -126,20 +118,18 @@ class MarkedFolder(LockedFolder):
             if not self.is_unchanged(path):
                 raise RunError(f"{path}: has changed since it was written. Run the same command again to replace it")
         digests = {str(path.relative_to(self.root)): self._digest(path) for path in files}
+        elapsed: dict[str, Any] = {}
+        if (stage, t) in self._started:
+            started, resumed = self._started[stage, t]
+            elapsed = {"seconds": round(time.monotonic() - started, 3)} | ({"resumed": True} if resumed else {})
         marker = {
             "made_from": self._parent_digest(stage, t),
             "digest": hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest(),
             **metadata,
-            **self._elapsed(stage, t),
+            **elapsed,
             "outputs": digests,
         }
         write_json(self.marker(stage, t), marker | {"sum": short_digest(marker)})
-
-    def _elapsed(self, stage: str, t: int) -> dict[str, Any]:
-        if (stage, t) not in self._started:
-            return {}
-        started, resumed = self._started[stage, t]
-        return {"seconds": round(time.monotonic() - started, 3)} | ({"resumed": True} if resumed else {})
 
     def metadata(self, stage: str, t: int) -> dict[str, Any]:
         """Read the marker of a complete stage.
@@ -230,7 +220,7 @@ class MarkedFolder(LockedFolder):
         return cached[1]
 
 
-def _files(paths: Iterable[Path]) -> list[Path]:
+def _files(paths: Sequence[Path]) -> list[Path]:
     """Return these files, and the files in these folders."""
     return [
         file for path in paths for file in ([path] if path.is_file() else sorted(path.rglob("*"))) if file.is_file()

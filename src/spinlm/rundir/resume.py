@@ -14,10 +14,6 @@ from spinlm.utils.atomic import read_json, text_digest, write_text
 def claim_recipe(folder: RunDir, recipe: Recipe) -> None:
     """Write the recipe of a run. Once a stage is complete, refuse a recipe that would have given other results.
 
-    Args:
-        folder: the run folder, held by this process.
-        recipe: the recipe to run.
-
     Raises:
         RunError: the folder belongs to an incompatible recipe (the message lists the changes), or recipe.yaml was
             edited.
@@ -47,11 +43,7 @@ def recipe_changes(folder: RunDir, recipe: Recipe) -> list[str]:
 
 
 def verify_inputs(folder: RunDir, inputs: dict[str, Any]) -> None:
-    """Once a stage is complete, check that model and data are those that the run began with.
-
-    Args:
-        folder: the run folder.
-        inputs: digests of model and data, as in provenance.json.
+    """Once a stage is complete, check that the digests of model and data are those in provenance.json.
 
     Raises:
         RunError: model or data have changed. The message lists the changes.

@@ -46,11 +46,6 @@ def run_lm_harness(run: Run, iterations: Sequence[int], options: HarnessOptions)
     The scores of a task or a group are written when it is finished. A score that was measured with the same settings
     is kept. A score with other settings is replaced.
 
-    Args:
-        run: the run.
-        iterations: the iterations of the players; `START` is θ_0.
-        options: what to measure.
-
     Raises:
         MissingPackageError: lm-evaluation-harness is not installed.
         RunError: a suite or a task is unknown or cannot be measured; see `load_tasks`.

@@ -21,12 +21,7 @@ class PlayerLM(HFLM):
     """
 
     def __init__(self, players: Players, batch_size: int):
-        """Wrap the model of `players`.
-
-        Args:
-            players: the players of the run. A player must be loaded.
-            batch_size: requests per forward pass.
-        """
+        """Wrap the model of `players`, which must have loaded a player; `batch_size` requests share a forward pass."""
         players.logprobs.use_tree_attention(False)
         tokenizer = copy.deepcopy(players.tokenizer)  # the harness may add a padding token
         tokenizer.chat_template = players.renderer.template
