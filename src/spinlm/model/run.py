@@ -7,11 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from spinlm.distributed.processes import all_gather, is_main_process, on_rank_zero, process_group, world_size
 from spinlm.errors import PeerError, RecipeError, RunError, SpinError, StoppedError
-from spinlm.model.players import Players
 from spinlm.recipe.fingerprint import differences, recipe_fingerprint
 from spinlm.recipe.schema import Recipe
 from spinlm.rundir.fork import check_source, fork_from
@@ -19,6 +18,9 @@ from spinlm.rundir.layout import RunDir
 from spinlm.rundir.resume import claim_recipe
 from spinlm.rundir.stage_graph import START
 from spinlm.utils.signals import graceful_shutdown
+
+if TYPE_CHECKING:
+    from spinlm.model.players import Players
 
 FS_SYNC_TIMEOUT = 10.0  # seconds until a file that one machine writes must be visible on the others
 
@@ -44,8 +46,10 @@ class Run:
         self.accelerator: Any = None  # the `Accelerator` with the trackers of `report_to`, once they are in use
 
     @cached_property
-    def players(self) -> Players:
+    def players(self) -> "Players":
         """The players. The model is loaded when it is first used."""
+        from spinlm.model.players import Players  # imports torch
+
         return Players(self.recipe, self.folder)
 
     @contextlib.contextmanager
