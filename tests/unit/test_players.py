@@ -131,6 +131,12 @@ def test_a_saved_adapter_has_no_empty_card(saved: Any, tmp_path: Path) -> None:
     assert not (tmp_path / "iteration-1" / "player" / "README.md").exists()
 
 
+def test_a_saved_tokenizer_does_not_depend_on_the_network_settings(saved: Any, tmp_path: Path) -> None:
+    players = Players(tiny_recipe(saved(), lora=LORA), RunDir(tmp_path))
+    players.save(START)
+    assert "local_files_only" not in (tmp_path / "start" / "player" / "tokenizer_config.json").read_text()
+
+
 @pytest.mark.parametrize("prefix_sharing", [True, False])
 def test_plain_peft_loads_a_saved_adapter(saved: Any, tmp_path: Path, prefix_sharing: bool) -> None:
     players = Players(tiny_recipe(saved(), lora=LORA), RunDir(tmp_path))

@@ -164,6 +164,14 @@ def test_one_line_for_each_error(tmp_path: Path) -> None:
     [
         ({"trian": {}}, "trian: unknown key; did you mean train?"),
         ({"selfplay": {"select": {"patiance": 1}}}, "selfplay.select.patiance: unknown key; did you mean patience?"),
+        ({"warmup_sft": {}}, "warmup_sft: unknown key; did you mean sft?"),
+        ({"tracking": []}, "tracking: unknown key; known: model, lora"),
+        ({"train": {"sharding": "full"}}, "train.sharding: unknown key; known: epochs"),
+        ({"train": {"checkpoint_every": 5}}, "train.checkpoint_every: unknown key; known: epochs"),
+        (
+            {"opponent": {"server": {"command": "x"}}},
+            "opponent.server.command: unknown key; did you mean reload_command or launch_command?",
+        ),
         ({"lora": {"rank_": 1, "r": 2}}, "lora.rank_: unknown key; known: r, alpha, dropout, target_modules"),
         ({"train": {"beta": 1}}, "train.beta: unknown key; did you mean objective.beta?"),
         (

@@ -154,7 +154,11 @@ def load_tokenizer(model: Model, path: str) -> Any:
 
     hub = "" if resolve_model(path) else " from the hub (there is no folder of that name)"
     with _as_model_error(f"{path}: the tokenizer cannot be loaded{hub}"):
-        return AutoTokenizer.from_pretrained(path, revision=model.revision, trust_remote_code=model.trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(
+            path, revision=model.revision, trust_remote_code=model.trust_remote_code
+        )
+    tokenizer.init_kwargs.pop("local_files_only", None)  # depends on HF_HUB_OFFLINE; players must not
+    return tokenizer
 
 
 def load_stop_ids(model: Model, path: str) -> list[int]:

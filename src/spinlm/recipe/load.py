@@ -227,8 +227,9 @@ def _unknown_key(sections: Sequence[Any], key: str) -> str:
     if 0 < len(elsewhere) <= 2:
         typo = nearest(key, known, cutoff=0.8)  # data.prompt may mean data.prompts, too
         return f"unknown key; did you mean {' or '.join([*([typo] if typo else []), *elsewhere])}?"
-    if near := nearest(key, known):
-        return f"unknown key; did you mean {near}?"
+    parts = [name for name in known if (name in key or key in name) and min(len(name), len(key)) > 2]
+    if near := parts or [name for name in [nearest(key, known, cutoff=0.8)] if name]:
+        return f"unknown key; did you mean {' or '.join(near)}?"
     return f"unknown key; known: {', '.join(known)}"
 
 

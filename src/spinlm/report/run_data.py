@@ -16,7 +16,7 @@ from spinlm.report.status import is_step, own_stages, run_status
 from spinlm.report.summary import COLUMNS, PlayerRow, compared_player, display_text, player_rows, verdict
 from spinlm.rundir.layout import RunDir
 from spinlm.rundir.provenance import read_recipe
-from spinlm.rundir.stage_graph import player_name
+from spinlm.rundir.stage_graph import START, player_name
 from spinlm.utils.atomic import read_json, read_json_lines
 
 REPORT_COLUMNS = (*COLUMNS, ("probe_auc", "probe AUC", "{:.2f}"), ("kl_from_start", "KL from start", "{:.3f}"))
@@ -118,16 +118,21 @@ class RunData:
     @cached_property
     def examples(self) -> list[dict[str, Any]]:
         """The held-out examples."""
+        if not self.folder.marker("prepare", START).exists():
+            return []
         path = self.folder.examples("heldout")
-        return list(read_json_lines(path)) if path.exists() else []
+        self.folder.check_outputs("prepare", START, path)
+        return list(read_json_lines(path))
 
     @cached_property
     def responses(self) -> dict[int, dict[str, dict[str, Any]]]:
         """The greedy responses to the held-out prompts, by iteration and example id."""
-        return {
-            player.iteration: {row["id"]: row for row in read_json_lines(self.folder.heldout_greedy(player.iteration))}
-            for player in self.players
-        }
+        responses = {}
+        for t in (player.iteration for player in self.players):
+            path = self.folder.heldout_greedy(t)
+            self.folder.check_outputs("evaluate", t, path)
+            responses[t] = {row["id"]: row for row in read_json_lines(path)}
+        return responses
 
     @property
     def real_tokens(self) -> float | None:

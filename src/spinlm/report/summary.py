@@ -53,7 +53,9 @@ def player_rows(folder: RunDir) -> list[PlayerRow]:
     for iteration in count(START):
         if not folder.marker("evaluate", iteration).exists():
             return rows
-        rows.append(PlayerRow(iteration, read_json(folder.eval_metrics(iteration)), iteration == best))
+        path = folder.eval_metrics(iteration)
+        folder.check_outputs("evaluate", iteration, path)
+        rows.append(PlayerRow(iteration, read_json(path), iteration == best))
     return rows
 
 

@@ -159,9 +159,17 @@ class MarkedFolder(LockedFolder):
                 f"{self.root}: {stage_label((stage, t))} has not been completed; it comes first. "
                 "`spinlm run` does all stages in order"
             )
-        for name, expected in self.metadata(stage, t)["outputs"].items():
-            path = self.root / name
-            if not path.is_file() or self._digest(path) != expected:
+        self.check_outputs(stage, t)
+
+    def check_outputs(self, stage: str, t: int, *paths: Path) -> None:
+        """Make sure that files of a complete stage have not changed: these paths, or all files if none is given.
+
+        Raises:
+            RunError: a file is missing or has changed.
+        """
+        outputs = {self.root / name: digest for name, digest in self.metadata(stage, t)["outputs"].items()}
+        for path in paths or outputs:
+            if not path.is_file() or self._digest(path) != outputs.get(path, self._digest(path)):
                 problem = "has changed since it was written" if path.is_file() else "is missing"
                 raise RunError(
                     f"{path}: {problem}. Delete this file and {self.marker(stage, t)}, then run again to redo the stage"

@@ -8,7 +8,7 @@ import torch
 from spinlm.errors import RecipeError
 
 
-def find_optimizer(name: str) -> type[torch.optim.Optimizer]:
+def find_optimizer(name: str, where: str = "optimizer") -> type[torch.optim.Optimizer]:
     """Return the optimizer class of torch.optim with this name; case does not matter.
 
     Raises:
@@ -20,7 +20,7 @@ def find_optimizer(name: str) -> type[torch.optim.Optimizer]:
         if isinstance(value, type) and issubclass(value, torch.optim.Optimizer) and value is not torch.optim.Optimizer
     }
     if name.lower() not in known:
-        raise RecipeError(f"optimizer: no {name!r} in torch.optim; known: {', '.join(sorted(known))}")
+        raise RecipeError(f"{where}: no {name!r} in torch.optim; known: {', '.join(sorted(known))}")
     return known[name.lower()]
 
 
@@ -35,7 +35,7 @@ def check_optimizer(name: str, weight_decay: float, where: str) -> None:
     Raises:
         RecipeError: there is no such optimizer, or it needs more than training passes (settings, a closure, …).
     """
-    make: Any = find_optimizer(name)
+    make: Any = find_optimizer(name, where)
     weight = torch.nn.Parameter(torch.ones(2, 2))
     weight.grad = torch.ones(2, 2)
     try:
