@@ -15,6 +15,7 @@ from spinlm.rundir.layout import RunDir
 from spinlm.rundir.markers import VOLATILE_KEYS
 from spinlm.rundir.provenance import read_recipe
 from spinlm.rundir.stage_graph import START
+from spinlm.utils.atomic import short_digest
 
 RECIPE = """\
 # a tiny recipe
@@ -97,8 +98,8 @@ def change_recipe(run: Path, **changes: dict[str, Any]) -> None:
 
 def change_marker(path: Path, **values: Any) -> None:
     """Give a marker other values, as if its stage had written them."""
-    kept = without(json.loads(path.read_text(encoding="utf-8")), "sum")
-    path.write_text(json.dumps(kept | values), encoding="utf-8")
+    changed = without(json.loads(path.read_text(encoding="utf-8")), "sum") | values
+    path.write_text(json.dumps(changed | {"sum": short_digest(changed)}), encoding="utf-8")
 
 
 def rewrite_markers(run: Path) -> None:

@@ -381,6 +381,10 @@ def test_rows_are_the_players_so_far(play, run):
 
 def side_by_side(run: RunDir, prompts: int, **options: bool) -> list[tuple[str, str, list[tuple[str, str]]]]:
     """The prompt, the real response, and each player with its response."""
+    run.complete("prepare", START, [run.examples("heldout")])
+    for t in (START, 0, 1):
+        if run.marker("evaluate", t).exists():
+            run.complete("evaluate", t, [run.heldout_greedy(t), run.eval_metrics(t)])
     return [
         (shown.messages[-1]["content"], shown.real, [(player, text) for player, text, _ in shown.responses])
         for shown in run_data(run).side_by_side(prompts, **options)
