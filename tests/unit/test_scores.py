@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.console import Console
 
-from spinlm.evals.scores import AVERAGED_TASKS, Score, add_scores, average, read_scores, table
+from spinlm.evals.scores import AVERAGED_TASKS, Score, add_scores, average, read_scores, rich_table
 from spinlm.rundir.layout import RunDir
 from spinlm.rundir.stage_graph import START
 
@@ -20,7 +20,7 @@ def score(value: float, error: float | None = 0.01, **settings: Any) -> Score:
 def shown(run: RunDir, *iterations: int) -> str:
     console = Console(width=200)
     with console.capture() as capture:
-        console.print(table(run, iterations, SUITE))
+        console.print(rich_table(run, iterations, SUITE))
     return capture.get()
 
 
