@@ -5,20 +5,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from spinlm.data.renderer import Renderer
 from spinlm.distributed.progress import Advance, track
 from spinlm.errors import DataError, RowError
+from spinlm.model.run import Run
 from spinlm.rundir.records import Journal, Message
 from spinlm.rundir.stage_graph import player_name
 from spinlm.utils.atomic import short_digest
 from spinlm.utils.seeds import derive_seed
-
-if TYPE_CHECKING:
-    from spinlm.model.run import Run
 
 TEMPERATURES = {
     **dict.fromkeys(("writing", "roleplay"), 0.7),
@@ -164,7 +162,7 @@ class ResponseSet:
     The name of the journal contains a digest of everything that the responses depend on.
     """
 
-    def __init__(self, run: "Run", player: int, all_questions: Sequence[Question], max_new_tokens: int):
+    def __init__(self, run: Run, player: int, all_questions: Sequence[Question], max_new_tokens: int):
         self.run, self.player, self.name = run, player, player_name(player)
         self.max_new_tokens = max_new_tokens
         self.folder = run.folder.iteration(player) / "mt-bench"

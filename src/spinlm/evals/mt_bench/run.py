@@ -2,17 +2,14 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from spinlm.errors import RunError
 from spinlm.evals.mt_bench.grading import PAIRWISE_SUITE, SUITE, JudgeRun, grade_pairwise, grade_single
 from spinlm.evals.mt_bench.judge import Judge
 from spinlm.evals.mt_bench.questions import ResponseSet, read_questions, read_references
+from spinlm.model.run import Run
 from spinlm.rundir.stage_graph import player_name
 from spinlm.utils.atomic import short_digest
-
-if TYPE_CHECKING:
-    from spinlm.model.run import Run
 
 
 def suite_name(pairwise: bool) -> str:
@@ -21,7 +18,7 @@ def suite_name(pairwise: bool) -> str:
 
 
 def run_mt_bench(
-    run: "Run",
+    run: Run,
     players: Sequence[int],
     judge: Path,
     questions: Path,
