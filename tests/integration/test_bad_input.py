@@ -685,3 +685,10 @@ def assert_full_disk_message(result: Result, run: Path, what: str = "the disk is
     assert ".tmp:" not in result.message, "the temporary name"
     if run.exists():
         assert_whole(run)
+
+
+@pytest.mark.parametrize("path", ["data.jsonl/new", "x" * 300])
+@pytest.mark.parametrize("command", [("init",), ("report", "RUN", "--output"), ("export", "RUN", "--output")])
+def test_path_that_cannot_be_made(world, cli, reference, command, path):
+    arguments = [str(reference) if word == "RUN" else word for word in command]
+    assert "cannot be used as a path" in cli(*arguments, path, folder=world.folder, code=2).message

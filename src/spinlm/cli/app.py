@@ -39,6 +39,9 @@ ENVIRONMENT = {
 }
 """Variables that make libraries quiet, unless the user has set them."""
 
+PATH_ERRNOS = (errno.EEXIST, errno.ENOTDIR, errno.ENAMETOOLONG)
+"""Errors of a path that names no possible file."""
+
 
 @app.callback(invoke_without_command=True)
 def _root(show_version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
@@ -111,4 +114,6 @@ def _error_message(error: Exception) -> str | None:
             f"{path}: {fault} ({error.strerror}). {remedy} or choose another --run-dir, then run the same command "
             "again: finished work is kept"
         )
+    if isinstance(error, OSError) and error.errno in PATH_ERRNOS and error.filename:
+        return printable(f"{error.filename}: cannot be used as a path ({error.strerror}). Choose another one")
     return None
