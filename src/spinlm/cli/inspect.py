@@ -35,7 +35,8 @@ def status(run: RunPath, baseline: Baseline = None, as_json: AsJson = False) -> 
         out.print(printable(f"The last attempt ended with: {error}"))
     if summary.player_rows(folder):
         out.print(summary.table(folder))
-    out.print(summary.verdict(folder))
+    so_far = "So far: " if state.stage and summary.promotions(folder) else ""
+    out.print(so_far + summary.verdict(folder))
     if baseline is not None:
         out.print(printable(str(compare.compare_runs(folder, RunDir(baseline)))))
 

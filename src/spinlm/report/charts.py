@@ -43,8 +43,9 @@ METRIC_CHARTS = (
     ),
     (
         "collapse",
-        "Signs of collapse",
-        "Greedy responses that equal the real one, that were truncated, and the share of repeated 4-grams.",
+        "Greedy responses",
+        "Shares of responses that equal the real one, of truncated responses and of repeated 4-grams. A jump of the "
+        "last two is a sign of collapse.",
         {"identical_rate": "identical", "truncated_rate": "truncated", "repeated_4grams": "repeated 4-grams"},
     ),
 )
@@ -117,7 +118,7 @@ def _first_loss(recipe: dict[str, Any]) -> str:
     if objective["name"] != "spin" or objective["link"] != "logistic":
         return ""
     term = f" plus {objective['nll_weight']:g} × the NLL of the real responses" if objective["nll_weight"] else ""
-    return f" The first step of an iteration has ln 2 = 0.693{term}."
+    return f" An iteration begins at ln 2 = 0.693{term}."
 
 
 def _time_chart(run: RunData) -> Chart:
