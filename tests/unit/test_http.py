@@ -4,9 +4,10 @@ import asyncio
 from collections.abc import Awaitable
 
 import pytest
+from tenacity import RetryCallState
 
 from spinlm.errors import SpinError
-from spinlm.utils.http import ErrorContext, redact, run_async
+from spinlm.utils.http import ErrorContext, _TransientError, _wait, redact, run_async
 from spinlm.utils.urls import url_fault
 
 CONTEXT = ErrorContext(SpinError, "url", "model", "timeout", ("SPINLM_SERVER_KEY",), "Run again")
@@ -49,3 +50,14 @@ def test_run_async_inside_an_event_loop() -> None:
         return run_async(three(asyncio.sleep(0)))
 
     assert asyncio.run(notebook()) == run_async(three(asyncio.sleep(0))) == 3
+
+
+def test_a_pause_that_the_server_asks_for_is_kept_and_bounded() -> None:
+    def wait(attempt: int, retry_after: float) -> float:
+        state = RetryCallState(None, None, (), {})  # type: ignore[arg-type]
+        state.attempt_number = attempt
+        state.set_exception((_TransientError, _TransientError("busy", retry_after), None))
+        return _wait(state)
+
+    assert [wait(attempt, 0) for attempt in (1, 2, 3)] == [2, 4, 8]
+    assert [wait(1, 30), wait(3, 1)] == [30, 8]

@@ -3,7 +3,9 @@
 import datetime
 import importlib.metadata
 import platform
+import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 from spinlm.distributed import processes
@@ -38,6 +40,7 @@ def current_provenance() -> dict[str, Any]:
     cuda = torch.cuda.is_available()
     return {
         "spinlm": importlib.metadata.version("spinlm"),
+        "commit": _git_commit(),
         "command": sys.argv,
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
@@ -46,3 +49,15 @@ def current_provenance() -> dict[str, Any]:
         "processes": processes.world_size(),
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
     }
+
+
+def _git_commit() -> str | None:
+    """Return the commit of spinlm; None if spinlm does not run from its own checkout."""
+    checkout = Path(__file__).parents[3]
+    if not (checkout / ".git").exists():
+        return None
+    try:
+        command = ["git", "-C", str(checkout), "describe", "--always", "--dirty"]
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
+    except OSError:  # git is not installed
+        return None

@@ -20,8 +20,10 @@ from spinlm.utils.signals import check_interrupt
 
 if TYPE_CHECKING:
     import httpx
+    from tenacity import RetryCallState
 
 MAX_ATTEMPTS = 5
+MAX_RETRY_AFTER = 120.0  # seconds; a server that asks for a longer pause is asked again after this one
 BACKOFF_SECONDS = 2.0  # before the second attempt; doubles with each further attempt
 CONNECT_TIMEOUT = 20.0
 PROBE_TIMEOUT = 5.0
@@ -53,7 +55,11 @@ class RefusedError(Exception):
 
 
 class _TransientError(Exception):
-    """A failure that the next attempt may not have."""
+    """A failure that a later attempt may not have."""
+
+    def __init__(self, message: str, retry_after: float = 0.0):
+        super().__init__(message)
+        self.retry_after = retry_after  # seconds that the server asks to wait
 
 
 def run_async(coroutine: Coroutine[Any, Any, Result]) -> Result:
@@ -175,13 +181,13 @@ class Endpoint:
         """Post a request and return the response.
 
         Overload (429), server errors (500 and above), lost connections and slow responses are retried, at the next URL
-        and after a pause that doubles each time.
+        and after a pause that doubles each time, or that the server asks for (Retry-After).
 
         Raises:
             RefusedError: the endpoint rejects the request (a status other than 200 that is not retried).
             SpinError: of the class in `context`: the endpoint is unreachable, or fails repeatedly.
         """
-        from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_exponential
+        from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt
 
         first = next(self._turns)
         urls = itertools.cycle([*self.urls[first:], *self.urls[:first]])
@@ -191,7 +197,7 @@ class Endpoint:
 
         retrying = AsyncRetrying(
             retry=retry_if_exception_type(_TransientError),
-            wait=wait_exponential(BACKOFF_SECONDS),
+            wait=_wait,
             stop=stop_after_attempt(MAX_ATTEMPTS),
             reraise=True,
         )
@@ -216,7 +222,9 @@ class Endpoint:
         except httpx.RequestError as error:
             raise _TransientError(f"{problem}: {redact(str(error), self.context) or type(error).__name__}") from None
         if response.status_code == 429 or response.status_code >= 500:
-            raise _TransientError(f"{problem}: {response.status_code}: {self._excerpt(response)}")
+            retry_after = response.headers.get("Retry-After", "")
+            seconds = min(float(retry_after), MAX_RETRY_AFTER) if retry_after.isdecimal() else 0.0
+            raise _TransientError(f"{problem}: {response.status_code}: {self._excerpt(response)}", seconds)
         if response.status_code != 200:
             raise RefusedError(response.status_code, self._excerpt(response))
         return response
@@ -237,6 +245,13 @@ class Endpoint:
     def _excerpt(self, response: "httpx.Response") -> str:
         """Return the beginning of a response body on one line."""
         return shortened(redact(printable(" ".join(response.text.split())), self.context), MAX_EXCERPT)
+
+
+def _wait(state: "RetryCallState") -> float:
+    """Return the seconds before the next attempt: BACKOFF_SECONDS, doubled each time, or more if the server asks."""
+    error = state.outcome.exception() if state.outcome else None
+    retry_after = error.retry_after if isinstance(error, _TransientError) else 0.0
+    return max(BACKOFF_SECONDS * 2.0 ** (state.attempt_number - 1), retry_after)
 
 
 def _is_loopback(url: str) -> bool:
