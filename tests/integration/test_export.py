@@ -10,7 +10,7 @@ import datasets
 import pytest
 import torch
 import yaml
-from runs import HELDOUT, change_recipe, read_pairs, read_rows, write_rows
+from runs import HELDOUT, change_recipe, read_pairs, read_rows, rewrite_markers, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from models import load_player
@@ -219,10 +219,9 @@ def test_a_card_asks_with_a_system_prompt_where_the_data_have_one(reference, tmp
     rows = read_rows(run / "examples" / "heldout.jsonl")
     rows[0]["messages"] = [*([{"role": "system", "content": "s"}] if system else []), {"role": "user", "content": "u"}]
     write_rows(run / "examples" / "heldout.jsonl", rows)
+    rewrite_markers(run)
     recipe = Recipe.model_validate(read_recipe(RunDir(run)))
     assert ("THE SYSTEM PROMPT OF YOUR TASK" in render_card(recipe, RunDir(run), 0, merged=False)) == system
-    (run / "examples" / "heldout.jsonl").unlink()
-    assert "THE SYSTEM PROMPT" not in render_card(recipe, RunDir(run), 0, merged=False)
 
 
 def test_a_whole_player_keeps_its_generation_config(world, cli, tmp_path):

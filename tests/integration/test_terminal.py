@@ -11,7 +11,7 @@ import subprocess
 import sys
 
 import pytest
-from runs import read_rows, write_rows
+from runs import read_rows, rewrite_markers, write_rows
 
 from spinlm.rundir.layout import RunDir
 from spinlm.utils.console import printable
@@ -104,6 +104,7 @@ def test_text_is_shown_literally(reference, cli, tmp_path):
     run = shutil.copytree(reference, tmp_path / "runs" / "lr[red]1e-5\x1b[31m", symlinks=True)
     for path in run.glob("*/heldout_greedy.jsonl"):
         write_rows(path, [row | {"text": ODD} for row in read_rows(path)])
+    rewrite_markers(run)
     shown = printable(ODD)
     from spinlm.cli.run import print_result
 
