@@ -61,6 +61,52 @@ _CONFIGS: dict[str, dict[str, Any]] = {
     "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4},
     "falcon": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4},
 }
+_MAMBA_2 = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 8}
+_LINEAR = {
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "head_dim": 8,
+    "layer_types": ["linear_attention", "full_attention"],
+}
+_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+_HYBRID = _LLAMA_LIKE | {"num_hidden_layers": 2}
+STATEFUL: dict[str, dict[str, Any]] = {
+    "mamba": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8},
+    "mamba2": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8, "num_heads": 8, "head_dim": 8}
+    | {"n_groups": 2, "chunk_size": 8},
+    "rwkv": {"hidden_size": 32, "attention_hidden_size": 32, "num_hidden_layers": 2, "rescale_every": 1},
+    "lfm2": _HYBRID | {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+    "jamba": _HYBRID
+    | {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 4, "num_experts_per_tok": 2}
+    | {"expert_layer_period": 2, "expert_layer_offset": 1, "mamba_d_state": 8},
+    "zamba2": _HYBRID
+    | {"layers_block_type": ["mamba", "hybrid"], "n_mamba_heads": 8, "mamba_headdim": 8, "mamba_d_state": 8}
+    | {"mamba_ngroups": 1, "chunk_size": 8, "num_mem_blocks": 1, "adapter_rank": 4},
+    "falcon_h1": _HYBRID | _MAMBA_2 | {"mamba_d_ssm": 64, "lm_head_multiplier": 0.5},
+    "bamba": _HYBRID | _MAMBA_2 | {"attn_layer_indices": [1]},
+    "granitemoehybrid": _HYBRID | _MAMBA_2 | _EXPERTS | {"layer_types": ["mamba", "attention"]},
+    "recurrent_gemma": _HYBRID
+    | {"num_key_value_heads": 1, "lru_width": 32, "attention_window_size": 8}
+    | {"block_types": ["recurrent", "attention"], "logits_soft_cap": 0.7},
+    "qwen3_next": _HYBRID
+    | _LINEAR
+    | _EXPERTS
+    | {"num_experts": 4, "moe_intermediate_size": 16}
+    | {"shared_expert_intermediate_size": 16},
+    "qwen3_5_text": _HYBRID | _LINEAR,
+    "nemotron_h": _HYBRID
+    | {"layers_block_type": ["mamba", "attention"], "mamba_num_heads": 8, "mamba_head_dim": 8, "head_dim": 8}
+    | {"ssm_state_size": 8, "n_groups": 2, "chunk_size": 8},
+    "xlstm": {"hidden_size": 128, "num_hidden_layers": 2, "num_heads": 2, "chunk_size": 16}
+    | {"output_logit_soft_cap": 0.7},
+    "minimax": _HYBRID
+    | _EXPERTS
+    | {"layer_types": ["linear_attention", "full_attention"], "block_size": 8, "head_dim": 8},
+}
+_CONFIGS |= STATEFUL
+"""Families that keep a state between tokens."""
 ARCHITECTURES = ("llama", "mistral", "qwen2", "gemma2", "gpt2", "gpt_neox", "gpt_neo")
 
 

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from spinlm.errors import ModelError
 from spinlm.generation.base import OnProgress, Response, Sampling
-from spinlm.model.decoding import BatchState, PaddedBatch, RaggedBatch
+from spinlm.model.decoding import BatchState, PaddedBatch, RaggedBatch, StatefulBatch
+from spinlm.model.families import ONE_ROW_FAMILIES, keeps_state
 from spinlm.model.fused import prepacked_adapters
 from spinlm.model.logprobs import LogProbs
 from spinlm.utils.signals import check_interrupt
@@ -33,6 +34,7 @@ class _PartialResponse:
     prompt: int  # index
     max_tokens: int
     draws: Tensor  # [max_tokens] the uniform random number for each token
+    prompt_rest: list[int] = field(default_factory=list)  # tokens of the prompt to feed in before the response
     tokens: list[int] = field(default_factory=list)
     logprob: float = 0.0
     finished: bool = False
@@ -42,7 +44,9 @@ class LocalEngine:
     """The engine of this process: at most `batch_size` responses at once, with the player that `logprobs` holds."""
 
     def __init__(self, logprobs: LogProbs, batch_size: int, prefix_sharing: bool):
-        self.logprobs, self.batch_size, self.prefix_sharing = logprobs, batch_size, prefix_sharing
+        self.logprobs, self.prefix_sharing = logprobs, prefix_sharing
+        one_row = logprobs.causal_lm.config.model_type in ONE_ROW_FAMILIES
+        self.batch_size = 1 if one_row else batch_size
 
     @torch.inference_mode()
     def generate(
@@ -76,6 +80,8 @@ class LocalEngine:
         return responses
 
     def _batch_state(self, prompts: Sequence[Sequence[int]], partial: list[_PartialResponse]) -> BatchState:
+        if keeps_state(self.logprobs.causal_lm):
+            return StatefulBatch(self.logprobs)
         if not self.prefix_sharing:
             return PaddedBatch(self.logprobs)
         longest = max((len(prompts[response.prompt]) + response.max_tokens for response in partial), default=0)
@@ -99,7 +105,7 @@ class LocalEngine:
             enough_free = free >= min(self.batch_size * MIN_FREE_FRACTION, len(waiting))
             if waiting and (not running or (batch.supports_continuous_batching and enough_free)):
                 new = [waiting.popleft() for _ in range(min(free, len(waiting)))]
-                logits.append(batch.prefill([prompts[response.prompt] for response in new]))
+                logits.append(batch.prefill(_prefill_prompts(batch, new, prompts)))
                 running += new
             draws = torch.stack([response.draws[len(response.tokens)] for response in running])
             tokens, logprobs = sample(torch.cat(logits), sampling.temperature, sampling.top_p, draws)
@@ -107,6 +113,10 @@ class LocalEngine:
             for row, (response, token, logprob) in enumerate(
                 zip(running, tokens.tolist(), logprobs.tolist(), strict=True)
             ):
+                if response.prompt_rest:
+                    tokens[row] = response.prompt_rest.pop(0)
+                    unfinished.append(row)
+                    continue
                 response.tokens.append(token)
                 response.logprob += logprob
                 response.finished = token in sampling.stop_ids
@@ -117,6 +127,19 @@ class LocalEngine:
             order = batch.compact(unfinished)
             running = [running[row] for row in order]
             logits = [batch.step(tokens[order])] if running else []
+
+
+def _prefill_prompts(
+    batch: BatchState, new: list[_PartialResponse], prompts: Sequence[Sequence[int]]
+) -> list[Sequence[int]]:
+    """Return the prompts to prefill: cut to the shortest one if the batch cannot pad."""
+    chosen = [prompts[response.prompt] for response in new]
+    if batch.supports_padding:
+        return chosen
+    shortest = min(map(len, chosen))
+    for response, prompt in zip(new, chosen, strict=True):
+        response.prompt_rest = list(prompt[shortest:])
+    return [prompt[:shortest] for prompt in chosen]
 
 
 def _start(index: int, prompt_length: int, sample: int, sampling: Sampling, seed: int) -> _PartialResponse:

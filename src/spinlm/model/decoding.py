@@ -4,7 +4,8 @@ A `BatchState` has three operations: `prefill` prompts, `step` every running res
 to the responses that continue. `RaggedBatch` computes no padding. Prompts are packed into one row, as trees without
 responses; each response has its own row in the cache; and a prompt can join whenever a row is free. `PaddedBatch` is
 for models whose attention cannot be replaced. It pads on the left, and takes new prompts only after all responses
-ended.
+ended. `StatefulBatch` is for models that keep a state, such as Mamba. Padding would change the state, so all rows have
+the same length: `prefill` gets the first tokens of each prompt, and the rest of a prompt is fed in by `step`.
 
 Shapes: N running responses, L tokens in a row, K cached tokens of the longest response, G key-value heads, E head size,
 D hidden, V vocabulary.
@@ -24,12 +25,17 @@ from spinlm.model.prefix_trees import PrefixTree, TreeSpan, pack_batch
 PREFILL_TOKENS = 2048
 """Prompt tokens per forward pass. A longer prompt is prefilled alone."""
 
+STATE_NAMES = ("past_key_values", "cache_params", "state")
+"""Where models return their state. They take the state under the same name."""
+
 
 class BatchState(Protocol):
     """Running responses and their cache."""
 
     supports_continuous_batching: bool
     """Whether `prefill` may be called while responses are running."""
+    supports_padding: bool
+    """Whether the prompts of one `prefill` may differ in length."""
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """Append one response per prompt. Return the logits of their first tokens: [number of prompts, V]."""
@@ -94,6 +100,7 @@ class RaggedBatch:
     """At most `max_rows` responses of at most `max_length` tokens with their prompts, without padding."""
 
     supports_continuous_batching = True
+    supports_padding = True
 
     def __init__(self, logprobs: LogProbs, max_rows: int, max_length: int):
         self.logprobs = logprobs
@@ -164,6 +171,7 @@ class PaddedBatch:
     """Responses padded on the left to one length, with the cache and masks of transformers."""
 
     supports_continuous_batching = False
+    supports_padding = True
 
     def __init__(self, logprobs: LogProbs):
         self.model = logprobs.causal_lm
@@ -205,3 +213,48 @@ class PaddedBatch:
             logits_to_keep=1,
         ).logits[:, -1]
         return logits.float()
+
+
+class StatefulBatch:
+    """Responses of one length with their prompts. Every family keeps its state in another place and shape.
+
+    So no row leaves the state before all responses ended: the rows of ended responses compute a token that is ignored.
+    """
+
+    supports_continuous_batching = False
+    supports_padding = False
+
+    def __init__(self, logprobs: LogProbs):
+        self.logprobs, self.model = logprobs, logprobs.causal_lm.base_model
+        self.device = next(logprobs.parameters()).device
+        logprobs.use_tree_attention(False)
+
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """See `BatchState`. Replaces all responses."""
+        self.rows = list(range(len(prompts)))  # [N] of the running responses, in the state
+        self.num_rows, self.length = len(prompts), 0
+        self.state: dict[str, Any] = {}
+        if hasattr(self.model, "_setup_cache"):  # RecurrentGemma returns no cache, and the rest is in its modules
+            self.model._setup_cache(self.model.config, len(prompts), self.device, self.model.dtype)
+            self.state = {"past_key_values": DynamicCache(config=self.model.config)}
+        return self._forward(torch.tensor(prompts, device=self.device))
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """See `BatchState`."""
+        rows = tokens.new_zeros(self.num_rows)
+        rows[self.rows] = tokens
+        return self._forward(rows[:, None])[self.rows]
+
+    def compact(self, rows: list[int]) -> list[int]:
+        """See `BatchState`."""
+        self.rows = [self.rows[row] for row in rows]
+        return rows
+
+    def _forward(self, input_ids: Tensor) -> Tensor:
+        positions = torch.arange(self.length, self.length + input_ids.shape[1], device=self.device)
+        self.length += input_ids.shape[1]
+        output = self.model(
+            input_ids=input_ids, position_ids=positions.expand_as(input_ids), use_cache=True, **self.state
+        )
+        self.state |= {name: state for name in STATE_NAMES if (state := getattr(output, name, None)) is not None}
+        return self.logprobs.logits(output.last_hidden_state[:, -1])

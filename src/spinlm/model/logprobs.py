@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from spinlm.errors import ModelError
 from spinlm.model.attention import TREE_ATTENTION, AttentionShape, BlockMasks, flex_attention_works
+from spinlm.model.families import keeps_state
 from spinlm.model.kernels import ROW_BLOCK, linear
 from spinlm.model.prefix_trees import PackedBatch, PrefixTree, pack_batch
 
@@ -48,6 +49,11 @@ class LogitTransform:
         return grad.mul_(self.scale) if self.scale != 1.0 else grad
 
 
+def _first_set(config: Any, *names: str) -> float | None:
+    """Return the first of these attributes of a config that is set and not 0."""
+    return next((value for name in names if (value := getattr(config, name, None))), None)
+
+
 class LogProbs(nn.Module):
     """Log-probabilities of the responses in a packed batch. A module, so that DDP or FSDP can wrap it."""
 
@@ -72,10 +78,12 @@ class LogProbs(nn.Module):
                 "plain linear layer"
             )
         config = self.causal_lm.config.get_text_config()
-        scale = getattr(config, "logit_scale", None) or 1.0
+        scale = _first_set(config, "logit_scale", "lm_head_multiplier") or 1.0
         divisor = getattr(config, "logits_scaling", None) or 1.0
-        softcap = getattr(config, "final_logit_softcapping", None)
+        softcap = _first_set(config, "final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
         self.transform = LogitTransform(float(scale) / float(divisor), softcap)
+        if hasattr(config, "rescale_every"):
+            config.rescale_every = 0  # RWKV would divide weights when it does not train, but not those of an adapter
         self.default_attention: str = self.causal_lm.config._attn_implementation
 
     @property
@@ -90,6 +98,8 @@ class LogProbs(nn.Module):
         Raises:
             ModelError: the attention of the model cannot be replaced.
         """
+        if enabled and keeps_state(self.causal_lm):
+            raise ModelError(f"{type(self.causal_lm).__name__}: keeps a state between tokens, so no prefix sharing")
         implementation = TREE_ATTENTION if enabled else self.default_attention
         if self.causal_lm.config._attn_implementation != implementation:
             self.causal_lm.set_attn_implementation(implementation)

@@ -8,8 +8,11 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import replace
 
+import torch
+
 from spinlm.distributed import processes
 from spinlm.distributed.progress import Advance, track
+from spinlm.errors import ModelError
 from spinlm.model.players import Players
 from spinlm.model.prefix_trees import PrefixTree, micro_batches
 from spinlm.model.run import Run
@@ -30,8 +33,11 @@ from spinlm.utils.signals import check_interrupt
 
 log = logging.getLogger("spinlm")
 
-MAX_LOGPROB_MISMATCH = 0.1
-"""Largest mean difference between the engine's log-probabilities and ours that rounding explains, in nats per token."""
+MAX_LOGPROB_MISMATCH = {torch.float32: 0.01, torch.bfloat16: 0.1}
+"""Largest mean difference between the engine's log-probabilities and ours that rounding explains, in nats per token.
+
+By the precision that the model computes in. Tiny random models reach 1e-6 in float32 and 5e-3 in bfloat16.
+"""
 
 
 def reference_logprobs(run: Run, t: int) -> None:
@@ -77,22 +83,35 @@ def reference_logprobs(run: Run, t: int) -> None:
                 tally.add(split, t, chosen, generations, pairs)
         tally = _Tally.sum(processes.all_gather(tally.counts))
         if processes.is_main_process():
-            _report(run, t, tally)
+            log.info("iteration %d: %s", t, tally.summary())
+        _check_mismatch(run, t, tally)
         stage.outputs = [folder.pairs(t, *shard) for shard in shards]
         stage.metadata = dict(tally.rates())
 
 
-def _report(run: Run, t: int, tally: "_Tally") -> None:
-    """Log the tally, and warn if the engine's log-probabilities differ from ours."""
-    log.info("iteration %d: %s", t, tally.summary())
-    mismatch = max(rates.get("logprob_mismatch_mean", 0.0) for rates in tally.rates().values())
-    if mismatch > MAX_LOGPROB_MISMATCH:
+def _check_mismatch(run: Run, t: int, tally: "_Tally") -> None:
+    """Compare the engine's log-probabilities with ours. Warn of a difference if the engine is another program.
+
+    Raises:
+        ModelError: the local engine's log-probabilities differ from ours by more than rounding.
+    """
+    rates = max(tally.rates().values(), key=lambda rates: rates.get("logprob_mismatch_mean", 0.0))
+    mismatch, engine, players = rates.get("logprob_mismatch_mean", 0.0), run.recipe.opponent.engine, run.players
+    if engine == "local" and not mismatch <= MAX_LOGPROB_MISMATCH[players.dtype]:
+        raise ModelError(
+            f"{players.base_model}: when it generates, its log-probabilities differ from those in training by "
+            f"{mismatch:.2g} nats per token on average, {rates['logprob_mismatch_max']:.2g} at most; rounding explains "
+            f"{MAX_LOGPROB_MISMATCH[players.dtype]:g}. {type(players.logprobs.causal_lm).__name__} computes a token "
+            "differently when it reads the earlier tokens from its cache, so the local engine would sample from "
+            "another opponent. Set opponent.engine to vllm or server, or use another model"
+        )
+    if processes.is_main_process() and mismatch > MAX_LOGPROB_MISMATCH[torch.bfloat16]:
         log.warning(
             "iteration %d: the log-probabilities of the %s engine differ from ours by %.2f nats per token. The usual "
             "cause is another model, template, end token or precision in the engine; `spinlm check` shows where the "
             "responses differ",
             t,
-            run.recipe.opponent.engine,
+            engine,
             mismatch,
         )
 
