@@ -89,6 +89,8 @@ TAKEN: dict[str, tuple[bytes, str, str]] = {
     "not a number elsewhere": (b'{"prompt": "p", "response": "r", "n": NaN}', "p", "r"),
     "space around the json": (b' \t {"prompt" :\t"p" , "response": "r"} \t', "p", "r"),
     "a message with more fields": (talk(user("p", name="bob", weight=1), assistant("r", refusal=None)), "p", "r"),
+    "a number for text": (pair(7, 7.5), "7", "7.5"),
+    "a number as written": (b'{"prompt": "p", "response": 1.50e3}', "p", "1.50e3"),
     "a very long word": (pair("p", "r" * 500), "p", "r" * 500),
 }
 
@@ -117,8 +119,7 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "capital letters": (b'{"Prompt": "p", "Response": "r"}', "missing_column"),
     "a response of null": (pair("p", None), "not_text"),
     "a prompt of null": (pair(None), "not_text"),
-    "a number for text": (pair(7), "not_text"),
-    "a number for the response": (pair("p", 7.5), "not_text"),
+    "a number that is none": (b'{"prompt": "p", "response": NaN}', "not_text"),
     "true": (pair(True), "not_text"),
     "an object for the response": (pair("p", {"text": "r"}), "not_text"),
     "a list of texts": (pair(["p"]), "not_messages"),
@@ -147,7 +148,7 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "messages within messages": (talk(user([user("p")]), assistant("r")), "not_text"),
     "an image": (talk(user([{"type": "image_url", "image_url": "http://x"}]), assistant("r")), "not_text"),
     "a role unheard of": (talk({"role": "root", "content": "p"}, assistant("r")), "unknown_role"),
-    "a tool's turn": (talk(user("p"), {"role": "tool", "content": "x"}, assistant("r")), "unknown_role"),
+    "a tool's turn": (talk(user("p"), {"role": "tool", "content": "x"}, assistant("r")), "tool_call"),
 }
 
 

@@ -1,11 +1,26 @@
 """Which columns of a data set hold the conversation, and the messages that a row holds."""
 
 import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import date
 from typing import Any
 
-from spinlm.data.sources import Source, kind_of, open_source
+from spinlm.data.messages import (
+    REASONING_FIELDS,
+    TRAINING_FLAGS,
+    Conversation,
+    has_turns,
+    is_absent,
+    is_false,
+    read_conversation,
+    read_history,
+    read_prompt,
+    read_response,
+    read_text,
+    read_tools,
+)
+from spinlm.data.readers import file_kind, is_compressed
+from spinlm.data.sources import Source, data_files, kind_of, open_source
 from spinlm.errors import DataError, RowError, shortened
 from spinlm.recipe.schema import Columns, Data
 from spinlm.rundir.records import Message
@@ -13,10 +28,38 @@ from spinlm.utils.suggest import nearest
 
 ROWS_TO_INSPECT = 100  # readable rows whose keys together are the columns of a data set
 
-_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-_PROMPTS = ("prompt", "instruction", "question")
 _RESPONSES = ("response", "completion", "output", "answer")
+_PROMPTS = ("prompt", "instruction", "question")
 _PREFERRED = ("chosen", *_RESPONSES)
+_CONVERSATIONS = ("conversations", "conversation", "dialog", "dialogue")
+_PAIRS = (("prompt", _RESPONSES), ("instruction", ("output",)), ("question", ("answer",)))
+_LISTS = ("responses", "answers")  # columns with several responses, of which each row may have one
+_RARER_PAIRS = (
+    ("instruction", (*_RESPONSES, *_LISTS)),
+    ("question", (*_RESPONSES, "solution", *_LISTS)),
+    ("query", (*_RESPONSES, *_LISTS)),
+    ("problem", ("solution", *_RESPONSES)),
+    ("input", ("output", *_RESPONSES)),
+    ("prompt", ("chosen", *_LISTS)),
+)
+"""Names of prompt and response, in the order in which they are tried: `messages`, `_PAIRS`, `_CONVERSATIONS`,
+`_RARER_PAIRS`, `chosen`."""
+
+_FLAGS = {"label": "label_false", "kto_tag": "label_false", **dict.fromkeys(TRAINING_FLAGS, "not_for_training")}
+"""Columns that exclude a row if they are false, and the reason under which it is counted."""
+
+_TEXT_ONLY = "self-play uses text alone"
+_REFUSED = {
+    **dict.fromkeys(("images", "image", "videos", "video", "audio", "audios"), _TEXT_ONLY),
+    **dict.fromkeys(("tool_calls", "function_call", "functions"), "self-play does not support tool calls"),
+    "documents": "the chat template would not see them",
+    "context": "the prompt would lack it. Name it in data.columns.context, and it follows the prompt",
+    "history": "the list of messages would lack it",
+    "chat_template_kwargs": "rows cannot have their own. Set data.chat_template_kwargs",
+    **dict.fromkeys(REASONING_FIELDS[:2], "the list of messages would lack it"),
+}
+"""Columns without which a row would mean something else, unless the layout uses them. `tools`, `system`, `id` and
+those of `_FLAGS` are used; scores, ratings, names, tags and unknown columns are metadata."""
 
 
 @dataclass(frozen=True)
@@ -25,51 +68,67 @@ class Layout:
 
     messages: str | None = None
     prompt: str | None = None
-    prompt_input: str | None = None  # Alpaca's `input`, appended to the prompt
+    context: str | None = None  # appended to the prompt, as Alpaca's `input`
     response: str | None = None
     rejected: str | None = None
     system: str | None = None
     id: str | None = None
+    ignore: tuple[str, ...] = ()
+    columns: tuple[str, ...] = ()  # all columns of the data set
 
-    def conversation(self, row: dict[str, Any]) -> list[Message]:
-        """Return all messages of a row; a response with its own column is the last message.
+    def conversation(self, row: dict[str, Any]) -> Conversation:
+        """Return the messages of a row; a response with its own column is the last message.
 
         Raises:
-            RowError: missing_column, not_text, not_messages, unknown_role, tool_call.
+            RowError: missing_column, not_text, not_messages, unknown_role, tool_call, several_responses,
+                unsupported_field, label_false, not_for_training.
         """
+        self._check_fields(row)
         if self.messages:
-            conversation = _messages(_field(row, self.messages), self.messages)
+            conversation = read_conversation(_field(row, self.messages), self.messages, self.ignore)
         else:
             assert self.prompt and self.response
             prompt = self._prompt(row, self.prompt)
-            conversation = [*prompt, _response(_field(row, self.response), self.response, prompt)]
+            response = read_response(_field(row, self.response), self.response, prompt, self.ignore)
+            reasoning = {
+                key: read_text(row[key], key) for key in self._reasoning_columns() if not is_absent(row.get(key))
+            }
+            conversation = Conversation([*prompt, {**response, **reasoning}])
         system = _optional_text(row, self.system)
-        if system and [message["role"] for message in conversation[:1]] != ["system"]:
-            return [{"role": "system", "content": system}, *conversation]
-        return conversation
+        if not system or [message["role"] for message in conversation.messages[:1]] == ["system"]:
+            return conversation
+        messages: list[Message] = [{"role": "system", "content": system}, *conversation.messages]
+        return Conversation(messages, {position + 1 for position in conversation.excluded}, conversation.error)
 
-    def responses(self, conversation: list[Message], turns: str) -> list[int]:
+    def responses(self, conversation: Conversation, turns: str) -> list[int]:
         """Return the positions of the assistant messages that become examples.
 
         Args:
-            conversation: all messages of a row.
+            conversation: the messages of a row. One that cannot be read matters only if an example may come after it.
             turns: `data.turns`. Ignored where the response has its own column or the data are preferences.
 
         Raises:
-            RowError: no_assistant_turn, no_user_message.
+            RowError: no_assistant_turn, no_user_message, not_for_training, or why a message cannot be read.
         """
-        roles = [message["role"] for message in conversation]
+        if not self.messages or self.rejected:
+            turns = "last"
+        roles = [message["role"] for message in conversation.messages]
+        first_user = roles.index("user") if "user" in roles else len(roles)
+        answers = [at for at, role in enumerate(roles) if role == "assistant" and at > first_user]
+        positions = [at for at in answers if at not in conversation.excluded]
+        if conversation.error and (turns == "last" or not positions):
+            raise conversation.error
         if "assistant" not in roles:
             raise RowError("no_assistant_turn", "the conversation has no assistant message")
-        first_user = roles.index("user") if "user" in roles else len(roles)
-        positions = [at for at, role in enumerate(roles) if role == "assistant" and at > first_user]
-        if not positions:
+        if not answers:
             raise RowError("no_user_message", "no user message comes before the response")
-        if not self.messages or self.rejected or turns == "last":
+        if not positions:
+            raise RowError("not_for_training", "the data exclude every response of the conversation from training")
+        if turns == "last":
             return positions[-1:]
         return positions[:1] if turns == "first" else positions
 
-    def rejected_response(self, row: dict[str, Any], conversation: list[Message]) -> list[str]:
+    def rejected_response(self, row: dict[str, Any], conversation: Conversation) -> list[Message]:
         """Return the rejected response, which replaces the last message; an empty list without preferences.
 
         Raises:
@@ -77,36 +136,94 @@ class Layout:
         """
         if not self.rejected:
             return []
-        *prompt, last = conversation
+        *prompt, last = conversation.messages
         if last["role"] != "assistant":
             raise RowError("no_assistant_turn", "the conversation does not end with an assistant message")
-        return [_response(_field(row, self.rejected), self.rejected, prompt)["content"]]
+        value = _field(row, self.rejected)
+        if self.messages and has_turns(value):
+            value = read_conversation(value, self.rejected, self.ignore).messages
+        return [read_response(value, self.rejected, prompt, self.ignore)]
+
+    def tools(self, row: dict[str, Any]) -> list[Any] | None:
+        """Return the row's tool schemas for the chat template; None if it has none.
+
+        Raises:
+            RowError: bad_tools.
+        """
+        return None if "tools" in self.ignore else read_tools(row.get("tools"))
 
     def row_id(self, row: dict[str, Any]) -> str | None:
-        """Return the row's id from the data, or None.
+        """Return the row's id from the data, or None if it is null or missing.
 
         Raises:
             RowError: bad_id, not_text.
         """
         value = row.get(self.id) if self.id else None
-        if isinstance(value, bool) or not isinstance(value, str | int | None):
+        if isinstance(value, date):  # or a datetime
+            value = value.isoformat()
+        if value is None or (isinstance(value, float) and is_absent(value)):
+            return None
+        if isinstance(value, bool) or not isinstance(value, str | bytes | int):
             raise RowError("bad_id", f"the id in {self.id!r} is {kind_of(value)}, not text or a whole number")
-        return None if value is None else _text(str(value), str(self.id))
+        return read_text(value, str(self.id))
+
+    def column_summary(self) -> str:
+        """Return which columns of the data set are read, and which are not."""
+        lists = {
+            "used": [column for column in self.columns if column in self._read_columns()],
+            "ignored": [column for column in self.columns if column not in self._read_columns()],
+        }
+        return "; ".join(f"{shortened(', '.join(columns))} ({use})" for use, columns in lists.items() if columns)
+
+    def _named(self) -> set[str]:
+        named = (self.messages, self.prompt, self.context, self.response, self.rejected, self.system, self.id)
+        return {column for column in named if column}
+
+    def _read_columns(self) -> set[str]:
+        others = {"tools", *_FLAGS, *(() if self.messages else ("history", *REASONING_FIELDS[:2]))}
+        return self._named() | (others - {*self.ignore})
 
     def _prompt(self, row: dict[str, Any], column: str) -> list[Message]:
-        value = _field(row, column)
-        if isinstance(value, list):
-            return _messages(value, column)
-        text, extra = _text(value, column), _optional_text(row, self.prompt_input)
-        return [{"role": "user", "content": f"{text}\n\n{extra}" if extra else text}]
+        history = None if "history" in self.ignore or column == "history" else row.get("history")
+        turns = [] if is_absent(history) else read_history(history, "history", self.ignore)
+        prompt, extra = read_prompt(_field(row, column), column, self.ignore), _optional_text(row, self.context)
+        if not isinstance(prompt, str):
+            return [*turns, *prompt]
+        return [*turns, {"role": "user", "content": f"{prompt}\n\n{extra}" if extra else prompt}]
+
+    def _reasoning_columns(self) -> list[str]:
+        return [key for key in REASONING_FIELDS[:2] if key not in self.ignore]
+
+    def _check_fields(self, row: dict[str, Any]) -> None:
+        """Refuse a row with a column that must not be dropped, or that excludes the row.
+
+        Raises:
+            RowError: unsupported_field, label_false, not_for_training.
+        """
+        read = self._read_columns()
+        for column, value in row.items():
+            if column in self._named() or column in self.ignore or is_absent(value):
+                continue
+            if column in _FLAGS:
+                # A label may be a class; 0 is false only where the column is a weight or a switch.
+                if value is False or str(value).lower() == "false" or (column in TRAINING_FLAGS and is_false(value)):
+                    raise RowError(_FLAGS[column], f"{column!r} is {value}: the response is no example")
+            elif column in _REFUSED and column not in read:
+                raise RowError(
+                    "unsupported_field",
+                    f"{column!r} is not empty: {_REFUSED[column]}; to ignore it, add it to data.columns.ignore",
+                )
 
 
 def check_layout(data: Data) -> None:
-    """Check that the columns of a data set are recognized. Reads only the first rows of a .jsonl file.
+    """Check that the columns of .jsonl files are recognized, by their first rows. Other data are not checked.
 
     Raises:
         DataError: the columns are not recognized, or the data cannot be read.
     """
+    files = data_files(data)
+    if not files or any(is_compressed(file) or file_kind(file) not in (".jsonl", ".ndjson") for file in files):
+        return
     with contextlib.suppress(DataError):  # perhaps only the first rows cannot be read
         recognize_layout(open_source(data, ROWS_TO_INSPECT), data.columns)
         return
@@ -126,7 +243,7 @@ def recognize_layout(source: Source, named: Columns) -> Layout:
     """
     columns = _column_names(source)
     listing = shortened(", ".join(map(repr, columns)))
-    for key, column in named.model_dump(exclude_none=True).items():
+    for key, column in named.model_dump(exclude_none=True, exclude={"ignore"}).items():
         if column not in columns:
             near = nearest(column, columns)
             guess = f"; did you mean {near!r}?" if near else ""
@@ -138,38 +255,57 @@ def recognize_layout(source: Source, named: Columns) -> Layout:
         raise DataError(
             "data.columns names both messages and a prompt or response: name messages, or prompt and response"
         )
-
-    def present(*names: str) -> str | None:
-        return next((name for name in names if name in columns), None)
-
-    prompt, response = named.prompt, named.response
-    system = named.system or present("system", "system_prompt")
-    messages = named.messages or present("messages")
-    if named.rejected and not messages:
-        prompt, response = prompt or present(*_PROMPTS), response or present(*_PREFERRED)
-        if response and not prompt:  # both columns hold whole conversations
-            return Layout(messages=response, rejected=named.rejected, system=system, id=named.id)
-    if prompt or response:
-        prompt, response = prompt or present(*_PROMPTS), response or present(*_RESPONSES)
-    elif messages:
-        return Layout(messages=messages, rejected=named.rejected, system=system, id=named.id or present("prompt_id"))
-    else:
-        usual = (("prompt", present(*_RESPONSES)), ("instruction", present("output")), ("question", present("answer")))
-        prompt, response = next(((name, other) for name, other in usual if name in columns and other), (None, None))
-    if not prompt or not response or prompt == response:
+    messages, prompt, response = _find_columns(columns, named)
+    if not messages and (not prompt or not response or prompt == response):
         raise DataError(
             f"{source.where}: cannot tell which columns hold the prompt and the response (columns: {listing}). "
             "Name them: data.columns.prompt and data.columns.response, or "
             "data.columns.messages for a list of messages"
         )
+    has_prompt_id = messages is not None and messages in (named.messages, "messages", *_CONVERSATIONS)
+    context = _first(columns, "input", "context") if prompt == "instruction" else None
     return Layout(
+        messages=messages,
         prompt=prompt,
-        prompt_input=present("input") if prompt == "instruction" and response != "input" else None,
+        context=named.context or (context if context != response else None),
         response=response,
         rejected=named.rejected,
-        system=system,
-        id=named.id,
+        system=named.system or _first(columns, "system", "system_prompt"),
+        id=named.id or (_first(columns, "prompt_id") if has_prompt_id else None),
+        ignore=tuple(named.ignore),
+        columns=tuple(columns),
     )
+
+
+def _find_columns(columns: list[str], named: Columns) -> tuple[str | None, str | None, str | None]:
+    """Return the columns of the messages, of the prompt and of the response."""
+    prompt, response = named.prompt, named.response
+    messages = named.messages or _first(columns, "messages")
+    if named.rejected and not messages:
+        prompt = prompt or _first(columns, *_PROMPTS, *_CONVERSATIONS)
+        response = response or _first(columns, *_PREFERRED)
+        if response and not prompt:  # both columns hold whole conversations
+            return response, None, None
+    if prompt or response:
+        return None, prompt or _first(columns, *_PROMPTS), response or _first(columns, *_RESPONSES)
+    if messages:
+        return messages, None, None
+    if pair := _first_pair(columns, _PAIRS):
+        return None, *pair
+    if messages := _first(columns, *_CONVERSATIONS):
+        return messages, None, None
+    if pair := _first_pair(columns, _RARER_PAIRS):
+        return None, *pair
+    return (_first(columns, "chosen") if "rejected" in columns else None), None, None
+
+
+def _first(columns: list[str], *names: str) -> str | None:
+    return next((name for name in names if name in columns), None)
+
+
+def _first_pair(columns: list[str], pairs: tuple[tuple[str, tuple[str, ...]], ...]) -> tuple[str, str] | None:
+    found = ((prompt, _first(columns, *responses)) for prompt, responses in pairs if prompt in columns)
+    return next(((prompt, response) for prompt, response in found if response), None)
 
 
 def _column_names(source: Source) -> list[str]:
@@ -180,12 +316,13 @@ def _column_names(source: Source) -> list[str]:
     """
     columns: dict[str, None] = {}
     readable, first_error = 0, None
-    for index, number in enumerate(source.numbers):
+    for index in range(len(source)):
         try:
             columns.update(dict.fromkeys(source.row(index)))
             readable += 1
         except RowError as error:
-            first_error = first_error or DataError(f"{source.where}: no row can be read; row {number}: {error}")
+            where = source.place(index).removeprefix(f"{source.where}, ")
+            first_error = first_error or DataError(f"{source.where}: no row can be read; {where}: {error}")
         if readable == ROWS_TO_INSPECT:
             break
     if first_error and not readable:
@@ -202,59 +339,5 @@ def _field(row: dict[str, Any], column: str) -> Any:
 def _optional_text(row: dict[str, Any], column: str | None) -> str:
     """Return the text of a column; an empty string where it is absent, null or blank."""
     value = row.get(column) if column else None
-    text = "" if value is None else _text(value, str(column))
+    text = "" if value is None else read_text(value, str(column))
     return text if text.strip() else ""
-
-
-def _text(value: Any, name: str) -> str:
-    if not isinstance(value, str):
-        raise RowError("not_text", f"{name!r} is {kind_of(value)}, not text")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise RowError("not_text", f"{name!r} is not valid UTF-8, or holds half a character: {error}") from error
-    return value
-
-
-def _messages(value: Any, name: str) -> list[Message]:
-    if not isinstance(value, list):
-        raise RowError("not_messages", f"{name!r} is {kind_of(value)}, not a list of messages")
-    return [_message(item, f"{name}[{index}]") for index, item in enumerate(value)]
-
-
-def _message(value: Any, name: str) -> Message:
-    if not isinstance(value, dict) or "role" not in value or "content" not in value:
-        raise RowError("not_messages", f"{name!r} is not a message: an object with role and content")
-    role = value["role"]
-    if not isinstance(role, str) or role not in _ROLES:
-        raise RowError("unknown_role", f"{name!r} has the role {role!r}; known: {', '.join(_ROLES)}")
-    if value.get("tool_calls") or value.get("function_call"):
-        raise RowError("tool_call", f"{name!r} calls a tool, which self-play does not support")
-    content = value["content"]
-    if isinstance(content, list):
-        content = "".join(_text_parts(content, name))
-    return {"role": _ROLES[role], "content": _text(content, f"{name}.content")}
-
-
-def _text_parts(parts: list[Any], name: str) -> Iterator[str]:
-    for part in parts:
-        if not isinstance(part, dict):
-            raise RowError("not_text", f"{name!r} has a part that is {kind_of(part)}, not an object with type and text")
-        if (kind := part.get("type")) != "text":
-            raise RowError("not_text", f"{name!r} has a part of the type {kind!r}, not text")
-        yield _text(part.get("text"), f"{name}.content")
-
-
-def _response(value: Any, name: str, prompt: list[Message]) -> Message:
-    """Return a response given as text, as a list of one message, or as the last message of the whole conversation."""
-    if not isinstance(value, list):
-        return {"role": "assistant", "content": _text(value, name)}
-    messages = _messages(value, name)
-    without_system = [message for message in prompt if message["role"] != "system"]
-    if not messages or messages[-1]["role"] != "assistant" or messages[:-1] not in ([], prompt, without_system):
-        raise RowError(
-            "not_messages",
-            f"{name!r} must be text or a list that ends with one assistant message; only the messages of the prompt "
-            "may come before it",
-        )
-    return messages[-1]

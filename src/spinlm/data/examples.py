@@ -1,7 +1,7 @@
 """Select a run's examples from a data set, and count the rows that are skipped and why.
 
-Rows are read one at a time in a seeded order, and examples are written as they are accepted. So a .jsonl file or a hub
-data set may be larger than memory; other files are held in memory.
+Rows are read one at a time in a seeded order, and examples are written as they are accepted. So .jsonl and .arrow files
+and hub data sets may be larger than memory; other files are held in memory.
 """
 
 import hashlib
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from spinlm.data.columns import recognize_layout
+from spinlm.data.messages import NOT_AN_EXAMPLE
 from spinlm.data.renderer import Renderer
 from spinlm.data.sources import Source, open_source
 from spinlm.distributed.progress import track
@@ -36,6 +37,7 @@ class Selection:
     skipped_rows: list[str]  # "file:row: reason: detail" of the first MAX_LISTED_ROWS
     truncated: int  # examples whose response was cut at the length limit
     not_sampled: int  # rows that were not needed
+    columns: str  # which columns are used, and which ignored
 
 
 def select_examples(
@@ -60,7 +62,7 @@ def select_examples(
     source = open_source(data)
     sizes = {"heldout": data.heldout, "sft": sft_prompts or 0, "train": data.prompts or math.inf}
     selector = _Selector(data, sizes, source, renderer, max_length, write)
-    rows = len(source.numbers)
+    rows = len(source)
     with track("prepare", int(min(rows, sum(sizes.values()))), unit="rows") as advance:
         for index in np.random.default_rng(data.seed).permutation(rows).tolist():
             if selector.split is None:
@@ -109,31 +111,42 @@ class _Selector:
         split = self.split
         assert split is not None
         self.visited += 1
-        number = self.source.numbers[index]
         try:
             row = self.source.row(index)
             conversation = self.layout.conversation(row)
             row_id = self.layout.row_id(row)
             positions = self.layout.responses(conversation, self.data.turns)
             rejected = self.layout.rejected_response(row, conversation)
+            tools = self.layout.tools(row)
         except RowError as error:
-            self._bad_row(number, error)
+            self._bad_row(index, error)
             return
+        messages = conversation.messages
         for turn, position in enumerate(positions):
             if self.counts[split] >= self.sizes[split]:
                 return
-            responses = [conversation[position]["content"], *rejected]
-            content = _digest([conversation[:position], *responses]).hex()[:16]
+            responses = [messages[position], *rejected]
+            content = _digest([messages[:position], *map(_response_key, responses), *([tools] if tools else [])]).hex()[
+                :16
+            ]
             example_id = (row_id or content) + (f"-{turn}" if len(positions) > 1 else "")
             while example_id in self.ids:
                 example_id += f"-{content}"
             try:
-                self._add_example(split, number, example_id, conversation[:position], responses)
+                self._add_example(split, index, example_id, messages[:position], responses, tools)
             except RowError as error:
-                self._bad_row(number, error)
+                self._bad_row(index, error)
+        if conversation.error and self.data.turns == "all":
+            self._bad_row(index, conversation.error)
 
     def _add_example(
-        self, split: str, number: int, example_id: str, messages: list[Message], responses: list[str]
+        self,
+        split: str,
+        index: int,
+        example_id: str,
+        messages: list[Message],
+        responses: list[Message],
+        tools: list[Any] | None,
     ) -> None:
         """Add one prompt, its response and, with preferences, the rejected response; or count why it is skipped.
 
@@ -141,15 +154,18 @@ class _Selector:
             RowError: the prompt or a response is empty or cannot be rendered.
         """
         _check_not_empty(messages, responses)
-        real, *others = (self.renderer.encode(messages, text, self.max_length) for text in responses)
+        real, *others = (
+            self.renderer.encode(messages, response["content"], self.max_length, tools, _other_fields(response))
+            for response in responses
+        )
         # Compare tokens, because a template may render different texts to the same tokens.
         prompt = _digest(real.prompt_ids)
         digest = _digest([real.prompt_ids, *(encoded.response_ids for encoded in (real, *others))])
         if digest in self.digests:
-            self._skip(number, "duplicate", "the prompt and the response are those of an earlier row")
+            self._skip(index, "duplicate", "the prompt and the response are those of an earlier row")
             return
         if split != "heldout" and prompt in self.heldout_prompts:
-            self._skip(number, "prompt_in_heldout", "the prompt is a held-out prompt")
+            self._skip(index, "prompt_in_heldout", "the prompt is a held-out prompt")
             return
         self.ids.add(example_id)
         self.digests.add(digest)
@@ -160,25 +176,26 @@ class _Selector:
         example = Example(
             example_id,
             messages,
-            responses[0],
+            responses[0]["content"],
             real.prompt_ids,
             real.response_ids,
-            source=f"{self.source.name}:{number}",
+            source=self.source.label(index),
             rejected_ids=others[0].response_ids if others else None,
+            tools=tools,
         )
         self.write(split, example)
 
-    def _bad_row(self, number: int, error: RowError) -> None:
-        if self.data.on_bad_row == "error":
+    def _bad_row(self, index: int, error: RowError) -> None:
+        if self.data.on_bad_row == "error" and error.reason not in NOT_AN_EXAMPLE:
             raise DataError(
-                f"{self.source.where}, row {number}: {error}. Correct or remove it, or set data.on_bad_row: skip"
+                f"{self.source.place(index)}: {error}. Correct or remove it, or set data.on_bad_row: skip"
             ) from error
-        self._skip(number, error.reason, str(error))
+        self._skip(index, error.reason, str(error))
 
-    def _skip(self, number: int, reason: str, detail: str) -> None:
+    def _skip(self, index: int, reason: str, detail: str) -> None:
         self.skipped[reason] += 1
         if len(self.skipped_rows) < MAX_LISTED_ROWS:
-            self.skipped_rows.append(f"{self.source.name}:{number}: {reason}: {detail}")
+            self.skipped_rows.append(f"{self.source.label(index)}: {reason}: {detail}")
 
     def selection(self) -> Selection:
         """Return the counts.
@@ -186,7 +203,7 @@ class _Selector:
         Raises:
             DataError: there are fewer usable examples than the recipe asks for.
         """
-        rows, counts, sizes, skipped = len(self.source.numbers), self.counts, self.sizes, dict(self.skipped)
+        rows, counts, sizes, skipped = len(self.source), self.counts, self.sizes, dict(self.skipped)
         if any(counts[split] < (1 if math.isinf(size) else size) for split, size in sizes.items()):
             numbers = ", ".join(
                 f"{counts[split]} of {'at least 1' if math.isinf(size) else size} {split}"
@@ -198,11 +215,29 @@ class _Selector:
                 f"{self.source.where}: not enough usable examples: {numbers}. {rows} rows gave {sum(counts.values())} "
                 f"examples; skipped: {reasons}. Add rows, or lower data.heldout, data.prompts or sft.prompts"
             )
-        return Selection(counts, rows, skipped, self.skipped_rows, self.truncated, not_sampled=rows - self.visited)
+        return Selection(
+            counts,
+            rows,
+            skipped,
+            self.skipped_rows,
+            self.truncated,
+            not_sampled=rows - self.visited,
+            columns=self.layout.column_summary(),
+        )
 
 
-def _check_not_empty(messages: list[Message], responses: list[str]) -> None:
-    if not all(map(_is_visible, responses)):
+def _other_fields(response: Message) -> Message:
+    """Return the texts of a response besides its content, such as reasoning_content."""
+    return {key: text for key, text in response.items() if key not in ("role", "content")}
+
+
+def _response_key(response: Message) -> str | Message:
+    """Return what identifies a response: its text, with its reasoning if it has one."""
+    return response if _other_fields(response) else response["content"]
+
+
+def _check_not_empty(messages: list[Message], responses: list[Message]) -> None:
+    if not all(_is_visible(response["content"]) for response in responses):
         raise RowError("empty_response", "the response is empty")
     *_, last_user = (message["content"] for message in messages if message["role"] == "user")
     if not _is_visible(last_user):

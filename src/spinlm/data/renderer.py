@@ -5,11 +5,12 @@ the response. So the opponent responds to exactly the tokens that the main playe
 what every other program with the same chat template sees.
 """
 
+import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from spinlm.errors import ModelError, RowError
 from spinlm.rundir.records import Message
@@ -36,6 +37,8 @@ DEFAULT_TEMPLATE = """\
 """For a tokenizer without a template. BOS is added in front if the tokenizer adds BOS to plain text."""
 
 _REMEDY = "Give another template in data.chat_template (Jinja text, or a file that holds it)"
+
+_FIELD_REMEDY = f"{_REMEDY}, or add the field to data.columns.ignore"
 
 MIN_CHARACTER_LIMIT = 1_000_000  # any text of this length is tokenized quickly
 LENGTH_MARGIN = 4  # a tokenizer's normalizer may shorten a text
@@ -118,16 +121,33 @@ class Renderer:
         """
         return self._tokenize(self._prompt_text(messages))[0]
 
-    def encode(self, messages: Sequence[Message], response: str, max_length: int) -> Encoded:
+    def encode(
+        self,
+        messages: Sequence[Message],
+        response: str,
+        max_length: int,
+        tools: list[Any] | None = None,
+        fields: Message | None = None,
+    ) -> Encoded:
         """Tokenize a prompt and its response, together at most `max_length` tokens.
 
         The response ends with `end_id`, once; the template's text after that token is left out. A response that is too
         long is truncated and does not end with `end_id`.
 
+        Args:
+            messages: the prompt.
+            response: the text of the response.
+            max_length: maximum tokens of both.
+            tools: tool schemas for the template, which has to write them.
+            fields: other texts of the response, such as reasoning_content, which the template has to write.
+
         Raises:
-            RowError: control_token, template_refused, response_changed, prompt_not_a_prefix, prompt_too_long.
+            RowError: control_token, template_refused, response_changed, prompt_not_a_prefix, prompt_too_long,
+                field_omitted.
         """
-        self._refuse_control_tokens(response)
+        fields = fields or {}
+        for text in (response, *fields.values(), *([json.dumps(tools, ensure_ascii=False)] if tools else [])):
+            self._refuse_control_tokens(text)
         # A longer text cannot fit into max_length tokens.
         limit = max(MIN_CHARACTER_LIMIT, LENGTH_MARGIN * self._longest * max_length)
         if (characters := sum(len(message["content"]) for message in messages)) > limit:
@@ -135,14 +155,19 @@ class Renderer:
                 "prompt_too_long", f"the prompt has {characters} characters, far more than {max_length} tokens"
             )
         response = response[:limit]  # the rest would be truncated as tokens
-        prompt = self._prompt_text(messages)
-        whole = self._render([*messages, {"role": "assistant", "content": response}])
+        prompt = self._prompt_text(messages, tools)
+        whole = self._render([*messages, {"role": "assistant", "content": response, **fields}], tools=tools)
+        if tools and prompt == self._render(messages, generation_prompt=True):
+            raise RowError("field_omitted", f"the chat template omits 'tools'. {_FIELD_REMEDY}")
         if not whole.startswith(prompt):
             raise RowError(
                 "prompt_not_a_prefix",
                 f"the prompt, which ends in {prompt[-40:]!r}, is not a prefix of the conversation rendered with its "
                 "response",
             )
+        for name, text in fields.items():
+            if text.strip() not in whole[len(prompt) :]:
+                raise RowError("field_omitted", f"the chat template omits {name!r} of the response. {_FIELD_REMEDY}")
         if response.strip() not in whole[len(prompt) :]:
             raise RowError("response_changed", "the chat template changes the text of the response")
         prompt_ids, whole_ids = self._tokenize(prompt, whole.removesuffix(self._text_after_response))
@@ -170,21 +195,28 @@ class Renderer:
         kept = [int(i) for i in ids if i not in self._special and i not in self.stop_ids]
         return str(self._tokenizer.decode(kept, clean_up_tokenization_spaces=False))
 
-    def _prompt_text(self, messages: Sequence[Message]) -> str:
+    def _prompt_text(self, messages: Sequence[Message], tools: list[Any] | None = None) -> str:
         for message in messages:
-            self._refuse_control_tokens(message["content"])
+            for text in message.values():
+                self._refuse_control_tokens(text)
             if self._drops_system and message["role"] == "system":
                 raise RowError("template_refused", "the chat template omits the system message")
-        return self._render(messages, generation_prompt=True)
+        return self._render(messages, generation_prompt=True, tools=tools)
 
     def _refuse_control_tokens(self, text: str) -> None:
         if found := self._control.search(text) or self._control.search(self._normalize(text)):
             raise RowError("control_token", f"the text contains the control token {found.group()}")
 
-    def _render(self, messages: Sequence[Message], generation_prompt: bool = False) -> str:
+    def _render(
+        self, messages: Sequence[Message], generation_prompt: bool = False, tools: list[Any] | None = None
+    ) -> str:
         try:
             rendered = self._tokenizer.apply_chat_template(
-                list(messages), chat_template=self.template, tokenize=False, add_generation_prompt=generation_prompt
+                list(messages),
+                tools=tools,
+                chat_template=self.template,
+                tokenize=False,
+                add_generation_prompt=generation_prompt,
             )
         except Exception as error:  # a template is a program and may raise anything
             raise RowError("template_refused", f"the chat template refuses the conversation: {error}") from error

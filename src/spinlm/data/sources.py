@@ -1,205 +1,235 @@
-"""The rows of a data set: of a .jsonl, .json, .csv or .parquet file, or of a hub data set, read in any order."""
+"""The rows of a data set, read in any order: of one or several files, of a folder, or of a hub data set."""
 
-import csv
+import bisect
+import itertools
 import json
-import sys
+import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from functools import cached_property
+from pathlib import Path, PurePath
 from typing import Any
 
-from spinlm.errors import DataError, RowError, shortened
+from spinlm.data.readers import READERS, Rows, file_kind, open_file
+from spinlm.errors import DataError, RowError
 from spinlm.recipe.schema import Data
-from spinlm.utils.model_path import existing_path
+from spinlm.utils.model_path import existing_path, is_glob, matching_paths
+
+_SPLITS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
+"""Words in file names that name a split, as `datasets` reads them."""
+
+_SHARD_NAME = re.compile(r"(.+)-\d{5}-of-\d{5}")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file, or one hub data set."""
+
+    where: str  # the path or hub id
+    name: str  # the path below the folder that all shards share, or the hub id: equal on every machine
+    numbers: Sequence[int]  # row numbers from 1; line numbers in a text file
+    read: Callable[[int], Any]  # index to row; raises RowError
 
 
 @dataclass(frozen=True)
 class Source:
     """Rows that can be read in any order."""
 
-    where: str  # the path or hub id in the recipe
-    name: str  # the file's name or the hub id: equal on every machine
-    numbers: Sequence[int]  # row numbers from 1; line numbers in a .jsonl or .csv file
-    read: Callable[[int], Any]  # index to row; raises RowError
+    where: str  # data.path
+    shards: Sequence[Shard]
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        return list(itertools.accumulate(len(shard.numbers) for shard in self.shards))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def _locate(self, index: int) -> tuple[Shard, int]:
+        at = bisect.bisect_right(self._ends, index)
+        return self.shards[at], index - (self._ends[at - 1] if at else 0)
 
     def row(self, index: int) -> dict[str, Any]:
-        """Return one row.
+        """Return one row. A row that is a list of objects becomes its messages.
 
         Raises:
             RowError: the row cannot be read, or is not an object.
         """
-        row = self.read(index)
+        shard, at = self._locate(index)
+        row = shard.read(at)
+        if isinstance(row, list) and row and all(isinstance(item, dict) for item in row):
+            return {"messages": row}
         if not isinstance(row, dict):
             raise RowError("not_an_object", f"the row is {kind_of(row)}, not an object with named values")
         return row
 
+    def label(self, index: int) -> str:
+        """Return the name of a row on every machine: file:row."""
+        shard, at = self._locate(index)
+        return f"{shard.name}:{shard.numbers[at]}"
+
+    def place(self, index: int) -> str:
+        """Return where a row is found on this machine, for messages."""
+        shard, at = self._locate(index)
+        return f"{shard.where}, row {shard.numbers[at]}"
+
 
 def open_source(data: Data, max_rows: int | None = None) -> Source:
-    """Open the file or hub data set that `data.path` names.
+    """Open the files or the hub data set that `data.path` names.
 
     Args:
         data: the recipe's data section.
-        max_rows: of a .jsonl file, find only the first `max_rows` rows; None means all.
+        max_rows: find only about the first `max_rows` rows of files with one row per line; None means all.
 
     Raises:
-        DataError: the file or data set does not exist, cannot be read or is empty.
+        DataError: a file or the data set does not exist, cannot be read or is empty.
     """
-    path = existing_path(data.path)
-    if path is not None and path.is_dir():
-        raise DataError(f"{data.path}: is a folder; name a file in it ({', '.join(_READERS)})")
-    if path is None and names_a_file(data.path):
-        raise DataError(f"{data.path}: no such file")
-    if path is None:
-        source = Source(data.path, data.path, *_hub(data))
-    elif (suffix := path.suffix.lower()) not in _READERS:
-        raise DataError(f"{data.path}: unsupported kind of file; supported: {', '.join(_READERS)}")
-    elif not path.is_file():
-        raise DataError(f"{data.path}: is not a file")
-    elif path.stat().st_size == 0:
-        raise DataError(f"{data.path}: is empty")
+    files = data_files(data)
+    if files is None:
+        shards = [Shard(data.where, data.where, *_hub(data))]
+    elif len(files) == 1 and files[0].stat().st_size == 0:
+        raise DataError(f"{data.where}: is empty")
     else:
-        try:
-            numbers, read = _jsonl(path, max_rows) if suffix == ".jsonl" else _READERS[suffix](path)
-        except OSError as error:
-            raise DataError(f"{data.path}: cannot be read: {error}") from error
-        source = Source(data.path, path.name, numbers, read)
-    if not source.numbers:
-        raise DataError(f"{data.path}: is empty: it has no rows")
+        shards, left = [], max_rows
+        for name, file in shard_names(files).items():
+            where = data.where if len(files) == 1 and names_one_file(data) else str(file)
+            shards.append(Shard(where, name, *open_file(file, left)))
+            if left is not None and (left := left - len(shards[-1].numbers)) <= 0:
+                break
+    source = Source(data.where, shards)
+    if not len(source):
+        raise DataError(f"{data.where}: is empty: it has no rows")
     return source
 
 
 def names_a_file(path: str) -> bool:
-    """Return whether `data.path` means a local file (which may be missing), not a hub data set."""
-    return path.startswith(("/", "./", "../", "~")) or Path(path).suffix.lower() in _READERS
+    """Return whether a path means local files (which may be missing), not a hub data set."""
+    return path.startswith(("/", "./", "../", "~")) or is_glob(path) or file_kind(PurePath(path)) is not None
 
 
-_Rows = tuple[Sequence[int], Callable[[int], Any]]  # Source.numbers and Source.read
+def names_one_file(data: Data) -> bool:
+    """Return whether `data.path` is the path of one existing file."""
+    path = existing_path(data.where) if isinstance(data.path, str) else None
+    return path is not None and not path.is_dir()
 
 
-def _jsonl(path: Path, max_rows: int | None = None) -> _Rows:
-    """Find the lines of a .jsonl file that are not blank; a line is parsed when it is read."""
-    numbers: list[int] = []
-    offsets, offset = [], 0
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if len(numbers) == max_rows:
-                break
-            if line.removeprefix(b"\xef\xbb\xbf").strip():
-                numbers.append(number)
-                offsets.append(offset)
-            offset += len(line)
-
-    def read(index: int) -> Any:
-        with path.open("rb") as file:
-            file.seek(offsets[index])
-            line = file.readline()
-        try:
-            return json.loads(line.decode("utf-8-sig"))
-        except UnicodeDecodeError as error:
-            raise RowError("not_text", f"the line is not UTF-8: {error}") from error
-        except (ValueError, RecursionError) as error:
-            raise RowError("not_json", f"the line is not JSON: {error}") from error
-
-    return numbers, read
-
-
-def _json(path: Path) -> _Rows:
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not JSON: {error}. If each line is one object, name the file .jsonl") from error
-    if isinstance(rows, dict):
-        lists = [rows[key] for key in ("data", "rows") if isinstance(rows.get(key), list)]
-        rows = lists[0] if len(lists) == 1 else None
-    if not isinstance(rows, list):
-        raise DataError(f'{path}: must hold a list of objects, or an object with such a list under "data" or "rows"')
-    return range(1, len(rows) + 1), rows.__getitem__
-
-
-def _csv(path: Path) -> _Rows:
-    csv.field_size_limit(sys.maxsize)  # the default refuses long texts
-    records: list[list[str]] = []
-    numbers = []
-    start = 1  # first line of the record; a quoted text may span several lines
-    # Bytes that are not UTF-8 become lone surrogates. Columns refuses these, so a row is bad and not the whole file.
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        reader = csv.reader(file, strict=True)
-        try:
-            for record in reader:
-                if record:
-                    records.append(record)
-                    numbers.append(start)
-                start = reader.line_num + 1
-        except csv.Error as error:
-            raise DataError(f"{path}, line {start}: not CSV: {error}") from error
-    header = records.pop(0) if records else []
-    _check_column_names(path, header)
-
-    def read(index: int) -> Any:
-        if len(records[index]) != len(header):
-            raise RowError("wrong_width", f"the row has {len(records[index])} values for {len(header)} columns")
-        return dict(zip(header, records[index], strict=True))
-
-    return numbers[1:], read
-
-
-def _parquet(path: Path) -> _Rows:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        # `datasets` would open the files that an image column names, and keep a copy of the data in its cache.
-        file = pq.ParquetFile(path)
-        # In batches, because Arrow cannot read a column of messages with more than 2 GB of text at once.
-        table = pa.Table.from_batches(file.iter_batches(batch_size=1000), schema=file.schema_arrow)
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise DataError(f"{path}: not a readable Parquet file: {error}") from error
-    _check_column_names(path, table.column_names)
-    return range(1, len(table) + 1), lambda index: _values(table.slice(index, 1))
-
-
-_READERS: dict[str, Callable[[Path], _Rows]] = {
-    ".jsonl": _jsonl,
-    ".json": _json,
-    ".csv": _csv,
-    ".parquet": _parquet,
-}
-
-
-def _values(row: Any) -> dict[str, Any]:
-    """Return the only row of an Arrow table.
+def data_files(data: Data) -> list[Path] | None:
+    """Return the local files that `data.path` names, in the order in which they are read; None for a hub data set.
 
     Raises:
-        RowError: unreadable.
+        DataError: a file or folder does not exist, or is not supported.
     """
-    values = {}
-    for name, column in zip(row.column_names, row.columns, strict=True):
+    if isinstance(data.path, str) and existing_path(data.path) is None and not names_a_file(data.path):
+        return None
+    return list(dict.fromkeys(file for path in data.paths for file in _files_at(path, data.split)))
+
+
+def shard_names(files: Sequence[Path]) -> dict[str, Path]:
+    """Return each file under its path below the folder that all files share."""
+    root = os.path.commonpath([file.absolute().parent for file in files])
+    return {file.absolute().relative_to(root).as_posix(): file for file in files}
+
+
+def _files_at(name: str, split: str) -> list[Path]:
+    path = existing_path(name)
+    if path is None and is_glob(name):
+        files = [file for file in matching_paths(name) if file.is_file() and file_kind(file)]
+        if not files:
+            raise DataError(f"{name}: no file matches that is {_supported()}")
+        return files
+    if path is None:
+        raise DataError(f"{name}: no such file")
+    if path.is_dir():
+        return _files_in(path, split)
+    if file_kind(path) is None:
+        raise DataError(f"{name}: unsupported kind of file; supported: {_supported()}")
+    if not path.is_file():
+        raise DataError(f"{name}: is not a file")
+    return [path]
+
+
+def _files_in(folder: Path, split: str) -> list[Path]:
+    """Return the data files of a folder, sorted by name: of the split, where the names say the split.
+
+    Raises:
+        DataError: there are none, the split is not among them, or it is unclear which files are meant.
+    """
+    if (folder / "dataset_dict.json").is_file():  # datasets.DatasetDict.save_to_disk
+        splits = sorted(part.name for part in folder.iterdir() if (part / "state.json").is_file())
+        if split not in splits:
+            raise DataError(f"{folder}: has no split {split!r}. Set data.split to one of {', '.join(splits)}")
+        folder = folder / split
+    if (folder / "state.json").is_file():  # datasets.Dataset.save_to_disk; other .arrow files there are caches
         try:
-            (values[name],) = column.to_pylist()
-        except Exception as error:  # not UTF-8, a date outside Python's range, an unknown time zone
-            raise RowError("unreadable", f"{name!r} cannot be read: {error}") from error
-    return values
+            state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+            files = [folder / Path(part["filename"]).name for part in state["_data_files"]]
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise DataError(f"{folder}: state.json cannot be read: {error}") from error
+        if missing := [file.name for file in files if not file.is_file()]:
+            raise DataError(f"{folder}: {missing[0]} is missing, which state.json names")
+        return files
+    files = [file for file in sorted(folder.iterdir()) if _is_data(file)]
+    files = files or [file for file in sorted(folder.rglob("*")) if _is_data(file)]
+    if not files:
+        raise DataError(f"{folder}: is a folder without a data file ({_supported()})")
+    by_split: dict[str | None, list[Path]] = {}
+    for file in files:
+        by_split.setdefault(_split_of(file.relative_to(folder)), []).append(file)
+    named = [name for name in by_split if name and (len(by_split) > 1 or _split_words(name))]
+    if named and None in by_split:
+        raise DataError(
+            f"{folder}: {by_split[None][0].name} names no split, but {by_split[named[0]][0].name} names {named[0]}. "
+            "Name the files in data.path, as a list or with *"
+        )
+    if named and split not in by_split:
+        raise DataError(f"{folder}: has no split {split!r}. Set data.split to one of {', '.join(named)}")
+    files = by_split[split] if named else files
+    if len(kinds := sorted({str(file_kind(file)) for file in files})) > 1:
+        raise DataError(
+            f"{folder}: holds {' and '.join(kinds)} files. Name those to read in data.path, such as *.jsonl"
+        )
+    return files
 
 
-def _check_column_names(path: Path, columns: Sequence[str]) -> None:
-    for index, name in enumerate(columns):
-        if name in columns[:index]:
-            raise DataError(f"{path}: two columns have the same name, {shortened(repr(name))}")
+def _is_data(file: Path) -> bool:
+    described = file.name in ("dataset_info.json", "dataset_infos.json")  # by `datasets`, about the data
+    return file_kind(file) is not None and file.is_file() and not described and not file.name.startswith(".")
 
 
-def _hub(data: Data) -> _Rows:
+def _split_of(path: PurePath) -> str | None:
+    """Return the split that a file's path names: train-00000-of-00002.parquet, test.jsonl, validation/part1.csv."""
+    if shard := _SHARD_NAME.match(path.name):
+        return shard[1]
+    return next(iter(_split_words(path.as_posix())), None)
+
+
+def _split_words(text: str) -> list[str]:
+    return [_SPLITS[word] for word in re.split(r"[^a-z]+", text.lower()) if word in _SPLITS]
+
+
+def _supported() -> str:
+    return f"{', '.join(READERS)}; text also as .gz, .zst or .bz2"
+
+
+def _hub(data: Data) -> Rows:
     from datasets import load_dataset
 
-    if "/" not in data.path:  # load_dataset("csv") and the like would read the files of the current folder
-        raise DataError(f"{data.path}: no such file here. A data set of the hub is named OWNER/NAME")
+    path = data.where
+    if "/" not in path:  # load_dataset("csv") and the like would read the files of the current folder
+        raise DataError(f"{path}: no such file here. A data set of the hub is named OWNER/NAME")
     try:
-        rows = load_dataset(data.path, name=data.subset, split=data.split, revision=data.revision)
+        rows = load_dataset(path, name=data.subset, split=data.split, revision=data.revision)
         for name, feature in rows.features.items():
             if hasattr(feature, "decode"):  # an image or a sound: reading the row would open or download it
                 rows = rows.cast_column(name, replace(feature, decode=False))
     except Exception as error:  # the hub client, its transport and the readers share no exception class
         raise DataError(
-            f"{data.path}: no such file here, and no data set of this name could be read from the hub: {error}"
+            f"{path}: no such file here, and no data set of this name could be read from the hub: {error}"
         ) from error
 
     def read(index: int) -> Any:

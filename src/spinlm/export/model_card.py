@@ -59,7 +59,7 @@ def render_card(recipe: Recipe, folder: RunDir, iteration: int, *, merged: bool,
         results=run,
         table=[titles, ["---", *("---:" for _ in titles[1:])], *body] if body else [],
         player=player,
-        data=public_name(recipe.data.path),
+        data=", ".join(map(public_name, recipe.data.paths)),
         counts=folder.metadata("prepare", START)["counts"],
         max_new_tokens=recipe.evaluate.max_new_tokens or recipe.opponent.max_new_tokens,
         stop_ids=read_json(folder.player(iteration) / "generation_config.json")["eos_token_id"],
@@ -77,8 +77,8 @@ def _metadata(recipe: Recipe, iteration: int, adapter: bool) -> dict[str, Any]:
     if _on_hub(recipe.model.path):
         values |= {"base_model": recipe.model.path, "base_model_relation": "adapter" if adapter else "finetune"}
     trained = iteration != START or recipe.sft is not None
-    if trained and not names_a_file(recipe.data.path) and _on_hub(recipe.data.path):
-        values["datasets"] = [recipe.data.path]
+    if trained and not any(names_a_file(path) or not _on_hub(path) for path in recipe.data.paths):
+        values["datasets"] = recipe.data.paths
     if iteration != START and not recipe.is_control:
         values["tags"] = ["dpo"] if recipe.preferences else ["spin", "self-play"]
     return values
@@ -173,8 +173,9 @@ def public_name(path: str) -> str:
 def _public_recipe(recipe: Recipe) -> dict[str, Any]:
     """Return the recipe without local folders, addresses and commands."""
     values = recipe.model_dump(mode="json", exclude_defaults=True)
-    for section in ("model", "data"):
-        values[section]["path"] = public_name(values[section]["path"])
+    values["model"]["path"] = public_name(recipe.model.path)
+    names = [public_name(path) for path in recipe.data.paths]
+    values["data"]["path"] = names[0] if isinstance(recipe.data.path, str) else names
     template = values["data"].get("chat_template")
     if template and existing_path(template) is not None:
         values["data"]["chat_template"] = public_name(template)

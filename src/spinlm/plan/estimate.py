@@ -68,7 +68,7 @@ def make_plan(recipe: Recipe, folder: RunDir | None = None, processes: int = 1) 
     estimates = tuple(_device_estimate(model, iterations) for model in models)
     return Plan(
         model=recipe.model.path,
-        data=recipe.data.path,
+        data=recipe.data.where,
         processes=processes,
         prompts=num_prompts(recipe, lengths),
         heldout=recipe.data.heldout,
@@ -114,7 +114,7 @@ def _refusals(recipe: Recipe, lengths: Lengths, folder: RunDir | None) -> Iterat
     if examples is not None and recipe.data.turns != "all" and prompts > examples - reserved:
         sft = reserved - recipe.data.heldout
         yield (
-            f"{recipe.data.path} has {examples:,} examples: too few for {prompts:,} prompts, "
+            f"{recipe.data.where} has {examples:,} examples: too few for {prompts:,} prompts, "
             f"{recipe.data.heldout:,} held-out examples{f' and {sft:,} examples for SFT alone' if sft else ''}. "
             f"Lower data.heldout{', data.prompts or sft.prompts' if sft else ' or data.prompts'}"
         )

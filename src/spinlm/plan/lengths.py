@@ -1,19 +1,20 @@
 """Token lengths of prompts and responses: estimated from a local file, or the recipe's limits."""
 
 import contextlib
+import json
 import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from spinlm.data.columns import Layout, recognize_layout
-from spinlm.data.sources import Source, names_a_file, open_source
+from spinlm.data.readers import file_kind, is_compressed
+from spinlm.data.sources import Source, data_files, open_source
 from spinlm.errors import DataError, RowError
 from spinlm.recipe.schema import Data, Recipe
-from spinlm.utils.model_path import existing_path
 
 SAMPLE_ROWS = 200
-MAX_FILE_BYTES = 1 << 26  # a .json, .csv or .parquet file has to be read whole; a larger one is not read for a plan
+MAX_FILE_BYTES = 1 << 26  # of files that have to be read whole; larger ones are not read for a plan
 MESSAGE_TOKENS = 5  # of a chat template around a message, its role included
 RESPONSE_START_TOKENS = 3  # of a chat template between the prompt and the response
 
@@ -45,7 +46,11 @@ class Lengths:
 def find_lengths(recipe: Recipe) -> Lengths:
     """Return the lengths of a recipe's examples."""
     examples, sizes, error = _sample_data(recipe.data)
-    limit, new, name = recipe.train.max_length, recipe.longest_synthetic, Path(recipe.data.path).name
+    limit, new, name = (
+        recipe.train.max_length,
+        recipe.longest_synthetic,
+        ", ".join(Path(path).name for path in recipe.data.paths),
+    )
     if sizes:
         fitting = [(prompt, real) for prompt, real in sizes if prompt < limit] or [(limit // 2, limit // 2)]
         prompt = math.ceil(sum(prompt for prompt, _ in fitting) / len(fitting))
@@ -68,18 +73,16 @@ def _sample_data(data: Data) -> tuple[int | None, list[tuple[int, int]], str]:
         The number of examples (None if unknown), the tokens of prompt and response of some, and why the data cannot be
         used (empty if they can). Hub data sets and large files are not read.
     """
-    path = existing_path(data.path)
-    if path is None and not names_a_file(data.path):
-        return None, [], ""
-    if path is not None and path.is_file() and path.suffix.lower() != ".jsonl" and path.stat().st_size > MAX_FILE_BYTES:
-        return None, [], ""
     source: Source | None = None
     try:
+        files = data_files(data)
+        if files is None or sum(file.stat().st_size for file in files if _is_read_whole(file)) > MAX_FILE_BYTES:
+            return None, [], ""
         source = open_source(data)
         layout = recognize_layout(source, data.columns)
     except DataError as error:
-        return len(source.numbers) if source else None, [], str(error)
-    rows = len(source.numbers)
+        return len(source) if source else None, [], str(error)
+    rows = len(source)
     sizes, readable = [], 0
     for index in _sample(rows):
         with contextlib.suppress(RowError):
@@ -87,6 +90,10 @@ def _sample_data(data: Data) -> tuple[int | None, list[tuple[int, int]], str]:
             readable += 1
     examples = round(rows * len(sizes) / readable) if data.turns == "all" and readable else rows
     return examples, sizes, ""
+
+
+def _is_read_whole(file: Path) -> bool:
+    return is_compressed(file) or file_kind(file) not in (".jsonl", ".ndjson", ".arrow")
 
 
 def _sample(count: int) -> range:
@@ -101,11 +108,16 @@ def _example_sizes(row: dict[str, object], layout: Layout, turns: str) -> list[t
         RowError: the row cannot be used.
     """
     conversation = layout.conversation(row)
-    tokens = [estimate_tokens(message["content"]) for message in conversation]
+    tokens = [
+        sum(estimate_tokens(text) for key, text in message.items() if key != "role")
+        for message in conversation.messages
+    ]
+    tools = layout.tools(row)
+    tool_tokens = estimate_tokens(json.dumps(tools)) if tools else 0
     sizes = []
     for position in layout.responses(conversation, turns):
         template = MESSAGE_TOKENS * position + RESPONSE_START_TOKENS
-        sizes.append((math.ceil(sum(tokens[:position]) + template), math.ceil(tokens[position]) + 1))
+        sizes.append((math.ceil(tool_tokens + sum(tokens[:position]) + template), math.ceil(tokens[position]) + 1))
     return sizes
 
 

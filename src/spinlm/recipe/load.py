@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterable, Sequence
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from spinlm.errors import RecipeError
 from spinlm.recipe.fields import Section, is_tag, iterate_fields, subsections
 from spinlm.recipe.objective import OBJECTIVES
 from spinlm.recipe.schema import Recipe
-from spinlm.utils.model_path import existing_path
+from spinlm.utils.model_path import existing_path, is_glob, matching_paths
 from spinlm.utils.suggest import nearest
 
 MAX_BYTES = 1_000_000  # of a recipe file
@@ -169,16 +170,25 @@ def _resolve_paths(values: dict[str, Any], folder: Path) -> None:
         if not isinstance(block, dict):
             continue
         value = block.get(key)
-        if not isinstance(value, str) or "\n" in value or "{" in value:
-            continue
-        try:
-            here = Path(value).expanduser()
-        except RuntimeError as error:  # ~name of a user that does not exist
-            raise RecipeError(f"{section}.{key}: {value}: {error}") from None
-        # Absolute, so that later commands work from any folder.
-        found = next(filter(None, (existing_path(str(path)) for path in (folder / here, here))), None)
-        if found is not None or value.startswith("~"):
-            block[key] = str((found or here).absolute())
+        if isinstance(value, list):
+            block[key] = [_absolute(path, folder, f"{section}.{key}") for path in value]
+        elif value is not None:
+            block[key] = _absolute(value, folder, f"{section}.{key}")
+
+
+def _absolute(value: Any, folder: Path, key: str) -> Any:
+    """Make a path absolute, so that later commands work from any folder. Other values are returned unchanged."""
+    if not isinstance(value, str) or "\n" in value or "{" in value:
+        return value
+    try:
+        here = Path(value).expanduser()
+    except RuntimeError as error:  # ~name of a user that does not exist
+        raise RecipeError(f"{key}: {value}: {error}") from None
+    found = next(filter(None, (existing_path(str(path)) for path in (folder / here, here))), None)
+    if found is None and is_glob(value) and not here.is_absolute():
+        patterns = (str(Path(escape(str(base))) / here) for base in (folder, Path.cwd()))
+        return next((pattern for pattern in patterns if matching_paths(pattern)), value)
+    return str((found or here).absolute()) if found is not None or value.startswith("~") else value
 
 
 def _explain(error: Any) -> str:

@@ -45,6 +45,12 @@ LayerNames = Annotated[
 ]
 
 
+Paths = Annotated[
+    Annotated[ModelOrPath, Tag("<value>")] | Annotated[list[ModelOrPath], Field(min_length=1), Tag("<list>")],
+    Discriminator(lambda value: "<list>" if isinstance(value, list) else "<value>"),
+]
+
+
 class Model(Section):
     path: ModelOrPath
     """A folder, a .gguf file, `package://NAME/FILE` (a file inside an installed Python package), or a hub id."""
@@ -73,9 +79,11 @@ class Lora(Section):
 
 class Columns(Section):
     messages: str | None = None
-    """Column with a list of {role, content} messages."""
+    """Column with a list of {role, content} or {from, value} messages."""
     prompt: str | None = None
     """Column with the prompt: text, or a list of messages."""
+    context: str | None = None
+    """Column with text that follows the prompt after an empty line, as Alpaca's `input` does."""
     response: str | None = None
     """Column with the response: text, or a list with one assistant message."""
     rejected: str | None = None
@@ -85,15 +93,18 @@ class Columns(Section):
     """Column with a system prompt, used for conversations that do not begin with one."""
     id: str | None = None
     """Column with a unique id. A row without an id gets a hash of its content."""
+    ignore: list[str] = []
+    """Fields of rows and messages that do not count, although rows with them would be refused or used otherwise."""
 
 
 class Data(Section):
-    path: ModelOrPath
-    """A .jsonl, .json, .parquet or .csv file, or the hub id of a data set."""
+    path: Paths
+    """A file (.jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow; text also as .gz, .zst, .bz2), a folder of such
+    files or of `save_to_disk`, a pattern such as `shards/*.parquet`, a list of these, or the hub id of a data set."""
     subset: str | None = None
     """Configuration of a hub data set that has several, such as `main` of openai/gsm8k."""
     split: str = "train"
-    """Split of a hub data set."""
+    """Split of a hub data set, or of a folder whose file names name splits."""
     revision: str | None = None
     """Commit, tag or branch of a hub data set."""
     columns: Columns = Columns()
@@ -110,6 +121,16 @@ class Data(Section):
     """Stop at a row that cannot be used, or skip it and count it."""
     chat_template: str | None = None
     """Jinja chat template, or a file with one. It replaces the tokenizer's own."""
+
+    @property
+    def paths(self) -> list[str]:
+        """The entries of `path`."""
+        return [self.path] if isinstance(self.path, str) else self.path
+
+    @property
+    def where(self) -> str:
+        """The entries of `path`, for messages."""
+        return ", ".join(self.paths)
 
 
 class Select(Section):

@@ -37,6 +37,7 @@ class Example:
     response_ids: list[int]  # with the end-of-turn token, unless it was cut at the length limit
     source: str  # file and row, for messages
     rejected_ids: list[int] | None = None  # the rejected response of preference data
+    tools: list[Any] | None = None  # tool schemas, which the chat template writes into the prompt
 
 
 @dataclass(frozen=True, slots=True)

