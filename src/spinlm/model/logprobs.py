@@ -193,13 +193,22 @@ def max_logprob_error(logprobs: LogProbs, trees: Sequence[PrefixTree], prefix_sh
     errors = []
     responses = [(tree.prompt, response) for tree in trees for response in tree.responses]
     for (prompt, response), value in zip(responses, packed, strict=True):
-        ids = torch.tensor([[*prompt, *response]], device=device)
-        with torch.autocast(device.type, dtype=logprobs.autocast, enabled=logprobs.autocast is not None):
-            logits = logprobs.causal_lm(input_ids=ids).logits[0, len(prompt) - 1 : -1]  # [len(response), V]
-        targets = torch.tensor(response, device=device)
-        expected = torch.log_softmax(logits.float(), dim=-1).gather(1, targets[:, None]).sum().cpu()
-        errors.append(abs(value - expected).item() / len(response))
+        expected = plain_logprob(logprobs.causal_lm, prompt, response, logprobs.autocast)
+        errors.append(abs(value.item() - expected) / len(response))
     return max(errors)
+
+
+@torch.no_grad()
+def plain_logprob(
+    causal_lm: Any, prompt: Sequence[int], response: Sequence[int], autocast: torch.dtype | None = None
+) -> float:
+    """Compute log p(response | prompt), summed over tokens, from the logits of a model of transformers."""
+    device = next(causal_lm.parameters()).device
+    ids = torch.tensor([[*prompt, *response]], device=device)
+    with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+        logits = causal_lm(input_ids=ids).logits[0, len(prompt) - 1 : -1]  # [len(response), V]
+    targets = torch.tensor(response, device=device)
+    return float(torch.log_softmax(logits.float(), dim=-1).gather(1, targets[:, None]).sum())
 
 
 class _TargetLogProbs(torch.autograd.Function):

@@ -19,6 +19,7 @@ from spinlm.data.renderer import Renderer
 from spinlm.distributed import processes
 from spinlm.errors import ModelError
 from spinlm.model.attention import register_tree_attention
+from spinlm.model.base_files import base_folder, copy_tokenizer_files, save_whole_model, write_chat_template
 from spinlm.model.fused import fuse_layers
 from spinlm.model.loading import (
     add_adapter,
@@ -68,6 +69,11 @@ class Players:
     @cached_property
     def tokenizer(self) -> Any:
         return load_tokenizer(self.recipe.model, self.base_model)
+
+    @cached_property
+    def tokenizer_folder(self) -> Path:
+        """The folder with the files of the tokenizer."""
+        return base_folder(self.recipe.model, self.base_model)
 
     @cached_property
     def renderer(self) -> Renderer:
@@ -148,17 +154,20 @@ class Players:
         if names := non_finite_weights((self.weights() if full_weights is None else full_weights).items()):
             raise ModelError(f"{target}: not saved: {names}. {_DESTROYED}")
         with atomic_path(target) as path:
-            extra = {"save_embedding_layers": False} if self.recipe.lora is not None else {}
-            self.model.save_pretrained(path, state_dict=full_weights, **extra)
             if self.recipe.lora is not None:
+                self.model.save_pretrained(path, state_dict=full_weights, save_embedding_layers=False)
                 _sort_target_modules(path / "adapter_config.json")
                 (path / "README.md").unlink(missing_ok=True)  # PEFT's empty card; `export` writes one
+            else:
+                save_whole_model(self.recipe.model, self.model, self.base_model, path, full_weights)
             self.save_tokenizer(path)
 
     def save_tokenizer(self, folder: Path) -> None:
-        """Save the tokenizer with the recipe's chat template, and the tokens that end a response."""
-        self.tokenizer.chat_template = self.renderer.template
-        self.tokenizer.save_pretrained(folder)
+        """Save the base's own tokenizer files, the recipe's chat template, and the tokens that end a response."""
+        if not copy_tokenizer_files(self.recipe.model, self.tokenizer_folder, folder):
+            self.tokenizer.save_pretrained(folder)
+        if self.renderer.template != self.tokenizer.chat_template:
+            write_chat_template(folder, self.renderer.template)
         save_stop_ids(folder, self.renderer.stop_ids)
 
     @torch.no_grad()
