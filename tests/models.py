@@ -49,6 +49,22 @@ _CONFIGS: dict[str, dict[str, Any]] = {
     "stablelm": _LLAMA_LIKE,
     "nemotron": _LLAMA_LIKE,
     "gptj": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256, "rotary_dim": 4},
+    "codegen": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256, "rotary_dim": 4},
+    "gpt_neox_japanese": {
+        "hidden_size": 32,
+        "intermediate_multiple_size": 2,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 256,
+    },
+    "xglm": {
+        "d_model": 32,
+        "ffn_dim": 64,
+        "num_layers": 2,
+        "attention_heads": 4,
+        "max_position_embeddings": 256,
+    },
+    "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 256},
     "gpt_bigcode": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256},
     "opt": {
         "hidden_size": 32,

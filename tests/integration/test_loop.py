@@ -516,15 +516,16 @@ def test_full_fine_tuning(world, variant):
     assert losses == pytest.approx([LN2, LN2], abs=1e-5)
 
 
-def test_model_whose_attention_takes_no_trees_plays_one_response_per_row(world, cli, tmp_path):
-    """GPT-Neo's local layers."""
-    save_tiny_model(tmp_path / "gpt-neo", "gpt_neo", "plain")
-    changes = (f"model.path={tmp_path / 'gpt-neo'}", "lora.dropout=0.0", "selfplay.iterations=1")
+@pytest.mark.parametrize(("architecture", "prefix_sharing"), [("gpt_neo", True), ("bloom", False)])
+def test_attention_that_transformers_does_not_exchange(world, cli, tmp_path, architecture, prefix_sharing):
+    """Log-probabilities equal plain PEFT's: with GPT-Neo's local layers in trees, with ALiBi one response per row."""
+    save_tiny_model(tmp_path / "model", architecture, "plain")
+    changes = (f"model.path={tmp_path / 'model'}", "lora.dropout=0.0", "selfplay.iterations=1")
     said = cli("run", world.recipe, *changes, "--run-dir", "run", folder=tmp_path)
     run = tmp_path / "run"
-    assert "prefix sharing: off" in said.err
-    assert json.loads((run / ".spinlm" / "start" / "sft.done").read_text())["prefix_sharing"] is False
-    theta = load_player(tmp_path / "gpt-neo", run / "start" / "player")
+    assert f"prefix sharing: {'on' if prefix_sharing else 'off'}" in said.err
+    assert json.loads((run / ".spinlm" / "start" / "sft.done").read_text())["prefix_sharing"] is prefix_sharing
+    theta = load_player(tmp_path / "model", run / "start" / "player")
     for pair in read_pairs(run, 0, "train"):
         synthetic = naive_logprob(theta, pair["prompt_ids"], pair["synthetic_ids"])
         assert pair["opponent_synthetic"] == pytest.approx(synthetic, abs=1e-4)

@@ -72,10 +72,8 @@ def transformers_generate(model: Any, prompt: list[int], stop_ids: Sequence[int]
 @pytest.mark.parametrize(
     ("architecture", "prefix_sharing"),
     [
-        (name, prefix_sharing)
-        for name in ARCHITECTURES
-        for prefix_sharing in (True, False)
-        if (name, prefix_sharing) != ("gpt_neo", True)
+        *((name, prefix_sharing) for name in ARCHITECTURES for prefix_sharing in (True, False)),
+        *((name, True) for name in ("gptj", "codegen", "gpt_neox_japanese", "xglm", "stablelm", "nemotron")),
     ],
 )
 def test_greedy_responses_equal_those_of_transformers(architecture: str, prefix_sharing: bool) -> None:
@@ -254,8 +252,7 @@ def test_progress_counts_responses_and_tokens() -> None:
 def test_logprob_of_the_sampler_equals_that_of_the_scorer(architecture: str, sampling: Sampling) -> None:
     """At every temperature it is the log-probability under the model."""
     model = tiny_model(architecture, vocabulary=V)
-    prefix_sharing = architecture != "gpt_neo"
-    responses = generate(model, PROMPTS, sampling, prefix_sharing=prefix_sharing)
+    responses = generate(model, PROMPTS, sampling)
     trees = [
         PrefixTree(p, tuple(response.token_ids for response in row)) for p, row in zip(PROMPTS, responses, strict=True)
     ]

@@ -199,7 +199,7 @@ def test_sft_is_planned_before_iteration_0() -> None:
     start, *iterations = plan.iterations
     assert (start.steps, start.training_tokens) == (625, 10_000 * 1024)
     assert [cost.pairs for cost in iterations] == [10_000] + [20_000] * 4
-    assert not plan.prefix_sharing, "GPT-Neo's attention accepts no mask"
+    assert plan.prefix_sharing
     assert "\nsft " in text(plan)
 
 

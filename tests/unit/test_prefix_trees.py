@@ -321,6 +321,7 @@ def test_attention_shape_of_a_config() -> None:
     assert shape(tiny_model("llama").config) == AttentionShape(4, 2, 8, None, None)
     assert shape(tiny_model("gemma2").config) == AttentionShape(4, 2, 8, 50.0, 8)
     assert shape(tiny_model("gpt2").config) == AttentionShape(4, 4, 8, None, None)
+    assert shape(tiny_model("gpt_neo").config) == AttentionShape(4, 4, 8, None, 8)
 
 
 def test_values_may_have_another_head_size_than_queries() -> None:

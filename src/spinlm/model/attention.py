@@ -24,6 +24,9 @@ log = logging.getLogger("spinlm")
 TREE_ATTENTION = "spinlm_tree"
 """Name of `tree_attention` in transformers' `AttentionInterface`."""
 
+LAYOUT = "spinlm_layout"
+"""Attribute of an attention mask with `spans`, `block_masks` or `key_distance`. See `attention_layers`."""
+
 RECOMPILE_LIMIT = 64
 """Compiled versions of FlexAttention per process: by row length, window, training or not. PyTorch's default is 8."""
 
@@ -65,7 +68,7 @@ def tree_attention(
         query: [1, H, L, E]; [N, H, 1, E] with `key_distance`.
         key: [1, G, L, E]; [N, G, K, E] with `key_distance`.
         value: as key.
-        attention_mask: ignored; `spans` or `key_distance` define the mask.
+        attention_mask: ignored, except its attribute `LAYOUT`; `spans` or `key_distance` define the mask.
         scaling: multiplies query · key; None means 1/√E.
         dropout: ignored; players are trained without attention dropout.
         softcap: scores become softcap · tanh(score / softcap), as in Gemma 2.
@@ -80,6 +83,9 @@ def tree_attention(
     Raises:
         ModelError: the model does not pass `spans` to its attention layers.
     """
+    layout = getattr(attention_mask, LAYOUT, None)
+    if layout is not None:
+        return tree_attention(module, query, key, value, None, scaling, dropout, softcap, sliding_window, **layout)
     params = _Params(scaling, softcap, sliding_window)
     if key_distance is not None:
         return _decode_attention(query, key, value, key_distance, params).transpose(1, 2), None
@@ -257,7 +263,8 @@ class AttentionShape(NamedTuple):
         heads = getattr(config, "num_attention_heads", None) or 1
         head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
         kv_heads = getattr(config, "num_key_value_heads", None) or heads
-        softcap, window = (getattr(config, name, None) for name in ("attn_logit_softcapping", "sliding_window"))
+        softcap = getattr(config, "attn_logit_softcapping", None)
+        window = getattr(config, "sliding_window", None) or getattr(config, "window_size", None)  # the latter: GPT-Neo
         return cls(heads, kv_heads, head_size, softcap, window)
 
 

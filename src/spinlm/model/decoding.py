@@ -130,7 +130,8 @@ class RaggedBatch:
         """See `BatchState`."""
         positions = self.cache.extend(self.device)[:, None]  # [N, 1]
         key_distance = positions - torch.arange(max(self.cache.lengths), device=self.device)  # [N, K]
-        return self.logprobs.logits(self._forward(tokens[:, None], positions, key_distance=key_distance)[:, 0])
+        layout = self.logprobs.layout_kwargs(self.device, key_distance=key_distance)
+        return self.logprobs.logits(self._forward(tokens[:, None], positions, **layout)[:, 0])
 
     def compact(self, rows: list[int]) -> list[int]:
         """See `BatchState`. The last responses move to the rows that become free."""

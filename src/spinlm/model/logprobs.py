@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from spinlm.errors import ModelError
 from spinlm.model.attention import TREE_ATTENTION, AttentionShape, BlockMasks, flex_attention_works
+from spinlm.model.attention_layers import LAYOUT_IN_MASK, layout_mask, replace_attention, replaceable_layers
 from spinlm.model.families import keeps_state
 from spinlm.model.kernels import ROW_BLOCK, linear
 from spinlm.model.prefix_trees import PackedBatch, PrefixTree, pack_batch
@@ -85,6 +86,7 @@ class LogProbs(nn.Module):
         if hasattr(config, "rescale_every"):
             config.rescale_every = 0  # RWKV would divide weights when it does not train, but not those of an adapter
         self.default_attention: str = self.causal_lm.config._attn_implementation
+        self.replaceable_layers = replaceable_layers(self.causal_lm)  # empty where transformers exchanges the attention
 
     @property
     def causal_lm(self) -> Any:
@@ -100,6 +102,9 @@ class LogProbs(nn.Module):
         """
         if enabled and keeps_state(self.causal_lm):
             raise ModelError(f"{type(self.causal_lm).__name__}: keeps a state between tokens, so no prefix sharing")
+        replace_attention(self.replaceable_layers, enabled)
+        if self.replaceable_layers:
+            return
         implementation = TREE_ATTENTION if enabled else self.default_attention
         if self.causal_lm.config._attn_implementation != implementation:
             self.causal_lm.set_attn_implementation(implementation)
@@ -165,8 +170,14 @@ class LogProbs(nn.Module):
         """Return the keyword arguments that the model passes on to `tree_attention`."""
         if batch.spans is None:
             return {}
-        use_flex = self.uses_flex_attention(batch.input_ids.device)
-        return {"spans": batch.spans, "block_masks": BlockMasks(batch.spans, batch.position_ids) if use_flex else None}
+        device = batch.input_ids.device
+        masks = BlockMasks(batch.spans, batch.position_ids) if self.uses_flex_attention(device) else None
+        return self.layout_kwargs(device, spans=batch.spans, block_masks=masks)
+
+    def layout_kwargs(self, device: torch.device, **layout: Any) -> dict[str, Any]:
+        """Return the keyword arguments with which the model passes a layout on to `tree_attention`."""
+        in_mask = self.causal_lm.config.model_type in LAYOUT_IN_MASK
+        return {"attention_mask": layout_mask(layout, device)} if in_mask else layout
 
     def uses_flex_attention(self, device: torch.device) -> bool:
         """Return whether tree attention uses FlexAttention on a device."""

@@ -232,8 +232,13 @@ class Players:
                 f"{self.base_model}: log-probabilities differ from the model's own by {row_error:.3g} nats per token. "
                 "spinlm does not know this kind of output head, so it cannot train this model"
             )
-        # The error with one response per row is the rounding error of this precision.
-        is_supported = tree_error <= max(MAX_LOGPROB_ERROR[torch.float32], 2 * row_error)
+        # The error with one response per row is the rounding error of this precision. A replaced attention rounds
+        # unlike the model's own: its rounding error is that of a row with a single response.
+        rounding_error = row_error
+        if self.logprobs.replaceable_layers and self.dtype != torch.float32 and math.isfinite(tree_error):
+            chains = [PrefixTree(tree.prompt, (response,)) for tree in trees for response in tree.responses]
+            rounding_error = max(row_error, *(max_logprob_error(self.logprobs, [chain], True) for chain in chains))
+        is_supported = tree_error <= max(MAX_LOGPROB_ERROR[torch.float32], 2 * rounding_error)
         if required == "always" and not is_supported:
             raise ModelError(
                 f"{self.base_model}: its attention does not support prefix trees (difference {tree_error:.3g} nats per "

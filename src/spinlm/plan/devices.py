@@ -81,12 +81,6 @@ class StageTime:
         return self.generate + self.reference_logprobs + self.train + self.evaluate
 
 
-def shares_prefixes(recipe: Recipe, shape: Shape | None) -> bool:
-    """Return whether all responses to a prompt are assumed to be in one row."""
-    setting = recipe.train.prefix_sharing
-    return setting == "always" or (setting == "auto" and (shape is None or shape.supports_prefix_sharing))
-
-
 @dataclass(frozen=True)
 class DeviceModel:
     """Computes the memory and time of a recipe on one kind of device."""
@@ -181,9 +175,15 @@ class DeviceModel:
 
     def _activations(self, checkpointing: bool) -> int:
         """Return the bytes that the largest micro-batch keeps until its backward pass."""
-        longest = self.recipe.train.max_length
-        token = self.shape.activation_bytes(self.device.width, longest, self.recipe.lora, checkpointing=checkpointing)
-        return token * self.recipe.max_micro_batch_tokens(shares_prefixes(self.recipe, self.shape))
+        recipe, sharing = self.recipe, self.recipe.train.prefix_sharing != "never"
+        token = self.shape.activation_bytes(
+            self.device.width,
+            recipe.train.max_length,
+            recipe.lora,
+            checkpointing=checkpointing,
+            prefix_sharing=sharing,
+        )
+        return token * recipe.max_micro_batch_tokens(sharing)
 
     def _largest_share(self, *splits: int) -> float:
         """Return the largest fraction of the prompts that one process has; a shard is not divided."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from spinlm.errors import ModelError, RecipeError
 from spinlm.evals.scorers import get_scorer
 from spinlm.plan.costs import IterationCost, iteration_costs, num_prompts, num_reserved
-from spinlm.plan.devices import DEVICES, GPU, DeviceModel, StageTime, shares_prefixes
+from spinlm.plan.devices import DEVICES, GPU, DeviceModel, StageTime
 from spinlm.plan.lengths import Lengths, find_lengths
 from spinlm.plan.model_shape import UnknownShapeError, find_shape
 from spinlm.recipe.schema import Recipe
@@ -61,7 +61,7 @@ def make_plan(recipe: Recipe, folder: RunDir | None = None, processes: int = 1) 
         shape, shape_source = find_shape(recipe.model)
     except UnknownShapeError as error:
         shape, shape_source = None, str(error)
-    prefix_sharing = shares_prefixes(recipe, shape)
+    prefix_sharing = recipe.train.prefix_sharing != "never"  # all families that the plan knows support it
     iterations = iteration_costs(recipe, lengths, prefix_sharing)
     devices = sorted(DEVICES[recipe.model.dtype], key=lambda device: (device is GPU) != has_gpu())
     models = [DeviceModel(recipe, lengths, shape, device, processes) for device in devices if shape]

@@ -61,11 +61,6 @@ class Shape:
         """Parameters that FSDP gathers at once: one block, the embeddings, the output head and all norms."""
         return self.block_matrices // self.layers + self.parameters - self.block_matrices
 
-    @property
-    def supports_prefix_sharing(self) -> bool:
-        """Whether the attention accepts a custom mask. GPT-Neo's does not, and is not fused either."""
-        return self.family != "gpt_neo"
-
     def frozen_bytes(self, width: int, in_4bit: bool) -> int:
         """Return the bytes of the frozen base of an adapter, at `width` bytes per number."""
         packed = self.block_matrices if in_4bit else 0
@@ -83,20 +78,22 @@ class Shape:
         """Return the bytes of the keys and values of one token in all layers."""
         return 2 * self.layers * self.kv_heads * self.head_dim * width
 
-    def activation_bytes(self, width: int, row: int, lora: Lora | None, *, checkpointing: bool) -> int:
+    def activation_bytes(
+        self, width: int, row: int, lora: Lora | None, *, checkpointing: bool, prefix_sharing: bool = True
+    ) -> int:
         """Return the bytes that backward needs of one token in a row of `row` tokens, within a factor of about 1.5.
 
         A block keeps two residual streams and two normalized ones; queries, keys, values and twice the attention's
         output; and the MLP's inner values: 2 without a gate, 4 with one, or 2 if the whole MLP is adapted and fused.
-        Norms keep two float32 copies each, unless they are fused. Attention that is not fused keeps scores and weights
-        in float32, and the weights once more. With checkpointing each block keeps the residual stream only, and one
-        block at a time is recomputed.
+        Norms keep two float32 copies each, unless they are fused. GPT-Neo's own attention, used without prefix sharing,
+        keeps scores and weights in float32, and the weights once more. With checkpointing each block keeps the residual
+        stream only, and one block at a time is recomputed.
         """
         gpt = self.family in GPT_LIKE
         inner = (2 if gpt or (lora and not lora.dropout and _adapts_mlp(lora)) else 4) * self.intermediate
         elements = 4 * self.hidden + (3 * self.heads + 2 * self.kv_heads) * self.head_dim + inner
         norms = 0 if lora and width == 4 and not gpt and self.family != "gemma2" else 4 * (4 * self.hidden)
-        scores = 0 if self.supports_prefix_sharing else (8 + width) * self.heads * row
+        scores = (8 + width) * self.heads * row if self.family == "gpt_neo" and not prefix_sharing else 0
         block = width * elements + norms + scores
         return self.layers * width * self.hidden + block if checkpointing else self.layers * block
 
