@@ -122,6 +122,8 @@ class _Selector:
             self._bad_row(index, error)
             return
         messages = conversation.messages
+        if conversation.error and self.data.turns == "all":  # the turns before it remain examples
+            self._bad_row(index, conversation.error)
         for turn, position in enumerate(positions):
             if self.counts[split] >= self.sizes[split]:
                 return
@@ -136,8 +138,6 @@ class _Selector:
                 self._add_example(split, index, example_id, messages[:position], responses, tools)
             except RowError as error:
                 self._bad_row(index, error)
-        if conversation.error and self.data.turns == "all":
-            self._bad_row(index, conversation.error)
 
     def _add_example(
         self,
