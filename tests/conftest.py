@@ -25,3 +25,19 @@ def pytest_configure(config: pytest.Config) -> None:
         "ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning",  # PEFT, of mixtral
     ):
         config.addinivalue_line("filterwarnings", warning)
+
+
+@pytest.fixture(scope="session")
+def punkt(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for NLTK_DATA with a sentence splitter of a few words, trained here in NLTK's format punkt_tab."""
+    import nltk
+    from nltk.tokenize.punkt import PunktTrainer, save_punkt_params
+
+    folder = tmp_path_factory.mktemp("nltk_data")
+    english = folder / "tokenizers" / "punkt_tab" / "english"
+    english.mkdir(parents=True)
+    nltk.data.path.append(str(folder))  # NLTK writes nowhere else
+    text = "It rains. It is red. There are three. Is it? It is the answer. Dr. Who said no."
+    save_punkt_params(PunktTrainer(text).get_params(), dir=str(english))
+    nltk.data.path.remove(str(folder))
+    return folder

@@ -4,6 +4,8 @@ import json
 import logging
 import math
 import multiprocessing
+import random
+import sys
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
@@ -19,7 +21,7 @@ from spinlm.errors import MissingPackageError, RunError
 from spinlm.evals.lm_harness import tasks as harness_tasks
 from spinlm.evals.lm_harness.measure import HarnessOptions, run_lm_harness
 from spinlm.evals.lm_harness.tasks import SUITES, TaskGroup, load_tasks, select_tasks
-from spinlm.evals.scores import Score, read_scores
+from spinlm.evals.scores import Score, read_scores, score_table
 from spinlm.model.players import Players
 from spinlm.model.run import Run
 from spinlm.rundir.layout import RunDir
@@ -222,6 +224,37 @@ def test_generated_responses_are_scored(world: Any, measure: Any, tasks: Path) -
     assert (score.value, score.metric, score.examples) == (0.5, "exact_match", 8)
 
 
+def test_response_ends_where_the_turn_ends(tmp_path: Path) -> None:
+    """The token that ends a turn in Llama 3's template is not the tokenizer's EOS."""
+    from lm_eval.api.instance import Instance
+
+    from spinlm.evals.lm_harness.model import PlayerLM
+    from spinlm.generation.base import Sampling
+    from spinlm.generation.local import LocalEngine
+
+    folder = save_tiny_model(tmp_path / "model", "phi", "llama3")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.lm_head.bias.data[4] = 3.5  # <|eot_id|>, after some tokens
+    model.generation_config.eos_token_id = None
+    model.save_pretrained(folder)
+    recipe = tiny_recipe(folder)
+    players = Players(recipe, RunDir(tmp_path / "run"))
+    questions = [f"What is {n}?" for n in range(6)]
+    rendered = [[{"role": "user", "content": question}] for question in questions]
+    prompts = [players.renderer.prompt_ids(messages) for messages in rendered]
+    sampling = Sampling.from_recipe(recipe, players.renderer.stop_ids, temperature=0.0, samples=1, max_new_tokens=12)
+    engine = LocalEngine(players.logprobs, 6, False)
+    expected = [response for (response,) in engine.generate(prompts, sampling, 0, lambda ended, tokens: None)]
+    assert {response.finished for response in expected} == {True, False}
+    harness = PlayerLM(players, batch_size=6)
+    asked = [harness.apply_chat_template(messages) for messages in rendered]
+    options = {"until": [], "max_gen_toks": 12, "do_sample": False}
+    texts = harness.generate_until(
+        [Instance("generate_until", {}, (text, dict(options)), n) for n, text in enumerate(asked)]
+    )
+    assert texts == [players.renderer.decode(response.token_ids) for response in expected]
+
+
 def test_chat_template_is_applied_when_asked_for_and_noted(measure: Any) -> None:
     scores = [measure("choice", apply_chat_template=asked)["tasks"]["choice"] for asked in (False, True)]
     assert [score.settings["chat_template"] for score in scores] == [False, True]
@@ -315,12 +348,42 @@ def test_group_is_the_mean_of_its_tasks(measure: Any, tasks: Path, caplog: Any) 
     assert "iteration 0: both was already measured with the same settings" in caplog.text
 
 
+def test_examples_are_those_that_have_the_metric(measure: Any, tasks: Path) -> None:
+    """A group of tasks with different metrics and few-shot numbers."""
+    (tasks / "mixed.yaml").write_text(
+        "group: mixed\ntask: [choice, fixed]\n"
+        "aggregate_metric_list: [{metric: acc}, {metric: exact_match}]\nmetadata: {version: 1.0}\n"
+    )
+    write(tasks / "say.jsonl", ROWS[:4])
+    scores = measure("mixed")
+    acc, exact = scores["tasks"]["mixed"], scores["tasks"]["mixed exact_match"]
+    assert (acc.metric, acc.value, acc.examples) == ("acc", scores["tasks/mixed"]["choice"].value, 9)
+    assert (exact.metric, exact.value, exact.examples) == ("exact_match", scores["tasks/mixed"]["fixed"].value, 4)
+    assert acc.settings["num_fewshot"] == [0, 1]
+
+
+def test_choices_that_are_shuffled_when_loaded_have_one_order(tasks: Path) -> None:
+    """As those of GPQA: two players may be measured by two commands."""
+    (tasks / "shuffle.py").write_text(
+        "import random\n\n\ndef process_docs(dataset):\n"
+        "    return dataset.map(lambda row: {'answer': random.randrange(4)}, load_from_cache_file=False)\n"
+    )
+    with (tasks / "choice.yaml").open("a") as file:
+        file.write("process_docs: !function shuffle.process_docs\n")
+    orders = []
+    for seed in (1, 2):
+        random.seed(seed)
+        (group,) = load("choice", tasks)
+        orders.append([doc["answer"] for doc in group.tasks["choice"].eval_docs])
+    assert orders[0] == orders[1]
+
+
 def test_suites_are_those_of_the_paper() -> None:
     from lm_eval.tasks import TaskManager
 
     known = TaskManager().task_index
-    assert [spec.name for specs in SUITES.values() for spec in specs if spec.name not in known] == []
-    assert {spec.name: spec.num_fewshot for spec in SUITES["open-llm-leaderboard"]} == {
+    assert [spec.name for suite in SUITES.values() for spec in suite.tasks if spec.name not in known] == []
+    assert {spec.name: spec.num_fewshot for spec in SUITES["open-llm-leaderboard"].tasks} == {
         "arc_challenge": 25,
         "truthfulqa_mc2": 0,
         "winogrande": 5,
@@ -328,27 +391,132 @@ def test_suites_are_those_of_the_paper() -> None:
         "hellaswag": 10,
         "mmlu": 5,
     }
+    assert {spec.name for spec in SUITES["leaderboard-v2"].tasks} == set(known["leaderboard"].cfg["task"])
 
 
-def test_gsm8k_of_the_harness_on_local_files(measure: Any, tasks: Path) -> None:
-    """Without a network: a YAML that includes the harness's own and names local files. The suite measures it."""
+def local_task(name: str, path: str, files: dict[str, Path], **changes: Any) -> None:
+    """Write a YAML that includes the harness's own and names local files."""
     import lm_eval
 
-    rows = [{"question": f"What is {n} + 1?", "answer": f"It is {n + 1}.\n#### {n + 1}"} for n in range(9)]
-    files = {"test": write(tasks / "test.jsonl", rows[:2]), "train": write(tasks / "train.jsonl", rows[2:])}
+    folder = next(iter(files.values())).parent
     config = {
-        "include": str(Path(lm_eval.__file__).parent / "tasks" / "gsm8k" / "gsm8k.yaml"),
-        "task": "gsm8k",
+        "include": str(Path(lm_eval.__file__).parent / "tasks" / path),
+        "task": name,
         "dataset_path": "json",
         "dataset_name": None,
         "dataset_kwargs": {
-            "data_files": {split: str(path) for split, path in files.items()},
-            "cache_dir": str(tasks / "cache"),
+            "data_files": {split: str(file) for split, file in files.items()},
+            "cache_dir": str(folder / "cache"),
         },
     }
-    (tasks / "gsm8k.yaml").write_text(json.dumps(config))
+    (folder / f"{name}.yaml").write_text(json.dumps(config | changes))
+
+
+def test_gsm8k_of_the_harness_on_local_files(measure: Any, tasks: Path) -> None:
+    """Without a network. The suite measures it."""
+    rows = [{"question": f"What is {n} + 1?", "answer": f"It is {n + 1}.\n#### {n + 1}"} for n in range(9)]
+    files = {"test": write(tasks / "test.jsonl", rows[:2]), "train": write(tasks / "train.jsonl", rows[2:])}
+    local_task("gsm8k", "gsm8k/gsm8k.yaml", files)
     score = measure("gsm8k", suite="open-llm-leaderboard", limit=1)["open-llm-leaderboard"]["gsm8k"]
     assert (score.metric, score.examples, score.settings["num_fewshot"]) == ("exact_match,strict-match", 1, 5)
+
+
+# IFEval and MATH
+
+
+@pytest.fixture
+def ifeval(tasks: Path, punkt: Path, monkeypatch: Any) -> None:
+    """IFEval's own task over four prompts with six instructions."""
+    monkeypatch.setattr("nltk.data.path", [str(punkt)])
+    no_comma, lowercase = ("punctuation:no_comma", {}), ("change_case:english_lowercase", {})
+    words = ("length_constraints:number_words", {"relation": "at least", "num_words": 3})
+    sentences = ("length_constraints:number_sentences", {"relation": "less than", "num_sentences": 3})
+    json_format = ("detectable_format:json_format", {})
+    rows = [
+        {"key": key, "prompt": f"Task {key}", "instruction_id_list": list(names), "kwargs": list(kwargs)}
+        for key, (names, kwargs) in enumerate(
+            zip(*instructions, strict=True)
+            for instructions in ([no_comma], [lowercase, words], [sentences, no_comma], [json_format])
+        )
+    ]
+    local_task("ifeval", "ifeval/ifeval.yaml", {"train": write(tasks / "prompts.jsonl", rows)})
+
+
+def say(monkeypatch: Any, *responses: str) -> list[str]:
+    """Let players give these responses, in turn; return the list that will hold the prompts."""
+    from spinlm.evals.lm_harness.model import PlayerLM
+
+    prompts: list[str] = []
+    left = iter(responses)
+
+    def generate_until(self: Any, requests: Any, disable_tqdm: bool = False) -> list[str]:
+        prompts.extend(request.args[0] for request in requests)
+        return [next(left) for _ in requests]
+
+    monkeypatch.setattr(PlayerLM, "generate_until", generate_until)
+    return prompts
+
+
+def test_ifeval_reports_four_accuracies(measure: Any, ifeval: None, monkeypatch: Any, tmp_path: Path) -> None:
+    """Strict: the prompts 1 and 2; of the instructions all but `no_comma` of the third and `json_format`.
+
+    Loose: the last response is JSON without its first line. The standard error of a mean of n zeros and ones is
+    √(p (1 − p) / (n − 1)). The harness has none for the accuracies of instructions.
+    """
+    good = ("No commas here.", "all lower case", "One, two. Three.", 'Sure:\n{"a": 1}')
+    prompts = say(monkeypatch, *good, *["Yes, A"] * 3, "{}")
+    measure("ifeval", suite="ifeval", players=(START, 0))
+    table = score_table(RunDir(tmp_path / "run"), (START, 0), "ifeval")
+    assert table.titles == ["ifeval", "metric", "examples", "start", "iteration 0"]
+    assert table.rows == [
+        ["ifeval", "prompt_level_strict_acc", "4", "0.500 ± 0.289", "0.250 ± 0.250"],
+        ["ifeval", "inst_level_strict_acc", "4", "0.667", "0.333"],
+        ["ifeval", "prompt_level_loose_acc", "4", "0.750 ± 0.250", "0.250 ± 0.250"],
+        ["ifeval", "inst_level_loose_acc", "4", "0.833", "0.333"],
+    ]
+    assert table.caption == ""
+    assert prompts[0].endswith("user\nTask 0<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_suites_of_the_second_leaderboard_use_the_chat_template(measure: Any, ifeval: None, monkeypatch: Any) -> None:
+    prompts = say(monkeypatch, *["No."] * 8)
+    kept = measure("ifeval", suite="ifeval")["ifeval"]["ifeval"]
+    assert kept.settings["chat_template"] is True
+    plain = measure("ifeval", suite="ifeval", apply_chat_template=False)["ifeval"]["ifeval"]
+    assert plain.settings["chat_template"] is False
+    assert prompts[4:] == ["Task 0", "Task 1", "Task 2", "Task 3"]
+
+
+def test_data_of_nltk_is_missing(tasks: Path, ifeval: None, monkeypatch: Any) -> None:
+    """Found out before any response is generated."""
+    monkeypatch.setattr("nltk.data.path", [str(tasks)])
+    message = refused("ifeval", tasks)
+    assert message.startswith("ifeval: IFEval needs NLTK's data punkt_tab") and "NLTK_DATA" in message
+
+
+def test_package_of_a_task_is_missing(tasks: Path, ifeval: None, monkeypatch: Any) -> None:
+    for name in [name for name in sys.modules if name.startswith("lm_eval.tasks.ifeval")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "langdetect", None)
+    with pytest.raises(MissingPackageError, match=r"^ifeval: .*langdetect.*pip install 'lm-eval\[ifeval,math\]>=0"):
+        load("ifeval", tasks)
+
+
+def test_math_of_the_harness_on_local_files(measure: Any, tasks: Path, monkeypatch: Any) -> None:
+    """Two problems of level 5; the answers are compared as mathematics. A third problem is too easy to count."""
+    rows = [
+        {"problem": "Half of 1?", "level": "Level 5", "solution": "It is $\\boxed{\\frac{1}{2}}$."},
+        {"problem": "Twice 3?", "level": "Level 5", "solution": "It is $\\boxed{6}$."},
+        {"problem": "1 + 1?", "level": "Level 1", "solution": "It is $\\boxed{2}$."},
+    ]
+    files = {"test": write(tasks / "test.jsonl", rows), "train": write(tasks / "train.jsonl", rows)}
+    name = "leaderboard_math_algebra_hard"
+    local_task(name, "leaderboard/math/math_algebra.yaml", files)
+    prompts = say(monkeypatch, " Final Answer: The final answer is $0.5$. I hope it is correct.", " It is 7.")
+    scores = measure(name)["tasks"]
+    assert (scores[name].value, scores[name].metric, scores[name].examples) == (0.5, "exact_match", 2)
+    assert scores[name].settings["num_fewshot"] == 4
+    assert prompts[0].count("Problem:") == 5
 
 
 # Few-shot examples
@@ -418,7 +586,7 @@ def test_package_is_missing(monkeypatch: Any) -> None:
         raise PackageNotFoundError(name)
 
     monkeypatch.setattr(harness_tasks, "version", missing)
-    with pytest.raises(MissingPackageError, match=r"pip install 'lm-eval>=0\.4\.13'$"):
+    with pytest.raises(MissingPackageError, match=r"pip install 'lm-eval\[ifeval,math\]>=0\.4\.13'$"):
         harness_tasks.harness_version()
 
 

@@ -12,14 +12,19 @@ from spinlm.utils.console import console, printable
 def benchmark(
     run: RunPath,
     iteration: PlayersOption = "start,best",
-    suite: Annotated[str | None, typer.Option(help="Measure a suite: open-llm-leaderboard or big-bench.")] = None,
+    suite: Annotated[
+        str | None, typer.Option(help="Measure a suite: open-llm-leaderboard, big-bench, leaderboard-v2 or ifeval.")
+    ] = None,
     tasks: Annotated[str | None, typer.Option(help="Measure these tasks, separated by commas.")] = None,
     num_fewshot: Annotated[int | None, typer.Option(min=0, help="Set the number of few-shot examples.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Limit the examples per task.")] = None,
     include_path: Annotated[Path | None, typer.Option(help="Add the task YAML files in this folder.")] = None,
     apply_chat_template: Annotated[
-        bool, typer.Option("--apply-chat-template", help="Apply the player's chat template to prompts.")
-    ] = False,
+        bool | None,
+        typer.Option(
+            help="Apply the player's chat template to prompts. The default is the suite's.", show_default=False
+        ),
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Set the number of requests per batch.")] = 8,
     quiet: Quiet = False,
 ) -> None:

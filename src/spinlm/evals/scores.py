@@ -19,6 +19,11 @@ AVERAGED_TASKS = {
 }
 """Suites that get a row with the mean of these tasks, as in the paper."""
 
+NOTES = {
+    "leaderboard-v2": "Raw scores of lm-eval. The leaderboard's pages show them rescaled: chance is 0.",
+}
+"""Notes below the table of a suite."""
+
 
 @dataclass(frozen=True)
 class Score:
@@ -109,8 +114,8 @@ def score_table(folder: RunDir, iterations: Sequence[int], suite: str) -> ScoreT
         cells = (_cell(score) + " *" * marked for score, marked in zip(row, marks, strict=True))
         rows.append([task.removesuffix(f" {first.metric}"), first.metric, str(first.examples), *cells])
     titles = [suite, "metric", "examples", *map(player_name, iterations)]
-    caption = "* has other settings than the first score of its row: do not compare the two" if any_marked else ""
-    return ScoreTable(titles, rows, caption)
+    warning = "* has other settings than the first score of its row: do not compare the two" if any_marked else ""
+    return ScoreTable(titles, rows, " ".join(filter(None, (NOTES.get(suite), warning))))
 
 
 def comparable(first: Score, second: Score) -> bool:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spinlm.errors import RunError, SpinError, first_line, is_out_of_memory
-from spinlm.evals.lm_harness.tasks import TaskGroup, harness_version, load_tasks, select_tasks
+from spinlm.evals.lm_harness.tasks import SUITES, TaskGroup, harness_version, load_tasks, select_tasks
 from spinlm.evals.scores import Score, add_scores, read_scores
 from spinlm.model.run import Run
 from spinlm.rundir.layout import RunDir
@@ -36,7 +36,8 @@ class HarnessOptions:
     num_fewshot: int | None = None  # None: the number in each task's YAML file
     limit: int | None = None  # maximum examples per task; the first ones are taken
     include_path: Path | None = None  # folder with task YAML files
-    apply_chat_template: bool = False  # few-shot examples become turns of the conversation
+    # None: as the suite has it, otherwise False. With it, few-shot examples become turns of the conversation.
+    apply_chat_template: bool | None = None
     batch_size: int = 8  # requests per forward pass
 
 
@@ -60,10 +61,13 @@ def run_lm_harness(run: Run, iterations: Sequence[int], options: HarnessOptions)
     players = run.players
     players.load(iterations[0])
     model = PlayerLM(players, options.batch_size)
+    chat_template = options.apply_chat_template
+    if chat_template is None:
+        chat_template = options.suite is not None and SUITES[options.suite].chat_template
     common = {
         "lm_eval": release,
         "limit": options.limit,
-        "chat_template": options.apply_chat_template,
+        "chat_template": chat_template,
         "precision": str(players.dtype).removeprefix("torch."),
     }
     settings = {group.name: common | _settings(group, options.limit) for group in groups}
@@ -146,8 +150,9 @@ def _settings(group: TaskGroup, limit: int | None) -> dict[str, Any]:
         configs[name] = {key: value for key, value in config.items() if key not in ("dataset_kwargs", "metadata")}
         rows[name] = _rows(task, limit)
     first = next(iter(group.tasks.values()))
+    numbers = sorted({task.get_config("num_fewshot") for task in group.tasks.values()})
     return {
-        "num_fewshot": first.get_config("num_fewshot"),
+        "num_fewshot": numbers[0] if len(numbers) == 1 else numbers,
         "task_version": first.VERSION if group.lm_eval_group is None else group.lm_eval_group.version,
         "definition": _digest(configs),
         "data": _digest(rows),
@@ -188,7 +193,7 @@ def _scores(
             value=float(results[key]),
             standard_error=None if error in (None, "N/A") else float(error),
             metric=label,
-            examples=int(results["sample_len"]),
+            examples=int(results.get("sample_count", {}).get(key, results["sample_len"])),  # some tasks lack a metric
             settings=settings,
             counts=counts,
         )

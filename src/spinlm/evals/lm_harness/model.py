@@ -33,6 +33,7 @@ class PlayerLM(HFLM):
             mixed_precision_dtype=players.logprobs.autocast,
             softmax_dtype=torch.float32,
         )
+        self._stop_ids = torch.tensor(players.renderer.stop_ids)
         self.label = ""  # of the progress bar
         self.truncated = False  # whether a prompt was too long and lost its beginning
 
@@ -60,6 +61,14 @@ class PlayerLM(HFLM):
             self.truncated = True
             ids, mask = ids[:, -left_truncate_len:], mask[:, -left_truncate_len:]
         return ids, mask
+
+    def _model_generate(self, context: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Generate as the harness does, but end a response at every stop token, which may differ from EOS."""
+        kwargs.setdefault("eos_token_id", self._stop_ids.tolist())
+        rows = super()._model_generate(context, *args, **kwargs)
+        generated = rows[:, context.shape[1] :]
+        generated[torch.isin(generated, self._stop_ids.to(rows.device))] = self.tokenizer.pad_token_id
+        return rows
 
     @contextmanager
     def _progress(self, requests: list[Instance]) -> Iterator[None]:

@@ -1,12 +1,15 @@
 """Load tasks of lm-evaluation-harness and set their number of few-shot examples."""
 
-from collections.abc import Sequence
+import contextlib
+import io
+import random
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from spinlm.errors import MissingPackageError, RunError
+from spinlm.errors import MissingPackageError, RunError, first_line
 from spinlm.utils.suggest import nearest
 
 if TYPE_CHECKING:
@@ -24,23 +27,51 @@ class TaskSpec:
     metric: str | None = None  # the main metric, as METRIC,FILTER; None: the first one
 
 
+@dataclass(frozen=True)
+class Suite:
+    """Tasks that are reported together."""
+
+    tasks: tuple[TaskSpec, ...]
+    chat_template: bool = False  # whether prompts are rendered with the chat template unless the user says otherwise
+
+
 SUITES = {
-    "open-llm-leaderboard": (
-        TaskSpec("arc_challenge", 25, "acc_norm,none"),
-        TaskSpec("truthfulqa_mc2", 0, "acc,none"),
-        TaskSpec("winogrande", 5, "acc,none"),
-        TaskSpec("gsm8k", 5, "exact_match,strict-match"),
-        TaskSpec("hellaswag", 10, "acc_norm,none"),
-        TaskSpec("mmlu", 5, "acc,none"),
+    "open-llm-leaderboard": Suite(
+        (
+            TaskSpec("arc_challenge", 25, "acc_norm,none"),
+            TaskSpec("truthfulqa_mc2", 0, "acc,none"),
+            TaskSpec("winogrande", 5, "acc,none"),
+            TaskSpec("gsm8k", 5, "exact_match,strict-match"),
+            TaskSpec("hellaswag", 10, "acc_norm,none"),
+            TaskSpec("mmlu", 5, "acc,none"),
+        )
     ),
     # The variant with worked examples: the YAML files hold three of them.
-    "big-bench": (
-        TaskSpec("bbh_cot_fewshot_causal_judgement", 3, "exact_match,get-answer"),
-        TaskSpec("bbh_cot_fewshot_formal_fallacies", 3, "exact_match,get-answer"),
-        TaskSpec("bbh_cot_fewshot_sports_understanding", 3, "exact_match,get-answer"),
+    "big-bench": Suite(
+        (
+            TaskSpec("bbh_cot_fewshot_causal_judgement", 3, "exact_match,get-answer"),
+            TaskSpec("bbh_cot_fewshot_formal_fallacies", 3, "exact_match,get-answer"),
+            TaskSpec("bbh_cot_fewshot_sports_understanding", 3, "exact_match,get-answer"),
+        )
     ),
+    # The members of the harness's group `leaderboard`.
+    "leaderboard-v2": Suite(
+        (
+            TaskSpec("leaderboard_ifeval", metric="prompt_level_strict_acc,none"),
+            TaskSpec("leaderboard_bbh", metric="acc_norm,none"),
+            TaskSpec("leaderboard_math_hard", metric="exact_match,none"),
+            TaskSpec("leaderboard_gpqa", metric="acc_norm,none"),
+            TaskSpec("leaderboard_musr", metric="acc_norm,none"),
+            TaskSpec("leaderboard_mmlu_pro", metric="acc,none"),
+        ),
+        chat_template=True,
+    ),
+    "ifeval": Suite((TaskSpec("ifeval", metric="prompt_level_strict_acc,none"),), chat_template=True),
 }
-"""The benchmarks of the SPIN paper, with its few-shot numbers and metrics."""
+"""The first two are the benchmarks of the SPIN paper, with its few-shot numbers and metrics. The others have the
+few-shot numbers of the harness's YAML files."""
+
+INSTALL = "pip install 'lm-eval[ifeval,math]>=0.4.13'"
 
 
 @dataclass(frozen=True)
@@ -63,7 +94,7 @@ def harness_version() -> str:
         return version("lm_eval")
     except PackageNotFoundError as error:
         raise MissingPackageError(
-            "this benchmark needs lm-evaluation-harness, which is not installed. Run: pip install 'lm-eval>=0.4.13'"
+            f"this benchmark needs lm-evaluation-harness, which is not installed. Run: {INSTALL}"
         ) from error
 
 
@@ -79,13 +110,13 @@ def select_tasks(suite: str | None, tasks: str | None, num_fewshot: int | None) 
     if suite is None:
         if not names:
             raise RunError("nothing to measure. Choose a suite with --suite, or tasks with --tasks")
-        metrics = {spec.name: spec.metric for specs in SUITES.values() for spec in specs}
+        metrics = {spec.name: spec.metric for known in SUITES.values() for spec in known.tasks}
         return [TaskSpec(name, num_fewshot, metrics.get(name)) for name in names]
     if suite not in SUITES:
         raise RunError(f"--suite: there is no suite {suite!r}.{_hint(suite, SUITES)} Known: {', '.join(SUITES)}")
     if num_fewshot is not None:
         raise RunError(f"--num-fewshot: {suite} sets the few-shot numbers. Leave out --num-fewshot or --suite")
-    members = {spec.name: spec for spec in SUITES[suite]}
+    members = {spec.name: spec for spec in SUITES[suite].tasks}
     if unknown := [name for name in names if name not in members]:
         raise RunError(f"--tasks: {suite} has no task {unknown[0]!r}. Its tasks: {', '.join(members)}")
     return [members[name] for name in names or members]
@@ -117,26 +148,33 @@ def _task_manager(names: Sequence[str], include_path: Path | None) -> "TaskManag
     if include_path is not None:
         if not include_path.is_dir():
             raise RunError(f"--include-path {include_path}: no such folder")
-        # Reading the harness's own 14,000 files takes many seconds. Single tasks of the user do not need them.
+        # Reading the harness's own 14,000 files takes many seconds. Tasks and groups of the user do not need them.
         own = TaskManager(include_path=str(include_path), include_defaults=False)
-        if all(name in own.task_index and own.task_index[name].kind.name == "TASK" for name in names):
+        if all(_is_complete(own, name) for name in names):
             return own
     return TaskManager(include_path=None if include_path is None else str(include_path))
 
 
+def _is_complete(manager: "TaskManager", name: Any) -> bool:
+    """Whether a manager knows a task, or a group and all its members."""
+    entry = manager.task_index.get(name) if isinstance(name, str) else None
+    members = [] if entry is None or entry.kind.name == "TASK" else (entry.cfg or {}).get("task", [None])
+    return entry is not None and all(_is_complete(manager, member) for member in members)
+
+
 def _load(manager: "TaskManager", spec: TaskSpec) -> list[TaskGroup]:
     """Load the tasks of a spec: as one group if it has an aggregate score, otherwise as one group per task."""
+    from lm_eval.defaults import DEFAULT_RANDOM_SEED
+
+    random.seed(DEFAULT_RANDOM_SEED)  # GPQA shuffles its choices when it is loaded
     try:
-        loaded = manager.load([spec.name])
+        with contextlib.redirect_stdout(io.StringIO()):  # NLTK reports its downloads there
+            loaded = manager.load([spec.name])
     except Exception as error:  # a task may run any code when it loads
-        reason = next(iter(str(error.__cause__ or error).strip().splitlines()), type(error).__name__)
-        if isinstance(error, OSError):
-            raise RunError(
-                f"{spec.name}: cannot load the dataset ({reason}). Without a network, copy the Hugging Face cache of a "
-                "machine that has loaded it, or write a task YAML for local files and use --include-path"
-            ) from error
-        raise RunError(f"{spec.name}: lm-evaluation-harness cannot load the task: {reason}") from error
+        raise _loading_error(spec.name, error) from error
     for task in loaded["tasks"].values():
+        if "ifeval" in getattr(task.config.process_results, "__module__", ""):
+            _check_nltk_data(spec.name)
         _set_num_fewshot(task, spec.num_fewshot)
     group = loaded.get("groups", {}).get(spec.name)
     if group is not None and group.has_aggregation:
@@ -145,6 +183,47 @@ def _load(manager: "TaskManager", spec: TaskSpec) -> list[TaskGroup]:
         TaskGroup(name, {name: task}, spec.metric if name == spec.name else None)
         for name, task in loaded["tasks"].items()
     ]
+
+
+def _loading_error(name: str, error: Exception) -> RunError | MissingPackageError:
+    """Return the error for the user."""
+    causes = [error]
+    while isinstance(cause := causes[-1].__cause__, Exception):
+        causes.append(cause)
+    reason = first_line(causes[min(1, len(causes) - 1)])
+    if missing := [cause for cause in causes if isinstance(cause, ImportError)]:
+        return MissingPackageError(
+            f"{name}: a package is not installed ({first_line(missing[-1])}). IFEval and MATH need: {INSTALL}"
+        )
+    if "gated" in str(error):
+        return RunError(
+            f"{name}: {reason} Accept the terms on its page, then log in with `hf auth login` or set "
+            "HF_TOKEN. Without access, select the other tasks with --tasks"
+        )
+    if isinstance(error, OSError):
+        return RunError(
+            f"{name}: cannot load the dataset ({reason}). Without a network, copy the Hugging Face cache of a "
+            "machine that has loaded it, or write a task YAML for local files and use --include-path"
+        )
+    return RunError(f"{name}: lm-evaluation-harness cannot load the task: {reason}")
+
+
+def _check_nltk_data(name: str) -> None:
+    """Check that the data with which NLTK splits sentences is here. The harness has tried to download it.
+
+    Raises:
+        RunError: the data is missing. Otherwise IFEval would fail after the responses are generated.
+    """
+    import nltk
+
+    try:
+        nltk.data.find("tokenizers/punkt_tab/english/")
+    except LookupError as error:
+        raise RunError(
+            f"{name}: IFEval needs NLTK's data punkt_tab, which cannot be downloaded. Run `python -m nltk.downloader "
+            "punkt_tab` on a machine with a network, and copy its folder nltk_data to the home folder of this one, or "
+            "to the folder that NLTK_DATA names"
+        ) from error
 
 
 def _set_num_fewshot(task: "Task", num_fewshot: int | None) -> None:
@@ -171,6 +250,6 @@ def _set_num_fewshot(task: "Task", num_fewshot: int | None) -> None:
         )
 
 
-def _hint(name: str, known: Sequence[str] | dict[str, tuple[TaskSpec, ...]]) -> str:
+def _hint(name: str, known: Iterable[str]) -> str:
     similar = nearest(name, known)
     return f" Did you mean {similar}?" if similar else ""
