@@ -3,6 +3,7 @@
 import contextlib
 from dataclasses import dataclass
 from datetime import date
+from functools import cached_property
 from typing import Any
 
 from spinlm.data.messages import (
@@ -91,7 +92,9 @@ class Layout:
             prompt = self._prompt(row, self.prompt)
             response = read_response(_field(row, self.response), self.response, prompt, self.ignore)
             reasoning = {
-                key: read_text(row[key], key) for key in self._reasoning_columns() if not is_absent(row.get(key))
+                key: read_text(row[key], key)
+                for key in REASONING_FIELDS[:2]
+                if key not in self.ignore and not is_absent(row.get(key))
             }
             conversation = Conversation([*prompt, {**response, **reasoning}])
         system = _optional_text(row, self.system)
@@ -122,7 +125,7 @@ class Layout:
             raise RowError("no_assistant_turn", "the conversation has no assistant message")
         if not answers:
             raise RowError("no_user_message", "no user message comes before the response")
-        if not positions:
+        if not positions or (self.rejected and len(roles) - 1 in conversation.excluded):
             raise RowError("not_for_training", "the data exclude every response of the conversation from training")
         if turns == "last":
             return positions[-1:]
@@ -175,6 +178,13 @@ class Layout:
         }
         return "; ".join(f"{shortened(', '.join(columns))} ({use})" for use, columns in lists.items() if columns)
 
+    @cached_property
+    def _checked(self) -> list[str]:
+        """The columns that must not be dropped without a word."""
+        used = self._named() | {*self.ignore}
+        refused = [column for column in _REFUSED if column not in self._read_columns()]
+        return [column for column in (*_FLAGS, *refused) if column not in used]
+
     def _named(self) -> set[str]:
         named = (self.messages, self.prompt, self.context, self.response, self.rejected, self.system, self.id)
         return {column for column in named if column}
@@ -188,11 +198,10 @@ class Layout:
         turns = [] if is_absent(history) else read_history(history, "history", self.ignore)
         prompt, extra = read_prompt(_field(row, column), column, self.ignore), _optional_text(row, self.context)
         if not isinstance(prompt, str):
+            if extra:
+                raise RowError("unsupported_field", f"{self.context!r} cannot follow {column!r}, which is a list")
             return [*turns, *prompt]
         return [*turns, {"role": "user", "content": f"{prompt}\n\n{extra}" if extra else prompt}]
-
-    def _reasoning_columns(self) -> list[str]:
-        return [key for key in REASONING_FIELDS[:2] if key not in self.ignore]
 
     def _check_fields(self, row: dict[str, Any]) -> None:
         """Refuse a row with a column that must not be dropped, or that excludes the row.
@@ -200,15 +209,14 @@ class Layout:
         Raises:
             RowError: unsupported_field, label_false, not_for_training.
         """
-        read = self._read_columns()
-        for column, value in row.items():
-            if column in self._named() or column in self.ignore or is_absent(value):
+        for column in self._checked:
+            if column not in row or is_absent(value := row[column]):
                 continue
             if column in _FLAGS:
                 # A label may be a class; 0 is false only where the column is a weight or a switch.
                 if value is False or str(value).lower() == "false" or (column in TRAINING_FLAGS and is_false(value)):
                     raise RowError(_FLAGS[column], f"{column!r} is {value}: the response is no example")
-            elif column in _REFUSED and column not in read:
+            else:
                 raise RowError(
                     "unsupported_field",
                     f"{column!r} is not empty: {_REFUSED[column]}; to ignore it, add it to data.columns.ignore",

@@ -284,18 +284,31 @@ def _message(value: Any, name: str, ignore: Collection[str]) -> tuple[Message, b
         raise RowError("tool_call", f"{name!r} has the role {role!r}: {_TOOL_CALLS}")
     if known not in _ROLES:
         raise RowError("unknown_role", f"{name!r} has the role {role!r}; known: {', '.join(_ROLES)}")
-    for key, why in REFUSED_MESSAGE_FIELDS.items():
-        if key not in ignore and not is_absent(value.get(key)):
-            reason = "tool_call" if key in ("tool_calls", "function_call") else "unsupported_field"
-            raise RowError(reason, f"{name!r} has {key!r}: {why}; to ignore it, add it to data.columns.ignore")
+    others = value.keys() - {role_key, content_key, *ignore}
+    if others:
+        _check_fields(value, others, name)
     content = value[content_key]
     if isinstance(content, list):
         content = "".join(_text_parts(content, name))
     message = {"role": _ROLES[known], "content": read_text(content, f"{name}.{content_key}")}
+    if not others:
+        return message, True
     for key in REASONING_FIELDS:
-        if key not in ignore and not is_absent(value.get(key)):
+        if key in others and not is_absent(value[key]):
             message[key] = read_text(value[key], f"{name}.{key}")
-    return message, all(_is_trained(key, value.get(key), name) for key in TRAINING_FLAGS if key not in ignore)
+    return message, all(_is_trained(key, value[key], name) for key in TRAINING_FLAGS if key in others)
+
+
+def _check_fields(message: dict[str, Any], fields: Collection[str], name: str) -> None:
+    """Refuse a message with a field that must not be dropped.
+
+    Raises:
+        RowError: tool_call, unsupported_field.
+    """
+    for key, why in REFUSED_MESSAGE_FIELDS.items():
+        if key in fields and not is_absent(message[key]):
+            reason = "tool_call" if key in ("tool_calls", "function_call") else "unsupported_field"
+            raise RowError(reason, f"{name!r} has {key!r}: {why}; to ignore it, add it to data.columns.ignore")
 
 
 def _is_trained(key: str, value: Any, name: str) -> bool:
