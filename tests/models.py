@@ -7,6 +7,7 @@ import torch
 from peft import PeftModel
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+from spinlm.model.families import auto_class
 from spinlm.recipe.load import parse_recipe
 from spinlm.recipe.schema import Recipe
 from tiny import Kind, tiny_tokenizer
@@ -121,13 +122,54 @@ STATEFUL: dict[str, dict[str, Any]] = {
     | _EXPERTS
     | {"layer_types": ["linear_attention", "full_attention"], "block_size": 8, "head_dim": 8},
 }
-_CONFIGS |= STATEFUL
 """Families that keep a state between tokens."""
+_DEEPSEEK = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "v_head_dim": 8, "qk_nope_head_dim": 8} | {
+    "num_key_value_heads": 4,
+    "n_routed_experts": 4,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+}
+EXPERTS: dict[str, dict[str, Any]] = {
+    "qwen2_moe": _HYBRID
+    | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    | {"shared_expert_intermediate_size": 16},
+    "deepseek_v3": _HYBRID | _DEEPSEEK | {"num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    "gpt_oss": _HYBRID | _EXPERTS | {"head_dim": 8},
+    "phimoe": _HYBRID | _EXPERTS,
+    "llama4_text": _HYBRID
+    | {"num_local_experts": 4, "num_experts_per_tok": 1, "head_dim": 8, "intermediate_size_mlp": 64},
+    "jetmoe": _HYBRID | _EXPERTS | {"kv_channels": 8},
+}
+_CONFIGS |= STATEFUL | EXPERTS
+_VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2} | {
+    "image_size": 28,
+    "patch_size": 14,
+}
+_TEXT = _HYBRID | {"head_dim": 8, "vocab_size": 512, "pad_token_id": None, "initializer_range": 0.2}
+MULTIMODAL: dict[str, dict[str, Any]] = {
+    "gemma3": {"text_config": _TEXT | {"sliding_window": 8}, "vision_config": _VISION, "mm_tokens_per_image": 4},
+    "mistral3": {
+        "text_config": _TEXT | {"model_type": "mistral"},
+        "vision_config": _VISION | {"model_type": "pixtral"},
+    },
+    "qwen2_5_vl": {
+        "text_config": _HYBRID
+        | {"vocab_size": 512, "initializer_range": 0.2}
+        | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}},
+        "vision_config": {"depth": 1, "hidden_size": 32, "out_hidden_size": 32, "num_heads": 2}
+        | {"intermediate_size": 64},
+    },
+}
 ARCHITECTURES = ("llama", "mistral", "qwen2", "gemma2", "gpt2", "gpt_neox", "gpt_neo")
 
 
 def tiny_model(architecture: str, vocabulary: int = 512, eos: int = 2, spread: float = 0.2, **changes: Any) -> Any:
     """Make a causal language model with seeded random weights."""
+    if architecture in MULTIMODAL:
+        torch.manual_seed(0)
+        config = CONFIG_MAPPING[architecture](**MULTIMODAL[architecture])
+        return auto_class(config).from_config(config).eval()
     config = CONFIG_MAPPING[architecture](
         vocab_size=vocabulary,
         initializer_range=spread,

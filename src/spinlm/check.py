@@ -15,6 +15,7 @@ from spinlm.errors import DataError, ModelError
 from spinlm.evals.heldout import score_heldout
 from spinlm.generation import local_engine, open_engine
 from spinlm.generation.base import Engine, Sampling
+from spinlm.model.adapted import describe_trained
 from spinlm.model.loading import disable_dropout, load_model
 from spinlm.model.logprobs import LogProbs
 from spinlm.model.players import Players
@@ -64,6 +65,7 @@ def check(recipe: Recipe) -> Iterator[str]:
         prepare(run)
         yield from _check_text(run)
         yield _check_model(run, began)
+        yield describe_trained(run.players.model)
         sft(run)
         gaps = read_json(run.folder.prefix_sharing)["nats_per_token"]
         yield (

@@ -1,20 +1,29 @@
 """Families of models that differ from a plain decoder: in what they keep between tokens, and in what is adapted."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import CONFIG_MAPPING
 
 from models import STATEFUL, save_tiny_model, tiny_model, tiny_recipe
 from spinlm.errors import ModelError
 from spinlm.generation import LocalEngine
 from spinlm.generation.base import Response, Sampling
+from spinlm.model.adapted import describe_trained
 from spinlm.model.attention import register_tree_attention
+from spinlm.model.fused import fuse_layers
+from spinlm.model.loading import add_adapter, load_model
 from spinlm.model.logprobs import LogProbs, max_logprob_error
-from spinlm.model.prefix_trees import PrefixTree
+from spinlm.model.players import Players
+from spinlm.model.prefix_trees import PrefixTree, pack_batch
 from spinlm.model.run import Run
+from spinlm.recipe.schema import Lora, Model
 from spinlm.rundir.layout import RunDir
 from spinlm.stages.reference_logprobs import _check_mismatch, _Tally
 
@@ -95,3 +104,92 @@ def test_a_gap_between_sampler_and_scorer_is_an_error_with_the_local_engine(
     other = Run(tiny_recipe(tmp_path / "model", lora={"r": 4}, opponent=server), RunDir(tmp_path / "run"))
     _check_mismatch(other, 0, mismatch_tally(0.11))
     assert "the server engine differ from ours by 0.11 nats" in caplog.text
+
+
+# What an adapter changes
+
+TREES = [PrefixTree(ids(9, 1), (ids(9, 2), ids(14, 3), ids(1, 4))), PrefixTree(ids(4, 5), (ids(6, 6),))]
+ATTENTION = "q_proj, k_proj, v_proj, o_proj"
+MLP = "gate_proj, up_proj, down_proj"
+ADAPTED = {
+    "mixtral": f"{ATTENTION} in 3 blocks (; frozen: router, experts",
+    "qwen2_moe": f"{ATTENTION}, {MLP} in 2 blocks (; frozen: router, experts",
+    "deepseek_v3": "q_a_proj, q_b_proj, kv_a_proj_with_mqa, kv_b_proj, o_proj in 2 blocks (; frozen: "
+    f"{MLP}, experts, router",
+    "gpt_oss": f"{ATTENTION} in 2 blocks (; frozen: router, experts",
+    "phimoe": f"{ATTENTION} in 2 blocks (; frozen: router, experts",
+    "llama4_text": f"{ATTENTION}, {MLP} in 2 blocks (; frozen: experts, router",
+    "jetmoe": "kv_proj in 2 blocks (; frozen: input_linear, output_linear, router, experts",
+    "gemma3": f"{ATTENTION}, {MLP} in 2 blocks (; frozen: vision_tower, multi_modal_projector",
+    "mistral3": f"{ATTENTION}, {MLP} in 2 blocks (; frozen: vision_tower, multi_modal_projector",
+    "qwen2_5_vl": f"{ATTENTION}, {MLP} in 2 blocks (; frozen: visual",
+    "mamba": "in_proj in 2 blocks (; frozen: A_log, conv1d, x_proj, dt_proj, out_proj",
+    "llama": f"{ATTENTION}, {MLP} in 3 blocks (",
+}
+
+
+def trained_layers(model: Any) -> set[str]:
+    return {name.partition(".lora_")[0] for name, weight in model.named_parameters() if weight.requires_grad}
+
+
+@pytest.mark.parametrize("family", ADAPTED)
+def test_all_linear_adapts_the_language_model_without_routers_and_experts(family: str, tmp_path: Path) -> None:
+    """The adapter has an effect in every layer that it names, and plain PEFT loads it from its folder."""
+    model = add_adapter(tiny_model(family), Lora(r=4), seed=0)
+    trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    assert describe_trained(model) == "adapted: " + ADAPTED[family].replace("(", f"({trained:,} parameters)")
+    assert not [name for name in trained_layers(model) if "vis" in name or "router" in name or ".gate" in name[-5:]]
+    model.save_pretrained(tmp_path, save_embedding_layers=False)
+    torch.manual_seed(4)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.05)
+    fuse_layers(model)
+    logprobs = LogProbs(model)
+    assert max_logprob_error(logprobs, TREES, False) < 1e-5
+    logprobs(pack_batch(TREES, False)).sum().backward()
+    assert all(weight.grad.abs().max() > 0 for weight in model.parameters() if weight.requires_grad)
+    loaded = PeftModel.from_pretrained(tiny_model(family), str(tmp_path), is_trainable=True)
+    assert trained_layers(loaded) == trained_layers(model)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neo", "qwen3_5_text"])
+def test_adapters_of_plain_models_are_those_of_peft(family: str, tmp_path: Path) -> None:
+    """Bit for bit, and with the same names in the adapter's configuration."""
+    ours = add_adapter(tiny_model(family), Lora(r=4), seed=3)
+    base, settings = tiny_model(family), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    torch.manual_seed(3)
+    plain = get_peft_model(base, settings)
+    assert ours.peft_config["default"].target_modules == plain.peft_config["default"].target_modules
+    weights = []
+    for name, model in (("ours", ours), ("plain", plain)):
+        model.save_pretrained(tmp_path / name, save_embedding_layers=False)
+        weights.append(load_file(tmp_path / name / "adapter_model.safetensors"))
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+
+
+def test_named_layers_of_a_multimodal_model_are_those_of_its_language_model() -> None:
+    model = add_adapter(tiny_model("gemma3"), Lora(r=4, target_modules=["q_proj"]), seed=0)
+    assert trained_layers(model) == {
+        f"base_model.model.model.language_model.layers.{n}.self_attn.q_proj" for n in range(2)
+    }
+    with pytest.raises(ModelError, match="language model"):
+        add_adapter(tiny_model("gemma3"), Lora(target_modules=["patch_embedding"]), seed=0)
+
+
+@pytest.mark.parametrize("family", ["gemma3", "mistral3"])
+def test_full_fine_tuning_of_a_multimodal_model_leaves_its_towers_alone(family: str, tmp_path: Path) -> None:
+    players = Players(tiny_recipe(save_tiny_model(tmp_path / "model", family)), RunDir(tmp_path / "run"))
+    names = {name.split(".")[1] for name, _ in players.parameters()}
+    assert names <= {"language_model", "weight"}  # lm_head.weight
+    assert describe_trained(players.model).endswith("frozen: vision_tower, multi_modal_projector")
+    assert max_logprob_error(players.logprobs, TREES, True) < 1e-5
+
+
+def test_a_checkpoint_whose_text_model_alone_is_loaded(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = save_tiny_model(tmp_path / "model", "qwen3_5_text")
+    text = json.loads((folder / "config.json").read_text())
+    CONFIG_MAPPING["qwen3_5"](text_config=text).save_pretrained(folder)
+    load_model(Model(path=str(folder)), str(folder), torch.float32)
+    assert "a merged player has no vision or audio tower" in caplog.text

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
 
+from spinlm.model.families import text_model
 from spinlm.model.logprobs import LogProbs
 from spinlm.model.prefix_trees import PrefixTree, TreeSpan, pack_batch
 
@@ -147,7 +148,7 @@ class RaggedBatch:
 
     def _forward(self, input_ids: Tensor, position_ids: Tensor, **attention: Any) -> Tensor:
         """Return the final hidden states: [rows, tokens, D]."""
-        output = self.logprobs.causal_lm.base_model(
+        output = text_model(self.logprobs.causal_lm)(
             input_ids=input_ids, position_ids=position_ids, past_key_values=self.cache, use_cache=True, **attention
         )
         states: Tensor = output.last_hidden_state
@@ -226,7 +227,7 @@ class StatefulBatch:
     supports_padding = False
 
     def __init__(self, logprobs: LogProbs):
-        self.logprobs, self.model = logprobs, logprobs.causal_lm.base_model
+        self.logprobs, self.model = logprobs, text_model(logprobs.causal_lm)
         self.device = next(logprobs.parameters()).device
         logprobs.use_tree_attention(False)
 

@@ -163,7 +163,7 @@ class _LoraLinear(torch.autograd.Function):
         y, low_rank = _lora_products(x.flatten(0, -2), adapter_input, layer, lora_a, lora_b)
         ctx.layer, ctx.has_dropout = layer, dropped is not None
         ctx.save_for_backward(adapter_input, low_rank, lora_a, lora_b)
-        return y.view(*x.shape[:-1], -1)
+        return _reshaped(y, x)
 
     @staticmethod
     @once_differentiable
@@ -182,6 +182,11 @@ class _LoraLinear(torch.autograd.Function):
         if ctx.has_dropout and ctx.needs_input_grad[1]:
             grad_dropped = (grad_low_rank @ lora_a.to(grad.dtype)).view(*shape, -1)
         return grad_x, grad_dropped, None, grad_a, grad_b
+
+
+def _reshaped(y: Tensor, x: Tensor) -> Tensor:
+    """Reshape [L, O] to the leading dimensions of x. Not as a view, which models could not change in place."""
+    return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]])
 
 
 def _lora_products(
@@ -238,7 +243,7 @@ class _GatedLoraLinear(torch.autograd.Function):
         y, low_rank = _lora_products(x, x, layer, lora_a, lora_b)
         ctx.act, ctx.layer = act, layer
         ctx.save_for_backward(gate, up, low_rank, lora_a, lora_b)
-        return y.view(*gate.shape[:-1], -1)
+        return _reshaped(y, gate)
 
     @staticmethod
     @once_differentiable

@@ -15,6 +15,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from spinlm.errors import ModelError, first_line
+from spinlm.model.adapted import target_modules
+from spinlm.model.families import auto_class
 from spinlm.model.quantize import bnb_config, check_4bit_support, patch_4bit_layers
 from spinlm.recipe.schema import Lora, Model
 from spinlm.rundir.layout import RunDir
@@ -186,7 +188,7 @@ def load_model(model: Model, path: str, dtype: torch.dtype, *, load_in_4bit: boo
         ModelError: the model cannot be loaded, is pre-quantized, or this machine does not support 4 bits.
         MissingPackageError: bitsandbytes is not installed.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     options: dict[str, Any] = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
     with _as_model_error(f"{path}: the model cannot be loaded"):
@@ -199,7 +201,9 @@ def load_model(model: Model, path: str, dtype: torch.dtype, *, load_in_4bit: boo
         if load_in_4bit:
             check_4bit_support()
             options["quantization_config"] = bnb_config(dtype)
-        loaded = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **options)
+        loaded = auto_class(config).from_pretrained(path, dtype=dtype, **options)
+    if config.get_text_config() is not config and loaded.config.get_text_config() is loaded.config:
+        log.warning("%s: only its language model is loaded; a merged player has no vision or audio tower", path)
     if load_in_4bit:
         patch_4bit_layers(loaded)
     return loaded
@@ -218,7 +222,7 @@ def add_adapter(model: Any, lora: Lora, seed: int, revision: str | None = None) 
         r=lora.r,
         lora_alpha=alpha,
         lora_dropout=lora.dropout,
-        target_modules=lora.target_modules,
+        target_modules=target_modules(model, lora.target_modules),
         bias="none",
         task_type="CAUSAL_LM",
         revision=revision,

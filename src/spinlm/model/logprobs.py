@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from spinlm.errors import ModelError
 from spinlm.model.attention import TREE_ATTENTION, AttentionShape, BlockMasks, flex_attention_works
 from spinlm.model.attention_layers import LAYOUT_IN_MASK, layout_mask, replace_attention, replaceable_layers
-from spinlm.model.families import keeps_state
+from spinlm.model.families import keeps_state, text_model
 from spinlm.model.kernels import ROW_BLOCK, linear
 from spinlm.model.prefix_trees import PackedBatch, PrefixTree, pack_batch
 
@@ -158,7 +158,7 @@ class LogProbs(nn.Module):
         device = batch.input_ids.device.type
         # No cache: each weight is cast once, and FSDP may gather a weight again, which makes a cached cast wrong.
         with torch.autocast(device, dtype=self.autocast, enabled=self.autocast is not None, cache_enabled=False):
-            states = self.causal_lm.base_model(
+            states = text_model(self.causal_lm)(
                 input_ids=batch.input_ids,
                 position_ids=batch.position_ids,
                 use_cache=False,

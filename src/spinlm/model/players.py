@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from spinlm.data.renderer import Renderer
 from spinlm.distributed import processes
 from spinlm.errors import ModelError
+from spinlm.model.adapted import freeze_towers
 from spinlm.model.attention import register_tree_attention
 from spinlm.model.base_files import base_folder, copy_tokenizer_files, save_whole_model, write_chat_template
 from spinlm.model.fused import fuse_layers
@@ -93,6 +94,8 @@ class Players:
         if lora is not None:
             model = add_adapter(model, lora, self.recipe.seed, self.recipe.model.revision)
             fuse_layers(model)
+        else:
+            freeze_towers(model)
         disable_dropout(model)
         model.to(self.device)
         return LogProbs(model, autocast=self.dtype if full and self.dtype != stored else None)
