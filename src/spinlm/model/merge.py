@@ -14,6 +14,7 @@ from torch import nn
 
 from spinlm.errors import ModelError
 from spinlm.model.base_files import base_folder, save_whole_model, stored_dtype
+from spinlm.model.families import auto_class
 from spinlm.model.loading import load_model
 from spinlm.model.logprobs import plain_logprob
 from spinlm.model.players import MAX_LOGPROB_ERROR, Players
@@ -209,10 +210,12 @@ def compare_saved_model(
     Raises:
         ModelError: a difference is larger than rounding explains, or is not finite.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
     gc.collect()
-    loaded: Any = AutoModelForCausalLM.from_pretrained(target, dtype=dtype, trust_remote_code=model.trust_remote_code)
+    config = AutoConfig.from_pretrained(target, trust_remote_code=model.trust_remote_code)
+    options = {"dtype": dtype, "trust_remote_code": model.trust_remote_code}
+    loaded: Any = auto_class(config).from_pretrained(target, **options)
     loaded.to(device).eval()
     difference = _max_difference([plain_logprob(loaded, *sample) for sample in samples], expected, samples)
     bound = max(MAX_LOGPROB_ERROR[dtype], MAX_ROUNDING_ERROR[getattr(torch, stored_dtype(target))])
