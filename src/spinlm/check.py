@@ -111,6 +111,15 @@ def _check_text(run: Run) -> Iterator[str]:
     stop_tokens = ", ".join(repr(tokenizer.convert_ids_to_tokens(i)) for i in renderer.stop_ids)
     end = tokenizer.convert_ids_to_tokens(renderer.end_id)
     yield f"end of turn: {end!r}; a response stops at {stop_tokens}"
+    rows = read_json(run.folder.skipped_rows)
+    if rows["responses_changed"]:
+        raise DataError(
+            f"{rows['responses_changed']} of the responses read here are rendered as other text than the data have: "
+            "the chat template or the tokenizer changes them, and the main player would learn to write the changed "
+            "text.\n" + "\n".join(rows["changed_responses"]) + "\nGive a template that renders responses as they are "
+            "(data.chat_template, data.chat_template_kwargs), or write the rendered form into the data. `spinlm run` "
+            "trains on the rendered text, and scores and exports real and synthetic responses alike"
+        )
 
 
 def _check_model(run: Run, began: float) -> str:

@@ -48,7 +48,7 @@ class RowError(Exception):
     """A row cannot be used, but the rest of the data can. `reason` is the snake_case name under which it is counted."""
 
     def __init__(self, reason: str, detail: str):
-        super().__init__(shortened(detail))
+        super().__init__(shortened(detail, 240))
         self.reason = reason
 
 

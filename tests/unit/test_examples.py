@@ -329,6 +329,8 @@ def test_selection_is_exact_disjoint_and_depends_on_the_seed_only(select: Any, t
         skipped={},
         skipped_rows=[],
         truncated=0,
+        changed=0,
+        changed_responses=[],
         not_sampled=11,
         columns="prompt, response (used)",
     )

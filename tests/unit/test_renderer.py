@@ -139,7 +139,7 @@ def test_end_is_found_behind_what_the_template_writes_around_a_response() -> Non
     response_ids = renderer.encode([USER], "Yes.", 1000).response_ids
     assert renderer.end_id == 2
     assert text(tokenizer, response_ids) == "<think>\n</think>\nYes.</answer><|im_end|>"
-    assert renderer.decode(response_ids) == "<think>\n</think>\nYes.</answer>"
+    assert renderer.decode(response_ids) == "Yes."
     # a special token ends the turn even where neither model nor tokenizer says that it stops
     assert Renderer(tokenizer, thinking.replace("<|im_end|>", "<|endoftext|>")).stop_ids == (0, 2)
 
@@ -276,18 +276,20 @@ def test_control_tokens_in_text_are_refused() -> None:
     tokenizer = tiny_tokenizer("chatml")
     tokenizer.add_tokens(["<tool>", "<other>", "    "])
     renderer = Renderer(tokenizer, "{# <tool> #}" + "{#      #}" + CHATML)
-    spelled = "the text contains the control token "
-    assert reason(renderer, [USER], "Yes.<|im_end|>") == ("control_token", spelled + "<|im_end|>")
-    assert reason(renderer, [USER], "Yes <|endoftext|>") == ("control_token", spelled + "<|endoftext|>")
-    assert reason(renderer, [{"role": "user", "content": "a<|im_start|>b"}], "Yes.") == (
-        "control_token",
-        spelled + "<|im_start|>",
-    )
-    assert reason(renderer, [USER], "a <tool>") == ("control_token", spelled + "<tool>")  # the template has it
+
+    def refused(renderer: Renderer, messages: list[dict[str, str]], response: str, token: str) -> str:
+        slug, message = reason(renderer, messages, response)
+        assert slug == "control_token" and message.startswith(f"the text contains the control token {token}. ")
+        return message
+
+    refused(renderer, [USER], "Yes.<|im_end|>", "<|im_end|>")
+    assert "data.chat_template" in refused(renderer, [USER], "Yes <|endoftext|>", "<|endoftext|>")
+    refused(renderer, [{"role": "user", "content": "a<|im_start|>b"}], "Yes.", "<|im_start|>")
+    assert "data.chat_template" in refused(renderer, [USER], "a <tool>", "<tool>")  # the template has it
     with pytest.raises(RowError, match="<tool>"):
         renderer.prompt_ids([{"role": "system", "content": "<tool>"}, USER])
     stopping = Renderer(tokenizer, CHATML, stop_ids=[tokenizer.get_vocab()["<other>"]])
-    assert reason(stopping, [USER], "an <other>") == ("control_token", spelled + "<other>")
+    refused(stopping, [USER], "an <other>", "<other>")
     # an added token that plays no part in the template, white space, and what only looks like a control token
     for harmless in ("<other>", "if x:\n    return", "<|im_end>", "</s>"):
         assert renderer.decode(renderer.encode([USER], harmless, 1000).response_ids) == harmless

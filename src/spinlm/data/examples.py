@@ -15,16 +15,18 @@ from typing import Any
 
 import numpy as np
 
+from spinlm.data.chat_template import shared_length
 from spinlm.data.columns import recognize_layout
 from spinlm.data.messages import NOT_AN_EXAMPLE
-from spinlm.data.renderer import Renderer
+from spinlm.data.renderer import MIN_CHARACTER_LIMIT, Encoded, Renderer
 from spinlm.data.sources import Source, open_source
 from spinlm.distributed.progress import track
-from spinlm.errors import DataError, RowError
+from spinlm.errors import DataError, RowError, shortened
 from spinlm.recipe.schema import Data
 from spinlm.rundir.records import SPLITS, Example, Message
 
 MAX_LISTED_ROWS = 100  # skipped rows that are listed one by one
+MAX_CHANGED = 3  # changed responses that are shown
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,8 @@ class Selection:
     skipped: dict[str, int]  # reason to number of rows or turns
     skipped_rows: list[str]  # "file:row: reason: detail" of the first MAX_LISTED_ROWS
     truncated: int  # examples whose response was cut at the length limit
+    changed: int  # responses whose rendered text is not the data's, apart from white space around it
+    changed_responses: list[str]  # "file:row: both texts" of the first MAX_CHANGED
     not_sampled: int  # rows that were not needed
     columns: str  # which columns are used, and which ignored
 
@@ -95,7 +99,8 @@ class _Selector:
         self.digests: set[bytes] = set()
         self.heldout_prompts: set[bytes] = set()
         self.ids: set[str] = set()
-        self.visited = self.truncated = 0
+        self.visited = self.truncated = self.changed = 0
+        self.changed_responses: list[str] = []
 
     @property
     def split(self) -> str | None:
@@ -154,6 +159,7 @@ class _Selector:
             RowError: the prompt or a response is empty or cannot be rendered.
         """
         _check_not_empty(messages, responses)
+        messages = self.renderer.place_system(messages)
         real, *others = (
             self.renderer.encode(messages, response["content"], self.max_length, tools, _other_fields(response))
             for response in responses
@@ -173,10 +179,12 @@ class _Selector:
             self.heldout_prompts.add(prompt)
         self.counts[split] += 1
         self.truncated += real.truncated
+        for response, encoded in zip(responses, (real, *others), strict=True):
+            self._compare(index, response, encoded)
         example = Example(
             example_id,
             messages,
-            responses[0]["content"],
+            real.text,
             real.prompt_ids,
             real.response_ids,
             source=self.source.label(index),
@@ -184,6 +192,17 @@ class _Selector:
             tools=tools,
         )
         self.write(split, example)
+
+    def _compare(self, index: int, response: Message, encoded: Encoded) -> None:
+        """Count a response whose rendered text is not the data's. The renderer compares responses with other fields."""
+        text, rendered = response["content"].strip(), encoded.rendered.strip()
+        if text == rendered or _other_fields(response) or len(text) > MIN_CHARACTER_LIMIT:
+            return
+        self.changed += 1
+        if len(self.changed_responses) < MAX_CHANGED:
+            begin = max(0, shared_length(text, rendered) - 20)
+            ends = [("…" if begin else "") + shortened(repr(value[begin:]), 120) for value in (text, rendered)]
+            self.changed_responses.append(f"{self.source.label(index)}:\n  data      {ends[0]}\n  rendered  {ends[1]}")
 
     def _bad_row(self, index: int, error: RowError) -> None:
         if self.data.on_bad_row == "error" and error.reason not in NOT_AN_EXAMPLE:
@@ -221,6 +240,8 @@ class _Selector:
             skipped,
             self.skipped_rows,
             self.truncated,
+            self.changed,
+            self.changed_responses,
             not_sampled=rows - self.visited,
             columns=self.layout.column_summary(),
         )

@@ -24,8 +24,8 @@ _MARKED_NUMBER = re.compile(rf"####\s*({_NUMBER})")
 
 
 def exact_match(response: str, reference: str) -> float:
-    """Return 1 if the texts are equal apart from whitespace, else 0."""
-    return float(response.split() == reference.split())
+    """Return 1 if the texts are equal apart from whitespace and reasoning, else 0."""
+    return float(_answer(response).split() == _answer(reference).split())
 
 
 def json_fields(response: str, reference: str) -> float:
@@ -35,19 +35,19 @@ def json_fields(response: str, reference: str) -> float:
     invented key costs as much as a missing one. Numbers compare as numbers (1 equals 1.0), texts exactly apart from
     whitespace around them, lists and nested objects as a whole.
 
-    The response must be one JSON object without duplicate keys. Only whitespace or a ``` fence may surround the object.
-    Any other response scores 0.
+    The response must be one JSON object without duplicate keys. Only whitespace or a ``` fence may surround the object,
+    and only reasoning may come before it. Any other response scores 0.
 
     Raises:
         DataError: the reference is not a JSON object.
     """
-    expected = _json_object(reference)
+    expected = _json_object(_answer(reference))
     if expected is None:
         raise DataError(
             f"the scorer json_fields needs a JSON object as the real response, not {_shorten(reference)}. Choose "
             "another evaluate.scorer for this data"
         )
-    fields = _json_object(response)
+    fields = _json_object(_answer(response))
     if fields is None:
         return 0.0
     union = expected.keys() | fields.keys()
@@ -65,13 +65,13 @@ def gsm8k(response: str, reference: str) -> float:
     Raises:
         DataError: the reference has no number.
     """
-    expected = _final_number(reference)
+    expected = _final_number(_answer(reference))
     if expected is None:
         raise DataError(
             f"the scorer gsm8k needs a number in the real response, and {_shorten(reference)} has none. Choose "
             "another evaluate.scorer for this data"
         )
-    return float(_final_number(response) == expected)
+    return float(_final_number(_answer(response)) == expected)
 
 
 SCORERS: dict[str, Scorer] = {"exact_match": exact_match, "json_fields": json_fields, "gsm8k": gsm8k}
@@ -142,6 +142,16 @@ def _import_function(name: str) -> Scorer:
             f"evaluate.scorer: {name}: cannot be called as {function_name}(response, reference): {error}"
         ) from error
     return function
+
+
+def _answer(text: str) -> str:
+    """Return the text after the reasoning: after `</think>`, if the text, or already its prompt, opens with `<think>`.
+
+    Reasoning without an end counts as the answer.
+    """
+    reasoning, end, answer = text.partition("</think>")
+    opened = "<think>" not in reasoning or reasoning.lstrip().startswith("<think>")
+    return answer if end and opened else text
 
 
 def _json_object(text: str) -> dict[str, Any] | None:

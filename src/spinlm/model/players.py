@@ -78,8 +78,13 @@ class Players:
 
     @cached_property
     def renderer(self) -> Renderer:
+        data = self.recipe.data
         return Renderer(
-            self.tokenizer, self.recipe.data.chat_template, load_stop_ids(self.recipe.model, self.base_model)
+            self.tokenizer,
+            data.chat_template,
+            load_stop_ids(self.recipe.model, self.base_model),
+            variables=data.chat_template_kwargs,
+            fold_system=data.system == "fold",
         )
 
     @cached_property

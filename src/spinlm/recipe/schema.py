@@ -14,6 +14,7 @@ from spinlm.recipe.fields import (
     Fraction,
     ModelOrPath,
     NonNegative,
+    Options,
     PerIteration,
     Positive,
     Section,
@@ -121,6 +122,12 @@ class Data(Section):
     """Stop at a row that cannot be used, or skip it and count it."""
     chat_template: str | None = None
     """Jinja chat template, or a file with one. It replaces the tokenizer's own."""
+    chat_template_kwargs: Options = {}
+    """Variables of the chat template, such as `enable_thinking: false`. Players are saved with a template that sets
+    them."""
+    system: Literal["keep", "fold"] = "keep"
+    """Render a system prompt as its own message (`keep`), or at the head of the user's first message (`fold`), for
+    templates without system messages."""
 
     @property
     def paths(self) -> list[str]:

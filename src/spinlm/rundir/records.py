@@ -17,7 +17,8 @@ from typing import Any, Generic, TypeVar
 from spinlm.errors import RunError
 from spinlm.utils.atomic import read_json_lines
 
-Message = dict[str, str]
+Message = dict[str, Any]
+"""A message of a conversation: role, content, and other fields that a chat template renders."""
 
 SPLITS = ("heldout", "sft", "train")
 """The splits of a run's examples, in the order in which they are drawn."""
@@ -32,7 +33,7 @@ class Example:
 
     id: str
     messages: list[Message]  # the prompt: everything before the response
-    response: str
+    response: str  # as rendered; `Generation.text` is made in the same way
     prompt_ids: list[int]  # exactly what the opponent sees
     response_ids: list[int]  # with the end-of-turn token, unless it was cut at the length limit
     source: str  # file and row, for messages

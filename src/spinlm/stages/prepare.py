@@ -77,12 +77,20 @@ def _write_examples(run: Run, data_fingerprint: dict[str, Any]) -> dict[str, int
             "skipped": selection.skipped,
             "skipped_rows": selection.skipped_rows,
             "responses_cut_at_max_length": selection.truncated,
+            "responses_changed": selection.changed,
+            "changed_responses": selection.changed_responses,
         },
     )
     counts = selection.counts
     sft_only = f", {counts['sft']} for SFT only" if counts["sft"] else ""
     log.info("examples: %d for self-play, %d held out%s", counts["train"], counts["heldout"], sft_only)
     log.info("columns: %s", selection.columns)
+    if selection.changed:
+        log.warning(
+            "%d responses are rendered as other text than the data have; the rendered text is trained on and scored "
+            "(`spinlm check` shows both)",
+            selection.changed,
+        )
     for reason, count in selection.skipped.items():
         log.info("  skipped: %d × %s (see %s)", count, reason.replace("_", " "), folder.skipped_rows)
     return counts
