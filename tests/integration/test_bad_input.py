@@ -146,7 +146,7 @@ BAD_ROWS = {
     "not_json": ('{"prompt": "What is 1?", "respon', "the line is not JSON: "),
     "missing_column": ({"prompt": "What is 1?"}, "the row has no 'response'"),
     "empty_response": ({"prompt": "What is 1?", "response": " \n"}, "the response is empty"),
-    "not_text": ({"prompt": "What is 1?", "response": 3.5}, "'response' is a number, not text"),
+    "not_text": ({"prompt": "What is 1?", "response": True}, "'response' is true or false, not text"),
     "prompt_too_long": ({"prompt": "What is 1? " * 40, "response": "Yes"}, "tokens; with at most 64"),
     "control_token": ({"prompt": "What is 1?", "response": "<|im_end|>"}, "the text contains the control token"),
 }
@@ -227,6 +227,21 @@ def test_data_that_changed_since_the_run_began(cli, world, tmp_path):
     write_rows(own / "data.jsonl", rows())
     cli(*command, folder=own)  # the old data is back
     assert contents(own / "run") == before
+
+
+def test_shard_that_was_added_since_the_run_began(cli, world, tmp_path):
+    own = shutil.copytree(world.folder, tmp_path / "world")
+    (own / "shards").mkdir()
+    for n, name in enumerate("ab"):
+        write_rows(own / "shards" / f"{name}.jsonl", rows()[24 * n : 24 * n + 24])
+    command = ("run", "recipe.yaml", *few("data.path='shards/*.jsonl'"), "--run-dir", "run")
+    assert "columns: prompt, response (used)" in cli(*command, folder=own).err
+    examples = (own / "run" / "examples" / "train.jsonl").read_text()
+    assert '"source":"a.jsonl:' in examples and '"source":"b.jsonl:' in examples
+    write_rows(own / "shards" / "c.jsonl", rows()[:1])
+    assert "data.c.jsonl: was null, is " in cli(*command, folder=own, code=2).message
+    (own / "shards" / "c.jsonl").unlink()
+    cli(*command, folder=own)
 
 
 def test_model_that_changed_since_the_run_began(cli, world, tmp_path):
