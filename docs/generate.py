@@ -141,7 +141,8 @@ def _command(command: Any) -> Iterator[str]:
         if isinstance(info, ArgumentInfo):
             names = name.upper()
         else:
-            value = next(VALUES[part] for part in (kind, *get_args(kind)) if part in VALUES)
+            choices = f" {{{','.join(get_args(kind))}}}" if get_origin(kind) is Literal else None
+            value = choices or next(VALUES[part] for part in (kind, *get_args(kind)) if part in VALUES)
             declared = [part for part in (info.default, *(info.param_decls or ())) if isinstance(part, str)]
             names = ", ".join(declared or [f"--{name.replace('_', '-')}"]) + value
         default = parameter.default

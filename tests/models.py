@@ -176,7 +176,7 @@ def tiny_model(architecture: str, vocabulary: int = 512, eos: int = 2, spread: f
         bos_token_id=1,
         eos_token_id=eos,
         pad_token_id=None,
-        **(_CONFIGS[architecture] | changes),
+        **(_CONFIGS.get(architecture, {}) | changes),
     )
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(config).eval()

@@ -10,16 +10,18 @@ import datasets
 import pytest
 import torch
 import yaml
-from runs import HELDOUT, change_recipe, read_pairs, read_rows, rewrite_markers, write_rows
+from runs import HELDOUT, change_marker, change_recipe, read_pairs, read_rows, rewrite_markers, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from models import load_player
 from spinlm.data.renderer import Renderer
 from spinlm.export.model_card import base_license, render_card
 from spinlm.export.player import export, push
+from spinlm.model.base_files import stored_dtype
 from spinlm.recipe.schema import Model, Recipe
 from spinlm.rundir.layout import RunDir
 from spinlm.rundir.provenance import read_recipe
+from spinlm.rundir.records import Pair, write_pairs
 from spinlm.rundir.stage_graph import START
 from spinlm.utils.atomic import read_json, write_json
 from spinlm.utils.model_path import resolve_model
@@ -362,7 +364,7 @@ def test_pairs_for_trl(world, reference, exported):
             assert texts(row) == (example["messages"], example["response"], answers[key]["text"])
     assert len(data["train"]) > 0 and {row["source_iteration"] for row in data["train"]} == {0, 1}
     assert f"pairs of iteration 1: {len(data['train'])} train, {len(data['test'])} test" in output
-    assert (f"{truncated} skipped" in output) == (truncated > 0)
+    assert (f"skipped: {truncated} with the synthetic response truncated" in output) == (truncated > 0)
 
 
 def test_trl_trains_two_steps_on_the_pairs_and_sees_our_tokens(world, reference, exported, tmp_path):
@@ -390,7 +392,7 @@ def test_pairs_that_cannot_be_exported(cli, reference, rewound, tmp_path):
     refused = cli("export", reference, "--pairs", "--iteration", "best", "--output", "new", folder=tmp_path, code=2)
     assert "give the number of an iteration" in refused.message
     refused = cli("export", reference, "--pairs", "--merge", "--output", "new", folder=tmp_path, code=2)
-    assert "--merge and --license" in refused.message
+    assert "--merge, --dtype and --license" in refused.message
     for changed in ("iteration-0/pairs/train-00000.arrow", "iteration-0/generations/train-00000.jsonl"):
         run = rewound(1, "reference_logprobs")
         with (run / changed).open("ab") as file:
@@ -399,3 +401,70 @@ def test_pairs_that_cannot_be_exported(cli, reference, rewound, tmp_path):
         assert f"{run / changed}: has changed since it was written" in refused.message
         assert not (tmp_path / "new").exists()
         shutil.rmtree(run)
+
+
+def without_pairs(run: Path, *splits: str, **rates: float) -> None:
+    """Change iteration 1 of a run as if all responses of the splits had been equal to the real ones."""
+    for split in splits:
+        for path in (run / "iteration-1" / "pairs").glob(f"{split}-*.arrow"):
+            write_pairs(path, [])
+            RunDir(run).record_digest(path)
+    rewrite_markers(run)
+    values = {split: {"pairs": 0, "responses": 24, "identical_rate": 1.0} for split in splits}
+    change_marker(run / ".spinlm" / "iteration-1" / "reference_logprobs.done", **values)
+    rewrite_markers(run)
+
+
+def test_pairs_of_a_run_whose_responses_all_equal_the_real_ones(cli, rewound, tmp_path):
+    run = rewound(1, "train")
+    without_pairs(run, "train", "heldout")
+    refused = cli("export", run, "--pairs", "--output", "new", folder=tmp_path, code=2)
+    assert "iteration 1 has no pairs to export: 24 with the synthetic response equal to the real one" in refused.message
+    assert {path.name for path in tmp_path.iterdir()} == {"run"}  # nothing is written, not even a temporary folder
+
+
+def test_pairs_whose_synthetic_responses_are_all_truncated(cli, rewound, tmp_path):
+    run = rewound(1, "train")
+    for path in run.glob("iteration-*/generations/train-*.jsonl"):
+        RunDir(run).record_digest(write_rows(path, [row | {"finished": False} for row in read_rows(path)]))
+    rewrite_markers(run)
+    refused = cli("export", run, "--pairs", "--output", "new", folder=tmp_path, code=2)
+    pairs = len(read_pairs(run, 1, "train"))
+    assert f"no pairs to export: {pairs} with the synthetic response truncated" in refused.message
+    assert "opponent.max_new_tokens" in refused.message and {path.name for path in tmp_path.iterdir()} == {"run"}
+
+
+def test_pairs_with_the_text_of_the_real_response_are_skipped(cli, rewound, tmp_path):
+    """Other tokens may spell the same text, which TRL would prefer over itself."""
+    run = rewound(1, "train")
+    real = {row["id"]: row["response"] for row in read_rows(run / "examples" / "train.jsonl")}
+    path = run / "iteration-1" / "generations" / "train-00000.jsonl"
+    responses = read_rows(path)
+    responses[0] |= {"text": real[responses[0]["id"]], "token_ids": [40, 41, 2], "finished": True}
+    RunDir(run).record_digest(write_rows(path, responses))
+    file = run / "iteration-1" / "pairs" / "train-00000.arrow"
+    pair = {"id": responses[0]["id"], "source_iteration": 1, "sample": 0, "prompt_ids": [1], "real_ids": [2]}
+    write_pairs(file, [Pair(**pair, synthetic_ids=[40, 41, 2], opponent_real=-1.0, opponent_synthetic=-1.0)])
+    RunDir(run).record_digest(file)
+    rewrite_markers(run)
+    out = cli("export", run, "--pairs", "--output", "new", folder=tmp_path).out
+    assert "1 with the synthetic response equal to the real one" in out
+    assert not any(
+        row["id"] == pair["id"] and row["source_iteration"] == 1
+        for row in datasets.load_dataset(str(tmp_path / "new"), split="train")
+    )
+
+
+def test_pairs_without_held_out_ones_can_be_loaded(cli, rewound, tmp_path):
+    run = rewound(1, "train")
+    without_pairs(run, "heldout")
+    assert " train, 0 test" in cli("export", run, "--pairs", "--output", "new", folder=tmp_path).out
+    assert set(datasets.load_dataset(str(tmp_path / "new"))) == {"train"}
+
+
+def test_precision_of_an_export(world, cli, reference, tmp_path):
+    refused = cli("export", reference, "--dtype", "bfloat16", "--output", "new", folder=tmp_path, code=2)
+    assert "--dtype: an adapter keeps its precision" in refused.message
+    options = ("--iteration", "1", "--merge", "--dtype", "bfloat16", "--output")
+    cli("export", reference, *options, tmp_path / "new", folder=world.folder)
+    assert stored_dtype(tmp_path / "new") == "bfloat16"

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -145,6 +145,10 @@ def export(
         typer.Option(help="Choose the player: a number, `start` or `best`. The default is `best`."),
     ] = None,
     merge: Annotated[bool, typer.Option("--merge", help="Merge the adapter into the base model.")] = False,
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        typer.Option(help="Store a whole model in this precision. `auto` merges in the base model's."),
+    ] = "auto",
     license: Annotated[
         str | None, typer.Option(help="Set the license in the model card. The default is the base model's.")
     ] = None,
@@ -166,15 +170,16 @@ def export(
 
     folder, recipe = read_run(run)
     if pairs:
-        if merge or license:
-            raise RunError("--merge and --license cannot be used with --pairs. Leave them out")
+        if merge or license or dtype != "auto":
+            raise RunError("--merge, --dtype and --license cannot be used with --pairs. Leave them out")
         if iteration is not None and not iteration.isdecimal():
             raise RunError(f"--iteration {iteration}: with --pairs, give the number of an iteration")
         summary = export_pairs(recipe, folder, None if iteration is None else int(iteration), output)
         print(f"wrote {output} ({summary})")
     else:
         player = parse_player(folder, iteration or "best")
-        export_player(recipe, folder, player, output, merge=merge, license=license)
+        precision = None if dtype == "auto" else dtype
+        export_player(recipe, folder, player, output, merge=merge, license=license, dtype=precision)
         note = "; no iteration beat the start" if iteration in (None, "best") and player == START else ""
         print(f"wrote {output} ({folder.iteration(player).name}{note})")
     if push_to_hub:

@@ -4,6 +4,8 @@ TRL takes text: it renders and tokenizes each message, and ends it with an end-o
 no end-of-turn token, so its pair is skipped.
 """
 
+import shutil
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count, takewhile
@@ -24,16 +26,24 @@ EXPORT_SPLITS = {"train": "train", "heldout": "test"}
 
 @dataclass(frozen=True)
 class PairCounts:
-    """How many pairs were exported, and how many skipped because the synthetic response was truncated."""
+    """How many pairs were exported, and why others were not."""
 
     iteration: int
     pairs: dict[str, int]  # by exported split
-    truncated: int
+    skipped: Counter[str]  # by reason
 
     def __str__(self) -> str:
         counts = ", ".join(f"{pairs} {split}" for split, pairs in self.pairs.items())
-        skipped = f"; {self.truncated} skipped, synthetic response truncated" if self.truncated else ""
+        skipped = f"; skipped: {_counts(self.skipped)}" if self.skipped else ""
         return f"pairs of iteration {self.iteration}: {counts}{skipped}"
+
+
+TRUNCATED, IDENTICAL = "synthetic response truncated", "synthetic response equal to the real one"
+"""Why a pair is not exported."""
+
+
+def _counts(skipped: Counter[str]) -> str:
+    return ", ".join(f"{number} with the {reason}" for reason, number in skipped.items())
 
 
 def export_pairs(recipe: Recipe, folder: RunDir, iteration: int | None, output: Path) -> PairCounts:
@@ -48,7 +58,8 @@ def export_pairs(recipe: Recipe, folder: RunDir, iteration: int | None, output: 
         output: a folder that does not exist or is empty.
 
     Raises:
-        RunError: the output folder is not empty, the run is a control, or the iteration has no pairs yet.
+        RunError: the output folder is not empty, the run is a control, or the iteration has no pairs yet, or none to
+            train on.
     """
     require_empty(output)
     if recipe.is_control:
@@ -64,17 +75,34 @@ def export_pairs(recipe: Recipe, folder: RunDir, iteration: int | None, output: 
     for source in range(max(0, iteration - recipe.selfplay.replay), iteration + 1):
         folder.require("generate", source)
     folder.require("reference_logprobs", iteration)
-    counts, truncated = {}, 0
+    counts: dict[str, int] = {}
+    skipped: Counter[str] = Counter()
     with atomic_path(output) as temporary:
         temporary.mkdir()
         for split, name in EXPORT_SPLITS.items():
-            written, skipped = _write_split(recipe, folder, iteration, split, temporary / f"{name}.parquet")
-            counts[name], truncated = written, truncated + skipped
-    return PairCounts(iteration, counts, truncated)
+            path = temporary / f"{name}.parquet"
+            counts[name] = _write_split(recipe, folder, iteration, split, path, skipped)
+            if split == "train" and not counts[name]:
+                shutil.rmtree(temporary)
+                raise RunError(_no_pairs(folder, iteration, skipped))
+            if not counts[name]:
+                path.unlink()
+    return PairCounts(iteration, counts, skipped)
 
 
-def _write_split(recipe: Recipe, folder: RunDir, iteration: int, split: str, path: Path) -> tuple[int, int]:
-    """Write the pairs of a split to a Parquet file, one shard at a time; return how many were written and skipped."""
+def _no_pairs(folder: RunDir, iteration: int, skipped: Counter[str]) -> str:
+    """Say why an iteration has no training pairs to export."""
+    rates = folder.metadata("reference_logprobs", iteration).get("train", {})
+    skipped[IDENTICAL] += round(rates.get("identical_rate", 0) * rates.get("responses", 0))
+    reason = f"{_counts(+skipped)} (of {rates.get('responses', 0)} responses)"
+    remedy = "Train on prompts that the model does not answer perfectly yet, or sample at a higher temperature"
+    if skipped[TRUNCATED] > skipped[IDENTICAL]:
+        remedy = "Raise opponent.max_new_tokens"
+    return f"{folder.root}: iteration {iteration} has no pairs to export: {reason}. {remedy}"
+
+
+def _write_split(recipe: Recipe, folder: RunDir, iteration: int, split: str, path: Path, skipped: Counter[str]) -> int:
+    """Write the pairs of a split to a Parquet file, one shard at a time; count those written and those skipped."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -82,23 +110,28 @@ def _write_split(recipe: Recipe, folder: RunDir, iteration: int, split: str, pat
     origin = [("id", pa.string()), ("source_iteration", pa.int32()), ("sample", pa.int32())]
     schema = pa.schema([*origin, *((column, messages) for column in ("prompt", "chosen", "rejected"))])
     examples, size = RecordFile(folder.examples(split), Example), recipe.opponent.shard_size
-    written = skipped = 0
+    written = 0
     with pq.ParquetWriter(path, schema) as writer:
         for shard in range(examples.num_shards(size)):
             pairs = read_pairs([folder.pairs(iteration, split, shard)])
             keys = pairs.select(["id", "source_iteration", "sample"]).to_pylist()
-            rows = list(
-                _rows(folder, split, shard, keys, {example.id: example for example in examples.shard(shard, size)})
-            )
-            writer.write_table(pa.Table.from_pylist(rows, schema=schema))
-            written, skipped = written + len(rows), skipped + len(keys) - len(rows)
-    return written, skipped
+            by_id = {example.id: example for example in examples.shard(shard, size)}
+            rows = list(_rows(folder, split, shard, keys, by_id, skipped))
+            if rows:  # `datasets` cannot read a file whose first row group is empty
+                writer.write_table(pa.Table.from_pylist(rows, schema=schema))
+            written += len(rows)
+    return written
 
 
 def _rows(
-    folder: RunDir, split: str, shard: int, keys: list[dict[str, Any]], examples: dict[str, Example]
+    folder: RunDir,
+    split: str,
+    shard: int,
+    keys: list[dict[str, Any]],
+    examples: dict[str, Example],
+    skipped: Counter[str],
 ) -> Iterator[dict[str, Any]]:
-    """Yield the pairs of a shard as text, without those whose synthetic response was truncated."""
+    """Yield the pairs of a shard as text. Skip and count those that give text nothing to prefer."""
     responses = {
         (response.iteration, response.id, response.sample): response
         for source in {key["source_iteration"] for key in keys}
@@ -106,7 +139,11 @@ def _rows(
     }
     for key in keys:
         example, response = examples[key["id"]], responses[key["source_iteration"], key["id"], key["sample"]]
-        if response.finished:
+        if not response.finished:
+            skipped[TRUNCATED] += 1
+        elif response.text == example.response:  # other tokens, same text
+            skipped[IDENTICAL] += 1
+        else:
             yield {
                 **key,
                 "prompt": example.messages,

@@ -12,7 +12,14 @@ from spinlm.utils.atomic import atomic_path, read_json
 
 
 def export(
-    recipe: Recipe, folder: RunDir, iteration: int, output: Path, *, merge: bool = False, license: str | None = None
+    recipe: Recipe,
+    folder: RunDir,
+    iteration: int,
+    output: Path,
+    *,
+    merge: bool = False,
+    license: str | None = None,
+    dtype: str | None = None,
 ) -> None:
     """Copy a player to a folder, or merge its adapter into the base model; write a model card.
 
@@ -25,20 +32,26 @@ def export(
         output: a folder that does not exist or is empty.
         merge: whether to merge the adapter and save a whole model.
         license: license of the player for the card; None uses the base model's, where its files state one.
+        dtype: precision of a whole model: float32, bfloat16 or float16. None merges in the precision of the base
+            model's files, and keeps that of a player of full fine-tuning, which is float32.
 
     Raises:
-        RunError: the output folder is not empty, or the player has no adapter to merge.
+        RunError: the output folder is not empty, the player has no adapter to merge, or `dtype` is given for an
+            adapter.
+        ModelError: the merged or rounded model differs from the player beyond rounding.
     """
     require_empty(output)
     if merge and recipe.lora is None:
         raise RunError("--merge: this run fine-tunes the whole model, so its players have no adapter. Leave it out")
+    if dtype and recipe.lora is not None and not merge:
+        raise RunError("--dtype: an adapter keeps its precision. Add --merge, or leave --dtype out")
     card = render_card(recipe, folder, iteration, merged=merge, license=license)
     with atomic_path(output) as temporary:
-        if merge:
-            from spinlm.model.merge import save_merged
+        if merge or dtype:
+            from spinlm.model.merge import save_whole_player
             from spinlm.model.players import Players
 
-            save_merged(Players(recipe, folder), iteration, temporary)
+            save_whole_player(Players(recipe, folder), iteration, temporary, dtype)
         else:
             shutil.copytree(folder.player(iteration), temporary)
         (temporary / CARD).write_text(card, encoding="utf-8")

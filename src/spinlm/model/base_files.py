@@ -138,6 +138,27 @@ def change_config(folder: Path, *, dtype: str | None = None, untied: bool = Fals
         write_json(path, config)
 
 
+def use_legacy_names(folder: Path) -> None:
+    """Rename what only transformers 5 reads in a model that it has saved. It reads the names of version 4 as well."""
+    config = read_json(folder / CONFIG)
+    if "dtype" in config:
+        config["torch_dtype"] = config.pop("dtype")
+    rope = config.get("rope_parameters") or {}
+    if "rope_theta" in rope:  # otherwise there are several, by type of layer
+        del config["rope_parameters"]
+        config["rope_theta"] = rope.pop("rope_theta")
+        config["rope_scaling"] = None if rope.get("rope_type") == "default" else rope
+    write_json(folder / CONFIG, config)
+    tokenizer = read_json(folder / TOKENIZER_CONFIG)
+    if tokenizer.get("tokenizer_class") == "TokenizersBackend":
+        tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"
+    for name in ("is_local", "local_files_only"):  # where this machine found the files
+        tokenizer.pop(name, None)
+    write_json(folder / TOKENIZER_CONFIG, tokenizer)
+    if (template := folder / "chat_template.jinja").exists():
+        write_chat_template(folder, template.read_text(encoding="utf-8"))
+
+
 def stored_dtype(folder: Path) -> str:
     """Return the precision of most weights in a model's folder: float32, bfloat16 or float16.
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from spinlm.errors import ModelError, first_line
 from spinlm.model.adapted import target_modules
+from spinlm.model.base_files import use_legacy_names
 from spinlm.model.families import auto_class
 from spinlm.model.quantize import bnb_config, check_4bit_support, patch_4bit_layers
 from spinlm.recipe.schema import Lora, Model
@@ -125,6 +126,7 @@ def _convert_gguf(path: Path, folder: Path) -> None:
     with atomic_path(folder) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
+        use_legacy_names(temporary)
         write_json(temporary / record.name, source | {"files": _digests(temporary)})
     _converted[folder] = source
 

@@ -35,6 +35,33 @@ Sample = tuple[list[int], list[int]]
 """Token ids of a prompt and a response."""
 
 
+def save_whole_player(players: Players, t: int, target: Path, dtype: str | None = None) -> None:
+    """Save a player as a whole model. Merge its adapter if it has one; else copy it, rounded to `dtype` if given.
+
+    Raises:
+        ModelError: the log-probabilities of the model differ from the player's beyond rounding.
+    """
+    player = players.folder.player(t)
+    if players.recipe.lora is not None:
+        save_merged(players, t, target, dtype)
+    elif dtype in (None, stored_dtype(player)):
+        shutil.copytree(player, target)
+    else:
+        save_rounded(players, t, target, dtype)
+
+
+def save_rounded(players: Players, t: int, target: Path, dtype: str) -> None:
+    """Save a player of full fine-tuning in another precision, and compare it with the player as `save_merged` does."""
+    model, player, samples = players.recipe.model, players.folder.player(t), heldout_samples(players)
+    expected = player_logprobs(players, t, samples)
+    players.unload()
+    rounded = load_model(model, str(player), getattr(torch, dtype))
+    save_whole_model(model, rounded, players.base_model, target)
+    players.save_tokenizer(target)
+    del rounded
+    compare_saved_model(model, player, target, samples, expected, players.dtype, players.device)
+
+
 def save_merged(players: Players, t: int, target: Path, dtype: str | None = None) -> None:
     """Save the base with the adapter of iteration `t` merged into it, with the base's own config and tokenizer files.
 
@@ -82,10 +109,7 @@ def save_for_serving(players: Players, t: int, target: Path) -> None:
         eos_token_id=list(players.renderer.stop_ids), **(sampled if opponent.temperature > 0 else {"do_sample": False})
     )
     with atomic_path(target) as temporary:
-        if players.recipe.lora is not None:
-            save_merged(players, t, temporary)
-        else:
-            shutil.copytree(players.folder.player(t), temporary)
+        save_whole_player(players, t, temporary)
         defaults.save_pretrained(temporary)
 
 
@@ -222,8 +246,9 @@ def compare_saved_model(
     if not difference <= bound:
         shutil.rmtree(target)
         raise ModelError(
-            f"{player}: as a whole model, it differs from itself by {difference:.3g} nats per token; rounding explains at "
-            f"most {bound:.3g}. The whole model was not written. Use the adapter instead, or another --dtype"
+            f"{player}: the whole model made from this player differs from the player by {difference:.3g} nats per "
+            f"token; rounding explains at most {bound:.3g}. The model was not written. Export the adapter instead, or "
+            "choose another --dtype"
         )
     log.info("compared with the player after loading: %.2g nats per token apart", difference)
 
