@@ -46,11 +46,8 @@ class Lengths:
 def find_lengths(recipe: Recipe) -> Lengths:
     """Return the lengths of a recipe's examples."""
     examples, sizes, error = _sample_data(recipe.data)
-    limit, new, name = (
-        recipe.train.max_length,
-        recipe.longest_synthetic,
-        ", ".join(Path(path).name for path in recipe.data.paths),
-    )
+    limit, new = recipe.train.max_length, recipe.longest_synthetic
+    name = ", ".join(Path(path).name for path in recipe.data.paths[:3])
     if sizes:
         fitting = [(prompt, real) for prompt, real in sizes if prompt < limit] or [(limit // 2, limit // 2)]
         prompt = math.ceil(sum(prompt for prompt, _ in fitting) / len(fitting))

@@ -136,8 +136,9 @@ class Data(Section):
 
     @property
     def where(self) -> str:
-        """The entries of `path`, for messages."""
-        return ", ".join(self.paths)
+        """The entries of `path`, at most three of them, for messages."""
+        more = len(self.paths) - 3
+        return ", ".join(self.paths[:3]) + (f" and {more} more" if more > 0 else "")
 
 
 class Select(Section):
