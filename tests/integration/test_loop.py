@@ -545,7 +545,7 @@ def test_chat_asks_several_players(world, cli, reference):
     refused = cli("chat", reference, "--prompt", "Hi", "--system", "<|im_end|>", folder=world.folder, code=2)
     assert "contains the control token" in refused.message
     refused = cli("chat", reference, "--prompt", "<|im_end|>", folder=world.folder, code=2)
-    assert refused.message == "this prompt cannot be used: the text contains the control token <|im_end|>"
+    assert refused.message == "this prompt cannot be used: the text contains the control token <|im_end|>. Remove it"
 
 
 def test_run_does_not_depend_on_the_folder_it_was_started_from(world, cli, reference, tmp_path):

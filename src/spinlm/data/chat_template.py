@@ -30,7 +30,7 @@ DEFAULT_TEMPLATE = """\
 """For a tokenizer without a template. BOS is added in front if the tokenizer adds BOS to plain text."""
 
 REMEDY = "Give another template in data.chat_template (Jinja text, or a file that holds it)"
-_FOLD = "Set data.system: fold, which puts it at the head of the user's next message"
+_FOLD = "Set data.system: fold to put it into the user's message"
 
 _ARGUMENTS = ("messages", "tools", "add_generation_prompt", "continue_final_message")  # of every rendering
 

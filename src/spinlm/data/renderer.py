@@ -171,7 +171,8 @@ class Renderer:
             raise RowError(
                 "prompt_not_a_prefix",
                 f"a token spans the end of the prompt, {prompt[-10:]!r}, and the beginning of the response, "
-                f"{body[:10]!r}; the usual cause is white space there",
+                f"{body[:10]!r}; the usual cause is "
+                + ("a response that has no reasoning" if opened and THINK not in response else "white space there"),
             )
         response_ids = whole_ids[len(prompt_ids) :]
         if self.end_id in response_ids:
@@ -284,7 +285,8 @@ class Renderer:
         for name, messages in _SAMPLES.items():
             placed = self.place_system(messages)
             try:
-                encoded = self.encode(placed, _RESPONSE, max_length=1 << 30)
+                response = self._sample_response(placed)
+                encoded = self.encode(placed, response, max_length=1 << 30)
                 prompt = self._prompt_text(placed)
             except RowError as error:
                 if placed[0]["role"] == "system":
@@ -302,8 +304,15 @@ class Renderer:
                 )
             if messages[0]["role"] == "system" and messages[0]["content"] not in prompt:
                 self._chat.system_fault = "omits"
-            if messages == [_QUESTION]:
+            if messages == [_QUESTION] and response == _RESPONSE:
                 self._set_frame(encoded)
+
+    def _sample_response(self, messages: Sequence[Message]) -> str:
+        """Return a response with reasoning if the template opens the reasoning in the prompt, else one without."""
+        prompt = self._prompt_text(messages)
+        whole = self._chat.try_render([*messages, _ANSWER])
+        opens = prompt.rstrip().endswith(THINK) and whole.startswith(prompt)
+        return f"{THINK}\nLook up.\n{END_OF_THINK}\n\n{_RESPONSE}" if opens else _RESPONSE
 
     def _set_frame(self, encoded: Encoded) -> None:
         """Record the text that the template writes before and after the response of a sample."""
