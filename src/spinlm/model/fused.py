@@ -1,4 +1,4 @@
-"""Fused forward and backward passes for LoRA layers, gated MLPs and RMS norms.
+"""Fused forward and backward passes for LoRA layers, gated MLPs, RMS norms and GPT-Neo's GELU.
 
 A linear layer with a LoRA update computes y = x·Wᵀ + b + (α/r) (x·Aᵀ)·Bᵀ (LoRA, arXiv 2106.09685). PEFT's layer needs
 three more passes over a tensor of the output's size, and autograd saves a copy for each. The fused layer adds both
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from spinlm.model.kernels import linear, matmul_tn, prepack
 from spinlm.model.quantize import dequantize, is_4bit, linear_4bit
@@ -28,8 +29,9 @@ def fuse_layers(model: nn.Module) -> int:
     """Replace the forward of every layer that has a fused version, in place.
 
     LoRA layers are fused if the base layer is a frozen linear layer, plain or in 4 bits. A gated MLP is fused if its
-    three projections are fused LoRA layers, and an RMS norm if its weight is frozen and in float32. MLPs and norms are
-    recognized by the names of their parts, so they are fused only if both versions agree on random inputs.
+    three projections are fused LoRA layers, an RMS norm if its weight is frozen and in float32, and GPT-Neo's GELU if
+    it is between fused LoRA layers. MLPs, norms and the GELU are recognized by the names of their parts, so they are
+    fused only if both versions agree on random inputs.
 
     Returns:
         The number of fused layers.
@@ -46,7 +48,12 @@ def fuse_layers(model: nn.Module) -> int:
         for layer in layers
         if _is_gated_mlp(layer) and _fuse_if_equal(layer, _gated_mlp_forward, _base_weight(layer.gate_proj))
     ]
-    return len(adapters) + len(norms) + len(mlps)
+    gelus = [
+        layer
+        for layer in layers
+        if _is_gelu_mlp(layer) and _fuse_if_equal(layer.act, _gelu_forward, _base_weight(layer.c_proj))
+    ]
+    return len(adapters) + len(norms) + len(mlps) + len(gelus)
 
 
 @contextlib.contextmanager
@@ -261,6 +268,18 @@ class _GatedLoraLinear(torch.autograd.Function):
         grad_up = torch.mul(activated.detach(), grad_x, out=x)  # reuses the memory of x
         (grad_gate,) = torch.autograd.grad(activated, gate_leaf, grad_x.mul_(up))
         return grad_gate, grad_up, None, None, grad_a, grad_b
+
+
+def _is_gelu_mlp(layer: Any) -> bool:
+    """Return whether a layer is GPT-Neo's MLP. GPT-2's has the same names and other linear layers."""
+    projections: list[Any] = [getattr(layer, name, None) for name in ("c_fc", "c_proj")]
+    fused = all(layer is not None and _has_forward(layer, _lora_forward) for layer in projections)
+    return fused and not projections[0].fan_in_fan_out and type(layer.act).__name__ == "NewGELUActivation"
+
+
+def _gelu_forward(_: Any, x: Tensor) -> Tensor:
+    """½ x (1 + tanh(√(2/π) (x + 0.044715 x³))): [..., D] → [..., D]. Saves x only."""
+    return F.gelu(x, approximate="tanh")
 
 
 def _is_rms_norm(layer: Any) -> bool:

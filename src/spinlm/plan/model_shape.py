@@ -86,15 +86,15 @@ class Shape:
         A block keeps two residual streams and two normalized ones; queries, keys, values and twice the attention's
         output; and the MLP's inner values: 2 without a gate, 4 with one, or 2 if the whole MLP is adapted and fused.
         Norms keep two float32 copies each, unless they are fused. GPT-Neo's own attention, used without prefix sharing,
-        keeps scores and weights in float32, and the weights once more. With checkpointing each block keeps the residual
-        stream only, and one block at a time is recomputed.
+        keeps its weights in float32, and again in 16 bits. With checkpointing each block keeps the residual stream
+        only, and one block at a time is recomputed.
         """
         gpt = self.family in GPT_LIKE
         inner = (2 if gpt or (lora and not lora.dropout and _adapts_mlp(lora)) else 4) * self.intermediate
         elements = 4 * self.hidden + (3 * self.heads + 2 * self.kv_heads) * self.head_dim + inner
         norms = 0 if lora and width == 4 and not gpt and self.family != "gemma2" else 4 * (4 * self.hidden)
-        scores = (8 + width) * self.heads * row if self.family == "gpt_neo" and not prefix_sharing else 0
-        block = width * elements + norms + scores
+        weights = (4 if width == 4 else 4 + width) * self.heads * row
+        block = width * elements + norms + (weights if self.family == "gpt_neo" and not prefix_sharing else 0)
         return self.layers * width * self.hidden + block if checkpointing else self.layers * block
 
 
