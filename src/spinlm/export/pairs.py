@@ -4,6 +4,7 @@ TRL takes text: it renders and tokenizes each message, and ends it with an end-o
 no end-of-turn token, so its pair is skipped.
 """
 
+import json
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -106,9 +107,7 @@ def _write_split(recipe: Recipe, folder: RunDir, iteration: int, split: str, pat
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    messages = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
-    origin = [("id", pa.string()), ("source_iteration", pa.int32()), ("sample", pa.int32())]
-    schema = pa.schema([*origin, *((column, messages) for column in ("prompt", "chosen", "rejected"))])
+    schema = _schema(folder)
     examples, size = RecordFile(folder.examples(split), Example), recipe.opponent.shard_size
     written = 0
     with pq.ParquetWriter(path, schema) as writer:
@@ -121,6 +120,20 @@ def _write_split(recipe: Recipe, folder: RunDir, iteration: int, split: str, pat
                 writer.write_table(pa.Table.from_pylist(rows, schema=schema))
             written += len(rows)
     return written
+
+
+def _schema(folder: RunDir) -> Any:
+    """Return the columns of all splits. Tools and additional fields of messages have a column if an example has them."""
+    import pyarrow as pa
+
+    fields, tools = {"role": pa.string(), "content": pa.string()}, []
+    for split in EXPORT_SPLITS:
+        for example in read_lines(folder.examples(split), Example):
+            fields.update(dict.fromkeys((key for message in example.messages for key in message), pa.string()))
+            tools = tools or ([("tools", pa.string())] if example.tools else [])
+    messages = pa.list_(pa.struct(list(fields.items())))
+    origin = [("id", pa.string()), ("source_iteration", pa.int32()), ("sample", pa.int32())]
+    return pa.schema([*origin, *((column, messages) for column in ("prompt", "chosen", "rejected")), *tools])
 
 
 def _rows(
@@ -149,4 +162,5 @@ def _rows(
                 "prompt": example.messages,
                 "chosen": [{"role": "assistant", "content": example.response}],
                 "rejected": [{"role": "assistant", "content": response.text}],
+                "tools": json.dumps(example.tools, ensure_ascii=False) if example.tools else None,
             }

@@ -18,6 +18,7 @@ from spinlm.utils.model_path import existing_path, is_glob, matching_paths
 from spinlm.utils.suggest import nearest
 
 MAX_BYTES = 1_000_000  # of a recipe file
+DATA_SUFFIXES = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".gz", ".zst", ".bz2")
 
 
 def load_recipe(path: Path, overrides: tuple[str, ...] | list[str] = ()) -> Recipe:
@@ -29,7 +30,7 @@ def load_recipe(path: Path, overrides: tuple[str, ...] | list[str] = ()) -> Reci
     Raises:
         RecipeError: the file is missing or not a YAML mapping, or a key or value is wrong.
     """
-    if path.suffix.lower() in (".jsonl", ".parquet", ".csv") and path.exists():
+    if path.suffix.lower() in DATA_SUFFIXES and path.exists():
         raise RecipeError(
             f"{path}: this is a data file. Give a recipe that names it as data.path; `spinlm init` writes one"
         )
