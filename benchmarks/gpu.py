@@ -26,7 +26,7 @@ from spinlm.model.loading import add_adapter
 from spinlm.model.logprobs import LogProbs
 from spinlm.model.prefix_trees import PrefixTree, pack_batch
 from spinlm.plan.model_shape import shape_from_config
-from spinlm.recipe.schema import Lora
+from spinlm.recipe.model import Lora
 from spinlm.training.activation_checkpointing import saved_activation_bytes, switch_activation_checkpointing
 
 CONFIGS: dict[str, dict[str, Any]] = {

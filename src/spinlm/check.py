@@ -23,6 +23,7 @@ from spinlm.model.prefix_trees import PrefixTree, micro_batches, pack_batch
 from spinlm.model.quantize import count_parameters
 from spinlm.model.run import Run
 from spinlm.plan import make_plan
+from spinlm.recipe.adapter import with_adapter
 from spinlm.recipe.objective import Spin
 from spinlm.recipe.schema import Recipe
 from spinlm.rundir.layout import RunDir
@@ -51,6 +52,7 @@ def check(recipe: Recipe) -> Iterator[str]:
     """
     for reason in make_plan(recipe).refusals:
         raise DataError(reason)
+    recipe = with_adapter(recipe, download=True)
     data, objective = recipe.data, Spin() if recipe.is_control else recipe.objective
     sizes = {"prompts": min(EXAMPLES, data.prompts or EXAMPLES), "heldout": min(EXAMPLES, data.heldout)}
     update: dict[str, Any] = {
@@ -270,7 +272,7 @@ def _check_first_step(run: Run, groups: Sequence[PromptGroup]) -> str:
 
 def _check_4bit(run: Run, groups: Sequence[PromptGroup]) -> str:
     """Compare the 4-bit model with the unquantized one, if there is memory for both."""
-    recipe, players = run.recipe, run.players
+    players = run.players
     need = count_parameters(players.model.parameters()) * players.dtype.itemsize
     free = free_bytes(players.device)
     if MEMORY_MARGIN * need > free:
@@ -278,7 +280,7 @@ def _check_4bit(run: Run, groups: Sequence[PromptGroup]) -> str:
             f"4 bits: not compared with the unquantized model, which needs {need / 1e9:.1f} GB; {free / 1e9:.1f} GB "
             "are free"
         )
-    unquantized = load_model(recipe.model, players.base_model, players.dtype).to(players.device)
+    unquantized = load_model(players.base, players.base_model, players.dtype).to(players.device)
     disable_dropout(unquantized)
     models = (players.logprobs, LogProbs(unquantized))
     ours, reference = (_per_token(model, groups, players.prefix_sharing) for model in models)

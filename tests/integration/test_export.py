@@ -18,7 +18,8 @@ from spinlm.data.renderer import Renderer
 from spinlm.export.model_card import base_license, render_card
 from spinlm.export.player import export, push
 from spinlm.model.base_files import stored_dtype
-from spinlm.recipe.schema import Model, Recipe
+from spinlm.recipe.model import Model
+from spinlm.recipe.schema import Recipe
 from spinlm.rundir.layout import RunDir
 from spinlm.rundir.provenance import read_recipe
 from spinlm.rundir.records import Pair, write_pairs

@@ -9,7 +9,7 @@ import torch
 from models import save_tiny_model, tiny_recipe
 from spinlm.model.players import Players
 from spinlm.plan.model_shape import shape_from_config
-from spinlm.recipe.schema import Lora
+from spinlm.recipe.model import Lora
 from spinlm.rundir.layout import RunDir
 from spinlm.training import activation_checkpointing
 from spinlm.training.activation_checkpointing import (

@@ -23,7 +23,7 @@ from spinlm.model.logprobs import LogProbs, max_logprob_error
 from spinlm.model.players import Players
 from spinlm.model.prefix_trees import PrefixTree, pack_batch
 from spinlm.model.run import Run
-from spinlm.recipe.schema import Lora, Model
+from spinlm.recipe.model import Lora, Model
 from spinlm.rundir.layout import RunDir
 from spinlm.stages.reference_logprobs import _check_mismatch, _Tally
 

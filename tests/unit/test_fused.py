@@ -14,7 +14,7 @@ from models import tiny_model
 from spinlm.model.fused import fuse_layers, prepacked_adapters
 from spinlm.model.kernels import linear, prepack
 from spinlm.model.loading import add_adapter, disable_dropout
-from spinlm.recipe.schema import Lora
+from spinlm.recipe.model import Lora
 from spinlm.training.activation_checkpointing import switch_activation_checkpointing
 
 

@@ -23,7 +23,7 @@ from spinlm.model.loading import add_adapter
 from spinlm.model.logprobs import LogProbs
 from spinlm.model.players import Players
 from spinlm.model.prefix_trees import PrefixTree, pack_batch
-from spinlm.recipe.schema import Lora
+from spinlm.recipe.model import Lora
 from spinlm.rundir.layout import RunDir
 
 V = 97

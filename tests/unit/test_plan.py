@@ -18,9 +18,10 @@ from spinlm.plan.lengths import Lengths, find_lengths
 from spinlm.plan.model_shape import Shape, find_shape, shape_from_config
 from spinlm.plan.render import format_hours
 from spinlm.recipe.load import load_recipe, parse_recipe
+from spinlm.recipe.model import Lora
 from spinlm.recipe.objective import OBJECTIVES
 from spinlm.recipe.opponent import Opponent, Server
-from spinlm.recipe.schema import Lora, Recipe, Train
+from spinlm.recipe.schema import Recipe, Train
 from spinlm.rundir.layout import RunDir
 from spinlm.rundir.resume import claim_recipe
 from spinlm.rundir.stage_graph import START

@@ -26,7 +26,7 @@ from spinlm.model.logprobs import LogProbs
 from spinlm.model.players import Players
 from spinlm.model.prefix_trees import PrefixTree, pack_batch
 from spinlm.model.run import Run
-from spinlm.recipe.schema import Lora, Model
+from spinlm.recipe.model import Lora, Model
 from spinlm.rundir.layout import RunDir
 from spinlm.rundir.stage_graph import START
 from spinlm.utils.atomic import file_digest, write_json

@@ -22,7 +22,7 @@ from spinlm.model.merge import save_merged
 from spinlm.model.players import Players
 from spinlm.model.prefix_trees import PrefixTree, pack_batch
 from spinlm.model.quantize import bnb_config, check_4bit_support, count_parameters, dequantize, is_4bit
-from spinlm.recipe.schema import Lora
+from spinlm.recipe.model import Lora
 from spinlm.rundir.layout import RunDir
 
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="4 bits need the extra `bitsandbytes`")

@@ -9,7 +9,8 @@ import yaml
 
 from spinlm.data.sources import names_a_file
 from spinlm.errors import ModelError
-from spinlm.recipe.schema import Model, Recipe
+from spinlm.recipe.model import Model
+from spinlm.recipe.schema import Recipe
 from spinlm.report.run_data import run_data
 from spinlm.report.summary import table_cells
 from spinlm.rundir.layout import RunDir

@@ -55,7 +55,7 @@ def engine_arguments(recipe: Recipe, settings: Vllm, model: str, dtype: str) -> 
         )
     arguments = {
         "model": model,
-        "revision": recipe.model.revision if lora else None,
+        "revision": recipe.model.base_model.revision if lora and not recipe.merges_adapter else None,
         "trust_remote_code": recipe.model.trust_remote_code,
         "dtype": dtype,
         "max_model_len": recipe.train.max_length,

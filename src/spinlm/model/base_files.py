@@ -13,7 +13,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from spinlm.recipe.schema import Model
+from spinlm.recipe.model import Model
 from spinlm.utils.atomic import read_json, write_json
 from spinlm.utils.model_path import resolve_model
 

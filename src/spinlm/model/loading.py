@@ -6,7 +6,7 @@ import logging
 import os
 import pickle
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from spinlm.model.adapted import target_modules
 from spinlm.model.base_files import use_legacy_names
 from spinlm.model.families import auto_class
 from spinlm.model.quantize import bnb_config, check_4bit_support, patch_4bit_layers
-from spinlm.recipe.schema import Lora, Model
+from spinlm.recipe.model import Lora, Model
 from spinlm.rundir.layout import RunDir
 from spinlm.utils.atomic import atomic_path, file_digest, read_json, write_json
 from spinlm.utils.model_path import resolve_model
@@ -28,7 +28,7 @@ log = logging.getLogger("spinlm")
 
 
 @contextlib.contextmanager
-def _as_model_error(message: str) -> Iterator[None]:
+def as_model_error(message: str) -> Iterator[None]:
     """Raise a ModelError instead of the errors of transformers, safetensors and gguf for missing or damaged files."""
     try:
         yield
@@ -70,7 +70,7 @@ def compute_dtype(model: Model, device: torch.device) -> torch.dtype:
 
 
 def prepare_base_model(model: Model, folder: RunDir) -> str:
-    """Return the name that transformers loads the base model from: a hub id or a folder.
+    """Return the name that transformers loads the model, or the base of an adapter, from: a hub id or a folder.
 
     A .gguf file is converted once to a model folder in the run folder.
 
@@ -81,11 +81,29 @@ def prepare_base_model(model: Model, folder: RunDir) -> str:
         warn_remote_code()
     # Otherwise transformers asks a service of the hub to convert pickled weights to safetensors.
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
+    if model.base is not None:
+        try:
+            return _prepare_whole_model(model.base_model, folder, check_hub=True)
+        except ModelError as error:
+            raise ModelError(
+                f"{model.path}: the base model of this adapter cannot be used: {error}. Set model.base to a folder or "
+                "hub id of that model"
+            ) from error
+    return _prepare_whole_model(model, folder)
+
+
+def _prepare_whole_model(model: Model, folder: RunDir, *, check_hub: bool = False) -> str:
     path = resolve_model(model.path)
     if path is None:
+        if check_hub:
+            from transformers.utils.hub import cached_file
+
+            with as_model_error(model.path):
+                cached_file(model.path, "config.json", revision=model.revision)
         return model.path
     if path.suffix == ".gguf":
-        _convert_gguf(path, folder.base)
+        source = {"file": path.name, "bytes": path.stat().st_size}
+        make_once(folder.base, source, lambda target: _convert_gguf(path, target))
         return str(folder.base.absolute())  # absolute, because adapters record the path of their base
     if not (path / "config.json").exists():
         raise ModelError(f"{path}: not a model folder, because it has no config.json. Set model.path to a model folder")
@@ -100,35 +118,36 @@ def warn_remote_code() -> None:
     log.warning("model.trust_remote_code is on: code from the model's repository runs on this machine, as your user")
 
 
-_converted: dict[
-    Path, dict[str, Any]
-] = {}  # folder → its source file, if this process converted or verified the folder
+_verified: dict[Path, dict[str, Any]] = {}  # folder → its source, if this process made or verified the folder
 
 
-def _convert_gguf(path: Path, folder: Path) -> None:
-    """Convert a .gguf file to a model folder, unless the folder already holds the result with correct digests."""
-    source = {"file": path.name, "bytes": path.stat().st_size}
+def make_once(folder: Path, source: dict[str, Any], make: Callable[[Path], None]) -> None:
+    """Make a model folder from a source, unless the folder already holds the result with correct digests."""
     record = folder / "source.json"
     if record.exists() and (
-        _converted.get(folder) == source or read_json(record) == source | {"files": _digests(folder)}
+        _verified.get(folder) == source or read_json(record) == source | {"files": _digests(folder)}
     ):
-        _converted[folder] = source
+        _verified[folder] = source
         return
+    with atomic_path(folder) as temporary:
+        make(temporary)
+        write_json(temporary / record.name, source | {"files": _digests(temporary)})
+    _verified[folder] = source
+
+
+def _convert_gguf(path: Path, target: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    log.info("converting %s to %s", path.name, folder)
-    with _as_model_error(f"{path}: transformers cannot read this .gguf file"):
+    log.info("converting %s to a model folder", path.name)
+    with as_model_error(f"{path}: transformers cannot read this .gguf file"):
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
         dequantize = GgufConfig(dequantize=True)
         model = AutoModelForCausalLM.from_pretrained(
             path.parent, gguf_file=path.name, quantization_config=dequantize, dtype=torch.float32
         )
-    with atomic_path(folder) as temporary:
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        use_legacy_names(temporary)
-        write_json(temporary / record.name, source | {"files": _digests(temporary)})
-    _converted[folder] = source
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+    use_legacy_names(target)
 
 
 def _digests(folder: Path) -> dict[str, str]:
@@ -137,12 +156,13 @@ def _digests(folder: Path) -> dict[str, str]:
 
 
 def hub_commit(model: Model) -> str | None:
-    """Return the commit that the revision of a hub model points to; None if the hub does not answer."""
+    """Return the commit that the revision of a hub model or adapter has; None if the hub does not answer."""
     from transformers.utils.hub import cached_file, extract_commit_hash
 
     log.info("asking the hub for %s", model.path)
     try:
-        path = cached_file(model.path, "config.json", revision=model.revision)
+        name = "config.json" if model.base is None else "adapter_config.json"
+        path = cached_file(model.path, name, revision=model.revision)
     except OSError:  # loading the model raises an error with the reason
         return None
     return extract_commit_hash(path, None)
@@ -157,7 +177,7 @@ def load_tokenizer(model: Model, path: str) -> Any:
     from transformers import AutoTokenizer
 
     hub = "" if resolve_model(path) else " from the hub (there is no folder of that name)"
-    with _as_model_error(f"{path}: the tokenizer cannot be loaded{hub}"):
+    with as_model_error(f"{path}: the tokenizer cannot be loaded{hub}"):
         tokenizer = AutoTokenizer.from_pretrained(
             path, revision=model.revision, trust_remote_code=model.trust_remote_code
         )
@@ -193,12 +213,13 @@ def load_model(model: Model, path: str, dtype: torch.dtype, *, load_in_4bit: boo
     from transformers import AutoConfig
 
     options: dict[str, Any] = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
-    with _as_model_error(f"{path}: the model cannot be loaded"):
+    with as_model_error(f"{path}: the model cannot be loaded"):
         config = AutoConfig.from_pretrained(path, **options)
         if getattr(config, "quantization_config", None):
             raise ModelError(
-                f"{path}: pre-quantized models are not supported. Set model.path to the unquantized model; "
-                "model.load_in_4bit: true quantizes it at load time"
+                f"{path}: pre-quantized models are not supported. Set model.path, or model.base if model.path is an "
+                "adapter, to the unquantized model; model.load_in_4bit: true quantizes it at load "
+                "time"
             )
         if load_in_4bit:
             check_4bit_support()
@@ -212,12 +233,12 @@ def load_model(model: Model, path: str, dtype: torch.dtype, *, load_in_4bit: boo
 
 
 def add_adapter(model: Any, lora: Lora, seed: int, revision: str | None = None) -> Any:
-    """Add a new LoRA adapter in float32 whose output is zero. The adapter's config records the base's revision.
+    """Add a new adapter in float32 whose output is zero. The adapter's config records the base's revision.
 
     Raises:
-        ModelError: no layer has a name in `lora.target_modules`.
+        ModelError: no layer has a name in `lora.target_modules`, or such a layer cannot have an adapter.
     """
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig
 
     alpha: Any = lora.alpha  # PEFT's annotation is int, but any number works
     config = LoraConfig(
@@ -225,11 +246,24 @@ def add_adapter(model: Any, lora: Lora, seed: int, revision: str | None = None) 
         lora_alpha=alpha,
         lora_dropout=lora.dropout,
         target_modules=target_modules(model, lora.target_modules),
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
         bias="none",
         task_type="CAUSAL_LM",
         revision=revision,
     )
     torch.manual_seed(seed)
+    return attach_adapter(model, config)
+
+
+def attach_adapter(model: Any, config: Any) -> Any:
+    """Add a new adapter in float32 by PEFT's configuration.
+
+    Raises:
+        ModelError: no layer has a name in the target modules, or such a layer cannot have an adapter.
+    """
+    from peft import get_peft_model
+
     try:
         return get_peft_model(model, config)
     except ValueError as error:
@@ -243,7 +277,7 @@ def load_player(model: Any, folder: Path) -> None:
         ModelError: the weights in the folder are incomplete, damaged, not finite, or of another model.
     """
     load = _load_adapter if hasattr(model, "get_base_model") else _load_full_model
-    with _as_model_error(f"{folder}: not a player of this model"):
+    with as_model_error(f"{folder}: not a player of this model"):
         mismatched = load(model, folder)
         if mismatched:
             raise ValueError(f"{len(mismatched)} weights missing or unknown ({', '.join(sorted(mismatched)[:3])} …)")

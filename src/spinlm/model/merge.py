@@ -4,22 +4,21 @@ import gc
 import itertools
 import logging
 import shutil
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from spinlm.errors import ModelError
+from spinlm.model.adapters import merge_adapter
 from spinlm.model.base_files import base_folder, save_whole_model, stored_dtype
 from spinlm.model.families import auto_class
 from spinlm.model.loading import load_model
 from spinlm.model.logprobs import plain_logprob
 from spinlm.model.players import MAX_LOGPROB_ERROR, Players
 from spinlm.model.prefix_trees import PrefixTree, pack_batch
-from spinlm.recipe.schema import Model
+from spinlm.recipe.model import Model
 from spinlm.rundir.records import Example, read_lines
 from spinlm.utils.atomic import atomic_path
 
@@ -77,7 +76,7 @@ def save_merged(players: Players, t: int, target: Path, dtype: str | None = None
     Raises:
         ModelError: the log-probabilities of the merged model differ from the player's beyond rounding.
     """
-    model, samples = players.recipe.model, heldout_samples(players)
+    model, samples = players.base, heldout_samples(players)
     expected = player_logprobs(players, t, samples)
     players.unload()
     player = players.folder.player(t)
@@ -131,48 +130,6 @@ def merge_to_folder(model: Model, base: str, adapter: Path, target: Path, dtype:
     loaded = load_model(model, base, getattr(torch, stored))
     untied = merge_adapter(PeftModel.from_pretrained(loaded, str(adapter)), getattr(torch, dtype or stored))
     save_whole_model(model, loaded, base, target, untied=untied)
-
-
-def merge_adapter(peft_model: Any, dtype: torch.dtype) -> bool:
-    """Merge the adapter of a PEFT model into its base, layer by layer, in float32. Round once, to `dtype`.
-
-    Input and output embeddings that share a weight get a weight each if the adapter changes one of them.
-
-    Returns:
-        Whether the embeddings were untied.
-    """
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    causal_lm = peft_model.get_base_model()
-    untied = _untie_changed_embeddings(causal_lm)
-    for layer in [module for module in causal_lm.modules() if isinstance(module, BaseTunerLayer)]:
-        base = layer.get_base_layer()
-        base.float()
-        layer.merge()
-        base.to(dtype)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PEFT says that every layer is merged already
-        peft_model.merge_and_unload()
-    if causal_lm.dtype != dtype:
-        causal_lm.to(dtype)
-    return untied
-
-
-def _untie_changed_embeddings(causal_lm: Any) -> bool:
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper
-
-    embeddings, head = causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()
-    if head is None or embeddings.weight is not head.weight:
-        return False
-    if not any(isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)) for module in (embeddings, head)):
-        return False
-    layer = head.get_base_layer() if isinstance(head, BaseTunerLayer) else head
-    layer.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
-    for config in (causal_lm.config, causal_lm.config.get_text_config()):
-        config.tie_word_embeddings = False
-    log.info("the adapter changes the input embeddings, so the merged model has an output head of its own")
-    return True
 
 
 def heldout_samples(players: Players) -> list[Sample]:

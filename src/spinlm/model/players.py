@@ -19,8 +19,9 @@ from spinlm.data.renderer import Renderer
 from spinlm.distributed import processes
 from spinlm.errors import ModelError
 from spinlm.model.adapted import freeze_towers
+from spinlm.model.adapters import continue_adapter, prepare_base, tokenizer_folder
 from spinlm.model.attention import register_tree_attention
-from spinlm.model.base_files import base_folder, copy_tokenizer_files, save_whole_model, write_chat_template
+from spinlm.model.base_files import copy_tokenizer_files, save_whole_model, write_chat_template
 from spinlm.model.fused import fuse_layers
 from spinlm.model.loading import (
     add_adapter,
@@ -31,11 +32,11 @@ from spinlm.model.loading import (
     load_stop_ids,
     load_tokenizer,
     non_finite_weights,
-    prepare_base_model,
     save_stop_ids,
 )
 from spinlm.model.logprobs import LogProbs, max_logprob_error
 from spinlm.model.prefix_trees import PrefixTree, pack_batch
+from spinlm.recipe.adapter import adapter_files
 from spinlm.recipe.schema import Recipe
 from spinlm.rundir.layout import RunDir
 from spinlm.rundir.stage_graph import START
@@ -62,19 +63,25 @@ class Players:
         disable_progress_bar()
         self.recipe = recipe
         self.folder = folder
-        self.base_model = prepare_base_model(recipe.model, folder)  # hub id or folder
+        self.base = prepare_base(recipe, folder)
+        self.base_model = self.base.path  # hub id or folder
         self.device = torch.device("cuda", processes.local_rank()) if torch.cuda.is_available() else torch.device("cpu")
         self.dtype = compute_dtype(recipe.model, self.device)
+        self._file_template: str | None = None  # the chat template in the tokenizer's files
         self._loaded: Path | None = None  # the player whose weights the model has
 
     @cached_property
     def tokenizer(self) -> Any:
-        return load_tokenizer(self.recipe.model, self.base_model)
+        tokenizer = load_tokenizer(self.base, str(self.tokenizer_folder) if self._adapter else self.base_model)
+        self._file_template = tokenizer.chat_template
+        if tokenizer.chat_template is None and self._adapter is not None:
+            tokenizer.chat_template = load_tokenizer(self.base, self.base_model).chat_template
+        return tokenizer
 
     @cached_property
     def tokenizer_folder(self) -> Path:
         """The folder with the files of the tokenizer."""
-        return base_folder(self.recipe.model, self.base_model)
+        return tokenizer_folder(self.base, self._adapter)
 
     @cached_property
     def renderer(self) -> Renderer:
@@ -82,10 +89,15 @@ class Players:
         return Renderer(
             self.tokenizer,
             data.chat_template,
-            load_stop_ids(self.recipe.model, self.base_model),
+            load_stop_ids(self.base, self.base_model),
             variables=data.chat_template_kwargs,
             fold_system=data.system == "fold",
         )
+
+    @cached_property
+    def _adapter(self) -> Path | None:
+        """The folder of the adapter that is trained further; None if the recipe starts from none."""
+        return adapter_files(self.recipe.model) if self.recipe.continues_adapter else None
 
     @cached_property
     def logprobs(self) -> LogProbs:
@@ -95,9 +107,12 @@ class Players:
         full = lora is None
         stored = torch.float32 if full else self.dtype
         log.info("loading the model")
-        model = load_model(self.recipe.model, self.base_model, stored, load_in_4bit=self.recipe.model.load_in_4bit)
+        model = load_model(self.base, self.base_model, stored, load_in_4bit=self.base.load_in_4bit)
         if lora is not None:
-            model = add_adapter(model, lora, self.recipe.seed, self.recipe.model.revision)
+            if self._adapter is not None:
+                model = continue_adapter(model, self._adapter, lora, self.base)
+            else:
+                model = add_adapter(model, lora, self.recipe.seed, self.base.revision)
             fuse_layers(model)
         else:
             freeze_towers(model)
@@ -167,14 +182,14 @@ class Players:
                 _sort_target_modules(path / "adapter_config.json")
                 (path / "README.md").unlink(missing_ok=True)  # PEFT's empty card; `export` writes one
             else:
-                save_whole_model(self.recipe.model, self.model, self.base_model, path, full_weights)
+                save_whole_model(self.base, self.model, self.base_model, path, full_weights)
             self.save_tokenizer(path)
 
     def save_tokenizer(self, folder: Path) -> None:
         """Save the base's own tokenizer files, the recipe's chat template, and the tokens that end a response."""
-        if not copy_tokenizer_files(self.recipe.model, self.tokenizer_folder, folder):
+        if not copy_tokenizer_files(self.base, self.tokenizer_folder, folder):
             self.tokenizer.save_pretrained(folder)
-        if self.renderer.template != self.tokenizer.chat_template:
+        if self.renderer.template != self._file_template:
             write_chat_template(folder, self.renderer.template)
         save_stop_ids(folder, self.renderer.stop_ids)
 
@@ -263,7 +278,9 @@ class Players:
 
 
 def _sort_target_modules(path: Path) -> None:
-    """Sort the target modules, which PEFT writes in the order of a set, so that equal players have equal files."""
+    """Sort the lists of modules, which PEFT writes in the order of a set, so that equal players have equal files."""
     config = read_json(path)
-    if isinstance(config["target_modules"], list):
-        write_json(path, config | {"target_modules": sorted(config["target_modules"])})
+    for name in ("target_modules", "exclude_modules"):
+        if isinstance(config.get(name), list):
+            config[name] = sorted(config[name])
+    write_json(path, config)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from spinlm.distributed.processes import all_gather, is_main_process, on_rank_zero, process_group, world_size
 from spinlm.errors import PeerError, RecipeError, RunError, SpinError, StoppedError
+from spinlm.recipe.adapter import with_adapter
 from spinlm.recipe.fingerprint import differences, recipe_fingerprint
 from spinlm.recipe.schema import Recipe
 from spinlm.rundir.fork import check_source, fork_from
@@ -104,6 +105,7 @@ def open_run(
     """
     with graceful_shutdown(), process_group(), contextlib.ExitStack() as stack:
         _check_same_recipe(recipe)
+        recipe = on_rank_zero(with_adapter, recipe, download=True)
         if start_from is not None:
             on_rank_zero(check_source, recipe, folder, start_from)  # before anything is deleted
         on_rank_zero(stack.enter_context, folder.locked())

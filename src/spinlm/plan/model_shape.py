@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from spinlm.errors import ModelError
-from spinlm.recipe.schema import Lora, Model
+from spinlm.recipe.model import Lora, Model
 from spinlm.utils.gguf_header import read_gguf_header
 from spinlm.utils.model_path import resolve_model
 

@@ -24,8 +24,8 @@ DATA_SUFFIXES = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".gz
 def load_recipe(path: Path, overrides: tuple[str, ...] | list[str] = ()) -> Recipe:
     """Read a YAML recipe, apply `section.key=value` overrides, and check it.
 
-    `model.path`, `data.path` and `data.chat_template` become absolute if such a file exists next to the recipe, or
-    else in the current folder.
+    `model.path`, `model.base`, `data.path` and `data.chat_template` become absolute if such a file exists next to
+    the recipe, or else in the current folder.
 
     Raises:
         RecipeError: the file is missing or not a YAML mapping, or a key or value is wrong.
@@ -166,7 +166,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
 
 
 def _resolve_paths(values: dict[str, Any], folder: Path) -> None:
-    for section, key in (("model", "path"), ("data", "path"), ("data", "chat_template")):
+    for section, key in (("model", "path"), ("model", "base"), ("data", "path"), ("data", "chat_template")):
         block = values.get(section)
         if not isinstance(block, dict):
             continue

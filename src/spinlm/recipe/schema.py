@@ -21,11 +21,18 @@ from spinlm.recipe.fields import (
     Seed,
     get_path,
 )
+from spinlm.recipe.model import Lora, Model
 from spinlm.recipe.objective import Control, Objective, Spin, TSpin
 from spinlm.recipe.opponent import ADAPTER_APIS, Opponent
 
 ELEMENTWISE_OPTIMIZERS = ("adam", "adamw", "nadam", "radam", "rmsprop", "sgd")
 """Optimizers that update each weight independently, so that they work on FSDP's shards of a weight."""
+
+ADAPTER_LOADERS = {"vllm": "vLLM", "sglang": "SGLang", "llama.cpp": "llama.cpp"}
+MERGE_REMEDY = (
+    "Set opponent.engine: local, or start a server with {merged} in opponent.server.launch_command or reload_command"
+)
+"""What to do if an engine cannot load an adapter."""
 
 PER_ITERATION_FIELDS = ("objective.beta", "train.learning_rate")
 """Fields that may have a value for each iteration."""
@@ -40,42 +47,10 @@ MUTABLE_FIELDS = (
 )
 """Fields that a resumed run may change: they affect speed, memory and reports, not the method."""
 
-LayerNames = Annotated[
-    Annotated[Literal["all-linear"], Tag("<value>")] | Annotated[list[str], Tag("<list>")],
-    Discriminator(lambda value: "<list>" if isinstance(value, list) else "<value>"),
-]
-
-
 Paths = Annotated[
     Annotated[ModelOrPath, Tag("<value>")] | Annotated[list[ModelOrPath], Field(min_length=1), Tag("<list>")],
     Discriminator(lambda value: "<list>" if isinstance(value, list) else "<value>"),
 ]
-
-
-class Model(Section):
-    path: ModelOrPath
-    """A folder, a .gguf file, `package://NAME/FILE` (a file inside an installed Python package), or a hub id."""
-    revision: str | None = None
-    """Commit, tag or branch of a hub model. Pin it: repositories change."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Precision of the frozen weights and of all computation; `auto` is float32 on a CPU and bfloat16 on a GPU. Full
-    fine-tuning keeps the weights in float32 and computes in this precision."""
-    load_in_4bit: bool = False
-    """Keep the frozen linear layers in 4 bits (QLoRA), in a quarter of their memory in bfloat16. Needs `lora` and the
-    package bitsandbytes."""
-    trust_remote_code: bool = False
-    """Run Python code from the model's repository. Enable it only for repositories you trust."""
-
-
-class Lora(Section):
-    r: Count = 16
-    """Rank."""
-    alpha: Positive = 32
-    """Scale: the update is multiplied by alpha / r."""
-    dropout: Fraction = 0.0
-    """Dropout on the adapter's input during training."""
-    target_modules: LayerNames = "all-linear"
-    """Names of the layers to adapt; `all-linear` means every linear layer except the output head."""
 
 
 class Columns(Section):
@@ -310,6 +285,16 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _check_adapter_engine(self) -> "Recipe":
+        if self.lora is None or (engine := self.adapter_engine) is None:
+            return self
+        if self.lora.use_dora:
+            raise ValueError(f"lora.use_dora: {engine} does not support DoRA adapters. {MERGE_REMEDY}")
+        if self.lora.use_rslora and engine != "vLLM":
+            raise ValueError(f"lora.use_rslora: {engine} would scale the adapter by alpha / r. {MERGE_REMEDY}")
+        return self
+
+    @model_validator(mode="after")
     def _check_metric_and_preferences(self) -> "Recipe":
         if self.selfplay.select.metric == "task_score" and self.evaluate.scorer is None:
             raise ValueError("selfplay.select.metric: task_score needs a scorer. Set evaluate.scorer")
@@ -319,6 +304,27 @@ class Recipe(Section):
                 "selfplay.iterations and opponent.samples_per_prompt to 1"
             )
         return self
+
+    @property
+    def adapter_engine(self) -> str | None:
+        """The program that loads the players' adapters to generate; None if players are merged or loaded here."""
+        server = self.opponent.server
+        if self.lora is None or self.opponent.engine == "local" or self.preferences:
+            return None
+        if server is None:
+            return "vLLM"
+        command = server.launch_command or server.reload_command or ""
+        return None if "{merged}" in command else ADAPTER_LOADERS[server.api]
+
+    @property
+    def continues_adapter(self) -> bool:
+        """Whether the players are later versions of the adapter in `model.path`."""
+        return self.model.base is not None and self.lora is not None and not self.lora.create_new_adapter
+
+    @property
+    def merges_adapter(self) -> bool:
+        """Whether the adapter in `model.path` is merged into its base before anything is trained."""
+        return self.model.base is not None and not self.continues_adapter
 
     @property
     def is_control(self) -> bool:

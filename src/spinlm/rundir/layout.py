@@ -6,7 +6,7 @@
     best             link to the folder that holds the best player
     error.txt        the error that ended the last attempt
     examples/        train.jsonl  heldout.jsonl  sft.jsonl  skipped_rows.json
-    base/            the model in safetensors format, if the recipe names a .gguf file
+    base/            the model, if the recipe names a .gguf file or an adapter that is merged
     start/           player/ (θ_0)  heldout_greedy.jsonl  heldout_sampled.jsonl  eval.json
     iteration-t/     generations/  pairs/  checkpoints/  player/ (θ_{t+1})  heldout_greedy.jsonl  heldout_sampled.jsonl
                      eval.json  selection.json
@@ -49,7 +49,7 @@ class RunDir(MarkedFolder):
 
     @property
     def base(self) -> Path:
-        """The model in safetensors format, if the recipe names a .gguf file."""
+        """The model in safetensors format, if the recipe names a .gguf file or an adapter that is merged."""
         return self.root / "base"
 
     def examples(self, split: str) -> Path:

@@ -1,5 +1,6 @@
 """What a resumed run may change: later iterations and a few settings of the recipe, but neither model nor data."""
 
+import re
 from typing import Any
 
 from spinlm.errors import RunError
@@ -55,8 +56,8 @@ def verify_inputs(folder: RunDir, inputs: dict[str, Any]) -> None:
         raise RunError(f"{folder.provenance}: damaged: no digests of model and data. Start again with --overwrite")
     changes = differences(provenance["inputs"], inputs)
     # A commit is null if the hub did not answer.
-    changes = [line for line in changes if not line.startswith('model.commit: was null, is "')]
-    changes = [line for line in changes if not (line.startswith("model.commit: was ") and line.endswith(", is null"))]
+    unanswered = re.compile(r'model\.(base\.)?commit: was (null, is ".*|.*, is null)')
+    changes = [line for line in changes if not unanswered.fullmatch(line)]
     if changes:
         commit = _hub_commit(folder)
         pin = commit and "model.commit: " in changes[0]

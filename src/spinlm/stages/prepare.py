@@ -12,9 +12,11 @@ from spinlm.distributed.processes import on_rank_zero
 from spinlm.errors import DataError, RecipeError
 from spinlm.evals.scorers import get_scorer
 from spinlm.generation.vllm import check_vllm
-from spinlm.model.loading import hub_commit, prepare_base_model
+from spinlm.model.adapters import prepare_base
+from spinlm.model.loading import hub_commit
 from spinlm.model.quantize import check_4bit_support
 from spinlm.model.run import Run
+from spinlm.recipe.model import Model
 from spinlm.recipe.schema import Recipe
 from spinlm.rundir.provenance import current_provenance
 from spinlm.rundir.records import SPLITS, Example, to_line
@@ -41,14 +43,14 @@ def prepare(run: Run) -> None:
         if not stage.done:
             stage.metadata = {"counts": on_rank_zero(_write_examples, run, inputs["data"])}
             stage.outputs = [run.folder.examples(split) for split in SPLITS]
-    on_rank_zero(prepare_base_model, run.recipe.model, run.folder)
+    on_rank_zero(prepare_base, run.recipe, run.folder)
 
 
 def _check_inputs(run: Run) -> dict[str, Any]:
     """Check what the recipe names, verify model and data, and record the provenance of a new run."""
     _check_launcher()
     _check_names(run.recipe)
-    inputs = {"data": _data_fingerprint(run.recipe), "model": _model_fingerprint(run.recipe)}
+    inputs = {"data": _data_fingerprint(run.recipe), "model": _model_fingerprint(run.recipe.model)}
     verify_inputs(run.folder, inputs)
     if not run.folder.has_results() or not run.folder.provenance.exists():
         write_json(run.folder.provenance, {"inputs": inputs, **current_provenance()})
@@ -143,10 +145,11 @@ def _data_fingerprint(recipe: Recipe) -> dict[str, Any]:
     return {"sha256": digests[files[0].name]} if names_one_file(data) else digests
 
 
-def _model_fingerprint(recipe: Recipe) -> dict[str, Any]:
-    """Return the SHA-256 of each file of a local model, or the commit of a hub model."""
-    path = resolve_model(recipe.model.path)
+def _model_fingerprint(model: Model) -> dict[str, Any]:
+    """Return the SHA-256 of each file of a local model, or the commit of a hub model; of an adapter, the base's too."""
+    base = {} if model.base is None else {"base": _model_fingerprint(model.base_model)}
+    path = resolve_model(model.path)
     if path is None:
-        return {"id": recipe.model.path, "commit": hub_commit(recipe.model)}
+        return {"id": model.path, "commit": hub_commit(model)} | base
     files = [path] if path.is_file() else [file for file in sorted(path.iterdir()) if file.suffix in MODEL_FILES]
-    return {file.name: file_digest(file) for file in files}
+    return {file.name: file_digest(file) for file in files} | base

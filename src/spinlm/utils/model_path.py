@@ -17,11 +17,16 @@ def resolve_model(name: str) -> Path | None:
         return _resolve_package_uri(name)
     if (path := existing_path(name)) is not None:
         return path
-    if name.startswith((".", "/", "~")) or name.endswith(".gguf") or name.count("/") > 1:
+    if looks_local(name):
         raise ModelError(
             f"{name}: no such file or folder. Give a folder, a .gguf file, package://NAME/FILE or a hub id"
         )
     return None
+
+
+def looks_local(name: str) -> bool:
+    """Return whether a name that no file or folder has cannot be a hub id."""
+    return name.startswith((".", "/", "~")) or name.endswith(".gguf") or name.count("/") > 1 or "\\" in name
 
 
 def _resolve_package_uri(uri: str) -> Path:
