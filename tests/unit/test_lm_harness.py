@@ -234,7 +234,7 @@ def test_response_ends_where_the_turn_ends(tmp_path: Path) -> None:
 
     folder = save_tiny_model(tmp_path / "model", "phi", "llama3")
     model = AutoModelForCausalLM.from_pretrained(folder)
-    model.lm_head.bias.data[4] = 3.5  # <|eot_id|>, after some tokens
+    model.lm_head.bias.data[4] = 4.0  # <|eot_id|>, after some tokens
     model.generation_config.eos_token_id = None
     model.save_pretrained(folder)
     recipe = tiny_recipe(folder)
@@ -242,13 +242,13 @@ def test_response_ends_where_the_turn_ends(tmp_path: Path) -> None:
     questions = [f"What is {n}?" for n in range(6)]
     rendered = [[{"role": "user", "content": question}] for question in questions]
     prompts = [players.renderer.prompt_ids(messages) for messages in rendered]
-    sampling = Sampling.from_recipe(recipe, players.renderer.stop_ids, temperature=0.0, samples=1, max_new_tokens=12)
+    sampling = Sampling.from_recipe(recipe, players.renderer.stop_ids, temperature=0.0, samples=1, max_new_tokens=10)
     engine = LocalEngine(players.logprobs, 6, False)
     expected = [response for (response,) in engine.generate(prompts, sampling, 0, lambda ended, tokens: None)]
     assert {response.finished for response in expected} == {True, False}
     harness = PlayerLM(players, batch_size=6)
     asked = [harness.apply_chat_template(messages) for messages in rendered]
-    options = {"until": [], "max_gen_toks": 12, "do_sample": False}
+    options = {"until": [], "max_gen_toks": 10, "do_sample": False}
     texts = harness.generate_until(
         [Instance("generate_until", {}, (text, dict(options)), n) for n, text in enumerate(asked)]
     )
