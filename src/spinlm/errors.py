@@ -9,6 +9,10 @@ class SpinError(Exception):
 
     exit_code = 2
 
+    def _render_traceback_(self) -> list[str]:
+        """Let notebooks show the message without a traceback."""
+        return [f"{type(self).__name__}: {self}"]
+
 
 class RecipeError(SpinError, ValueError):
     """The recipe, or an override on the command line, is wrong."""

@@ -5,7 +5,6 @@ import io
 import logging
 import os
 import sys
-import warnings
 from importlib.metadata import version
 from typing import Annotated
 
@@ -14,7 +13,7 @@ import typer
 from spinlm.cli import benchmark, inspect, run, starter
 from spinlm.errors import PeerError, SpinError, is_out_of_memory
 from spinlm.utils.atomic import STORAGE_ERRNOS
-from spinlm.utils.console import printable
+from spinlm.utils.console import printable, quiet_libraries
 
 app = typer.Typer(
     name="spinlm",
@@ -24,20 +23,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-QUIET_LIBRARIES = (
-    *("transformers", "huggingface_hub", "httpx", "accelerate", "datasets", "peft", "lm_eval", "bitsandbytes"),
-)
-"""Libraries whose log lines are shown only if they are errors."""
-
-ENVIRONMENT = {
-    "TRANSFORMERS_VERBOSITY": "error",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "HF_HUB_VERBOSITY": "error",  # hides a line for every retry
-    "TOKENIZERS_PARALLELISM": "false",
-    "TQDM_DISABLE": "1",  # spinlm shows its own progress
-}
-"""Variables that make libraries quiet, unless the user has set them."""
 
 PATH_ERRNOS = (errno.EEXIST, errno.ENOTDIR, errno.ENAMETOOLONG)
 """Errors of a path that names no possible file."""
@@ -84,16 +69,13 @@ def main() -> None:
 
 def _configure_output() -> None:
     """Set up logging, the encoding of the streams, and the verbosity of libraries."""
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    warnings.filterwarnings("ignore", category=FutureWarning)  # libraries warn about each other
+    os.environ.setdefault("TQDM_DISABLE", "1")  # spinlm shows its own progress
+    quiet_libraries()
     for stream in (sys.stdout, sys.stderr):  # a stream that is not UTF-8 shows ? for what it cannot encode
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     main_process = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(format="%(message)s", level=logging.INFO if main_process else logging.ERROR, stream=sys.stderr)
-    for library in QUIET_LIBRARIES:
-        logging.getLogger(library).setLevel(logging.ERROR)
 
 
 def _error_message(error: Exception) -> str | None:

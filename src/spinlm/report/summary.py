@@ -59,6 +59,21 @@ def player_rows(folder: RunDir) -> list[PlayerRow]:
     return rows
 
 
+def results(folder: RunDir) -> list[dict[str, Any]]:
+    """Return a dict for each player evaluated so far, the start first: `player`, `best`, and the metrics by name.
+
+    Example: `pandas.DataFrame(results(folder))`.
+
+    Raises:
+        RunError: the file of a player's metrics has changed.
+    """
+    return [
+        {"player": player.name, "best": player.best}
+        | {name: value for name, value in player.metrics.items() if isinstance(value, int | float)}
+        for player in player_rows(folder)
+    ]
+
+
 def compared_player(players: list[PlayerRow]) -> PlayerRow | None:
     """Return the player to compare with the start: the best one, or the last one where the start is the best."""
     later = players[1:]

@@ -5,6 +5,7 @@ keys are removed from everything that an endpoint sends back.
 """
 
 import asyncio
+import contextvars
 import itertools
 import os
 from collections import deque
@@ -69,7 +70,8 @@ def run_async(coroutine: Coroutine[Any, Any, Result]) -> Result:
     except RuntimeError:
         return asyncio.run(coroutine)
     with ThreadPoolExecutor(1) as thread:
-        return thread.submit(asyncio.run, coroutine).result()
+        context = contextvars.copy_context()  # tells a notebook to which cell the output belongs
+        return thread.submit(context.run, asyncio.run, coroutine).result()
 
 
 def probe(url: str, context: ErrorContext) -> "httpx.Response | None":
