@@ -15,7 +15,10 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from runs import World
 
+from spinlm.utils.atomic import read_json
+
 NOTEBOOK = Path(__file__).parents[2] / "notebooks" / "quickstart.ipynb"
+STOPPED = "stopped; run the same command again to continue"
 
 
 def interrupt_when(path: Path, pid: int) -> threading.Thread:
@@ -62,10 +65,11 @@ pathlib.Path({str(tmp_path / "pid")!r}).write_text(str(os.getpid()))"""
             for number, cell in code:
                 if cell.id == "run":
                     thread = interrupt_when(run / "train_log.jsonl", int((tmp_path / "pid").read_text()))
-                    with pytest.raises(CellExecutionError, match="StoppedError: stopped; run the same command again"):
+                    with pytest.raises(CellExecutionError, match=STOPPED):
                         client.execute_cell(cell, number)
                     thread.join()
                     assert not (run / "start" / "eval.json").exists()
+                    assert cell.outputs[-1]["traceback"] == [f"StoppedError: {STOPPED}"]
                     cell.outputs.clear()
                 client.execute_cell(cell, number)
 
@@ -76,8 +80,11 @@ pathlib.Path({str(tmp_path / "pid")!r}).write_text(str(os.getpid()))"""
     assert any(re.match(r"iteration 0: train 2/2, ", output["data"]["text/plain"]) for output in progress)
     assert shown["run"].count("loading the model") == 1  # each message once
     assert served.loaded  # the server had the opponent
-    rows = [line.split()[:2] for line in shown["table"].splitlines()[2:]]
-    assert [row[0] for row in rows] == ["start", "iteration"]
+    table = cells["table"].outputs[0]["data"]["text/html"]
+    assert re.findall(r"<th>(start|iteration \d)</th>", table) == ["start", "iteration 0"]
+    numbers = {float(number) for number in re.findall(r"<td>([\d.]+)</td>", table)}
+    for player in ("start", "iteration-0"):
+        assert round(read_json(run / player / "eval.json")["heldout_nll"], 3) in numbers
     assert shown["verdict"].startswith("Self-play ")
     assert "<iframe" in cells["report"].outputs[0]["data"]["text/html"] and (run / "report.html").exists()
     page = cells["respond"].outputs[0]["data"]["text/html"]
