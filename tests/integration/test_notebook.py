@@ -87,5 +87,5 @@ pathlib.Path({str(tmp_path / "pid")!r}).write_text(str(os.getpid()))"""
         assert round(read_json(run / player / "eval.json")["heldout_nll"], 3) in numbers
     assert shown["verdict"].startswith("Self-play ")
     assert "<iframe" in cells["report"].outputs[0]["data"]["text/html"] and (run / "report.html").exists()
-    page = cells["respond"].outputs[0]["data"]["text/html"]
+    page = cells["respond"].outputs[-1]["data"]["text/html"]
     assert all(word in page for word in ("call ana lopez", ">start</th>", ">iteration 0</th>"))
