@@ -131,6 +131,12 @@ LAYOUTS: dict[str, tuple[Any, list[Row], str]] = {
     "problem and solution": ({"problem": "Hi", "solution": "Yo", "answer": "Y"}, [user("Hi")], "Yo"),
     "prompt and chosen": ({"prompt": "Hi", "chosen": "Yo", "rejected": "No"}, [user("Hi")], "Yo"),
     "a whole number": ({"prompt": "Hi", "response": 42}, [user("Hi")], "42"),
+    "pairs": ({"conversation": [{"human": "Hi", "assistant": "Yo"}]}, [user("Hi")], "Yo"),
+    "a response by role and content": (
+        {"prompt": [user("Hi")], "completion": {"role": ["assistant"], "content": ["Yo"]}},
+        [user("Hi")],
+        "Yo",
+    ),
     "a number in a message": ({"messages": [user(1), assistant(0.5)]}, [user("1")], "0.5"),
     "a list of one response": ({"prompt": "Hi", "responses": ["Yo"]}, [user("Hi")], "Yo"),
     "equal responses of SQuAD": (
@@ -480,9 +486,18 @@ def test_files_of_the_same_name_in_several_folders(renderer: Renderer, tmp_path:
     for n, name in enumerate("ba"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "rows.jsonl").write_bytes(lines(ROWS[3 * n : 3 * n + 3]))
-    for path in (str(tmp_path), f"{tmp_path}/**/*.jsonl"):
-        _, examples = select(path, renderer)
-        assert {example.source.split(":")[0] for example in examples} == {"a/rows.jsonl", "b/rows.jsonl"}
+    _, examples = select(f"{tmp_path}/**/*.jsonl", renderer)
+    assert {example.source.split(":")[0] for example in examples} == {"a/rows.jsonl", "b/rows.jsonl"}
+    with pytest.raises(DataError, match=r"data in several folders \(a, b\)"):  # perhaps two data sets
+        select(str(tmp_path), renderer)
+
+
+def test_folders_that_are_splits(renderer: Renderer, tmp_path: Path) -> None:
+    for name, part in (("train", ROWS[:4]), ("test", ROWS[4:])):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        (tmp_path / "data" / name / "rows.jsonl").write_bytes(lines(part))
+    _, examples = select(str(tmp_path), renderer)
+    assert [example.source for example in examples] == [f"rows.jsonl:{row}" for row in (1, 2, 3, 4)]
 
 
 def test_splits_of_a_folder(renderer: Renderer, tmp_path: Path) -> None:

@@ -134,8 +134,8 @@ def read_response(value: Any, name: str, prompt: list[Message], ignore: Collecti
     """
     if isinstance(value, dict) and isinstance(value.get("text"), list):  # SQuAD's answers
         value = value["text"]
-    elif isinstance(value, dict) and isinstance(value.get("role", value.get("from")), str):
-        value = [value]
+    elif isinstance(value, dict) and value.keys() & {"role", "from"}:
+        value = [value] if isinstance(value.get("role", value.get("from")), str) else _message_list(value, name)
     if isinstance(value, list) and value and not any(isinstance(item, dict) for item in value):
         if len(texts := list(dict.fromkeys(read_text(item, f"{name}[{at}]") for at, item in enumerate(value)))) > 1:
             raise RowError(
@@ -269,6 +269,8 @@ def _message_list(value: Any, name: str) -> list[Any]:
         raise RowError(
             "not_messages", f"{name!r} is {kind_of(value)}, not a list of messages (objects with role and content)"
         )
+    if value and all(isinstance(item, dict) and item.keys() == {"human", "assistant"} for item in value):
+        return [{"role": role, "content": item[role]} for item in value for role in ("human", "assistant")]
     return value
 
 

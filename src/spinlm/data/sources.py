@@ -12,7 +12,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from spinlm.data.readers import READERS, Rows, file_kind, open_file
-from spinlm.errors import DataError, RowError
+from spinlm.errors import DataError, RowError, shortened
 from spinlm.recipe.schema import Data
 from spinlm.utils.model_path import existing_path, is_glob, matching_paths
 
@@ -192,6 +192,11 @@ def _files_in(folder: Path, split: str) -> list[Path]:
     if len(kinds := sorted({str(file_kind(file)) for file in files})) > 1:
         raise DataError(
             f"{folder}: holds {' and '.join(kinds)} files. Name those to read in data.path, such as *.jsonl"
+        )
+    if len(parts := sorted({str(file.parent.relative_to(folder)) for file in files})) > 1:
+        raise DataError(
+            f"{folder}: holds data in several folders ({shortened(', '.join(parts))}). Name one in data.path, or all "
+            "with **"
         )
     return files
 

@@ -123,7 +123,7 @@ def _write_split(recipe: Recipe, folder: RunDir, iteration: int, split: str, pat
 
 
 def _schema(folder: RunDir) -> Any:
-    """Return the columns of all splits. Tools and additional fields of messages have a column if an example has them."""
+    """Return the columns of all splits. Tools, and other fields of messages, are among them if an example has them."""
     import pyarrow as pa
 
     fields, tools = {"role": pa.string(), "content": pa.string()}, []
