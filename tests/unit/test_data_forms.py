@@ -149,6 +149,11 @@ LAYOUTS: dict[str, tuple[Any, list[Row], str]] = {
         [user("Hi"), assistant("Ha"), user("1"), assistant("2"), user("So?")],
         "Yo",
     ),
+    "an input that the prompt contains": (
+        {"prompt": "Add: Hi", "input": "Hi", "response": "Yo"},
+        [user("Add: Hi")],
+        "Yo",
+    ),
     "history of messages": (
         {"query": "So?", "response": "Yo", "history": [user("Hi"), assistant("Ha")]},
         [user("Hi"), assistant("Ha"), user("So?")],
@@ -197,6 +202,8 @@ def test_a_column_that_follows_the_prompt_can_be_named(read: Any) -> None:
         read(rows)
     _, (example, _) = read(rows, columns={"context": "context"})
     assert example.messages == [user("a\n\nText")]
+    with pytest.raises(DataError, match=r"context needs a prompt"):
+        read([{"messages": [user("a"), assistant("Yo")], "context": "Text"}], columns={"context": "context"})
 
 
 # Fields that must not be dropped without a word
@@ -204,6 +211,11 @@ def test_a_column_that_follows_the_prompt_can_be_named(read: Any) -> None:
 REFUSED: dict[str, tuple[Row, str, str]] = {
     "images": ({"prompt": "p", "response": "r", "images": ["a.png"]}, "unsupported_field", "'images' is not empty"),
     "documents": ({"prompt": "p", "response": "r", "documents": [{}]}, "unsupported_field", "'documents' is not empty"),
+    "an input that the prompt lacks": (
+        {"prompt": "p", "input": "1 2", "response": "r"},
+        "unsupported_field",
+        "'input' is not empty: the prompt lacks it. Name it in data.columns.context",
+    ),
     "kwargs": (
         {"prompt": "p", "response": "r", "chat_template_kwargs": {"a": 1}},
         "unsupported_field",

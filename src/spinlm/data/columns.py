@@ -49,12 +49,13 @@ _RARER_PAIRS = (
 _FLAGS = {"label": "label_false", "kto_tag": "label_false", **dict.fromkeys(TRAINING_FLAGS, "not_for_training")}
 """Columns that exclude a row if they are false, and the reason under which it is counted."""
 
+_CONTEXTS = ("input", "context")  # follow an instruction; other prompts may contain them
 _TEXT_ONLY = "self-play uses text alone"
 _REFUSED = {
     **dict.fromkeys(("images", "image", "videos", "video", "audio", "audios"), _TEXT_ONLY),
     **dict.fromkeys(("tool_calls", "function_call", "functions"), "self-play does not support tool calls"),
     "documents": "the chat template would not see them",
-    "context": "the prompt would lack it. Name it in data.columns.context, and it follows the prompt",
+    **dict.fromkeys(_CONTEXTS, "the prompt lacks it. Name it in data.columns.context, and it follows the prompt"),
     "history": "the list of messages would lack it",
     "chat_template_kwargs": "rows cannot have their own. Set data.chat_template_kwargs",
     **dict.fromkeys(REASONING_FIELDS[:2], "the list of messages would lack it"),
@@ -181,7 +182,7 @@ class Layout:
     @cached_property
     def _checked(self) -> list[str]:
         """The columns that must not be dropped without a word."""
-        used = self._named() | {*self.ignore}
+        used = self._named() | {*self.ignore, *(_CONTEXTS if self.messages else ())}
         refused = [column for column in _REFUSED if column not in self._read_columns()]
         return [column for column in (*_FLAGS, *refused) if column not in used]
 
@@ -211,6 +212,8 @@ class Layout:
         """
         for column in self._checked:
             if column not in row or is_absent(value := row[column]):
+                continue
+            if column in _CONTEXTS and isinstance(value, str) and value.strip() in str(row.get(str(self.prompt))):
                 continue
             if column in _FLAGS:
                 # A label may be a class; 0 is false only where the column is a weight or a switch.
@@ -264,6 +267,8 @@ def recognize_layout(source: Source, named: Columns) -> Layout:
             "data.columns names both messages and a prompt or response: name messages, or prompt and response"
         )
     messages, prompt, response = _find_columns(columns, named)
+    if messages and named.context:
+        raise DataError(f"data.columns.context needs a prompt, but {messages!r} holds whole conversations")
     if not messages and (not prompt or not response or prompt == response):
         raise DataError(
             f"{source.where}: cannot tell which columns hold the prompt and the response (columns: {listing}). "
@@ -271,7 +276,7 @@ def recognize_layout(source: Source, named: Columns) -> Layout:
             "data.columns.messages for a list of messages"
         )
     has_prompt_id = messages is not None and messages in (named.messages, "messages", *_CONVERSATIONS)
-    context = _first(columns, "input", "context") if prompt == "instruction" else None
+    context = _first(columns, *_CONTEXTS) if prompt == "instruction" else None
     return Layout(
         messages=messages,
         prompt=prompt,
