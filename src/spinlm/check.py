@@ -67,6 +67,8 @@ def check(recipe: Recipe) -> Iterator[str]:
         prepare(run)
         yield from _check_text(run)
         yield _check_model(run, began)
+        if recipe.model.base is not None:
+            yield f"start: {recipe.start}"
         yield describe_trained(run.players.model)
         sft(run)
         gaps = read_json(run.folder.prefix_sharing)["nats_per_token"]

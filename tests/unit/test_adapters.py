@@ -15,6 +15,8 @@ from models import load_player, save_tiny_model, tiny_recipe
 from spinlm.errors import ModelError, RecipeError
 from spinlm.model.players import Players
 from spinlm.model.prefix_trees import PrefixTree
+from spinlm.plan import make_plan
+from spinlm.plan.model_shape import find_shape
 from spinlm.recipe.adapter import with_adapter
 from spinlm.recipe.load import as_yaml, load_recipe, parse_recipe
 from spinlm.recipe.schema import Recipe
@@ -347,3 +349,32 @@ def test_patterns_of_an_adapter_are_refused_where_they_are_ignored(base: Any, tm
     with pytest.raises(RecipeError, match="rank_pattern, which vLLM ignores"):
         resolved(adapter, lora={}, opponent={"engine": "vllm"})
     assert resolved(adapter, lora={"create_new_adapter": True}, opponent={"engine": "vllm"}).merges_adapter
+
+
+# The plan
+
+
+@pytest.mark.parametrize("variant", ["lora", "rslora", "dora", "regular expression", "embeddings"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gpt_neo"])
+def test_the_plan_counts_the_trained_parameters(base: Any, tmp_path: Path, architecture: str, variant: str) -> None:
+    options = VARIANTS[variant]
+    if architecture != "llama" and "target_modules" in options:
+        expression = r"transformer\.h\.1\.(attn|mlp)\.(c_attn|c_proj|attention\.q_proj)"
+        options = {"target_modules": expression if variant == "regular expression" else ["c_proj", "c_fc"]}
+    adapter = make_adapter(base(architecture), tmp_path / "adapter", **options)
+    recipe = resolved(adapter, lora={})
+    shape, source = find_shape(recipe.model)
+    assert str(base(architecture)) in source
+    trained = Players(recipe, RunDir(tmp_path / "run")).parameters()
+    assert shape.trained(recipe.lora) == sum(parameter.numel() for _, parameter in trained)
+
+
+def test_the_plan_names_the_start_and_refuses_what_a_run_refuses(base: Any, tmp_path: Path) -> None:
+    adapter = make_adapter(base(), tmp_path / "adapter", use_rslora=True)
+    plan = make_plan(tiny_recipe(adapter, lora={}))
+    assert plan.model == f"{adapter}, a rsLoRA adapter over {base()} (r 4, alpha 12), trained further"
+    assert plan.parameters == sum(
+        weight.numel() for weight in AutoModelForCausalLM.from_pretrained(base()).parameters()
+    )
+    assert make_plan(tiny_recipe(adapter)).model == f"{adapter}, an adapter that is merged into {base()}"
+    assert "the adapter 4" in make_plan(tiny_recipe(adapter, lora={"r": 8})).refusals[0]

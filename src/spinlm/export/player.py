@@ -80,10 +80,15 @@ def push(folder: Path, repository: str, recipe: Recipe, *, dataset: bool = False
         dataset: whether the repository is a data set instead of a model.
 
     Raises:
-        RunError: the upload failed.
+        RunError: the upload failed, or the base of the adapter is in the run folder only.
     """
     from huggingface_hub import HfApi
 
+    if recipe.merges_adapter and (folder / "adapter_config.json").exists():
+        raise RunError(
+            f"{folder}: not pushed, because the base of this adapter has another adapter merged, and is in the run "
+            "folder only. Export with --merge"
+        )
     api = HfApi()
     config = folder / "adapter_config.json"
     kind = "dataset" if dataset else "model"
@@ -91,7 +96,7 @@ def push(folder: Path, repository: str, recipe: Recipe, *, dataset: bool = False
         url = api.create_repo(repository, private=True, exist_ok=True, repo_type=kind)
         api.upload_folder(folder_path=folder, repo_id=repository, repo_type=kind, ignore_patterns=[config.name])
         if config.exists():
-            values = read_json(config) | {"base_model_name_or_path": public_name(recipe.model.path)}
+            values = read_json(config) | {"base_model_name_or_path": public_name(recipe.model.base_model.path)}
             content = json.dumps(values, indent=2).encode()
             api.upload_file(path_or_fileobj=content, path_in_repo=config.name, repo_id=repository, repo_type=kind)
     except Exception as error:  # the errors of the hub client and of its HTTP library have no common base class

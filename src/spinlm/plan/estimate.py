@@ -9,6 +9,7 @@ from spinlm.plan.costs import IterationCost, iteration_costs, num_prompts, num_r
 from spinlm.plan.devices import DEVICES, GPU, DeviceModel, StageTime
 from spinlm.plan.lengths import Lengths, find_lengths
 from spinlm.plan.model_shape import UnknownShapeError, find_shape
+from spinlm.recipe.adapter import with_adapter
 from spinlm.recipe.schema import Recipe
 from spinlm.rundir.layout import RunDir
 from spinlm.rundir.resume import recipe_changes
@@ -56,6 +57,11 @@ def make_plan(recipe: Recipe, folder: RunDir | None = None, processes: int = 1) 
         folder: the run folder, which may not exist yet.
         processes: number of processes, one on each device.
     """
+    adapter_error = None
+    try:
+        recipe = with_adapter(recipe)
+    except (ModelError, RecipeError) as error:
+        adapter_error = str(error)
     lengths = find_lengths(recipe)
     try:
         shape, shape_source = find_shape(recipe.model)
@@ -67,7 +73,7 @@ def make_plan(recipe: Recipe, folder: RunDir | None = None, processes: int = 1) 
     models = [DeviceModel(recipe, lengths, shape, device, processes) for device in devices if shape]
     estimates = tuple(_device_estimate(model, iterations) for model in models)
     return Plan(
-        model=recipe.model.path,
+        model=recipe.start,
         data=recipe.data.where,
         processes=processes,
         prompts=num_prompts(recipe, lengths),
@@ -78,7 +84,7 @@ def make_plan(recipe: Recipe, folder: RunDir | None = None, processes: int = 1) 
         lengths=lengths,
         parameters=shape.parameters if shape else None,
         shape_source=shape_source,
-        refusals=tuple(_refusals(recipe, lengths, folder)),
+        refusals=(*filter(None, [adapter_error]), *_refusals(recipe, lengths, folder)),
         notes=tuple(_notes(recipe, lengths, shape_source, estimates)),
     )
 

@@ -1,6 +1,7 @@
 """The shape of a model, read from its config.json or .gguf header, and the sizes that follow from the shape."""
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,12 +68,28 @@ class Shape:
         return width * (self.parameters - packed) + round(BYTES_IN_4BIT * packed)
 
     def trained(self, lora: Lora | None) -> int:
-        """Return the number of trained parameters: all, or r · (inputs + outputs) for each adapted layer."""
+        """Return the number of trained parameters: all, or r · (inputs + outputs) for each adapted layer.
+
+        DoRA has another parameter for each output.
+        """
         if lora is None:
             return self.parameters
-        names = {target.rpartition(".")[2] for target in lora.target_modules}
-        adapted = [sizes for name, *sizes in self.linears if lora.target_modules == "all-linear" or name in names]
-        return self.layers * lora.r * sum(map(sum, adapted))
+        sizes = [
+            lora.r * (inputs + outputs) + (outputs if lora.use_dora else 0)
+            for block in range(self.layers)
+            for index, (_, inputs, outputs) in enumerate(self.linears)
+            if adapts(lora, self.layer_name(block, index))
+        ]
+        embedding = "transformer.wte" if self.family in GPT_LIKE else "model.embed_tokens"
+        extra = lora.r * (self.vocab + self.hidden) if adapts(lora, embedding, linear=False) else 0
+        return sum(sizes) + extra
+
+    def layer_name(self, block: int, index: int) -> str:
+        """Return the full name of a linear layer, which a regular expression in `lora.target_modules` must match."""
+        gpt, name = self.family in GPT_LIKE, self.linears[index][0]
+        part = "mlp" if index >= len(self.linears) - (2 if gpt else 3) else "attn" if gpt else "self_attn"
+        inner = ".attention" if self.family == "gpt_neo" and part == "attn" else ""
+        return f"{'transformer.h' if gpt else 'model.layers'}.{block}.{part}{inner}.{name}"
 
     def kv_bytes(self, width: int) -> int:
         """Return the bytes of the keys and values of one token in all layers."""
@@ -98,16 +115,29 @@ class Shape:
         return self.layers * width * self.hidden + block if checkpointing else self.layers * block
 
 
+def adapts(lora: Lora, name: str, *, linear: bool = True) -> bool:
+    """Return whether a layer with this full name has an adapter."""
+    targets = lora.target_modules
+    if targets == "all-linear":
+        return linear
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    return any(name == target or name.endswith(f".{target}") for target in targets)
+
+
 def _adapts_mlp(lora: Lora) -> bool:
-    return lora.target_modules == "all-linear" or {"gate_proj", "up_proj", "down_proj"} <= set(lora.target_modules)
+    """Return whether gated MLPs are fused: all three projections have plain adapters."""
+    names = (f"model.layers.0.mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj"))
+    return not lora.use_dora and all(adapts(lora, name) for name in names)
 
 
 def find_shape(model: Model) -> tuple[Shape, str]:
-    """Return the shape of a recipe's model, and where it was read.
+    """Return the shape of a recipe's model, or of an adapter's base, and where it was read.
 
     Raises:
         UnknownShapeError: neither a local file nor the hub cache has the shape.
     """
+    model = model.base_model
     try:
         path = resolve_model(model.path)
     except ModelError as error:
@@ -182,9 +212,8 @@ def _cached_config(model: Model) -> Path:
     cached = try_to_load_from_cache(model.path, "config.json", revision=model.revision)
     if not isinstance(cached, str):
         revision = f" --revision {model.revision}" if model.revision else ""
-        raise UnknownShapeError(
-            f"{model.path} is not in the local hub cache. Run `hf download {model.path} config.json{revision}` once"
-        )
+        command = f"hf download {model.path} --include '*config.json'{revision}"
+        raise UnknownShapeError(f"{model.path} is not in the local hub cache. Run `{command}` once")
     return Path(cached)
 
 
