@@ -22,6 +22,7 @@ from spinlm.model.adapted import freeze_towers
 from spinlm.model.adapters import continue_adapter, prepare_base, tokenizer_folder
 from spinlm.model.attention import register_tree_attention
 from spinlm.model.base_files import copy_tokenizer_files, save_whole_model, write_chat_template
+from spinlm.model.families import check_row_length, row_limit
 from spinlm.model.fused import fuse_layers
 from spinlm.model.loading import (
     add_adapter,
@@ -108,6 +109,7 @@ class Players:
         stored = torch.float32 if full else self.dtype
         log.info("loading the model")
         model = load_model(self.base, self.base_model, stored, load_in_4bit=self.base.load_in_4bit)
+        check_row_length(self.base_model, model.config.to_dict(), self.recipe.train.max_length)
         if lora is not None:
             if self._adapter is not None:
                 model = continue_adapter(model, self._adapter, lora, self.base)
@@ -123,6 +125,14 @@ class Players:
     @property
     def model(self) -> Any:
         return self.logprobs.model
+
+    @property
+    def max_positions(self) -> int | None:
+        """The longest row that the model can read; None if its config does not say."""
+        text = self.model.config.get_text_config()
+        limit = row_limit(text.to_dict())
+        positions: int | None = getattr(text, "max_position_embeddings", None)
+        return limit[1] if limit else positions
 
     def parameters(self) -> list[tuple[str, nn.Parameter]]:
         """The trained parameters, by name."""
@@ -253,7 +263,8 @@ class Players:
         if row_error > MAX_LOGPROB_ERROR[self.dtype]:
             raise ModelError(
                 f"{self.base_model}: log-probabilities differ from the model's own by {row_error:.3g} nats per token. "
-                "spinlm does not know this kind of output head, so it cannot train this model"
+                "spinlm does not know this kind of output head, or of attention between the tokens of a prompt, so it "
+                "cannot train this model"
             )
         # The error with one response per row is the rounding error of this precision. A replaced attention rounds
         # unlike the model's own: its rounding error is that of a row with a single response.

@@ -18,6 +18,9 @@ BYTES_IN_4BIT = 0.5 + 1 / 64 + 4 / (64 * 256)
 LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3", "gemma2")
 GPT_LIKE = ("gpt2", "gpt_neo")
 
+_EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+"""Where a config.json says that a model has experts."""
+
 Linear = tuple[str, int, int]  # name, inputs and outputs of a linear layer
 
 
@@ -137,16 +140,53 @@ def find_shape(model: Model) -> tuple[Shape, str]:
     Raises:
         UnknownShapeError: neither a local file nor the hub cache has the shape.
     """
+    config, source = find_config(model)
+    return shape_from_config(config), source
+
+
+def find_config(model: Model) -> tuple[dict[str, Any], str]:
+    """Return the configuration of a recipe's model with the keys of a config.json, and where it was read.
+
+    Raises:
+        UnknownShapeError: neither a local file nor the hub cache has it.
+    """
     model = model.base_model
     try:
         path = resolve_model(model.path)
     except ModelError as error:
         raise UnknownShapeError(str(error)) from None
     if path is None:
-        return shape_from_config(_json_config(_cached_config(model))), "read from config.json in the local hub cache"
+        return _json_config(_cached_config(model)), "read from config.json in the local hub cache"
     if path.is_file():
-        return shape_from_config(_gguf_config(path)), f"read from the header of {path.name}"
-    return shape_from_config(_json_config(path / "config.json")), f"read from {path / 'config.json'}"
+        return _gguf_config(path), f"read from the header of {path.name}"
+    return _json_config(path / "config.json"), f"read from {path / 'config.json'}"
+
+
+def describe_trained(config: Mapping[str, Any], shape: Shape | None, lora: Lora | None) -> str:
+    """Say which layers are trained and which stay frozen, as far as the configuration tells.
+
+    `spinlm check` says it of the loaded model.
+    """
+    text = config.get("text_config") or config
+    frozen = [f"{name} tower" for name in ("vision", "audio") if config.get(f"{name}_config")]
+    if lora is None:
+        layers = "trained: all weights"
+    elif shape is None:
+        targets = "linear layers" if lora.target_modules == "all-linear" else lora.target_modules
+        layers = f"adapted: {targets if isinstance(targets, str) else ', '.join(targets)}"
+    else:
+        numbers = [
+            (block, index)
+            for block in range(shape.layers)
+            for index in range(len(shape.linears))
+            if adapts(lora, shape.layer_name(block, index))
+        ]
+        names = ", ".join(dict.fromkeys(shape.linears[index][0] for _, index in numbers))
+        blocks = len({block for block, _ in numbers})
+        layers = f"adapted: {names} in {blocks} blocks ({shape.trained(lora):,} parameters)"
+    if lora is not None and lora.target_modules == "all-linear" and any(text.get(name) for name in _EXPERT_COUNTS):
+        frozen = ["router", "experts", *frozen]
+    return layers + (f"; frozen: {', '.join(frozen)}" if frozen else "")
 
 
 def shape_from_config(config: Mapping[str, Any]) -> Shape:
