@@ -27,8 +27,10 @@ from spinlm.model.run import Run
 from spinlm.plan import make_plan
 from spinlm.recipe.model import Lora, Model
 from spinlm.rundir.layout import RunDir
+from spinlm.stages.prepare import prepare
 from spinlm.stages.reference_logprobs import _check_mismatch, _Tally
 from spinlm.utils.atomic import write_json
+from tiny import tiny_tokenizer
 
 V = 97
 
@@ -271,3 +273,30 @@ def test_plan_refuses_rows_that_are_too_long_and_says_what_is_adapted(tmp_path: 
     plan = make_plan(tiny_recipe(tmp_path / "llama", lora={"r": 4, "target_modules": ["q_proj", "v_proj"]}))
     # Inputs and outputs of q_proj are 32 and 32, those of v_proj 32 and 16.
     assert plan.trained == "adapted: q_proj, v_proj in 3 blocks (1,344 parameters)"
+
+
+# A tokenizer with more tokens than the embedding has rows
+
+
+@pytest.mark.parametrize("response", ["It is blue.", "It is <extra_7>."])
+def test_a_token_without_a_row_is_refused_when_it_occurs(tmp_path: Path, response: str) -> None:
+    folder = tmp_path / "model"
+    tokenizer = tiny_tokenizer()
+    rows = len(tokenizer)
+    tiny_model("llama", rows).save_pretrained(folder)
+    tokenizer.add_tokens([f"<extra_{number}>" for number in range(30)])
+    tokenizer.save_pretrained(folder)
+    data = tmp_path / "data.jsonl"
+    data.write_text(
+        "".join(json.dumps({"prompt": f"{n}?", "response": response if n == 3 else "Yes"}) + "\n" for n in range(6))
+    )
+    recipe = tiny_recipe(folder, lora={"r": 4}, data={"path": str(data), "heldout": 1})
+    with Run(recipe, RunDir(tmp_path / "run")) as run:
+        prepare(run)
+        if "extra" not in response:
+            assert run.players.logprobs
+            return
+        with pytest.raises(
+            ModelError, match=rf"has {rows + 30} tokens.* only {rows} rows.*'<extra_7>', token {rows + 7}"
+        ):
+            run.players.logprobs  # noqa: B018

@@ -1,6 +1,6 @@
 """What families of models do differently from a plain decoder. Importing this module imports no torch."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from spinlm.errors import ModelError
@@ -65,4 +65,29 @@ def check_row_length(name: str, config: Mapping[str, Any], max_length: int) -> N
             f"{name}: its position encoding ({kind}) changes for all tokens of a row as soon as the row has more than "
             f"{limit:,} tokens. So a response would have another log-probability in another batch, and another one "
             f"while it is generated. train.max_length is {max_length:,}: set it to {limit} or less"
+        )
+
+
+def check_vocabulary(name: str, model: Any, tokenizer: Any, token_ids: Iterable[int]) -> None:
+    """Refuse a tokenizer with more tokens than the embedding has rows, if one of the additional tokens occurs.
+
+    Some models have such tokens and never use them: Gemma 3 without a vision tower has one for images.
+
+    Args:
+        name: the model, for the message.
+        model: a causal language model of transformers.
+        tokenizer: its tokenizer.
+        token_ids: the tokens of all examples. They are read only if the tokenizer has more tokens than rows.
+
+    Raises:
+        ModelError: a token has no row.
+    """
+    rows, tokens = model.get_input_embeddings().weight.shape[0], len(tokenizer)
+    unknown = next((token for token in token_ids if token >= rows), None) if tokens > rows else None
+    if unknown is not None:
+        raise ModelError(
+            f"{name}: the tokenizer has {tokens:,} tokens, but the model's embedding has only {rows:,} rows, and the "
+            f"examples contain {tokenizer.convert_ids_to_tokens(unknown)!r}, token {unknown}. Use the tokenizer that "
+            "belongs to the model. Or add rows with transformers' resize_token_embeddings, save the model, and set "
+            "model.path to it"
         )

@@ -6,7 +6,7 @@ With LoRA the base is frozen and shared, and a player is an adapter. In full fin
 import gc
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from spinlm.model.adapted import freeze_towers
 from spinlm.model.adapters import continue_adapter, prepare_base, tokenizer_folder
 from spinlm.model.attention import register_tree_attention
 from spinlm.model.base_files import copy_tokenizer_files, save_whole_model, write_chat_template
-from spinlm.model.families import check_row_length, row_limit
+from spinlm.model.families import check_row_length, check_vocabulary, row_limit
 from spinlm.model.fused import fuse_layers
 from spinlm.model.loading import (
     add_adapter,
@@ -40,6 +40,7 @@ from spinlm.model.prefix_trees import PrefixTree, pack_batch
 from spinlm.recipe.adapter import adapter_files
 from spinlm.recipe.schema import Recipe
 from spinlm.rundir.layout import RunDir
+from spinlm.rundir.records import SPLITS, Example, read_lines
 from spinlm.rundir.stage_graph import START
 from spinlm.utils.atomic import atomic_path, read_json, write_json
 
@@ -118,9 +119,16 @@ class Players:
             fuse_layers(model)
         else:
             freeze_towers(model)
+        check_vocabulary(self.base_model, model, self.tokenizer, self._example_ids())
         disable_dropout(model)
         model.to(self.device)
         return LogProbs(model, autocast=self.dtype if full and self.dtype != stored else None)
+
+    def _example_ids(self) -> Iterator[int]:
+        """Yield the tokens of all examples that are already prepared."""
+        for path in filter(Path.exists, map(self.folder.examples, SPLITS)):
+            for example in read_lines(path, Example):
+                yield from (*example.prompt_ids, *example.response_ids, *(example.rejected_ids or ()))
 
     @property
     def model(self) -> Any:
