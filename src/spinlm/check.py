@@ -1,5 +1,7 @@
 """Check: try everything that a run depends on once, on a few examples, with the code of a run."""
 
+import contextlib
+import logging
 import math
 import resource
 import statistics
@@ -31,7 +33,7 @@ from spinlm.rundir.records import Example, Generation, read_lines
 from spinlm.rundir.stage_graph import START
 from spinlm.stages.generate import generate
 from spinlm.stages.prepare import prepare
-from spinlm.stages.reference_logprobs import reference_logprobs
+from spinlm.stages.reference_logprobs import MAX_LOGPROB_MISMATCH, reference_logprobs
 from spinlm.stages.sft import sft
 from spinlm.training.activation_checkpointing import free_bytes, set_activation_checkpointing
 from spinlm.training.batches import PairDataset, PromptGroup, pair_loss
@@ -70,7 +72,8 @@ def check(recipe: Recipe) -> Iterator[str]:
         if recipe.model.base is not None:
             yield f"start: {recipe.start}"
         yield describe_trained(run.players.model)
-        sft(run)
+        with _without_log():
+            sft(run)
         gaps = read_json(run.folder.prefix_sharing)["nats_per_token"]
         yield (
             f"prefix sharing: {'on' if run.players.prefix_sharing else 'off'}; difference from the model's own "
@@ -78,7 +81,8 @@ def check(recipe: Recipe) -> Iterator[str]:
         )
         yield from _check_responses(run)
         yield from _check_engine(run)
-        reference_logprobs(run, 0)
+        with _without_log():
+            reference_logprobs(run, 0)
         rates = run.folder.metadata("reference_logprobs", 0)["train"]
         if "logprob_mismatch_mean" in rates:
             yield (
@@ -86,6 +90,11 @@ def check(recipe: Recipe) -> Iterator[str]:
                 f"{rates['logprob_mismatch_mean']:.1e} nats per token on average, {rates['logprob_mismatch_max']:.1e} "
                 "at most"
             )
+            if rates["logprob_mismatch_mean"] > MAX_LOGPROB_MISMATCH[torch.bfloat16]:
+                yield (
+                    "warning: rounding does not explain that. The usual cause is another model, template, end token or "
+                    "precision in the engine"
+                )
         yield (
             f"synthetic responses: {rates['identical_rate']:.0%} equal the real one, {rates['truncated_rate']:.0%} are "
             "truncated"
@@ -105,6 +114,18 @@ def check(recipe: Recipe) -> Iterator[str]:
         if recipe.is_control:
             yield "note: the sft control was checked as self-play, which takes more memory and time"
         yield 'Ready, with warnings: see "regime" above.' if advice else "Ready: `spinlm run` can start."
+
+
+@contextlib.contextmanager
+def _without_log() -> Iterator[None]:
+    """Silence the log of a stage whose results are findings, so that nothing is printed twice."""
+    log = logging.getLogger("spinlm")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def _check_text(run: Run) -> Iterator[str]:

@@ -5,10 +5,12 @@ import logging
 import os
 from typing import Any
 
+import torch
+
 from spinlm.data.columns import check_layout
 from spinlm.data.examples import select_examples
 from spinlm.data.sources import data_files, names_one_file, shard_names
-from spinlm.distributed.processes import on_rank_zero
+from spinlm.distributed.processes import on_rank_zero, world_size
 from spinlm.errors import DataError, RecipeError
 from spinlm.evals.scorers import get_scorer
 from spinlm.generation.vllm import check_vllm
@@ -99,11 +101,18 @@ def _write_examples(run: Run, data_fingerprint: dict[str, Any]) -> dict[str, int
 
 
 def _check_launcher() -> None:
-    """Refuse settings of the launcher that belong in the recipe.
+    """Refuse settings of the launcher that belong in the recipe; log how to use GPUs that are left idle.
 
     Raises:
         RecipeError: `accelerate launch` is configured to use FSDP or DeepSpeed.
     """
+    if world_size() == 1 and (gpus := torch.cuda.device_count()) > 1:
+        log.info(
+            "using 1 of %d GPUs. To run on all of them, write `torchrun --nproc-per-node %d -m spinlm` instead of "
+            "`spinlm`",
+            gpus,
+            gpus,
+        )
     for name in ("FSDP", "DEEPSPEED"):
         if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
             raise RecipeError(
