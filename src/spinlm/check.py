@@ -15,6 +15,7 @@ import torch
 
 from spinlm.errors import DataError, ModelError
 from spinlm.evals.heldout import score_heldout
+from spinlm.evals.scorers import get_scorer
 from spinlm.generation import local_engine, open_engine
 from spinlm.generation.base import Engine, Sampling
 from spinlm.model.adapted import describe_trained
@@ -38,6 +39,7 @@ from spinlm.stages.sft import sft
 from spinlm.training.activation_checkpointing import free_bytes, set_activation_checkpointing
 from spinlm.training.batches import PairDataset, PromptGroup, pair_loss
 from spinlm.training.memory import MEMORY_MARGIN
+from spinlm.training.step_log import check_trackers
 from spinlm.utils.atomic import read_json
 
 EXAMPLES = 8
@@ -66,7 +68,9 @@ def check(recipe: Recipe) -> Iterator[str]:
     small = recipe.model_copy(update=update)
     with tempfile.TemporaryDirectory(prefix="spinlm-check-") as folder, Run(small, RunDir(Path(folder))) as run:
         began = time.monotonic()
+        check_trackers(recipe.report_to)
         prepare(run)
+        _check_scorer(run)
         yield from _check_text(run)
         yield _check_model(run, began)
         if recipe.model.base is not None:
@@ -114,6 +118,18 @@ def check(recipe: Recipe) -> Iterator[str]:
         if recipe.is_control:
             yield "note: the sft control was checked as self-play, which takes more memory and time"
         yield 'Ready, with warnings: see "regime" above.' if advice else "Ready: `spinlm run` can start."
+
+
+def _check_scorer(run: Run) -> None:
+    """Score real responses with themselves, so that a scorer of other data fails now and not after the SFT.
+
+    Raises:
+        DataError: the scorer cannot read a real response.
+    """
+    if run.recipe.evaluate.scorer is not None:
+        scorer = get_scorer(run.recipe.evaluate.scorer)
+        for example in read_lines(run.folder.examples("heldout"), Example):
+            scorer(example.response, example.response)
 
 
 @contextlib.contextmanager

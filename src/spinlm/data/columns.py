@@ -257,7 +257,7 @@ def recognize_layout(source: Source, named: Columns) -> Layout:
     listing = shortened(", ".join(map(repr, columns)))
     for key, column in named.model_dump(exclude_none=True, exclude={"ignore"}).items():
         if column not in columns:
-            near = nearest(column, columns)
+            near = nearest(column, columns, cutoff=0.6)
             guess = f"; did you mean {near!r}?" if near else ""
             raise DataError(
                 f"{source.where}: data.columns.{key} is {column!r}, but the data have no such column{guess} "
