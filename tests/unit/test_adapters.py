@@ -22,6 +22,7 @@ from spinlm.recipe.load import as_yaml, load_recipe, parse_recipe
 from spinlm.recipe.schema import Recipe
 from spinlm.rundir.layout import RunDir
 from spinlm.rundir.stage_graph import START
+from spinlm.stages.prepare import _model_fingerprint
 from spinlm.utils.atomic import read_json
 
 TREES = [PrefixTree([5, 6, 7, 8], ([9, 10, 11], [12, 13])), PrefixTree([20, 21], ([22], [23, 24, 25]))]
@@ -275,6 +276,32 @@ def test_the_base_of_an_adapter(base: Any, tmp_path: Path, monkeypatch: pytest.M
     edit(adapter, base_model_name_or_path="someone/no-such-base")
     with pytest.raises(ModelError, match=r"adapter: the base .*: someone/no-such-base: .*Set model\.base"):
         Players(resolved(adapter, lora={}), RunDir(tmp_path / "run"))
+
+
+def test_an_adapter_and_a_base_on_the_hub(base: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    adapter = make_adapter(base(), tmp_path / "adapter", tokenizer=True)
+    edit(adapter, base_model_name_or_path="org/base", revision="v2")
+    recipe = tiny_recipe(Path("org/adapter"), lora={}, model={"revision": "v1"})
+    assert with_adapter(recipe) == recipe  # unknown as long as neither file is in the cache
+    plan = make_plan(recipe)
+    assert "hf download org/adapter --include '*config.json' --revision v1" in plan.shape_source
+    for name, revision, folder in (("adapter", "v1", adapter), ("base", "v2", base())):
+        root = tmp_path / "hub" / f"models--org--{name}"
+        shutil.copytree(folder, root / "snapshots" / ("a" * 40))
+        (root / "refs").mkdir()
+        (root / "refs" / revision).write_text("a" * 40)
+    for download in (False, True):
+        found = with_adapter(recipe, download=download)
+        assert (found.model.base, found.model.base_revision, found.model.revision) == ("org/base", "v2", "v1")
+    assert make_plan(recipe).parameters is not None
+    players = Players(found, RunDir(tmp_path / "run"))
+    torch.testing.assert_close(our_logprobs(players), own_logprobs(load_player(base(), adapter)), rtol=0, atol=1e-4)
+    players.save(0)
+    config = read_json(tmp_path / "run" / "iteration-0" / "player" / "adapter_config.json")
+    assert (config["base_model_name_or_path"], config["revision"]) == ("org/base", "v2")
+    assert _model_fingerprint(found.model)["base"] == {"id": "org/base", "commit": "a" * 40}
 
 
 def test_another_models_adapter(base: Any, tmp_path: Path) -> None:

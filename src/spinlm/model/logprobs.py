@@ -74,9 +74,9 @@ class LogProbs(nn.Module):
         if hasattr(head, "lora_A"):
             name = next(name for name, module in self.causal_lm.named_modules() if module is head)
             raise ModelError(
-                f"lora.target_modules: matches {name}, the output head. Log-probabilities are computed from the head's own "
-                "weight, so the head cannot have an adapter. Leave the head out. An adapter with LoRA on the head can be "
-                "merged first: lora.create_new_adapter: true"
+                f"lora.target_modules: matches {name}, the output head. Log-probabilities are computed from the head's "
+                "weight, so the head cannot have an adapter. Leave the head out. An adapter with LoRA on the head can "
+                "be merged first: lora.create_new_adapter: true"
             )
         if not isinstance(getattr(head, "weight", None), Tensor) or head.weight.dim() != 2:
             raise ModelError(
