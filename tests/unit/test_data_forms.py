@@ -434,6 +434,14 @@ def arrow(rows: list[Row], stream: bool) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
+def damaged_arrow() -> bytes:
+    """Return a file whose offsets of texts point outside of the file."""
+    content = arrow([{"prompt": "p" * 9, "response": "r"}], stream=True)
+    offsets = bytes([0, 0, 0, 0, 9, 0, 0, 0])
+    assert content.count(offsets) == 1
+    return content.replace(offsets, bytes([0, 0, 0, 0, 9, 0, 0, 127]))
+
+
 FILES: dict[str, bytes] = {
     "rows.jsonl.gz": gzip.compress(lines(ROWS[:2])) + gzip.compress(lines(ROWS[2:])),
     "rows.jsonl.zst": compressed(lines(ROWS), "zstd"),
@@ -568,6 +576,7 @@ def test_save_to_disk(renderer: Renderer, tmp_path: Path) -> None:
         ("a.jsonl.zst", lines(ROWS), "cannot be read: ZSTD"),
         ("a.parquet.gz", b"x", "unsupported kind of file"),
         ("a.arrow", b"ARROW1 no", "not a readable Arrow file"),
+        ("a.arrow", damaged_arrow(), "not a readable Arrow file"),
         ("a.jsonl", lines(ROWS).decode().encode("utf-16"), r"is UTF-16\. Save it as UTF-8"),
         ("a.jsonl", json.dumps(ROWS, indent=1).encode(), r"row 1: .*If the file is one list, name it \.json"),
     ],

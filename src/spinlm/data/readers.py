@@ -187,13 +187,17 @@ def _arrow(path: Path) -> Rows:
         opened = pa.ipc.open_file if source.read(6) == b"ARROW1" else pa.ipc.open_stream
         source.seek(0)
         table = opened(source).read_all()
+        table.validate(full=True)  # a damaged offset would end the process
     except (pa.ArrowException, OSError, ValueError) as error:
         raise DataError(f"{path}: not a readable Arrow file: {error}") from error
     return _table(path, table)
 
 
 def _table(path: Path, table: Any) -> Rows:
-    _check_column_names(path, table.column_names)
+    try:
+        _check_column_names(path, table.column_names)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: the name of a column is not UTF-8: {error}") from error
     return range(1, len(table) + 1), lambda index: _values(table.slice(index, 1))
 
 
