@@ -436,10 +436,10 @@ def arrow(rows: list[Row], stream: bool) -> bytes:
 
 def damaged_arrow() -> bytes:
     """Return a file whose offsets of texts point outside of the file."""
-    content = arrow([{"prompt": "p" * 9, "response": "r"}], stream=True)
-    offsets = bytes([0, 0, 0, 0, 9, 0, 0, 0])
-    assert content.count(offsets) == 1
-    return content.replace(offsets, bytes([0, 0, 0, 0, 9, 0, 0, 127]))
+    content = arrow([{"prompt": "p" * 4321, "response": "r"}], stream=True)
+    offsets = (4321 << 32).to_bytes(8, "little")  # 0 and 4321
+    assert offsets in content
+    return content.replace(offsets, (0x7F000000 << 32).to_bytes(8, "little"))
 
 
 FILES: dict[str, bytes] = {
