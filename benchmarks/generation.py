@@ -1,14 +1,16 @@
 """Tokens per second of the local engine and of the official SPIN code's method, with the same model and prompts.
 
-    python benchmarks/generation.py [--data FILE.jsonl] [--threads 2] [--prompts 64] [--new 320]
+    python benchmarks/generation.py [--data FILE.jsonl] [--threads 2] [--prompts 64] [--new 320] [--model gpt-neo-125m]
 
 The official code calls transformers' `generate` on padded batches of 16 in the order of the data; each batch runs until
 its longest response ends. The benchmark does so with PEFT's own layers at temperature 1, and also measures a tuned
 `generate`: sorted prompts, larger batches, merged adapter. The prompts are those in `--data` (GSM8K) or of the
-quickstart. The benchmark first compares greedy responses token by token.
+quickstart. The benchmark first compares greedy responses token by token. Random weights, as of `--model gpt-neo-125m`,
+end a response with probability 1/128 at each token.
 """
 
 import argparse
+import functools
 import json
 import statistics
 import tempfile
@@ -17,39 +19,46 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from training import MODEL
+from training import GPT_NEO, MODEL, model_path
 
 BATCH = 16  # of the official code
 GREEDY = 24  # tokens to compare
+STOP_IDS = tuple(range(50257 // 128))  # of random weights, whose next token has a nearly uniform distribution
 
 
 class Bench:
     """A model, and the methods to sample from it."""
 
-    def __init__(self, data: str, prompts: int, new: int, dtype: str):
+    def __init__(self, data: str, prompts: int, new: int, dtype: str, model: str):
         from spinlm.generation.local import LocalEngine
         from spinlm.model.players import Players
         from spinlm.recipe.load import parse_recipe
         from spinlm.rundir.layout import RunDir
 
         self.folder = tempfile.TemporaryDirectory()
+        place = model_path(model, Path(self.folder.name))
         recipe = parse_recipe(
-            {"model": {"path": MODEL, "dtype": dtype}, "lora": {"r": 16, "alpha": 32}, "data": {"path": "-"}}
+            {"model": {"path": place, "dtype": dtype}, "lora": {"r": 16, "alpha": 32}, "data": {"path": "-"}}
         )
         self.players = Players(recipe, RunDir(Path(self.folder.name)))
         path = Path(data) if data else Path(__file__).parent.parent / "recipes" / "quickstart.jsonl"
         rows = [json.loads(line) for line in path.read_bytes().splitlines()[:prompts]]
         self.prompts = [self.players.renderer.prompt_ids(_prompt(row)) for row in rows]
         self.new = new
-        self.stop_ids = self.players.renderer.stop_ids
-        self.engine = LocalEngine(self.players.logprobs, recipe.opponent.batch_size, True)
+        self.stop_ids = STOP_IDS if model == GPT_NEO else self.players.renderer.stop_ids
+        self.engine, self.padded_engine = (
+            LocalEngine(self.players.logprobs, recipe.opponent.batch_size, sharing) for sharing in (True, False)
+        )
 
-    def spinlm(self, seed: int, temperature: float = 1.0, new: int | None = None) -> list[list[int]]:
+    def spinlm(
+        self, seed: int, temperature: float = 1.0, new: int | None = None, padded: bool = False
+    ) -> list[list[int]]:
         """Sample with spinlm's local engine."""
         from spinlm.generation.base import Sampling
 
-        sampling = Sampling(temperature, 1.0, new or self.new, 4096, 1, self.stop_ids)
-        responses = self.engine.generate(self.prompts, sampling, seed, lambda completed, tokens: None)
+        sampling = Sampling(temperature, 1.0, new or self.new, 2048, 1, self.stop_ids)
+        engine = self.padded_engine if padded else self.engine
+        responses = engine.generate(self.prompts, sampling, seed, lambda completed, tokens: None)
         return [response.token_ids for (response,) in responses]
 
     def transformers(
@@ -110,12 +119,14 @@ def _prompt(row: dict[str, Any]) -> list[dict[str, str]]:
     return [{"role": "user", "content": row.get("question") or row["prompt"]}]
 
 
-def measure(data: str, threads: int, prompts: int, new: int, rounds: int, dtype: str = "float32") -> str:
+def measure(
+    data: str, threads: int, prompts: int, new: int, rounds: int, dtype: str = "float32", model: str = MODEL
+) -> str:
     """Return a Markdown table of tokens per second, medians over rounds that alternate between the methods."""
     import torch
 
     torch.set_num_threads(threads)
-    bench = Bench(data, prompts, new, dtype)
+    bench = Bench(data, prompts, new, dtype, model)
     local = bench.spinlm(0, temperature=0.0, new=GREEDY)
     reference = bench.transformers(0, temperature=0.0, new=GREEDY)
     same = sum(a == b for a, b in zip(local, reference, strict=True))
@@ -123,6 +134,7 @@ def measure(data: str, threads: int, prompts: int, new: int, rounds: int, dtype:
         raise SystemExit(f"greedy responses agree for only {same} of {prompts} prompts")
     methods: dict[str, Callable[[int], list[list[int]]]] = {
         "spinlm": bench.spinlm,
+        **({"spinlm, padded batches": functools.partial(bench.spinlm, padded=True)} if model == GPT_NEO else {}),
         "transformers, official method": bench.transformers,
         "transformers, sorted, spinlm's batch size, merged adapter": bench.transformers_tuned,
     }
@@ -159,6 +171,7 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=320)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--model", default=MODEL)
     print(measure(**vars(parser.parse_args())))
 
 

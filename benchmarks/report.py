@@ -1,8 +1,11 @@
 """Run the benchmarks and write docs/performance.md; `make bench` does this.
 
     python benchmarks/report.py [--data GSM8K.jsonl] [--rounds 3]
+    python benchmarks/report.py --parts gpt-neo
+    python benchmarks/report.py --insert SECTION.md
 
-The tables are measured by this script. The text below the tables comes from benchmarks/reading.md.
+The tables are measured by this script. The text below the tables comes from benchmarks/reading.md. The second command
+measures one section (8 minutes) and replaces it in the page; the third one replaces the section that a file holds.
 """
 
 import argparse
@@ -10,13 +13,14 @@ import datetime
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 from flops import SMOLLM2, flops, peak_gflops
-from training import CONTENDERS, Shape, compare, table
+from training import CONTENDERS, GPT_NEO, Shape, compare, table
 
 HERE = Path(__file__).parent
 TARGET = HERE.parent / "docs" / "performance.md"
@@ -32,6 +36,22 @@ SHAPES: tuple[tuple[str, Shape, tuple[str, ...]], ...] = (
     ("128 + 128, one synthetic response, bfloat16", Shape(dtype="bfloat16"), CONTENDERS),
     ("512 + 64, one synthetic response, float32", Shape(prompt=512, response=64), SHORT),
     ("32 + 256, one synthetic response, float32", Shape(prompt=32, response=256), SHORT),
+)
+
+
+GPT_NEO_SHAPES: tuple[tuple[str, Shape, tuple[str, ...], int], ...] = (
+    (
+        "256 + 128, one synthetic response, two pairs per step",
+        Shape(prompt=256, pairs=2, model=GPT_NEO),
+        ("spinlm", "spinlm-rows", "trl", "trl-best-1"),
+        2,
+    ),
+    (
+        "256 + 128, two synthetic responses to a prompt, four pairs per step",
+        Shape(prompt=256, opponents=2, model=GPT_NEO),
+        ("spinlm", "spinlm-rows", "trl-best-1"),
+        1,
+    ),
 )
 
 
@@ -72,6 +92,32 @@ def training(rounds: int, threads: int, data: str, count: int) -> list[str]:
     return lines
 
 
+def gpt_neo(threads: int) -> list[str]:
+    lines = [
+        "## The shape of GPT-Neo-125M",
+        "",
+        f"Measured on {datetime.date.today()}: {machine()}, {threads} threads. Random weights, 12 layers, of which 6 "
+        "attend to the last 256 tokens; LoRA of rank 16, float32. `spinlm-rows` is spinlm without prefix sharing: one "
+        "response per row. The first table has medians of two measurements.",
+    ]
+    for title, given, contenders, rounds in GPT_NEO_SHAPES:
+        shape = replace(given, threads=threads)
+        lines += ["", f"**{title}**", "", table(compare(shape, rounds, contenders), shape)]
+    options = ("--threads", str(threads), "--rounds", "1", "--prompts", "32", "--model", GPT_NEO)
+    return [*lines, "", "**Generation.** " + run_script("generation.py", *options)]
+
+
+def replace_section(section: list[str]) -> None:
+    """Replace the section of this title in the page, or insert it before the last section, which is the text."""
+    title, page = section[0], TARGET.read_text(encoding="utf-8")
+    head, *sections = re.split(r"^(?=## )", page, flags=re.MULTILINE)
+    others = [one for one in sections if one.splitlines()[0] != title]
+    place = next((i for i, one in enumerate(sections) if one.splitlines()[0] == title), len(sections) - 1)
+    others.insert(place, "\n".join(section).strip() + "\n\n")
+    TARGET.write_text("".join([head, *others]), encoding="utf-8")
+    print(f"wrote {title[3:]!r} to {TARGET}")
+
+
 def run_script(name: str, *arguments: str) -> str:
     """Run another benchmark in a separate process, and return the Markdown that it prints."""
     done = subprocess.run([sys.executable, HERE / name, *arguments], check=True, stdout=subprocess.PIPE, text=True)
@@ -93,8 +139,16 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--rows", default="25000,50000")
     parser.add_argument("--shapes", type=int, default=99, help="maximum number of training shapes")
-    parser.add_argument("--parts", default="training,generation,products,scaling")
+    parser.add_argument("--parts", default="training,generation,gpt-neo,products,scaling")
+    parser.add_argument(
+        "--insert", type=Path, metavar="FILE", help="replace one section by this Markdown; no measuring"
+    )
     args = parser.parse_args()
+    if args.insert is not None or args.parts == "gpt-neo":
+        section = args.insert.read_text(encoding="utf-8").splitlines() if args.insert else gpt_neo(args.threads)
+        print("\n".join(section))
+        replace_section(section)
+        return
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
     data = ("--data", args.data) if args.data else ()
     command = " ".join(["python benchmarks/report.py", *(Path(one).name for one in sys.argv[1:])])
@@ -118,6 +172,8 @@ def main() -> None:
             case "generation":
                 options = ("--threads", str(args.threads), "--rounds", "1")
                 parts += ["", "## Generation", "", run_script("generation.py", *data, *options)]
+            case "gpt-neo":
+                parts += ["", *gpt_neo(args.threads)]
             case "scaling":
                 parts += ["", "## As the data grows", "", SCALING, "", run_script("scaling.py", "--rows", args.rows)]
             case "products":
