@@ -55,7 +55,9 @@ class Cost(TorchDispatchMode):
         super().__init__()
         self.vocabulary = players.logprobs.causal_lm.config.vocab_size
         self.head_rows = self.largest_logits = self.tokens = 0
-        self._layer = players.logprobs.causal_lm.base_model.layers[1].mlp.gate_proj
+        names = ("layers.1.mlp.gate_proj", "h.1.mlp.c_fc")  # Llama, GPT-Neo
+        modules = dict(players.logprobs.causal_lm.base_model.named_modules())
+        self._layer = next(modules[name] for name in names if name in modules)
 
     def __enter__(self) -> "Cost":
         self._hook = self._layer.register_forward_pre_hook(self._count)
@@ -112,6 +114,17 @@ def test_tokens_without_prefix_sharing(players: Players) -> None:
     with Cost(players) as cost:
         train_step(players, random_groups(3, 2), prefix_sharing=False)
     assert cost.tokens == 3 * 3 * (PROMPT + REAL - 1)
+
+
+def test_gpt_neo_computes_a_prompt_once(tmp_path: Path) -> None:
+    neo = Players(tiny_recipe(save_tiny_model(tmp_path / "model", "gpt_neo"), lora={"r": 2}), RunDir(tmp_path / "run"))
+    groups = random_groups(3, 2)
+    neo.measure_prefix_sharing([group.tree for group in groups])
+    tokens = PROMPT + (REAL - 1) + 2 * (SYNTHETIC - 1)
+    for work in (train_step, score):
+        with Cost(neo) as cost:
+            work(neo, groups)
+        assert 3 * tokens <= cost.tokens < 3 * tokens + ROW_BLOCK  # the row is padded
 
 
 def test_memory_of_logits_is_one_chunk(players: Players, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,7 @@ from spinlm.model.players import Players
 from spinlm.model.prefix_trees import PrefixTree, pack_batch
 from spinlm.rundir.layout import RunDir
 from spinlm.training.activation_checkpointing import switch_activation_checkpointing
+from spinlm.training.parallel import FSDPStrategy
 
 TREE_ARCHITECTURES = ("llama", "mistral", "qwen2", "gemma2", "gpt2", "gpt_neox", "gpt_neo")
 # The layout of the batch is in the attention mask.
@@ -187,6 +188,35 @@ def test_gradient_checkpointing_is_bit_identical(architecture: str, dropout: flo
         results.append({"values": values.detach(), **gradients(model, values)})
     for result in results[1:]:
         assert all(torch.equal(result[name], results[0][name]) for name in results[0])
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt_neo", "stablelm"])
+def test_fsdp_passes_the_layout_on(architecture: str) -> None:
+    """With gradient checkpointing, as in a run; values and gradients are the same to the bit."""
+    results = []
+    for sharded in (False, True):
+        logprobs = LogProbs(tiny_model(architecture, vocabulary=V).train())
+        disable_dropout(logprobs.causal_lm)
+        switch_activation_checkpointing(logprobs.causal_lm, on=True)
+        if sharded:
+            torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+        try:
+            if sharded:
+                FSDPStrategy(logprobs, reshard_after_forward=True)
+            values = logprobs(pack_batch(TREES, True))
+            trained = gradients(logprobs, values)
+            full = {name: full_tensor(gradient) for name, gradient in trained.items()}
+            results.append({"values": values.detach(), **full})
+        finally:
+            if sharded:
+                torch.distributed.destroy_process_group()
+    assert results[0].keys() == results[1].keys()
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+def full_tensor(tensor: Any) -> Tensor:
+    result: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return result
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt_neo", "xglm"])
