@@ -121,8 +121,9 @@ def replace_section(section: list[str]) -> None:
 def run_script(name: str, *arguments: str) -> str:
     """Run another benchmark in a separate process, and return the Markdown that it prints."""
     done = subprocess.run([sys.executable, HERE / name, *arguments], check=True, stdout=subprocess.PIPE, text=True)
-    print(done.stdout, flush=True)
-    return done.stdout.strip()
+    lines = [line for line in done.stdout.splitlines() if not line.startswith("[")]  # log lines of other packages
+    print("\n".join(lines), flush=True)
+    return "\n".join(lines).strip()
 
 
 def machine() -> str:
