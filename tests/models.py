@@ -141,7 +141,15 @@ EXPERTS: dict[str, dict[str, Any]] = {
     | {"num_local_experts": 4, "num_experts_per_tok": 1, "head_dim": 8, "intermediate_size_mlp": 64},
     "jetmoe": _HYBRID | _EXPERTS | {"kv_channels": 8},
 }
-_CONFIGS |= STATEFUL | EXPERTS
+_LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [1.0, 1.5, 2.0, 4.0], "rope_theta": 1e4}
+ROW_DEPENDENT: dict[str, dict[str, Any]] = {
+    "phi3": _LLAMA_LIKE | {"rope_parameters": _LONGROPE, "original_max_position_embeddings": 40},
+    "llama": _LLAMA_LIKE
+    | {"max_position_embeddings": 40}
+    | {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}},
+}
+"""Families whose position encoding changes in rows of more than 40 tokens."""
+_CONFIGS |= STATEFUL | EXPERTS | {"phi3": ROW_DEPENDENT["phi3"]}
 _VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2} | {
     "image_size": 28,
     "patch_size": 14,

@@ -1,5 +1,7 @@
 """Check: try everything that a run depends on once, on a few examples, with the code of a run."""
 
+import contextlib
+import logging
 import math
 import resource
 import statistics
@@ -13,6 +15,7 @@ import torch
 
 from spinlm.errors import DataError, ModelError
 from spinlm.evals.heldout import score_heldout
+from spinlm.evals.scorers import get_scorer
 from spinlm.generation import local_engine, open_engine
 from spinlm.generation.base import Engine, Sampling
 from spinlm.model.adapted import describe_trained
@@ -31,11 +34,12 @@ from spinlm.rundir.records import Example, Generation, read_lines
 from spinlm.rundir.stage_graph import START
 from spinlm.stages.generate import generate
 from spinlm.stages.prepare import prepare
-from spinlm.stages.reference_logprobs import reference_logprobs
+from spinlm.stages.reference_logprobs import MAX_LOGPROB_MISMATCH, reference_logprobs
 from spinlm.stages.sft import sft
 from spinlm.training.activation_checkpointing import free_bytes, set_activation_checkpointing
 from spinlm.training.batches import PairDataset, PromptGroup, pair_loss
 from spinlm.training.memory import MEMORY_MARGIN
+from spinlm.training.step_log import check_trackers
 from spinlm.utils.atomic import read_json
 
 EXAMPLES = 8
@@ -64,11 +68,16 @@ def check(recipe: Recipe) -> Iterator[str]:
     small = recipe.model_copy(update=update)
     with tempfile.TemporaryDirectory(prefix="spinlm-check-") as folder, Run(small, RunDir(Path(folder))) as run:
         began = time.monotonic()
+        check_trackers(recipe.report_to)
         prepare(run)
+        _check_scorer(run)
         yield from _check_text(run)
         yield _check_model(run, began)
+        if recipe.model.base is not None:
+            yield f"start: {recipe.start}"
         yield describe_trained(run.players.model)
-        sft(run)
+        with _without_log():
+            sft(run)
         gaps = read_json(run.folder.prefix_sharing)["nats_per_token"]
         yield (
             f"prefix sharing: {'on' if run.players.prefix_sharing else 'off'}; difference from the model's own "
@@ -76,7 +85,8 @@ def check(recipe: Recipe) -> Iterator[str]:
         )
         yield from _check_responses(run)
         yield from _check_engine(run)
-        reference_logprobs(run, 0)
+        with _without_log():
+            reference_logprobs(run, 0)
         rates = run.folder.metadata("reference_logprobs", 0)["train"]
         if "logprob_mismatch_mean" in rates:
             yield (
@@ -84,6 +94,11 @@ def check(recipe: Recipe) -> Iterator[str]:
                 f"{rates['logprob_mismatch_mean']:.1e} nats per token on average, {rates['logprob_mismatch_max']:.1e} "
                 "at most"
             )
+            if rates["logprob_mismatch_mean"] > MAX_LOGPROB_MISMATCH[torch.bfloat16]:
+                yield (
+                    "warning: rounding does not explain that. The usual cause is another model, template, end token or "
+                    "precision in the engine"
+                )
         yield (
             f"synthetic responses: {rates['identical_rate']:.0%} equal the real one, {rates['truncated_rate']:.0%} are "
             "truncated"
@@ -103,6 +118,30 @@ def check(recipe: Recipe) -> Iterator[str]:
         if recipe.is_control:
             yield "note: the sft control was checked as self-play, which takes more memory and time"
         yield 'Ready, with warnings: see "regime" above.' if advice else "Ready: `spinlm run` can start."
+
+
+def _check_scorer(run: Run) -> None:
+    """Score real responses with themselves, so that a scorer of other data fails now and not after the SFT.
+
+    Raises:
+        DataError: the scorer cannot read a real response.
+    """
+    if run.recipe.evaluate.scorer is not None:
+        scorer = get_scorer(run.recipe.evaluate.scorer)
+        for example in read_lines(run.folder.examples("heldout"), Example):
+            scorer(example.response, example.response)
+
+
+@contextlib.contextmanager
+def _without_log() -> Iterator[None]:
+    """Silence the log of a stage whose results are findings, so that nothing is printed twice."""
+    log = logging.getLogger("spinlm")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def _check_text(run: Run) -> Iterator[str]:

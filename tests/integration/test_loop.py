@@ -563,7 +563,8 @@ def test_run_does_not_depend_on_the_folder_it_was_started_from(world, cli, refer
 def test_check(world, cli, tmp_path, setting, checkpointing):
     said = cli("check", world.recipe, f"train.gradient_checkpointing={setting}", folder=tmp_path)
     assert "the loss is 0.693147 (ln 2 = 0.693147)" in said.out
-    assert "prefix sharing: on" in said.out
+    assert "prefix sharing: on" in said.out and "prefix sharing" not in said.err
+    assert "its log-probabilities differ from ours by" in said.out and "log-probabilities" not in said.err
     assert f"with gradient checkpointing {checkpointing}; peak memory" in said.out
     assert list(tmp_path.iterdir()) == []
 

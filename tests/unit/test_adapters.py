@@ -15,11 +15,14 @@ from models import load_player, save_tiny_model, tiny_recipe
 from spinlm.errors import ModelError, RecipeError
 from spinlm.model.players import Players
 from spinlm.model.prefix_trees import PrefixTree
+from spinlm.plan import make_plan
+from spinlm.plan.model_shape import find_shape
 from spinlm.recipe.adapter import with_adapter
 from spinlm.recipe.load import as_yaml, load_recipe, parse_recipe
 from spinlm.recipe.schema import Recipe
 from spinlm.rundir.layout import RunDir
 from spinlm.rundir.stage_graph import START
+from spinlm.stages.prepare import _model_fingerprint
 from spinlm.utils.atomic import read_json
 
 TREES = [PrefixTree([5, 6, 7, 8], ([9, 10, 11], [12, 13])), PrefixTree([20, 21], ([22], [23, 24, 25]))]
@@ -275,6 +278,32 @@ def test_the_base_of_an_adapter(base: Any, tmp_path: Path, monkeypatch: pytest.M
         Players(resolved(adapter, lora={}), RunDir(tmp_path / "run"))
 
 
+def test_an_adapter_and_a_base_on_the_hub(base: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    adapter = make_adapter(base(), tmp_path / "adapter", tokenizer=True)
+    edit(adapter, base_model_name_or_path="org/base", revision="v2")
+    recipe = tiny_recipe(Path("org/adapter"), lora={}, model={"revision": "v1"})
+    assert with_adapter(recipe) == recipe  # unknown as long as neither file is in the cache
+    plan = make_plan(recipe)
+    assert "hf download org/adapter --include '*config.json' --revision v1" in plan.shape_source
+    for name, revision, folder in (("adapter", "v1", adapter), ("base", "v2", base())):
+        root = tmp_path / "hub" / f"models--org--{name}"
+        shutil.copytree(folder, root / "snapshots" / ("a" * 40))
+        (root / "refs").mkdir()
+        (root / "refs" / revision).write_text("a" * 40)
+    for download in (False, True):
+        found = with_adapter(recipe, download=download)
+        assert (found.model.base, found.model.base_revision, found.model.revision) == ("org/base", "v2", "v1")
+    assert make_plan(recipe).parameters is not None
+    players = Players(found, RunDir(tmp_path / "run"))
+    torch.testing.assert_close(our_logprobs(players), own_logprobs(load_player(base(), adapter)), rtol=0, atol=1e-4)
+    players.save(0)
+    config = read_json(tmp_path / "run" / "iteration-0" / "player" / "adapter_config.json")
+    assert (config["base_model_name_or_path"], config["revision"]) == ("org/base", "v2")
+    assert _model_fingerprint(found.model)["base"] == {"id": "org/base", "commit": "a" * 40}
+
+
 def test_another_models_adapter(base: Any, tmp_path: Path) -> None:
     adapter = make_adapter(base("qwen2"), tmp_path / "adapter", target_modules=["q_proj"], r=4)
     for architecture, word in (("gpt2", "q_proj"), ("llama", "adapter of")):
@@ -347,3 +376,32 @@ def test_patterns_of_an_adapter_are_refused_where_they_are_ignored(base: Any, tm
     with pytest.raises(RecipeError, match="rank_pattern, which vLLM ignores"):
         resolved(adapter, lora={}, opponent={"engine": "vllm"})
     assert resolved(adapter, lora={"create_new_adapter": True}, opponent={"engine": "vllm"}).merges_adapter
+
+
+# The plan
+
+
+@pytest.mark.parametrize("variant", ["lora", "rslora", "dora", "regular expression", "embeddings"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gpt_neo"])
+def test_the_plan_counts_the_trained_parameters(base: Any, tmp_path: Path, architecture: str, variant: str) -> None:
+    options = VARIANTS[variant]
+    if architecture != "llama" and "target_modules" in options:
+        expression = r"transformer\.h\.1\.(attn|mlp)\.(c_attn|c_proj|attention\.q_proj)"
+        options = {"target_modules": expression if variant == "regular expression" else ["c_proj", "c_fc"]}
+    adapter = make_adapter(base(architecture), tmp_path / "adapter", **options)
+    recipe = resolved(adapter, lora={})
+    shape, source = find_shape(recipe.model)
+    assert str(base(architecture)) in source
+    trained = Players(recipe, RunDir(tmp_path / "run")).parameters()
+    assert shape.trained(recipe.lora) == sum(parameter.numel() for _, parameter in trained)
+
+
+def test_the_plan_names_the_start_and_refuses_what_a_run_refuses(base: Any, tmp_path: Path) -> None:
+    adapter = make_adapter(base(), tmp_path / "adapter", use_rslora=True)
+    plan = make_plan(tiny_recipe(adapter, lora={}))
+    assert plan.model == f"{adapter}, a rsLoRA adapter over {base()} (r 4, alpha 12), trained further"
+    assert plan.parameters == sum(
+        weight.numel() for weight in AutoModelForCausalLM.from_pretrained(base()).parameters()
+    )
+    assert make_plan(tiny_recipe(adapter)).model == f"{adapter}, an adapter that is merged into {base()}"
+    assert "the adapter 4" in make_plan(tiny_recipe(adapter, lora={"r": 8})).refusals[0]

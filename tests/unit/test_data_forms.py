@@ -236,6 +236,7 @@ REFUSED: dict[str, tuple[Row, str, str]] = {
         "unsupported_field",
         "'messages[1]' has 'train_detail'",
     ),
+    "a mask": ({"messages": [user("p"), assistant("r", mask=[0])]}, "unsupported_field", "has 'mask': masks are not"),
     "a weight of a half": ({"messages": [user("p"), assistant("r", weight=0.5)]}, "unsupported_field", "weight 0.5"),
     "tools": ({"prompt": "p", "response": "r", "tools": [{"name": "f"}]}, "field_omitted", "template omits 'tools'"),
     "tools that are none": ({"prompt": "p", "response": "r", "tools": "f"}, "bad_tools", "'tools' must be a list"),

@@ -11,21 +11,26 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import CONFIG_MAPPING
 
-from models import STATEFUL, save_tiny_model, tiny_model, tiny_recipe
+from models import ROW_DEPENDENT, STATEFUL, save_tiny_model, tiny_model, tiny_recipe
 from spinlm.errors import ModelError
 from spinlm.generation import LocalEngine
 from spinlm.generation.base import Response, Sampling
 from spinlm.model.adapted import describe_trained
 from spinlm.model.attention import register_tree_attention
+from spinlm.model.families import row_limit
 from spinlm.model.fused import fuse_layers
 from spinlm.model.loading import add_adapter, load_model
 from spinlm.model.logprobs import LogProbs, max_logprob_error
 from spinlm.model.players import Players
-from spinlm.model.prefix_trees import PrefixTree, pack_batch
+from spinlm.model.prefix_trees import PrefixTree, micro_batches, pack_batch
 from spinlm.model.run import Run
+from spinlm.plan import make_plan
 from spinlm.recipe.model import Lora, Model
 from spinlm.rundir.layout import RunDir
+from spinlm.stages.prepare import prepare
 from spinlm.stages.reference_logprobs import _check_mismatch, _Tally
+from spinlm.utils.atomic import write_json
+from tiny import tiny_tokenizer
 
 V = 97
 
@@ -193,3 +198,105 @@ def test_a_checkpoint_whose_text_model_alone_is_loaded(tmp_path: Path, caplog: p
     CONFIG_MAPPING["qwen3_5"](text_config=text).save_pretrained(folder)
     load_model(Model(path=str(folder)), str(folder), torch.float32)
     assert "a merged player has no vision or audio tower" in caplog.text
+
+
+# Position encodings that depend on the length of a row
+
+ROWS = [PrefixTree(ids(length - 12, length), (ids(12, 2), ids(12, 3))) for length in (30, 36, 41, 44, 50, 57)]
+
+
+def logprobs_in_batches(players: Players, trees: Sequence[PrefixTree], budget: int) -> list[float]:
+    values: dict[int, list[float]] = {}
+    for chosen in micro_batches(trees, budget, players.prefix_sharing):
+        found = iter(players.response_logprobs([trees[index] for index in chosen]))
+        values |= {index: [next(found) for _ in trees[index].responses] for index in chosen}
+    return [value for index in range(len(trees)) for value in values[index]]
+
+
+@pytest.mark.parametrize("prefix_sharing", [True, False])
+@pytest.mark.parametrize(("family", "kind"), [("phi3", "longrope"), ("llama", "dynamic NTK")])
+def test_log_probabilities_do_not_depend_on_the_micro_batch(
+    tmp_path: Path, family: str, kind: str, prefix_sharing: bool
+) -> None:
+    """A recipe whose rows can pass the threshold of 40 tokens is refused. Below it the micro-batch has no influence."""
+    folder = save_tiny_model(tmp_path / "model", family, **ROW_DEPENDENT[family])
+    long = Players(tiny_recipe(folder, lora={"r": 4}, train={"max_length": 57}), RunDir(tmp_path / "long"))
+    with pytest.raises(ModelError, match=rf"model: .*{kind}.* 40 .*train\.max_length is 57"):
+        long.logprobs  # noqa: B018
+    players = Players(tiny_recipe(folder, lora={"r": 4}, train={"max_length": 40}), RunDir(tmp_path / "run"))
+    players.prefix_sharing = prefix_sharing
+    assert players.max_positions == 40
+    below = [tree for tree in ROWS if len(tree.prompt) + 12 <= 41]  # the last token of a response is not fed in
+    small, large = (logprobs_in_batches(players, below, budget) for budget in (64, 4096))
+    assert small == pytest.approx(large, abs=1e-4)
+    # Beyond the threshold there is an influence, of more than 0.01 nats per token.
+    small, large = (logprobs_in_batches(players, ROWS, budget) for budget in (64, 4096))
+    assert max(abs(a - b) / 12 for a, b in zip(small, large, strict=True)) > 0.01
+
+
+PHI_4_MINI = {"model_type": "phi3", "max_position_embeddings": 131072, "original_max_position_embeddings": 4096}
+
+
+@pytest.mark.parametrize(
+    ("config", "limit"),
+    [
+        (PHI_4_MINI | {"rope_scaling": {"type": "longrope", "long_factor": [1.0]}}, ("longrope", 4096)),
+        (PHI_4_MINI | {"rope_scaling": {"type": "su", "long_factor": [1.0]}}, ("longrope", 4096)),
+        ({"max_position_embeddings": 2048, "rope_scaling": {"type": "dynamic", "factor": 2}}, ("dynamic NTK", 2048)),
+        (
+            {"text_config": {"max_position_embeddings": 64, "rope_parameters": {"full": {"rope_type": "dynamic"}}}},
+            ("dynamic NTK", 64),
+        ),
+        ({"max_position_embeddings": 32768, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, None),
+        ({"max_position_embeddings": 131072, "rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, None),
+        ({"max_position_embeddings": 2048, "rope_scaling": None}, None),
+        ({}, None),
+    ],
+)
+def test_longest_row_before_the_position_encoding_changes(
+    config: dict[str, Any], limit: tuple[str, int] | None
+) -> None:
+    assert row_limit(config) == limit
+
+
+def test_plan_refuses_rows_that_are_too_long_and_says_what_is_adapted(tmp_path: Path) -> None:
+    """Without loading the model."""
+    write_json(tmp_path / "config.json", PHI_4_MINI | {"rope_scaling": {"type": "longrope"}, "num_local_experts": 16})
+    refusals = [
+        make_plan(tiny_recipe(tmp_path, lora={}, train={"max_length": length})).refusals for length in (4096, 4097)
+    ]
+    assert [any("longrope" in refusal for refusal in part) for part in refusals] == [False, True]
+    assert make_plan(tiny_recipe(tmp_path, lora={})).trained == "adapted: linear layers; frozen: router, experts"
+    write_json(tmp_path / "config.json", {"text_config": {}, "vision_config": {"hidden_size": 8}})
+    assert make_plan(tiny_recipe(tmp_path)).trained == "trained: all weights; frozen: vision tower"
+    save_tiny_model(tmp_path / "llama")
+    plan = make_plan(tiny_recipe(tmp_path / "llama", lora={"r": 4, "target_modules": ["q_proj", "v_proj"]}))
+    # Inputs and outputs of q_proj are 32 and 32, those of v_proj 32 and 16.
+    assert plan.trained == "adapted: q_proj, v_proj in 3 blocks (1,344 parameters)"
+
+
+# A tokenizer with more tokens than the embedding has rows
+
+
+@pytest.mark.parametrize("response", ["It is blue.", "It is <extra_7>."])
+def test_a_token_without_a_row_is_refused_when_it_occurs(tmp_path: Path, response: str) -> None:
+    folder = tmp_path / "model"
+    tokenizer = tiny_tokenizer()
+    rows = len(tokenizer)
+    tiny_model("llama", rows).save_pretrained(folder)
+    tokenizer.add_tokens([f"<extra_{number}>" for number in range(30)])
+    tokenizer.save_pretrained(folder)
+    data = tmp_path / "data.jsonl"
+    data.write_text(
+        "".join(json.dumps({"prompt": f"{n}?", "response": response if n == 3 else "Yes"}) + "\n" for n in range(6))
+    )
+    recipe = tiny_recipe(folder, lora={"r": 4}, data={"path": str(data), "heldout": 1})
+    with Run(recipe, RunDir(tmp_path / "run")) as run:
+        prepare(run)
+        if "extra" not in response:
+            assert run.players.logprobs
+            return
+        with pytest.raises(
+            ModelError, match=rf"has {rows + 30} tokens.* only {rows} rows.*'<extra_7>', token {rows + 7}"
+        ):
+            run.players.logprobs  # noqa: B018

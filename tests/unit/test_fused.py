@@ -101,6 +101,35 @@ def test_a_fused_lora_layer_in_bfloat16() -> None:
         assert (tensor.float() - reference).norm() < 0.02 * reference.norm()
 
 
+@pytest.mark.parametrize(("variant", "fused"), [({"use_rslora": True}, True), ({"use_dora": True}, False)])
+def test_variants_of_lora(variant: dict[str, bool], fused: bool) -> None:
+    model = add_adapter(tiny_model("llama"), Lora(r=4, alpha=8, **variant), 0).train()
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    layer = model.get_base_model().model.layers[0].self_attn.q_proj
+    ids, scale = torch.randint(3, 90, (2, 9)), 8 / 4**0.5 if fused else 8 / 4
+    assert layer.scaling["default"] == scale
+
+    def results() -> list[Tensor]:
+        logits = model(input_ids=ids).logits
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        return [logits, *torch.autograd.grad(logits.square().mean(), trained)]
+
+    expected = results()
+    fuse_layers(model)
+    assert ("forward" in vars(layer)) is fused
+    for tensor, reference in zip(results(), expected, strict=True):
+        assert (tensor - reference).norm() <= 2e-5 * reference.norm()
+    x, base = torch.randn(3, 32), layer.base_layer.weight
+    update = base + scale * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+    if not fused:
+        update = update / update.norm(dim=1, keepdim=True) * layer.lora_magnitude_vector["default"].weight[:, None]
+    torch.testing.assert_close(layer(x), x @ update.T, rtol=1e-4, atol=1e-5)
+
+
 def test_a_layer_with_a_trained_base_is_not_fused() -> None:
     model, layers = with_adapters(Small("bias"))
     layers[0].base_layer.weight.requires_grad_()

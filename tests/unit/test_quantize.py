@@ -77,6 +77,21 @@ def logprobs_of_trees(model: Any) -> Tensor:
     return torch.stack([logprob(model, tree.prompt, response) for tree in TREES for response in tree.responses])
 
 
+@pytest.mark.parametrize("variant", [{"use_rslora": True}, {"use_dora": True}], ids=str)
+def test_variants_of_lora_in_4bit(folder: Path, tmp_path: Path, variant: dict[str, bool]) -> None:
+    players, reference = players_in_4bit(folder, tmp_path, **variant), reference_model(folder, **variant)
+    randomize_adapter(players.model)
+    expected = logprobs_of_trees(reference)
+    torch.testing.assert_close(torch.tensor(players.response_logprobs(TREES)), expected, **TOLERANCE)
+    batch = pack_batch(TREES, True)
+    players.logprobs(batch).sum().backward()
+    expected.sum().backward()
+    ours, theirs = gradients(players.model), gradients(reference)
+    assert ours.keys() == theirs.keys() and len(ours) == 3 * 7 * (3 if "use_dora" in variant else 2)
+    for name, gradient in ours.items():
+        assert (gradient - theirs[name]).norm() <= 1e-3 * theirs[name].norm(), name
+
+
 def gradients(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 

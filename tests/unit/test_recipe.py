@@ -21,6 +21,7 @@ from pydantic.fields import FieldInfo
 import spinlm
 from spinlm.errors import RecipeError
 from spinlm.recipe.fields import Section, iterate_fields, value_at
+from spinlm.recipe.foreign_names import KEYS, VALUES
 from spinlm.recipe.load import as_yaml, load_recipe, parse_recipe
 from spinlm.recipe.objective import OBJECTIVES, Spin
 from spinlm.recipe.schema import Recipe
@@ -184,6 +185,43 @@ def test_one_line_for_each_error(tmp_path: Path) -> None:
 )
 def test_unknown_keys(sections: dict[str, Any], message: str) -> None:
     assert parse_error(**sections).startswith(f"recipe: {message}")
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"objective": {"name": "dpo"}}, ["spin", "preference data", "data.columns.rejected"]),
+        ({"objective": {"name": "kto"}}, ["data.columns.rejected"]),
+        ({"train": {"gradient_accumulation_steps": 8}}, ["train.batch_size", "train.tokens_per_micro_batch"]),
+        ({"per_device_train_batch_size": 8}, ["train.batch_size", "train.tokens_per_micro_batch"]),
+        ({"train": {"num_train_epochs": 3}}, ["use train.epochs"]),
+        ({"train": {"lr": 1e-5}}, ["use train.learning_rate"]),
+        ({"train": {"max_seq_length": 512}}, ["use train.max_length"]),
+        ({"lora_r": 8, "lora": {"lora_alpha": 16}}, ["use lora.r", "use lora.alpha"]),
+        ({"model": {"path": "m", "load_in_8bit": True}}, ["model.load_in_4bit"]),
+        ({"train": {"bf16": True}}, ["use model.dtype"]),
+        ({"train": {"deepspeed": "zero3.json"}}, ["use train.fsdp"]),
+        ({"train": {"packing": True, "flash_attention": True}}, ["train.prefix_sharing"]),
+        ({"train": {"neftune_noise_alpha": 5}}, ["not supported"]),
+        ({"opponent": {"engine": "hf"}}, ["use local"]),
+        ({"data": {"path": "d", "turns": "every"}}, ["use all"]),
+        ({"model": {"path": "m", "dtype": "fp16"}}, ["bfloat16 or float32"]),
+    ],
+)
+def test_names_of_other_trainers(sections: dict[str, Any], words: list[str]) -> None:
+    message = parse_error(**sections)
+    assert all(word in message for word in words), message
+    assert "did you mean" not in message
+
+
+def test_names_of_other_trainers_lead_to_fields_that_exist() -> None:
+    fields = dict(iterate_fields(Recipe))
+    for name, answer in KEYS.items():
+        named = re.findall(r"\b(?:[a-z_]+\.)+[a-z_0-9]+\b", answer)
+        assert named == [field for field in named if field in fields], name
+        assert name not in Recipe.model_fields
+    for field, values in VALUES.items():
+        assert field.removesuffix(".name") in fields and values
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from spinlm.data.messages import (
+    MASK,
     REASONING_FIELDS,
     TRAINING_FLAGS,
     Conversation,
@@ -55,6 +56,7 @@ _REFUSED = {
     **dict.fromkeys(("images", "image", "videos", "video", "audio", "audios"), _TEXT_ONLY),
     **dict.fromkeys(("tool_calls", "function_call", "functions"), "self-play does not support tool calls"),
     "documents": "the chat template would not see them",
+    **dict.fromkeys(("mask", "loss_mask", "completion_mask", "assistant_masks"), MASK),
     **dict.fromkeys(_CONTEXTS, "the prompt lacks it. Name it in data.columns.context, and it follows the prompt"),
     "history": "the list of messages would lack it",
     "chat_template_kwargs": "rows cannot have their own. Set data.chat_template_kwargs",
@@ -173,10 +175,9 @@ class Layout:
 
     def column_summary(self) -> str:
         """Return which columns of the data set are read, and which are not."""
-        lists = {
-            "used": [column for column in self.columns if column in self._read_columns()],
-            "ignored": [column for column in self.columns if column not in self._read_columns()],
-        }
+        read = self._read_columns()
+        lists = {"used": [column for column in self.columns if column in read]}
+        lists["ignored"] = [column for column in self.columns if column not in read]
         return "; ".join(f"{shortened(', '.join(columns))} ({use})" for use, columns in lists.items() if columns)
 
     @cached_property
@@ -256,7 +257,7 @@ def recognize_layout(source: Source, named: Columns) -> Layout:
     listing = shortened(", ".join(map(repr, columns)))
     for key, column in named.model_dump(exclude_none=True, exclude={"ignore"}).items():
         if column not in columns:
-            near = nearest(column, columns)
+            near = nearest(column, columns, cutoff=0.6)
             guess = f"; did you mean {near!r}?" if near else ""
             raise DataError(
                 f"{source.where}: data.columns.{key} is {column!r}, but the data have no such column{guess} "

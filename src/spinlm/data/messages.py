@@ -29,6 +29,8 @@ _TOOL_ROLES = (
 _TEXT_ONLY = "self-play uses text alone"
 _TOOL_CALLS = "self-play does not support tool calls"
 
+MASK = "masks are not read. Give messages that are no examples the weight 0"
+
 REFUSED_MESSAGE_FIELDS = {
     "tool_calls": _TOOL_CALLS,
     "function_call": _TOOL_CALLS,
@@ -40,6 +42,7 @@ REFUSED_MESSAGE_FIELDS = {
     "documents": "the chat template would not see them",
     "refusal": "the response is a refusal",
     "train_detail": "parts of a message cannot be excluded from training",
+    "mask": MASK,
 }
 """Fields of a message without which it would mean something else. `name`, `id`, `annotations` and unknown ones are
 metadata."""

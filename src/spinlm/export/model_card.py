@@ -42,11 +42,16 @@ def render_card(recipe: Recipe, folder: RunDir, iteration: int, *, merged: bool,
     run, player = run_data(folder), player_name(iteration)
     commit = run.provenance.get("commit")
     adapter = recipe.lora is not None and not merged
-    base = public_name(recipe.model.path) + (f" at revision {recipe.model.revision}" if recipe.model.revision else "")
+    base_model, first = recipe.model.base_model, public_name(recipe.model.path) if recipe.model.base else None
+    base = public_name(base_model.path) + (f" at revision {base_model.revision}" if base_model.revision else "")
+    if recipe.merges_adapter:
+        base += f" with the adapter {first} merged"
     weights = f"a whole model, trained from {base}"
     if recipe.lora is not None:
         weights = f"a LoRA adapter {'merged into' if merged else 'over'} the base model {base}"
-    fields: License = {"license": license} if license else base_license(recipe.model)
+    if recipe.continues_adapter:
+        weights += f". Its training began with the adapter {first}"
+    fields: License = {"license": license} if license else base_license(base_model)
     titles, body = table_cells(run.players)
     card = ModelCard.from_template(
         ModelCardData(**fields, **_metadata(recipe, iteration, adapter)),
@@ -67,7 +72,8 @@ def render_card(recipe: Recipe, folder: RunDir, iteration: int, *, merged: bool,
         recipe=yaml.safe_dump(_public_recipe(recipe), sort_keys=False, allow_unicode=True).rstrip(),
         license_name=fields.get("license_name") or fields.get("license", ""),
         own_license=license is not None,
-        **_base_arguments(recipe.model, run.provenance),
+        first_adapter=_first_adapter(recipe.model) if recipe.merges_adapter else None,
+        **_base_arguments(base_model, _base_commit(run.provenance)),
     )
     return f"{card}\n"
 
@@ -75,8 +81,8 @@ def render_card(recipe: Recipe, folder: RunDir, iteration: int, *, merged: bool,
 def _metadata(recipe: Recipe, iteration: int, adapter: bool) -> dict[str, Any]:
     """Return the metadata of a card, without the license. Local paths are left out."""
     values: dict[str, Any] = {"library_name": "peft" if adapter else "transformers", "pipeline_tag": "text-generation"}
-    if _on_hub(recipe.model.path):
-        values |= {"base_model": recipe.model.path, "base_model_relation": "adapter" if adapter else "finetune"}
+    if _on_hub(base := recipe.model.base_model.path):
+        values |= {"base_model": base, "base_model_relation": "adapter" if adapter else "finetune"}
     trained = iteration != START or recipe.sft is not None
     if trained and not any(names_a_file(path) or not _on_hub(path) for path in recipe.data.paths):
         values["datasets"] = recipe.data.paths
@@ -85,9 +91,23 @@ def _metadata(recipe: Recipe, iteration: int, adapter: bool) -> dict[str, Any]:
     return values
 
 
-def _base_arguments(model: Model, provenance: dict[str, Any]) -> dict[str, Any]:
+def _base_commit(provenance: dict[str, Any]) -> str | None:
+    """Return the commit of a base model on the hub that the run began with."""
+    model = provenance.get("inputs", {}).get("model", {})
+    commit: str | None = model.get("base", model).get("commit")
+    return commit
+
+
+def _first_adapter(model: Model) -> str:
+    """Return the argument that loads the adapter in `model.path`, as Python code."""
+    if _is_local(model.path):
+        return _quote(f"FOLDER OF {Path(model.path).name}")
+    return _quote(model.path) + (f", revision={_quote(model.revision)}" if model.revision else "")
+
+
+def _base_arguments(model: Model, commit: str | None) -> dict[str, Any]:
     """Return the arguments that load the base model, as Python code. The reader replaces the words in capitals."""
-    revision = model.revision or provenance.get("inputs", {}).get("model", {}).get("commit")
+    revision = model.revision or commit
     base, package = _quote(model.path), None
     if model.path.startswith("package://"):
         package, file = parse_package_uri(model.path)
@@ -175,6 +195,8 @@ def _public_recipe(recipe: Recipe) -> dict[str, Any]:
     """Return the recipe without local folders, addresses and commands."""
     values = recipe.model_dump(mode="json", exclude_defaults=True)
     values["model"]["path"] = public_name(recipe.model.path)
+    if recipe.model.base is not None:
+        values["model"]["base"] = public_name(recipe.model.base)
     names = [public_name(path) for path in recipe.data.paths]
     values["data"]["path"] = names[0] if isinstance(recipe.data.path, str) else names
     template = values["data"].get("chat_template")

@@ -126,7 +126,8 @@ def _schema(folder: RunDir) -> Any:
     """Return the columns of all splits. Tools, and other fields of messages, are among them if an example has them."""
     import pyarrow as pa
 
-    fields, tools = {"role": pa.string(), "content": pa.string()}, []
+    fields = {"role": pa.string(), "content": pa.string()}
+    tools: list[tuple[str, Any]] = []
     for split in EXPORT_SPLITS:
         for example in read_lines(folder.examples(split), Example):
             fields.update(dict.fromkeys((key for message in example.messages for key in message), pa.string()))

@@ -129,7 +129,8 @@ def continue_adapter(model: Any, folder: Path, lora: Lora, base: Model) -> Any:
     with as_model_error(message):
         config = PeftConfig.from_pretrained(str(folder))
         weights = load_peft_weights(str(folder), device="cpu")
-    config.lora_dropout, config.inference_mode, config.revision = lora.dropout, False, base.revision
+    config.lora_dropout, config.inference_mode = lora.dropout, False
+    config.base_model_name_or_path, config.revision = base.path, base.revision
     _remove_embeddings(model, weights, folder)
     adapted = attach_adapter(model, config)
     with as_model_error(message):

@@ -1,6 +1,7 @@
 """Fused forward and backward passes for LoRA layers, gated MLPs, RMS norms and GPT-Neo's GELU.
 
-A linear layer with a LoRA update computes y = x·Wᵀ + b + (α/r) (x·Aᵀ)·Bᵀ (LoRA, arXiv 2106.09685). PEFT's layer needs
+A linear layer with a LoRA update computes y = x·Wᵀ + b + (α/r) (x·Aᵀ)·Bᵀ (LoRA, arXiv 2106.09685), and rank-stabilized
+LoRA has α/√r in place of α/r. Other variants, such as DoRA, keep PEFT's layers. PEFT's layer needs
 three more passes over a tensor of the output's size, and autograd saves a copy for each. The fused layer adds both
 products in place, forward and backward, and saves only x and x·Aᵀ. A fused gated MLP recomputes act(g) ⊙ u from g and u
 in backward. A 4-bit weight is dequantized again in backward. Fusing changes no parameters, names or saved files.
@@ -131,7 +132,7 @@ def _lora_weights(layer: Any) -> tuple[Tensor, Tensor]:
 
 
 def _scale(layer: Any) -> float:
-    """Return α/r."""
+    """Return α/r, or α/√r of rank-stabilized LoRA."""
     return float(layer.scaling["default"])
 
 

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from spinlm.errors import ModelError, first_line
 from spinlm.model.adapted import target_modules
-from spinlm.model.base_files import base_folder, use_legacy_names
+from spinlm.model.base_files import use_legacy_names
+from spinlm.model.checkpoint_checks import check_architecture, check_complete, check_files, check_folder
 from spinlm.model.families import auto_class
 from spinlm.model.quantize import bnb_config, check_4bit_support, patch_4bit_layers
 from spinlm.recipe.model import Lora, Model
 from spinlm.rundir.layout import RunDir
 from spinlm.utils.atomic import atomic_path, file_digest, read_json, write_json
-from spinlm.utils.hub import Repository
 from spinlm.utils.model_path import resolve_model
 
 log = logging.getLogger("spinlm")
@@ -59,6 +59,8 @@ def _reason(error: Exception) -> str:
             "its repository contains code, which spinlm runs only with model.trust_remote_code: true. Read its .py "
             "files first: they run as your user"
         )
+    if isinstance(error, SafetensorError):
+        return f"a .safetensors file is damaged or incomplete ({first_line(error)}). Download or copy it again"
     return first_line(error)
 
 
@@ -97,16 +99,20 @@ def _prepare_whole_model(model: Model, folder: RunDir, *, check_hub: bool = Fals
     path = resolve_model(model.path)
     if path is None:
         if check_hub:
-            Repository(model.path, model.revision).folder()
+            from transformers.utils.hub import cached_file
+
+            with as_model_error(model.path):
+                cached_file(model.path, "config.json", revision=model.revision)
         return model.path
     if path.suffix == ".gguf":
         source = {"file": path.name, "bytes": path.stat().st_size}
         make_once(folder.base, source, lambda target: _convert_gguf(path, target))
         return str(folder.base.absolute())  # absolute, because adapters record the path of their base
+    if path.is_file():
+        raise ModelError(f"{path}: a file, not a model folder. Set model.path to the folder that holds it")
     if not (path / "config.json").exists():
         raise ModelError(f"{path}: not a model folder, because it has no config.json. Set model.path to a model folder")
-    if not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")):
-        raise ModelError(f"{path}: a model folder without weights (no *.safetensors, no *.bin)")
+    check_files(path)
     return str(path)
 
 
@@ -153,9 +159,17 @@ def _digests(folder: Path) -> dict[str, str]:
     return {path.name: file_digest(path) for path in sorted(folder.iterdir()) if path.name != "source.json"}
 
 
-def _from_pretrained(loader: Any, path: str, **options: Any) -> Any:
-    """Call `from_pretrained` of a class of transformers; retry if the hub does not answer."""
-    return Repository(path, options.get("revision")).call(lambda: loader.from_pretrained(path, **options))
+def hub_commit(model: Model) -> str | None:
+    """Return the commit that the revision of a hub model or adapter has; None if the hub does not answer."""
+    from transformers.utils.hub import cached_file, extract_commit_hash
+
+    log.info("asking the hub for %s", model.path)
+    try:
+        name = "config.json" if model.base is None else "adapter_config.json"
+        path = cached_file(model.path, name, revision=model.revision)
+    except OSError:  # loading the model raises an error with the reason
+        return None
+    return extract_commit_hash(path, None)
 
 
 def load_tokenizer(model: Model, path: str) -> Any:
@@ -166,9 +180,12 @@ def load_tokenizer(model: Model, path: str) -> Any:
     """
     from transformers import AutoTokenizer
 
-    with as_model_error(f"{path}: the tokenizer cannot be loaded"):
+    hub = "" if resolve_model(path) else " from the hub (there is no folder of that name)"
+    if folder := resolve_model(path):
+        check_folder(folder, trust_remote_code=model.trust_remote_code)
+    with as_model_error(f"{path}: the tokenizer cannot be loaded{hub}"):
         tokenizer = AutoTokenizer.from_pretrained(
-            base_folder(model, path), revision=model.revision, trust_remote_code=model.trust_remote_code
+            path, revision=model.revision, trust_remote_code=model.trust_remote_code
         )
     tokenizer.init_kwargs.pop("local_files_only", None)  # depends on HF_HUB_OFFLINE; players must not
     return tokenizer
@@ -178,11 +195,12 @@ def load_stop_ids(model: Model, path: str) -> list[int]:
     """Return the end tokens in a model's generation config, or in its config if it has no generation config."""
     from transformers import AutoConfig, GenerationConfig
 
-    folder = base_folder(model, path)
+    revision: dict[str, Any] = {} if model.revision is None else {"revision": model.revision}
     try:
-        ids = GenerationConfig.from_pretrained(folder).eos_token_id
+        ids = GenerationConfig.from_pretrained(path, **revision).eos_token_id
     except OSError:
-        ids = AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code).eos_token_id
+        config = AutoConfig.from_pretrained(path, trust_remote_code=model.trust_remote_code, **revision)
+        ids = getattr(config, "eos_token_id", None)
     return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
 
 
@@ -203,7 +221,8 @@ def load_model(model: Model, path: str, dtype: torch.dtype, *, load_in_4bit: boo
 
     options: dict[str, Any] = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
     with as_model_error(f"{path}: the model cannot be loaded"):
-        config = _from_pretrained(AutoConfig, path, **options)
+        config = AutoConfig.from_pretrained(path, **options)
+        check_architecture(config, path)
         if getattr(config, "quantization_config", None):
             raise ModelError(
                 f"{path}: pre-quantized models are not supported. Set model.path, or model.base if model.path is an "
@@ -213,7 +232,8 @@ def load_model(model: Model, path: str, dtype: torch.dtype, *, load_in_4bit: boo
         if load_in_4bit:
             check_4bit_support()
             options["quantization_config"] = bnb_config(dtype)
-        loaded = _from_pretrained(auto_class(config), path, dtype=dtype, **options)
+        loaded, info = auto_class(config).from_pretrained(path, dtype=dtype, output_loading_info=True, **options)
+        check_complete(info["missing_keys"], path)
     if config.get_text_config() is not config and loaded.config.get_text_config() is loaded.config:
         log.warning("%s: only its language model is loaded; a merged player has no vision or audio tower", path)
     if load_in_4bit:

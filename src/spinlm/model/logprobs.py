@@ -72,7 +72,12 @@ class LogProbs(nn.Module):
         self.autocast = autocast
         head = self.causal_lm.get_output_embeddings()
         if hasattr(head, "lora_A"):
-            raise ModelError("lora.target_modules: the output head cannot have an adapter. Leave the output head out")
+            name = next(name for name, module in self.causal_lm.named_modules() if module is head)
+            raise ModelError(
+                f"lora.target_modules: matches {name}, the output head. Log-probabilities are computed from the head's "
+                "weight, so the head cannot have an adapter. Leave the head out. An adapter with LoRA on the head can "
+                "be merged first: lora.create_new_adapter: true"
+            )
         if not isinstance(getattr(head, "weight", None), Tensor) or head.weight.dim() != 2:
             raise ModelError(
                 f"{type(self.causal_lm).__name__} is not supported: its output head is a {type(head).__name__}, not a "

@@ -6,7 +6,7 @@ With LoRA the base is frozen and shared, and a player is an adapter. In full fin
 import gc
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from spinlm.model.adapted import freeze_towers
 from spinlm.model.adapters import continue_adapter, prepare_base, tokenizer_folder
 from spinlm.model.attention import register_tree_attention
 from spinlm.model.base_files import copy_tokenizer_files, save_whole_model, write_chat_template
+from spinlm.model.families import check_row_length, check_vocabulary, row_limit
 from spinlm.model.fused import fuse_layers
 from spinlm.model.loading import (
     add_adapter,
@@ -39,7 +40,7 @@ from spinlm.model.prefix_trees import PrefixTree, pack_batch
 from spinlm.recipe.adapter import adapter_files
 from spinlm.recipe.schema import Recipe
 from spinlm.rundir.layout import RunDir
-from spinlm.rundir.provenance import pin_model
+from spinlm.rundir.records import SPLITS, Example, read_lines
 from spinlm.rundir.stage_graph import START
 from spinlm.utils.atomic import atomic_path, read_json, write_json
 
@@ -62,7 +63,7 @@ class Players:
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()
-        self.recipe = recipe = pin_model(recipe, folder)
+        self.recipe = recipe
         self.folder = folder
         self.base = prepare_base(recipe, folder)
         self.base_model = self.base.path  # hub id or folder
@@ -109,6 +110,7 @@ class Players:
         stored = torch.float32 if full else self.dtype
         log.info("loading the model")
         model = load_model(self.base, self.base_model, stored, load_in_4bit=self.base.load_in_4bit)
+        check_row_length(self.base_model, model.config.to_dict(), self.recipe.train.max_length)
         if lora is not None:
             if self._adapter is not None:
                 model = continue_adapter(model, self._adapter, lora, self.base)
@@ -117,13 +119,28 @@ class Players:
             fuse_layers(model)
         else:
             freeze_towers(model)
+        check_vocabulary(self.base_model, model, self.tokenizer, self._example_ids())
         disable_dropout(model)
         model.to(self.device)
         return LogProbs(model, autocast=self.dtype if full and self.dtype != stored else None)
 
+    def _example_ids(self) -> Iterator[int]:
+        """Yield the tokens of all examples that are already prepared."""
+        for path in filter(Path.exists, map(self.folder.examples, SPLITS)):
+            for example in read_lines(path, Example):
+                yield from (*example.prompt_ids, *example.response_ids, *(example.rejected_ids or ()))
+
     @property
     def model(self) -> Any:
         return self.logprobs.model
+
+    @property
+    def max_positions(self) -> int | None:
+        """The longest row that the model can read; None if its config does not say."""
+        text = self.model.config.get_text_config()
+        limit = row_limit(text.to_dict())
+        positions: int | None = getattr(text, "max_position_embeddings", None)
+        return limit[1] if limit else positions
 
     def parameters(self) -> list[tuple[str, nn.Parameter]]:
         """The trained parameters, by name."""
@@ -254,7 +271,8 @@ class Players:
         if row_error > MAX_LOGPROB_ERROR[self.dtype]:
             raise ModelError(
                 f"{self.base_model}: log-probabilities differ from the model's own by {row_error:.3g} nats per token. "
-                "spinlm does not know this kind of output head, so it cannot train this model"
+                "spinlm does not know this kind of output head, or of attention between the tokens of a prompt, so it "
+                "cannot train this model"
             )
         # The error with one response per row is the rounding error of this precision. A replaced attention rounds
         # unlike the model's own: its rounding error is that of a row with a single response.

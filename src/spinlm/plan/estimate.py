@@ -1,14 +1,17 @@
 """The plan of a run: costs, memory and time, what these assume, and why the run would be refused."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from spinlm.errors import ModelError, RecipeError
 from spinlm.evals.scorers import get_scorer
+from spinlm.model.families import check_row_length
 from spinlm.plan.costs import IterationCost, iteration_costs, num_prompts, num_reserved
 from spinlm.plan.devices import DEVICES, GPU, DeviceModel, StageTime
 from spinlm.plan.lengths import Lengths, find_lengths
-from spinlm.plan.model_shape import UnknownShapeError, find_shape
+from spinlm.plan.model_shape import UnknownShapeError, describe_trained, find_config, shape_from_config
+from spinlm.recipe.adapter import with_adapter
 from spinlm.recipe.schema import Recipe
 from spinlm.rundir.layout import RunDir
 from spinlm.rundir.resume import recipe_changes
@@ -44,6 +47,7 @@ class Plan:
     lengths: Lengths
     parameters: int | None  # None without the model's shape
     shape_source: str  # where the shape was read, or why it is unknown
+    trained: str  # the layers that are trained, and those that stay frozen
     refusals: tuple[str, ...]  # why the run would not start
     notes: tuple[str, ...]  # why the numbers are uncertain
 
@@ -56,18 +60,26 @@ def make_plan(recipe: Recipe, folder: RunDir | None = None, processes: int = 1) 
         folder: the run folder, which may not exist yet.
         processes: number of processes, one on each device.
     """
-    lengths = find_lengths(recipe)
+    adapter_error = None
     try:
-        shape, shape_source = find_shape(recipe.model)
+        recipe = with_adapter(recipe)
+    except (ModelError, RecipeError) as error:
+        adapter_error = str(error)
+    lengths = find_lengths(recipe)
+    config: dict[str, Any] = {}
+    shape = None
+    try:
+        config, shape_source = find_config(recipe.model)
+        shape = shape_from_config(config)
     except UnknownShapeError as error:
-        shape, shape_source = None, str(error)
+        shape_source = str(error)
     prefix_sharing = recipe.train.prefix_sharing != "never"  # all families that the plan knows support it
     iterations = iteration_costs(recipe, lengths, prefix_sharing)
     devices = sorted(DEVICES[recipe.model.dtype], key=lambda device: (device is GPU) != has_gpu())
     models = [DeviceModel(recipe, lengths, shape, device, processes) for device in devices if shape]
     estimates = tuple(_device_estimate(model, iterations) for model in models)
     return Plan(
-        model=recipe.model.path,
+        model=recipe.start,
         data=recipe.data.where,
         processes=processes,
         prompts=num_prompts(recipe, lengths),
@@ -78,7 +90,8 @@ def make_plan(recipe: Recipe, folder: RunDir | None = None, processes: int = 1) 
         lengths=lengths,
         parameters=shape.parameters if shape else None,
         shape_source=shape_source,
-        refusals=tuple(_refusals(recipe, lengths, folder)),
+        trained=describe_trained(config, shape, recipe.lora),
+        refusals=(*filter(None, [adapter_error]), *_refusals(recipe, config, lengths, folder)),
         notes=tuple(_notes(recipe, lengths, shape_source, estimates)),
     )
 
@@ -95,10 +108,11 @@ def _device_estimate(model: DeviceModel, iterations: tuple[IterationCost, ...]) 
     )
 
 
-def _refusals(recipe: Recipe, lengths: Lengths, folder: RunDir | None) -> Iterator[str]:
+def _refusals(recipe: Recipe, config: Mapping[str, Any], lengths: Lengths, folder: RunDir | None) -> Iterator[str]:
     """Yield why the run would not start, as far as that is known without loading anything."""
     try:
         resolve_model(recipe.model.path)
+        check_row_length(recipe.model.base_model.path, config, recipe.train.max_length)
     except ModelError as error:
         yield str(error)
     if lengths.data_error:

@@ -1,6 +1,7 @@
 """The shape of a model, read from its config.json or .gguf header, and the sizes that follow from the shape."""
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,6 @@ from typing import Any
 from spinlm.errors import ModelError
 from spinlm.recipe.model import Lora, Model
 from spinlm.utils.gguf_header import read_gguf_header
-from spinlm.utils.hub import Repository
 from spinlm.utils.model_path import resolve_model
 
 BYTES_IN_4BIT = 0.5 + 1 / 64 + 4 / (64 * 256)
@@ -17,6 +17,9 @@ BYTES_IN_4BIT = 0.5 + 1 / 64 + 4 / (64 * 256)
 
 LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3", "gemma2")
 GPT_LIKE = ("gpt2", "gpt_neo")
+
+_EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+"""Where a config.json says that a model has experts."""
 
 Linear = tuple[str, int, int]  # name, inputs and outputs of a linear layer
 
@@ -68,12 +71,28 @@ class Shape:
         return width * (self.parameters - packed) + round(BYTES_IN_4BIT * packed)
 
     def trained(self, lora: Lora | None) -> int:
-        """Return the number of trained parameters: all, or r · (inputs + outputs) for each adapted layer."""
+        """Return the number of trained parameters: all, or r · (inputs + outputs) for each adapted layer.
+
+        DoRA has another parameter for each output.
+        """
         if lora is None:
             return self.parameters
-        names = {target.rpartition(".")[2] for target in lora.target_modules}
-        adapted = [sizes for name, *sizes in self.linears if lora.target_modules == "all-linear" or name in names]
-        return self.layers * lora.r * sum(map(sum, adapted))
+        sizes = [
+            lora.r * (inputs + outputs) + (outputs if lora.use_dora else 0)
+            for block in range(self.layers)
+            for index, (_, inputs, outputs) in enumerate(self.linears)
+            if adapts(lora, self.layer_name(block, index))
+        ]
+        embedding = "transformer.wte" if self.family in GPT_LIKE else "model.embed_tokens"
+        extra = lora.r * (self.vocab + self.hidden) if adapts(lora, embedding, linear=False) else 0
+        return sum(sizes) + extra
+
+    def layer_name(self, block: int, index: int) -> str:
+        """Return the full name of a linear layer, which a regular expression in `lora.target_modules` must match."""
+        gpt, name = self.family in GPT_LIKE, self.linears[index][0]
+        part = "mlp" if index >= len(self.linears) - (2 if gpt else 3) else "attn" if gpt else "self_attn"
+        inner = ".attention" if self.family == "gpt_neo" and part == "attn" else ""
+        return f"{'transformer.h' if gpt else 'model.layers'}.{block}.{part}{inner}.{name}"
 
     def kv_bytes(self, width: int) -> int:
         """Return the bytes of the keys and values of one token in all layers."""
@@ -99,25 +118,75 @@ class Shape:
         return self.layers * width * self.hidden + block if checkpointing else self.layers * block
 
 
+def adapts(lora: Lora, name: str, *, linear: bool = True) -> bool:
+    """Return whether a layer with this full name has an adapter."""
+    targets = lora.target_modules
+    if targets == "all-linear":
+        return linear
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    return any(name == target or name.endswith(f".{target}") for target in targets)
+
+
 def _adapts_mlp(lora: Lora) -> bool:
-    return lora.target_modules == "all-linear" or {"gate_proj", "up_proj", "down_proj"} <= set(lora.target_modules)
+    """Return whether gated MLPs are fused: all three projections have plain adapters."""
+    names = (f"model.layers.0.mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj"))
+    return not lora.use_dora and all(adapts(lora, name) for name in names)
 
 
 def find_shape(model: Model) -> tuple[Shape, str]:
-    """Return the shape of a recipe's model, and where it was read.
+    """Return the shape of a recipe's model, or of an adapter's base, and where it was read.
 
     Raises:
-        UnknownShapeError: no local file and no config.json of the hub or its cache has the shape.
+        UnknownShapeError: neither a local file nor the hub cache has the shape.
     """
+    config, source = find_config(model)
+    return shape_from_config(config), source
+
+
+def find_config(model: Model) -> tuple[dict[str, Any], str]:
+    """Return the configuration of a recipe's model with the keys of a config.json, and where it was read.
+
+    Raises:
+        UnknownShapeError: neither a local file nor the hub cache has it.
+    """
+    model = model.base_model
     try:
         path = resolve_model(model.path)
     except ModelError as error:
         raise UnknownShapeError(str(error)) from None
     if path is None:
-        return shape_from_config(_json_config(_hub_config(model))), "read from config.json on the hub"
+        return _json_config(_cached_config(model)), "read from config.json in the local hub cache"
     if path.is_file():
-        return shape_from_config(_gguf_config(path)), f"read from the header of {path.name}"
-    return shape_from_config(_json_config(path / "config.json")), f"read from {path / 'config.json'}"
+        return _gguf_config(path), f"read from the header of {path.name}"
+    return _json_config(path / "config.json"), f"read from {path / 'config.json'}"
+
+
+def describe_trained(config: Mapping[str, Any], shape: Shape | None, lora: Lora | None) -> str:
+    """Say which layers are trained and which stay frozen, as far as the configuration tells.
+
+    `spinlm check` says it of the loaded model.
+    """
+    text = config.get("text_config") or config
+    frozen = [f"{name} tower" for name in ("vision", "audio") if config.get(f"{name}_config")]
+    if lora is None:
+        layers = "trained: all weights"
+    elif shape is None:
+        targets = "linear layers" if lora.target_modules == "all-linear" else lora.target_modules
+        layers = f"adapted: {targets if isinstance(targets, str) else ', '.join(targets)}"
+    else:
+        numbers = [
+            (block, index)
+            for block in range(shape.layers)
+            for index in range(len(shape.linears))
+            if adapts(lora, shape.layer_name(block, index))
+        ]
+        names = ", ".join(dict.fromkeys(shape.linears[index][0] for _, index in numbers))
+        blocks = len({block for block, _ in numbers})
+        layers = f"adapted: {names} in {blocks} blocks ({shape.trained(lora):,} parameters)"
+    if lora is not None and lora.target_modules == "all-linear" and any(text.get(name) for name in _EXPERT_COUNTS):
+        frozen = ["router", "experts", *frozen]
+    return layers + (f"; frozen: {', '.join(frozen)}" if frozen else "")
 
 
 def shape_from_config(config: Mapping[str, Any]) -> Shape:
@@ -177,19 +246,15 @@ def _linears(family: str, hidden: int, queries: int, keys: int, inner: int) -> t
     return *attention, ("gate_proj", hidden, inner), ("up_proj", hidden, inner), ("down_proj", inner, hidden)
 
 
-def _hub_config(model: Model) -> Path:
-    """Return config.json of a hub model, from the cache or the hub."""
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+def _cached_config(model: Model) -> Path:
+    from huggingface_hub import try_to_load_from_cache
 
     cached = try_to_load_from_cache(model.path, "config.json", revision=model.revision)
-    if isinstance(cached, str):
-        return Path(cached)
-    repository = Repository(model.path, model.revision)
-    try:
-        commit = repository.commit()
-        return Path(repository.call(lambda: hf_hub_download(model.path, "config.json", revision=commit)))
-    except (ModelError, OSError) as error:
-        raise UnknownShapeError(str(error)) from None
+    if not isinstance(cached, str):
+        revision = f" --revision {model.revision}" if model.revision else ""
+        command = f"hf download {model.path} --include '*config.json'{revision}"
+        raise UnknownShapeError(f"{model.path} is not in the local hub cache. Run `{command}` once")
+    return Path(cached)
 
 
 def _json_config(path: Path) -> dict[str, Any]:

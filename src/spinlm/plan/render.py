@@ -17,7 +17,7 @@ def render(plan: Plan) -> "RenderableType":
     from rich.console import Group
     from rich.text import Text
 
-    parts: list[RenderableType] = [Text(f"model: {plan.model}\ndata:  {plan.data}", style="bold")]
+    parts: list[RenderableType] = [Text(f"model: {plan.model}\ndata:  {plan.data}", style="bold"), Text(plan.trained)]
     parts += [Text(f"This run will be refused: {reason}", style="red") for reason in plan.refusals]
     for title, table in _tables(plan):
         parts += [Text(f"\n{title}", style="bold"), table]

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from spinlm.errors import RecipeError
 from spinlm.recipe.fields import Section, is_tag, iterate_fields, subsections
+from spinlm.recipe.foreign_names import translate_key, translate_value
 from spinlm.recipe.objective import OBJECTIVES
 from spinlm.recipe.schema import Recipe
 from spinlm.utils.model_path import existing_path, is_glob, matching_paths
@@ -207,14 +208,17 @@ def _explain(error: Any) -> str:
         case "model_type" | "model_attributes_type":
             return f"{path}: should be a section with keys, got {_show(value)}"
         case "union_tag_invalid":
-            known = ", ".join(OBJECTIVES)
-            return f"{path}.name: should be one of {known}, got {_show(value['name'])}"
+            known, name = ", ".join(OBJECTIVES), value["name"]
+            hint = translate_value(f"{path}.name", name)
+            return f"{path}.name: should be one of {known}, got {_show(name)}" + (f". {hint}" if hint else "")
     message = error["msg"][0].lower() + error["msg"][1:] + (" (or a list)" if "<value>" in location else "")
     hint = ""
     if kind == "string_type" and isinstance(value, int | float):
         hint = "; put it in quotes to make it text"
     if kind == "float_type" and isinstance(value, str) and _is_number(value):
         hint = "; remove the quotes"
+    if kind == "literal_error" and (meant := translate_value(path, value)):
+        hint = f"; use {meant}"
     shown = "" if "server" in location else f", got {_show(value)}"  # settings of a server may contain a password
     return f"{path}: {message.replace('input should', 'should')}{shown}{hint}"
 
@@ -233,6 +237,8 @@ def _unknown_key(sections: Sequence[Any], key: str) -> str:
             f"not a setting of {name}, only of {', '.join(owners)}. Remove it, or replace the whole section on the "
             f"command line: 'objective={{name: {name}}}'"
         )
+    if meant := translate_key(key):
+        return f"unknown key: {meant}" if " " in meant else f"unknown key; use {meant}"
     elsewhere = dict.fromkeys(name for name, _ in iterate_fields(Recipe) if name.rpartition(".")[2] == key)
     known = list(section.model_fields)
     if 0 < len(elsewhere) <= 2:

@@ -327,6 +327,17 @@ class Recipe(Section):
         return self.model.base is not None and not self.continues_adapter
 
     @property
+    def start(self) -> str:
+        """The model that the run starts from, in words."""
+        path, lora = self.model.path, self.lora
+        if self.model.base is None:
+            return path
+        if lora is None or lora.create_new_adapter:
+            return f"{path}, an adapter that is merged into {self.model.base}"
+        kind = "DoRA" if lora.use_dora else "rsLoRA" if lora.use_rslora else "LoRA"
+        return f"{path}, a {kind} adapter over {self.model.base} (r {lora.r}, alpha {lora.alpha:g}), trained further"
+
+    @property
     def is_control(self) -> bool:
         """Whether this is the control: fine-tuning on the real responses instead of self-play."""
         return isinstance(self.objective, Control)

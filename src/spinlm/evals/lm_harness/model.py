@@ -10,6 +10,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 from spinlm.distributed.progress import Advance, track
+from spinlm.model.families import row_limit
 from spinlm.model.players import Players
 from spinlm.utils.signals import check_interrupt
 
@@ -25,11 +26,13 @@ class PlayerLM(HFLM):
         players.logprobs.use_tree_attention(False)
         tokenizer = copy.deepcopy(players.tokenizer)  # the harness may add a padding token
         tokenizer.chat_template = players.renderer.template
+        limit = row_limit(players.model.config.to_dict())
         super().__init__(
             pretrained=players.model,
             tokenizer=tokenizer,
             backend="causal",
             batch_size=batch_size,
+            max_length=limit[1] if limit else None,  # by default, the harness takes that of the config
             mixed_precision_dtype=players.logprobs.autocast,
             softmax_dtype=torch.float32,
         )

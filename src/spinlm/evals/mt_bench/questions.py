@@ -233,7 +233,7 @@ class ResponseSet:
         players = self.run.players
         players.load(self.player)
         engine = local_engine(players)
-        max_length = getattr(players.model.config, "max_position_embeddings", None) or players.recipe.train.max_length
+        max_length = players.max_positions or players.recipe.train.max_length
         stop_ids, temperature = players.renderer.stop_ids, batch[0].temperature
         sampling = Sampling(temperature, 1.0, self.max_new_tokens, max_length, samples=1, stop_ids=stop_ids)
         responses = [TurnResponses() for _ in batch]

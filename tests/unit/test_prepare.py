@@ -1,0 +1,34 @@
+"""What the first stage says before anything long begins."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from models import save_tiny_model, tiny_recipe
+from spinlm.model.run import Run
+from spinlm.rundir.layout import RunDir
+from spinlm.stages.prepare import prepare
+
+
+@pytest.mark.parametrize(("gpus", "processes", "noted"), [(4, 1, True), (1, 1, False), (0, 1, False), (4, 4, False)])
+def test_one_process_on_several_gpus_says_how_to_use_all(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    gpus: int,
+    processes: int,
+    noted: bool,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr("spinlm.stages.prepare.world_size", lambda: processes)
+    rows = [{"prompt": f"What is {n}?", "response": "Yes"} for n in range(4)]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    data = {"path": str(tmp_path / "data.jsonl"), "heldout": 1}
+    recipe = tiny_recipe(save_tiny_model(tmp_path / "model"), data=data, lora={})
+    with caplog.at_level("INFO", "spinlm"), Run(recipe, RunDir(tmp_path / "run")) as run:
+        prepare(run)
+    lines = [line for line in caplog.messages if "GPUs" in line]
+    assert len(lines) == noted
+    assert not noted or ("1 of 4 GPUs" in lines[0] and "torchrun --nproc-per-node 4 -m spinlm" in lines[0])
