@@ -569,6 +569,12 @@ def test_check(world, cli, tmp_path, setting, checkpointing):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("override", ["evaluate.scorer=json_fields", "report_to=[nosuch]"])
+def test_check_finds_what_would_end_a_run_later(world, cli, tmp_path, override):
+    refused = cli("check", world.recipe, override, folder=tmp_path, code=2)
+    assert override.partition("=")[2].strip("[]") in refused.message
+
+
 def plainly(*arguments: str | Path, folder: Path, code: int = 0) -> tuple[str, set[str], float]:
     """Run a command without the server; returns its output, the heavy modules it imported, and its CPU seconds."""
     program = (

@@ -104,6 +104,27 @@ def test_gsm8k_refuses_a_reference_without_a_number():
         gsm8k("#### 1", "none")
 
 
+@pytest.mark.parametrize(
+    "reasoned",
+    [
+        "<think>\nIs it 7, or <b>?\n</think>\n\n{}",
+        "\n<think></think>{}",
+        "Is it 7?\n</think>\n\n{}",  # the prompt opened the reasoning
+    ],
+)
+@pytest.mark.parametrize(("scorer", "answer"), [(exact_match, "Yes."), (json_fields, '{"a": 1}'), (gsm8k, "So 8")])
+def test_reasoning_is_not_scored(scorer, answer, reasoned):
+    both = reasoned.replace("{}", answer)
+    assert scorer(both, answer) == scorer(answer, both) == scorer(both, both) == 1.0
+
+
+def test_reasoning_that_does_not_end_is_no_answer():
+    assert exact_match("<think>Yes.", "Yes.") == json_fields('<think>{"a": 1}', '{"a": 1}') == 0.0
+    # A text about the markers does not begin with reasoning.
+    assert exact_match("Write <think> and </think>", "Write") == 0.0
+    assert exact_match("Write <think> and </think>", "</think>") == 0.0
+
+
 def test_known_scorers_by_name():
     assert get_scorer("exact_match")("a ", "a") == 1.0
     assert get_scorer("json_fields")('{"a":1}', '{"a":1,"b":2}') == 0.5

@@ -87,6 +87,6 @@ def check_folder(folder: Path, *, trust_remote_code: bool) -> None:
             check_architecture(AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code), str(folder))
     if not any(any(folder.glob(name)) for name in _TOKENIZER_FILES):
         raise ModelError(
-            f"{folder}: the tokenizer cannot be loaded: the folder has none (tokenizer.json, tokenizer.model, …). Copy the files "
-            "of the model's tokenizer into it"
+            f"{folder}: the tokenizer cannot be loaded: the folder has none (tokenizer.json, tokenizer.model, "
+            "…). Copy the files of the model's tokenizer into it"
         )
