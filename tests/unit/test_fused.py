@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from peft.tuners.lora import Linear
+from peft.tuners.lora.dora import DoraLinearLayer
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.pytorch_utils import Conv1D
@@ -128,6 +129,24 @@ def test_variants_of_lora(variant: dict[str, bool], fused: bool) -> None:
     if not fused:
         update = update / update.norm(dim=1, keepdim=True) * layer.lora_magnitude_vector["default"].weight[:, None]
     torch.testing.assert_close(layer(x), x @ update.T, rtol=1e-4, atol=1e-5)
+
+
+def test_dora_keeps_its_weight_norms_while_decoding_and_no_longer() -> None:
+    model = add_adapter(tiny_model("llama"), Lora(r=4, use_dora=True), 0).eval()
+    causal_lm, ids = model.get_base_model(), torch.randint(3, 90, (2, 9))
+    (magnitude, *_) = [module for module in causal_lm.modules() if isinstance(module, DoraLinearLayer)]
+    for seed in (1, 2):  # weights change between two generations
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_" in name:
+                    parameter.add_(torch.randn_like(parameter), alpha=0.1)
+            expected = model(input_ids=ids).logits
+            with prepacked_adapters(causal_lm, 2):
+                for _ in range(2):
+                    assert torch.equal(model(input_ids=ids).logits, expected)
+                assert magnitude._dora_cache
+            assert not magnitude._dora_cache and not magnitude.training
 
 
 def test_a_layer_with_a_trained_base_is_not_fused() -> None:

@@ -22,6 +22,17 @@ def recipe(**sections: Any) -> Recipe:
     return parse_recipe(values | sections)
 
 
+@pytest.mark.parametrize(
+    ("lora", "revision"),
+    [({}, "v2"), ({"create_new_adapter": True}, None), (None, None)],
+    ids=["further", "new", "full"],
+)
+def test_an_adapter_is_loaded_over_the_revision_of_its_base(lora: Any, revision: str | None) -> None:
+    model = {"path": "org/adapter", "revision": "v1", "base": "org/base", "base_revision": "v2"}
+    arguments = engine_arguments(recipe(model=model, lora=lora), Vllm(), "folder or id", "bfloat16")
+    assert arguments.get("revision") == revision
+
+
 def test_engine_arguments() -> None:
     settings = Vllm(tensor_parallel=2, engine_args={"max_num_seqs": 512, "logprobs_mode": None})
     assert engine_arguments(recipe(), settings, "folder", "bfloat16") == {

@@ -62,15 +62,23 @@ def prepacked_adapters(model: nn.Module, rows: int) -> Iterator[None]:
     """Compute fused LoRA layers with one merged weight, prepacked for products with about `rows` rows.
 
     Applies to float32 on a CPU only: elsewhere merging is no faster, or rounds too much. Costs the memory of the merged
-    weights, so 4-bit layers stay as they are. The base weights are not changed.
+    weights, so 4-bit layers stay as they are. The base weights are not changed. DoRA layers keep their weight norms,
+    which PEFT otherwise computes for every token.
     """
+    from peft.helpers import DoraCaching
+    from peft.tuners.lora.dora import DoraLinearLayer
+
     layers: list[Any] = [layer for layer in model.modules() if _has_forward(layer, _lora_forward)]
+    dora_layers = [layer for layer in model.modules() if isinstance(layer, DoraLinearLayer)]
     try:
         for layer in layers:
             if layer.base_layer.weight.dtype == torch.float32:
                 vars(layer)[PREPACKED] = prepack(_merged_weight(layer), rows)
-        yield
+        with DoraCaching(enabled=bool(dora_layers)):
+            yield
     finally:
+        for dora_layer in dora_layers:
+            dora_layer.train().eval()  # training mode clears the cache
         for layer in layers:
             vars(layer).pop(PREPACKED, None)
 
