@@ -624,7 +624,7 @@ def test_columns_of_arrow(renderer: Renderer, tmp_path: Path) -> None:
 def test_a_changed_added_or_removed_shard_is_noticed(tmp_path: Path) -> None:
     folder = shards(tmp_path / "shards")
     recipe = parse_recipe({"model": {"path": "m"}, "data": {"path": str(folder)}})
-    before = _data_fingerprint(recipe)
+    before = _data_fingerprint(recipe, None)
     assert before == {f"part-{n}.jsonl": file_digest(folder / f"part-{n}.jsonl") for n in range(3)}
     run = RunDir(tmp_path / "run")
     write_json(run.provenance, {"inputs": {"data": before}})
@@ -633,7 +633,7 @@ def test_a_changed_added_or_removed_shard_is_noticed(tmp_path: Path) -> None:
     def refused() -> str:
         done = SimpleNamespace(root=run.root, provenance=run.provenance, has_results=lambda: True)
         with pytest.raises(RunError) as caught:
-            verify_inputs(done, {"data": _data_fingerprint(recipe)})  # type: ignore[arg-type]
+            verify_inputs(done, {"data": _data_fingerprint(recipe, None)})  # type: ignore[arg-type]
         return str(caught.value)
 
     (folder / "part-3.jsonl").write_bytes(lines(ROWS[:1]))
@@ -645,7 +645,7 @@ def test_a_changed_added_or_removed_shard_is_noticed(tmp_path: Path) -> None:
     assert "data.part-1.jsonl: was " in refused()
 
     single = parse_recipe({"model": {"path": "m"}, "data": {"path": str(folder / "part-0.jsonl")}})
-    assert _data_fingerprint(single) == {"sha256": file_digest(folder / "part-0.jsonl")}
+    assert _data_fingerprint(single, None) == {"sha256": file_digest(folder / "part-0.jsonl")}
 
 
 def test_a_plan_reads_shards(tmp_path: Path) -> None:
