@@ -275,6 +275,16 @@ def test_plan_refuses_rows_that_are_too_long_and_says_what_is_adapted(tmp_path: 
     assert plan.trained == "adapted: q_proj, v_proj in 3 blocks (1,344 parameters)"
 
 
+@pytest.mark.parametrize(("max_length", "expected"), [(8, True), (64, False)])
+def test_chunks_of_attention_shorter_than_a_row_leave_no_prefix_sharing(
+    tmp_path: Path, max_length: int, expected: bool
+) -> None:
+    """As in Llama 4. The rows of the measurement may be too short to show it."""
+    folder = save_tiny_model(tmp_path / "model", "llama4_text", attention_chunk_size=8)
+    players = Players(tiny_recipe(folder, lora={"r": 4}, train={"max_length": max_length}), RunDir(tmp_path / "run"))
+    assert players.measure_prefix_sharing([PrefixTree([5, 6], ([7, 8], [9]))]) is expected
+
+
 # A tokenizer with more tokens than the embedding has rows
 
 

@@ -258,7 +258,10 @@ class Players:
         required = self.recipe.train.prefix_sharing
         # Errors in nats per token, with one response per row and with prefix trees.
         row_error, tree_error = max_logprob_error(self.logprobs, trees, False), math.inf
-        if required != "never":
+        chunk = getattr(self.model.config.get_text_config(), "attention_chunk_size", None)
+        if chunk is not None and chunk < self.recipe.train.max_length:
+            log.info("no prefix sharing: rows longer than %d tokens attend in chunks, as in Llama 4", chunk)
+        elif required != "never":
             try:
                 tree_error = max_logprob_error(self.logprobs, trees, True)
             except ModelError as error:

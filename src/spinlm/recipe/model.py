@@ -65,7 +65,7 @@ class Lora(Section):
     """Dropout on the adapter's input during training."""
     target_modules: LayerNames = "all-linear"
     """Layers to adapt: a list of names, or a regular expression for whole names. `all-linear` means every linear layer
-    except the output head."""
+    of the language model except the output head and routers; `spinlm check` lists them."""
     use_rslora: bool = False
     """Rank-stabilized LoRA: the update is multiplied by alpha / √r."""
     use_dora: bool = False

@@ -36,7 +36,7 @@ log = logging.getLogger("spinlm")
 MAX_LOGPROB_MISMATCH = {torch.float32: 0.01, torch.bfloat16: 0.1}
 """Largest mean difference between the engine's log-probabilities and ours that rounding explains, in nats per token.
 
-By the precision that the model computes in. Tiny random models reach 1e-6 in float32 and 5e-3 in bfloat16.
+By the precision that the model computes in. SmolLM2-135M reaches 1e-6 in float32 and 0.009 in bfloat16.
 """
 
 
