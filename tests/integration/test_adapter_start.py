@@ -93,6 +93,16 @@ def test_a_rerun_is_a_no_op_and_another_adapter_is_refused(adapter_world, finish
         file.write_bytes(weights)
 
 
+def test_a_killed_run_resumes(adapter_world, finished, cli, tmp_path):
+    run = tmp_path / "run"
+    command = ("run", adapter_world.recipe, "sft=null", "--run-dir", run)
+    process = cli.start(*command, folder=adapter_world.folder)
+    process.wait_until(lambda: sum(row["stage"] == "train" for row in steps(run)) > 6)
+    process.kill()
+    cli(*command, folder=adapter_world.folder)
+    assert contents(run) == contents(finished)
+
+
 def test_exports_load_with_plain_peft_and_transformers(world, adapter_world, finished, cli, tmp_path):
     for option, name in (((), "adapter"), (("--merge",), "whole")):
         output = tmp_path / name
