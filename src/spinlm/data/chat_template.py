@@ -1,7 +1,7 @@
 """The chat template of a run: choose it, set its variables, and render conversations as text."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,7 @@ DEFAULT_TEMPLATE = """\
 """For a tokenizer without a template. BOS is added in front if the tokenizer adds BOS to plain text."""
 
 REMEDY = "Give another template in data.chat_template (Jinja text, or a file that holds it)"
+FIELD_REMEDY = f"{REMEDY}, or add the field to data.columns.ignore"
 _FOLD = "Set data.system: fold to put it into the user's message"
 
 _ARGUMENTS = ("messages", "tools", "add_generation_prompt", "continue_final_message")  # of every rendering
@@ -186,3 +187,36 @@ def _template(tokenizer: "PreTrainedTokenizerBase", given: str | None) -> str:
         raise ModelError(
             f"data.chat_template: {given} is neither Jinja text nor a readable text file ({error})"
         ) from error
+
+
+def all_texts(value: Any) -> Iterator[str]:
+    """Yield every text in a message or in definitions of tools, keys included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            if key != "role":
+                yield key
+                yield from all_texts(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from all_texts(item)
+
+
+def check_body(answer: Message, fields: Message, body: str) -> None:
+    """Check that the rendered response has all texts of the message; white space may differ.
+
+    Raises:
+        RowError: field_omitted, response_changed.
+    """
+    rendered = _squeezed(body)
+    for name, text in fields.items():
+        if _squeezed(text) not in rendered:
+            raise RowError("field_omitted", f"the chat template omits {name!r} of the response. {FIELD_REMEDY}")
+    if _squeezed(answer["content"]) not in rendered:
+        texts = [shortened(repr(text), 50) for text in (answer["content"], body)]
+        raise RowError("response_changed", f"the chat template changes the response {texts[0]} to {texts[1]}. {REMEDY}")
+
+
+def _squeezed(text: str) -> str:
+    return "".join(text.split())

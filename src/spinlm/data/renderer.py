@@ -6,19 +6,17 @@ what every other program with the same chat template sees.
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
-from spinlm.data.chat_template import REMEDY, ChatTemplate, shared_length
-from spinlm.errors import ModelError, RowError, shortened
+from spinlm.data.chat_template import FIELD_REMEDY, REMEDY, ChatTemplate, all_texts, check_body, shared_length
+from spinlm.errors import ModelError, RowError
 from spinlm.rundir.records import Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-_FIELD_REMEDY = f"{REMEDY}, or add the field to data.columns.ignore"
 
 THINK, END_OF_THINK = "<think>", "</think>"
 """Markers around the reasoning of a response. They end no turn, so a response may contain them."""
@@ -160,25 +158,14 @@ class Renderer:
         prompt = self._prompt_text(messages, tools)
         whole = self._chat.render([*messages, answer], tools)
         if tools and prompt == self._chat.render(messages, generation_prompt=True):
-            raise RowError("field_omitted", f"the chat template omits 'tools'. {_FIELD_REMEDY}")
+            raise RowError("field_omitted", f"the chat template omits 'tools'. {FIELD_REMEDY}")
         if not whole.startswith(prompt):
             raise RowError("prompt_not_a_prefix", self._chat.explain_difference(messages, prompt, whole))
         body = whole[len(prompt) :]
         opened = prompt[prompt.rfind(THINK) :] if prompt.rstrip().endswith(THINK) else ""
-        _check_body(answer, fields or {}, opened + body)
-        prompt_ids, whole_ids = self._tokenize(prompt, whole.removesuffix(self._text_after_response))
-        if whole_ids[: len(prompt_ids)] != prompt_ids:
-            raise RowError(
-                "prompt_not_a_prefix",
-                f"a token spans the end of the prompt, {prompt[-10:]!r}, and the beginning of the response, "
-                f"{body[:10]!r}; the usual cause is "
-                + ("a response that has no reasoning" if opened and THINK not in response else "white space there"),
-            )
-        response_ids = whole_ids[len(prompt_ids) :]
-        if self.end_id in response_ids:
-            del response_ids[response_ids.index(self.end_id) + 1 :]
-        else:
-            response_ids.append(self.end_id)
+        check_body(answer, fields or {}, opened + body)
+        cause = "a response that has no reasoning" if opened and THINK not in response else "white space there"
+        prompt_ids, response_ids = self._split(prompt, whole, cause)
         room = max_length - len(prompt_ids)
         if room < 1:
             raise RowError(
@@ -192,6 +179,26 @@ class Renderer:
             text=self.decode(response_ids),
             rendered=opened + self._visible(response_ids),
         )
+
+    def _split(self, prompt: str, whole: str, cause: str) -> tuple[list[int], list[int]]:
+        """Tokenize a rendered conversation that begins with this prompt; return the prompt and the response.
+
+        Raises:
+            RowError: prompt_not_a_prefix, with its usual cause.
+        """
+        prompt_ids, whole_ids = self._tokenize(prompt, whole.removesuffix(self._text_after_response))
+        if whole_ids[: len(prompt_ids)] != prompt_ids:
+            raise RowError(
+                "prompt_not_a_prefix",
+                f"a token spans the end of the prompt, {prompt[-10:]!r}, and the beginning of the response, "
+                f"{whole[len(prompt) :][:10]!r}; the usual cause is {cause}",
+            )
+        response_ids = whole_ids[len(prompt_ids) :]
+        if self.end_id in response_ids:
+            del response_ids[response_ids.index(self.end_id) + 1 :]
+        else:
+            response_ids.append(self.end_id)
+        return prompt_ids, response_ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return a response as text: the content of an assistant message that the template renders to these tokens.
@@ -218,7 +225,7 @@ class Renderer:
     def _refuse_control_tokens(self, message: Message) -> None:
         is_response = message["role"] == "assistant"
         control = self._response_control if is_response else self._control
-        for text in _texts(message):
+        for text in all_texts(message):
             if found := control.search(text) or control.search(self._normalize(text)):
                 marker = found.group() in self._template_markers
                 remedy = (
@@ -325,36 +332,3 @@ class Renderer:
 
 def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, sorted(texts))) or "(?!)")
-
-
-def _texts(value: Any) -> Iterator[str]:
-    """Yield every text in a message or in definitions of tools, keys included."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            if key != "role":
-                yield key
-                yield from _texts(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _texts(item)
-
-
-def _check_body(answer: Message, fields: Message, body: str) -> None:
-    """Check that the rendered response has all texts of the message; white space may differ.
-
-    Raises:
-        RowError: field_omitted, response_changed.
-    """
-    rendered = _squeezed(body)
-    for name, text in fields.items():
-        if _squeezed(text) not in rendered:
-            raise RowError("field_omitted", f"the chat template omits {name!r} of the response. {_FIELD_REMEDY}")
-    if _squeezed(answer["content"]) not in rendered:
-        texts = [shortened(repr(text), 50) for text in (answer["content"], body)]
-        raise RowError("response_changed", f"the chat template changes the response {texts[0]} to {texts[1]}. {REMEDY}")
-
-
-def _squeezed(text: str) -> str:
-    return "".join(text.split())
