@@ -2,7 +2,8 @@
 
     python benchmarks/scale.py
 
-Each run is the recipe of that experiment with the listed changes. Lengths are assumed. Nothing is loaded or downloaded. Hours are for the whole run; † is more than a GPU of 80 GB has.
+Each run is the recipe of that experiment with the listed changes. Lengths are assumed. Nothing is loaded or
+downloaded. Hours are for the whole run; † is more than a GPU of 80 GB has.
 """
 
 import textwrap
