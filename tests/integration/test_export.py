@@ -16,7 +16,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from models import load_player
 from spinlm.data.renderer import Renderer
 from spinlm.export.model_card import base_license, render_card
-from spinlm.export.player import export, push
 from spinlm.model.base_files import stored_dtype
 from spinlm.recipe.model import Model
 from spinlm.recipe.schema import Recipe
@@ -114,31 +113,6 @@ def test_a_hub_that_cannot_be_reached(cli, reference, tmp_path):
     assert json.loads((tmp_path / "new" / "adapter_config.json").read_text())["base_model_name_or_path"].endswith(
         "/model"
     )
-
-
-def test_push_uploads_no_local_path(world, reference, monkeypatch, tmp_path):
-    # Tests cannot reach the hub: record the uploads.
-    given = {}
-
-    class Hub:
-        def create_repo(self, repository, **options):
-            return f"https://hub/{repository}"
-
-        def upload_folder(self, *, folder_path, ignore_patterns, **where):
-            names = {path.name for path in folder_path.iterdir()} - set(ignore_patterns)
-            given.update({name: (folder_path / name).read_bytes() for name in names})
-
-        def upload_file(self, *, path_or_fileobj, path_in_repo, **where):
-            given[path_in_repo] = path_or_fileobj
-
-    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
-    run = RunDir(reference)
-    recipe = Recipe.model_validate(read_recipe(run))
-    export(recipe, run, 1, tmp_path / "new")
-    assert push(tmp_path / "new", "a/b", recipe) == "https://hub/a/b"
-    assert json.loads(given["adapter_config.json"])["base_model_name_or_path"] == "model"
-    assert {path.name for path in (tmp_path / "new").iterdir()} == set(given)
-    assert not any(str(world.folder).encode() in content for content in given.values())
 
 
 def test_a_card_hides_local_paths(reference, cli, tmp_path):

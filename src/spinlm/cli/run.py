@@ -63,7 +63,7 @@ def plan(
 ) -> None:
     """Estimate steps, memory and time of a run.
 
-    Needs neither model weights nor a network.
+    Needs no model weights. Of a hub model it reads config.json.
     """
     from rich.console import Console
 

@@ -14,6 +14,7 @@ from typing import Any
 from spinlm.data.readers import READERS, Rows, file_kind, open_file
 from spinlm.errors import DataError, RowError, shortened
 from spinlm.recipe.schema import Data
+from spinlm.utils.hub import Repository
 from spinlm.utils.model_path import existing_path, is_glob, matching_paths
 
 _SPLITS = {
@@ -227,15 +228,20 @@ def _hub(data: Data) -> Rows:
     path = data.where
     if "/" not in path:  # load_dataset("csv") and the like would read the files of the current folder
         raise DataError(f"{path}: no such file here. A data set of the hub is named OWNER/NAME")
+
+    def load() -> Any:
+        return load_dataset(path, name=data.subset, split=data.split, revision=data.revision)
+
     try:
-        rows = load_dataset(path, name=data.subset, split=data.split, revision=data.revision)
+        rows = Repository(path, data.revision, "dataset").call(load)
         for name, feature in rows.features.items():
             if hasattr(feature, "decode"):  # an image or a sound: reading the row would open or download it
                 rows = rows.cast_column(name, replace(feature, decode=False))
+    except DataError:
+        raise
     except Exception as error:  # the hub client, its transport and the readers share no exception class
-        raise DataError(
-            f"{path}: no such file here, and no data set of this name could be read from the hub: {error}"
-        ) from error
+        raise DataError(f"{path}: {_hub_reason(data, error)}") from error
+    _check_commit(data, rows)
 
     def read(index: int) -> Any:
         try:
@@ -244,6 +250,38 @@ def _hub(data: Data) -> Rows:
             raise RowError("unreadable", f"it cannot be read: {error}") from error
 
     return range(1, len(rows) + 1), read
+
+
+def _hub_reason(data: Data, error: Exception) -> str:
+    """Return why a hub data set cannot be read, with the field to set."""
+    text = " ".join(str(error).split())
+    if "Config name is missing" in text or "BuilderConfig" in text:
+        names = ", ".join(re.findall(r"'([^']+)'", text[text.rfind("[") :].partition("]")[0])) or text
+        problem = f"there is no subset {data.subset!r}" if data.subset else "the data set has several subsets"
+        return f"{problem}. Set data.subset to one of: {names}"
+    if "Unknown split" in text:
+        return f"{text} Set data.split"
+    return f"the data set cannot be read from the hub: {text or type(error).__name__}"
+
+
+def _check_commit(data: Data, rows: Any) -> None:
+    """Make sure that the rows are of `data.revision`, if it is a commit.
+
+    Without a network, `datasets` takes the newest rows in its cache, of any commit.
+
+    Raises:
+        DataError: they are of another commit.
+    """
+    commits = {Path(file["filename"]).parent.name for file in rows.cache_files}  # `datasets` names folders by commit
+    if data.revision not in commits and all(map(_is_commit, (data.revision or "", *commits))):
+        raise DataError(
+            f"{data.path}: the hub does not answer, and the cache has commit {', '.join(commits)}, not "
+            f"{data.revision}. Wait, and run the same command again"
+        )
+
+
+def _is_commit(text: str) -> bool:
+    return re.fullmatch("[0-9a-f]{40}", text) is not None
 
 
 def kind_of(value: Any) -> str:

@@ -9,6 +9,7 @@ from spinlm.export.model_card import CARD, public_name, render_card
 from spinlm.recipe.schema import Recipe
 from spinlm.rundir.layout import RunDir
 from spinlm.utils.atomic import atomic_path, read_json
+from spinlm.utils.hub import http_status, is_transport_error, with_retries
 
 
 def export(
@@ -82,26 +83,47 @@ def push(folder: Path, repository: str, recipe: Recipe, *, dataset: bool = False
     Raises:
         RunError: the upload failed, or the base of the adapter is in the run folder only.
     """
-    from huggingface_hub import HfApi
+    from huggingface_hub import CommitOperationAdd, HfApi
 
     if recipe.merges_adapter and (folder / "adapter_config.json").exists():
         raise RunError(
             f"{folder}: not pushed, because the base of this adapter has another adapter merged, and is in the run "
             "folder only. Export with --merge"
         )
-    api = HfApi()
-    config = folder / "adapter_config.json"
-    kind = "dataset" if dataset else "model"
+    api, kind = HfApi(), "dataset" if dataset else "model"
+    url = f"{api.endpoint}/{'datasets/' if dataset else ''}{repository}"
+
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    operations = [CommitOperationAdd(str(path.relative_to(folder)), _public_content(path, recipe)) for path in files]
+
     try:
-        url = api.create_repo(repository, private=True, exist_ok=True, repo_type=kind)
-        api.upload_folder(folder_path=folder, repo_id=repository, repo_type=kind, ignore_patterns=[config.name])
-        if config.exists():
-            values = read_json(config) | {"base_model_name_or_path": public_name(recipe.model.base_model.path)}
-            content = json.dumps(values, indent=2).encode()
-            api.upload_file(path_or_fileobj=content, path_in_repo=config.name, repo_id=repository, repo_type=kind)
+        created = with_retries(
+            lambda: api.create_repo(repository, private=True, exist_ok=True, repo_type=kind), repository
+        )
+        api.preupload_lfs_files(repository, operations, repo_type=kind, free_memory=False)  # with the client's retries
+        message = "Upload from spinlm"  # one commit: the repository gets all files or none
+        with_retries(
+            lambda: api.create_commit(repository, operations, commit_message=message, repo_type=kind), repository
+        )
+        return str(created)
     except Exception as error:  # the errors of the hub client and of its HTTP library have no common base class
+        status, reason = http_status(error), f"could not be pushed: {' '.join(str(error).split())}"
+        if status in (401, 403):
+            reason = f"your token may not write to {url} ({status}). Sign in with one that may: `hf auth login`"
+        elif status >= 500 or is_transport_error(error):
+            reason = f"could not be pushed, because the hub at {url} " + (
+                f"fails ({status})" if status else "does not answer"
+            )
+        option = " --repo-type dataset" if dataset else ""
         raise RunError(
-            f"{repository}: could not be pushed: {error}. {folder} is complete: upload it with `hf upload`, or "
-            "remove it and export again"
+            f"{repository}: {reason}. {folder} is complete: upload it with `hf upload {repository} {folder}{option}`, "
+            "or remove it and export again"
         ) from error
-    return str(url)
+
+
+def _public_content(path: Path, recipe: Recipe) -> Path | bytes:
+    """Return the file to upload; in adapter_config.json, the base model's name stands without local folders."""
+    if path.name != "adapter_config.json":
+        return path
+    values = read_json(path) | {"base_model_name_or_path": public_name(recipe.model.base_model.path)}
+    return json.dumps(values, indent=2).encode()

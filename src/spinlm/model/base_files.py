@@ -15,6 +15,7 @@ from typing import Any
 
 from spinlm.recipe.model import Model
 from spinlm.utils.atomic import read_json, write_json
+from spinlm.utils.hub import Repository
 from spinlm.utils.model_path import resolve_model
 
 log = logging.getLogger("spinlm")
@@ -38,18 +39,7 @@ STORED_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 def base_folder(model: Model, path: str) -> Path:
     """Return the folder of a base model. For a hub id, download the small files that the hub cache lacks."""
-    if (folder := resolve_model(path)) is not None:
-        return folder
-    from huggingface_hub import snapshot_download
-    from transformers.utils.hub import cached_file
-
-    patterns = [*TOKENIZER_FILES, *MODEL_FILES, *(CODE_FILES if model.trust_remote_code else ())]
-    try:
-        return Path(snapshot_download(path, revision=model.revision, allow_patterns=patterns))
-    except Exception as error:  # the errors of the hub client and of its HTTP library have no common base class
-        log.debug("%s: %s", path, error)
-        config = cached_file(path, CONFIG, revision=model.revision, local_files_only=True)
-        return Path(str(config)).parent
+    return resolve_model(path) or Repository(path, model.revision).folder()
 
 
 def copy_tokenizer_files(model: Model, source: Path, target: Path) -> bool:

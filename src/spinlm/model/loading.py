@@ -16,13 +16,14 @@ from torch import Tensor, nn
 
 from spinlm.errors import ModelError, first_line
 from spinlm.model.adapted import target_modules
-from spinlm.model.base_files import use_legacy_names
+from spinlm.model.base_files import base_folder, use_legacy_names
 from spinlm.model.checkpoint_checks import check_architecture, check_complete, check_files, check_folder
 from spinlm.model.families import auto_class
 from spinlm.model.quantize import bnb_config, check_4bit_support, patch_4bit_layers
 from spinlm.recipe.model import Lora, Model
 from spinlm.rundir.layout import RunDir
 from spinlm.utils.atomic import atomic_path, file_digest, read_json, write_json
+from spinlm.utils.hub import Repository
 from spinlm.utils.model_path import resolve_model
 
 log = logging.getLogger("spinlm")
@@ -99,10 +100,7 @@ def _prepare_whole_model(model: Model, folder: RunDir, *, check_hub: bool = Fals
     path = resolve_model(model.path)
     if path is None:
         if check_hub:
-            from transformers.utils.hub import cached_file
-
-            with as_model_error(model.path):
-                cached_file(model.path, "config.json", revision=model.revision)
+            Repository(model.path, model.revision).folder()
         return model.path
     if path.suffix == ".gguf":
         source = {"file": path.name, "bytes": path.stat().st_size}
@@ -159,17 +157,9 @@ def _digests(folder: Path) -> dict[str, str]:
     return {path.name: file_digest(path) for path in sorted(folder.iterdir()) if path.name != "source.json"}
 
 
-def hub_commit(model: Model) -> str | None:
-    """Return the commit that the revision of a hub model or adapter has; None if the hub does not answer."""
-    from transformers.utils.hub import cached_file, extract_commit_hash
-
-    log.info("asking the hub for %s", model.path)
-    try:
-        name = "config.json" if model.base is None else "adapter_config.json"
-        path = cached_file(model.path, name, revision=model.revision)
-    except OSError:  # loading the model raises an error with the reason
-        return None
-    return extract_commit_hash(path, None)
+def _from_pretrained(loader: Any, path: str, **options: Any) -> Any:
+    """Call `from_pretrained` of a class of transformers; retry if the hub does not answer."""
+    return Repository(path, options.get("revision")).call(lambda: loader.from_pretrained(path, **options))
 
 
 def load_tokenizer(model: Model, path: str) -> Any:
@@ -180,12 +170,11 @@ def load_tokenizer(model: Model, path: str) -> Any:
     """
     from transformers import AutoTokenizer
 
-    hub = "" if resolve_model(path) else " from the hub (there is no folder of that name)"
     if folder := resolve_model(path):
         check_folder(folder, trust_remote_code=model.trust_remote_code)
-    with as_model_error(f"{path}: the tokenizer cannot be loaded{hub}"):
+    with as_model_error(f"{path}: the tokenizer cannot be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(
-            path, revision=model.revision, trust_remote_code=model.trust_remote_code
+            base_folder(model, path), revision=model.revision, trust_remote_code=model.trust_remote_code
         )
     tokenizer.init_kwargs.pop("local_files_only", None)  # depends on HF_HUB_OFFLINE; players must not
     return tokenizer
@@ -195,11 +184,11 @@ def load_stop_ids(model: Model, path: str) -> list[int]:
     """Return the end tokens in a model's generation config, or in its config if it has no generation config."""
     from transformers import AutoConfig, GenerationConfig
 
-    revision: dict[str, Any] = {} if model.revision is None else {"revision": model.revision}
+    folder = base_folder(model, path)
     try:
-        ids = GenerationConfig.from_pretrained(path, **revision).eos_token_id
+        ids = GenerationConfig.from_pretrained(folder).eos_token_id
     except OSError:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=model.trust_remote_code, **revision)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
         ids = getattr(config, "eos_token_id", None)
     return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
 
@@ -221,7 +210,7 @@ def load_model(model: Model, path: str, dtype: torch.dtype, *, load_in_4bit: boo
 
     options: dict[str, Any] = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
     with as_model_error(f"{path}: the model cannot be loaded"):
-        config = AutoConfig.from_pretrained(path, **options)
+        config = _from_pretrained(AutoConfig, path, **options)
         check_architecture(config, path)
         if getattr(config, "quantization_config", None):
             raise ModelError(
@@ -232,7 +221,8 @@ def load_model(model: Model, path: str, dtype: torch.dtype, *, load_in_4bit: boo
         if load_in_4bit:
             check_4bit_support()
             options["quantization_config"] = bnb_config(dtype)
-        loaded, info = auto_class(config).from_pretrained(path, dtype=dtype, output_loading_info=True, **options)
+        loader = auto_class(config)
+        loaded, info = _from_pretrained(loader, path, dtype=dtype, output_loading_info=True, **options)
         check_complete(info["missing_keys"], path)
     if config.get_text_config() is not config and loaded.config.get_text_config() is loaded.config:
         log.warning("%s: only its language model is loaded; a merged player has no vision or audio tower", path)

@@ -40,6 +40,7 @@ from spinlm.model.prefix_trees import PrefixTree, pack_batch
 from spinlm.recipe.adapter import adapter_files
 from spinlm.recipe.schema import Recipe
 from spinlm.rundir.layout import RunDir
+from spinlm.rundir.provenance import pin_model
 from spinlm.rundir.records import SPLITS, Example, read_lines
 from spinlm.rundir.stage_graph import START
 from spinlm.utils.atomic import atomic_path, read_json, write_json
@@ -63,7 +64,7 @@ class Players:
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()
-        self.recipe = recipe
+        self.recipe = recipe = pin_model(recipe, folder)
         self.folder = folder
         self.base = prepare_base(recipe, folder)
         self.base_model = self.base.path  # hub id or folder

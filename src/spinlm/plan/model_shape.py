@@ -10,6 +10,7 @@ from typing import Any
 from spinlm.errors import ModelError
 from spinlm.recipe.model import Lora, Model
 from spinlm.utils.gguf_header import read_gguf_header
+from spinlm.utils.hub import Repository
 from spinlm.utils.model_path import resolve_model
 
 BYTES_IN_4BIT = 0.5 + 1 / 64 + 4 / (64 * 256)
@@ -138,7 +139,7 @@ def find_shape(model: Model) -> tuple[Shape, str]:
     """Return the shape of a recipe's model, or of an adapter's base, and where it was read.
 
     Raises:
-        UnknownShapeError: neither a local file nor the hub cache has the shape.
+        UnknownShapeError: no local file and no config.json of the hub or its cache has the shape.
     """
     config, source = find_config(model)
     return shape_from_config(config), source
@@ -156,7 +157,7 @@ def find_config(model: Model) -> tuple[dict[str, Any], str]:
     except ModelError as error:
         raise UnknownShapeError(str(error)) from None
     if path is None:
-        return _json_config(_cached_config(model)), "read from config.json in the local hub cache"
+        return _json_config(_hub_config(model)), "read from config.json on the hub"
     if path.is_file():
         return _gguf_config(path), f"read from the header of {path.name}"
     return _json_config(path / "config.json"), f"read from {path / 'config.json'}"
@@ -246,15 +247,19 @@ def _linears(family: str, hidden: int, queries: int, keys: int, inner: int) -> t
     return *attention, ("gate_proj", hidden, inner), ("up_proj", hidden, inner), ("down_proj", inner, hidden)
 
 
-def _cached_config(model: Model) -> Path:
-    from huggingface_hub import try_to_load_from_cache
+def _hub_config(model: Model) -> Path:
+    """Return config.json of a hub model, from the cache or the hub."""
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
     cached = try_to_load_from_cache(model.path, "config.json", revision=model.revision)
-    if not isinstance(cached, str):
-        revision = f" --revision {model.revision}" if model.revision else ""
-        command = f"hf download {model.path} --include '*config.json'{revision}"
-        raise UnknownShapeError(f"{model.path} is not in the local hub cache. Run `{command}` once")
-    return Path(cached)
+    if isinstance(cached, str):
+        return Path(cached)
+    repository = Repository(model.path, model.revision)
+    try:
+        commit = repository.commit()
+        return Path(repository.call(lambda: hf_hub_download(model.path, "config.json", revision=commit)))
+    except (ModelError, OSError) as error:
+        raise UnknownShapeError(str(error)) from None
 
 
 def _json_config(path: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from spinlm.errors import ModelError, RecipeError
 from spinlm.recipe.load import parse_recipe
 from spinlm.recipe.model import Lora, Model
 from spinlm.recipe.schema import Recipe
+from spinlm.utils.hub import Repository
 from spinlm.utils.model_path import existing_path, looks_local, resolve_model
 
 CONFIG = "adapter_config.json"
@@ -85,13 +86,7 @@ def adapter_files(model: Model) -> Path:
     path = resolve_model(model.path)
     if path is not None:
         return path
-    from huggingface_hub import snapshot_download
-
-    patterns = ["*.json", "*.jinja", "*.txt", "*.model", "adapter_model.*"]
-    try:
-        return Path(snapshot_download(model.path, revision=model.revision, allow_patterns=patterns))
-    except Exception as error:  # the errors of the hub client and of its HTTP library have no common base class
-        raise ModelError(f"{model.path}: the adapter cannot be downloaded: {error}") from error
+    return Repository(model.path, model.revision).folder("adapter_model.*", config=CONFIG)
 
 
 def _config_file(model: Model, download: bool) -> Path | None:
@@ -121,15 +116,15 @@ def _hub_config_file(model: Model, download: bool) -> Path | None:
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError
 
+    repository = Repository(model.path, model.revision)
     for name in ("config.json", CONFIG):
         cached = try_to_load_from_cache(model.path, name, revision=model.revision)
         if not isinstance(cached, str) and download:
+            commit = repository.commit()
             try:
-                cached = hf_hub_download(model.path, name, revision=model.revision)
+                cached = repository.call(lambda: hf_hub_download(model.path, name, revision=commit))  # noqa: B023
             except EntryNotFoundError:
                 continue
-            except Exception as error:  # loading the model raises an error with the reason
-                raise FileNotFoundError from error
         if isinstance(cached, str):
             return Path(cached) if name == CONFIG else None
     raise FileNotFoundError

@@ -11,7 +11,9 @@ from typing import Any
 from spinlm.distributed import processes
 from spinlm.errors import RunError
 from spinlm.recipe.load import parse_yaml
+from spinlm.recipe.schema import Recipe
 from spinlm.rundir.layout import RunDir
+from spinlm.utils.atomic import read_json
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "numpy")
 
@@ -31,6 +33,21 @@ def read_recipe(folder: RunDir) -> dict[str, Any]:
         )
     values: dict[str, Any] = parse_yaml(folder.recipe.read_text(encoding="utf-8"), str(folder.recipe))
     return values
+
+
+def recorded_inputs(folder: RunDir) -> dict[str, Any]:
+    """Return the digests and commits of "model" and "data" that the run began with; empty for a new run."""
+    values = read_json(folder.provenance) if folder.provenance.exists() else {}
+    inputs: dict[str, Any] = values.get("inputs", {}) if isinstance(values, dict) else {}
+    return inputs
+
+
+def pin_model(recipe: Recipe, folder: RunDir) -> Recipe:
+    """Set the revisions of a hub model and its base to the commits that the run began with: branches move."""
+    recorded = recorded_inputs(folder).get("model", {})
+    commits = {"revision": recorded.get("commit"), "base_revision": recorded.get("base", {}).get("commit")}
+    update = {name: commit for name, commit in commits.items() if commit}
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update=update)})
 
 
 def current_provenance() -> dict[str, Any]:

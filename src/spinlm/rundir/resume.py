@@ -1,6 +1,5 @@
 """What a resumed run may change: later iterations and a few settings of the recipe, but neither model nor data."""
 
-import re
 from typing import Any
 
 from spinlm.errors import RunError
@@ -8,7 +7,7 @@ from spinlm.recipe.fingerprint import differences, incompatible_changes
 from spinlm.recipe.load import as_yaml
 from spinlm.recipe.schema import Recipe
 from spinlm.rundir.layout import RunDir
-from spinlm.rundir.provenance import read_recipe
+from spinlm.rundir.provenance import read_recipe, recorded_inputs
 from spinlm.utils.atomic import read_json, text_digest, write_text
 
 
@@ -40,7 +39,9 @@ def recipe_changes(folder: RunDir, recipe: Recipe) -> list[str]:
     """
     if not (folder.is_run() and folder.has_results()):
         return []
-    return incompatible_changes(read_recipe(folder), recipe.model_dump(mode="json"), _hub_commit(folder))
+    return incompatible_changes(
+        read_recipe(folder), recipe.model_dump(mode="json"), recorded_inputs(folder).get("model", {}).get("commit")
+    )
 
 
 def verify_inputs(folder: RunDir, inputs: dict[str, Any]) -> None:
@@ -55,22 +56,9 @@ def verify_inputs(folder: RunDir, inputs: dict[str, Any]) -> None:
     if not isinstance(provenance, dict) or "inputs" not in provenance:
         raise RunError(f"{folder.provenance}: damaged: no digests of model and data. Start again with --overwrite")
     changes = differences(provenance["inputs"], inputs)
-    # A commit is null if the hub did not answer.
-    unanswered = re.compile(r'model\.(base\.)?commit: was (null, is ".*|.*, is null)')
-    changes = [line for line in changes if not unanswered.fullmatch(line)]
     if changes:
-        commit = _hub_commit(folder)
-        pin = commit and "model.commit: " in changes[0]
-        remedy = f"Set model.revision={commit}" if pin else "Restore the original files"
         raise RunError(
             f"{folder.root}: the model or data has changed since this run began:\n"
             + "\n".join(f"  {line}" for line in changes)
-            + f"\n{remedy}, choose another --run-dir, or start again with --overwrite"
+            + "\nRestore the original files, choose another --run-dir, or start again with --overwrite"
         )
-
-
-def _hub_commit(folder: RunDir) -> str | None:
-    """Return the commit of the hub model that the run began with; None for a local model or an unknown commit."""
-    provenance = read_json(folder.provenance) if folder.provenance.exists() else {}
-    model = provenance.get("inputs", {}).get("model", {}) if isinstance(provenance, dict) else {}
-    return model.get("commit")

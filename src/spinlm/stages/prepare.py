@@ -15,17 +15,17 @@ from spinlm.errors import DataError, RecipeError
 from spinlm.evals.scorers import get_scorer
 from spinlm.generation.vllm import check_vllm
 from spinlm.model.adapters import prepare_base
-from spinlm.model.loading import hub_commit
 from spinlm.model.quantize import check_4bit_support
 from spinlm.model.run import Run
 from spinlm.recipe.model import Model
 from spinlm.recipe.schema import Recipe
-from spinlm.rundir.provenance import current_provenance
+from spinlm.rundir.provenance import current_provenance, pin_model, recorded_inputs
 from spinlm.rundir.records import SPLITS, Example, to_line
 from spinlm.rundir.resume import verify_inputs
 from spinlm.training.optimizers import check_optimizer
 from spinlm.training.step_log import check_trackers
 from spinlm.utils.atomic import atomic_file, file_digest, write_json
+from spinlm.utils.hub import Repository
 from spinlm.utils.model_path import resolve_model
 
 log = logging.getLogger("spinlm")
@@ -45,24 +45,30 @@ def prepare(run: Run) -> None:
         if not stage.done:
             stage.metadata = {"counts": on_rank_zero(_write_examples, run, inputs["data"])}
             stage.outputs = [run.folder.examples(split) for split in SPLITS]
-    on_rank_zero(prepare_base, run.recipe, run.folder)
+    on_rank_zero(lambda: prepare_base(pin_model(run.recipe, run.folder), run.folder))
 
 
 def _check_inputs(run: Run) -> dict[str, Any]:
     """Check what the recipe names, verify model and data, and record the provenance of a new run."""
     _check_launcher()
     _check_names(run.recipe)
-    inputs = {"data": _data_fingerprint(run.recipe), "model": _model_fingerprint(run.recipe.model)}
+    began = run.folder.has_results()  # then the commits stay those that the run began with
+    recorded = recorded_inputs(run.folder) if began else {}
+    inputs = {
+        "data": _data_fingerprint(run.recipe, recorded.get("data", {}).get("commit")),
+        "model": _model_fingerprint(run.recipe.model, recorded.get("model", {})),
+    }
     verify_inputs(run.folder, inputs)
-    if not run.folder.has_results() or not run.folder.provenance.exists():
+    if not began or not run.folder.provenance.exists():
         write_json(run.folder.provenance, {"inputs": inputs, **current_provenance()})
     return inputs
 
 
 def _write_examples(run: Run, data_fingerprint: dict[str, Any]) -> dict[str, int]:
     """Write examples/*.jsonl and skipped_rows.json; return the number of examples of each split."""
-    recipe, folder = run.recipe, run.folder
-    check_layout(recipe.data)  # before a .gguf model is converted, which takes long
+    recipe, folder, commit = run.recipe, run.folder, data_fingerprint.get("commit")
+    data = recipe.data.model_copy(update={"revision": commit}) if commit else recipe.data
+    check_layout(data)  # before a .gguf model is converted, which takes long
     sft_prompts = recipe.sft.prompts if recipe.sft else None
     with contextlib.ExitStack() as stack:
         files = {split: stack.enter_context(atomic_file(folder.examples(split), "w")) for split in SPLITS}
@@ -70,8 +76,8 @@ def _write_examples(run: Run, data_fingerprint: dict[str, Any]) -> dict[str, int
         def write(split: str, example: Example) -> None:
             files[split].write(to_line(example))
 
-        selection = select_examples(recipe.data, sft_prompts, run.players.renderer, recipe.train.max_length, write)
-    if _data_fingerprint(recipe) != data_fingerprint:
+        selection = select_examples(data, sft_prompts, run.players.renderer, recipe.train.max_length, write)
+    if _data_fingerprint(recipe, commit) != data_fingerprint:
         raise DataError(f"{recipe.data.where}: has changed while it was read. Run the same command again")
     write_json(
         folder.skipped_rows,
@@ -141,12 +147,14 @@ def _check_names(recipe: Recipe) -> None:
         check_4bit_support()
 
 
-def _data_fingerprint(recipe: Recipe) -> dict[str, Any]:
-    """Return the SHA-256 of each data file, or the id, revision and split of a hub data set."""
+def _data_fingerprint(recipe: Recipe, commit: str | None) -> dict[str, Any]:
+    """Return the SHA-256 of each data file; for a hub data set its commit, which the hub is asked for if it is None."""
     data = recipe.data
     files = data_files(data)
     if files is None:
-        return {"id": data.path, "revision": data.revision, "split": data.split}
+        if "/" in data.where:  # otherwise reading the examples raises an error with the reason
+            commit = commit or Repository(data.where, data.revision, "dataset").commit()
+        return {"id": data.path, "subset": data.subset, "split": data.split, "commit": commit}
     try:
         digests = {name: file_digest(file) for name, file in shard_names(files).items()}
     except OSError as error:
@@ -154,11 +162,20 @@ def _data_fingerprint(recipe: Recipe) -> dict[str, Any]:
     return {"sha256": digests[files[0].name]} if names_one_file(data) else digests
 
 
-def _model_fingerprint(model: Model) -> dict[str, Any]:
-    """Return the SHA-256 of each file of a local model, or the commit of a hub model; of an adapter, the base's too."""
-    base = {} if model.base is None else {"base": _model_fingerprint(model.base_model)}
+def _model_fingerprint(model: Model, recorded: dict[str, Any]) -> dict[str, Any]:
+    """Return the SHA-256 of each file of a local model, or the commit of a hub model; of an adapter, the base's too.
+
+    The hub is asked for a commit that is not recorded.
+    """
+    base = {}
+    if model.base is not None:
+        base = {"base": _model_fingerprint(model.base_model, recorded.get("base", {}))}
     path = resolve_model(model.path)
     if path is None:
-        return {"id": model.path, "commit": hub_commit(model)} | base
+        commit = recorded.get("commit")
+        if commit is None:
+            log.info("asking the hub for %s", model.path)
+            commit = Repository(model.path, model.revision).commit()
+        return {"id": model.path, "commit": commit} | base
     files = [path] if path.is_file() else [file for file in sorted(path.iterdir()) if file.suffix in MODEL_FILES]
     return {file.name: file_digest(file) for file in files} | base
