@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import lm_eval
 import pytest
 from runs import contents, write_rows
 
@@ -68,6 +69,48 @@ def test_players_are_measured_and_shown_side_by_side(cli, reference, tasks):
     again = cli(*command, folder=tasks)
     assert again.err.count("already measured") == 4
     assert again.out == result.out and contents(run) == after
+
+
+def test_ifeval_on_local_prompts(cli, reference, tasks, punkt):
+    """IFEval's own task and code. No response has the word zebra: one of four prompts asks for it."""
+    run = shutil.copytree(reference, tasks / "run", symlinks=True)
+    without = {"instruction_id_list": ["keywords:forbidden_words"], "kwargs": [{"forbidden_words": ["zebra"]}]}
+    with_it = {
+        "instruction_id_list": [
+            "keywords:existence",
+            "keywords:forbidden_words",
+            "length_constraints:number_sentences",
+        ],
+        "kwargs": [
+            {"keywords": ["zebra"]},
+            {"forbidden_words": ["zebra"]},
+            {"num_sentences": 99, "relation": "less than"},
+        ],
+    }
+    rows = [without, without, without, with_it]
+    write_rows(tasks / "prompts.jsonl", [{"key": n, "prompt": f"What is {n}?"} | row for n, row in enumerate(rows)])
+    config = {
+        "include": str(Path(lm_eval.__file__).parent / "tasks" / "ifeval" / "ifeval.yaml"),
+        "task": "ifeval",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"train": str(tasks / "prompts.jsonl")}, "cache_dir": str(tasks / "cache")},
+        "generation_kwargs": {"until": [], "do_sample": False, "max_gen_toks": 8},
+    }
+    (tasks / "tasks" / "ifeval.yaml").write_text(json.dumps(config))
+    command = ("benchmark", "run", "--iteration", "start,1", "--suite", "ifeval", "--include-path", "tasks")
+    result = cli(*command, folder=tasks, NLTK_DATA=str(punkt))
+    lines = [line.split() for line in result.out.splitlines() if line.startswith(" ifeval")]
+    mean = ["0.750", "±", "0.250"]  # √(0.75 · 0.25 / 3)
+    share = f"{5 / 6:.3f}"
+    assert lines == [
+        ["ifeval", "metric", "examples", "start", "iteration", "1"],
+        ["ifeval", "prompt_level_strict_acc", "4", *mean, *mean],
+        ["ifeval", "inst_level_strict_acc", "4", share, share],
+        ["ifeval", "prompt_level_loose_acc", "4", *mean, *mean],
+        ["ifeval", "inst_level_loose_acc", "4", share, share],
+    ]
+    score = json.loads((run / "start" / "benchmarks.json").read_text())["ifeval"]["ifeval"]
+    assert score["settings"]["chat_template"] is True
 
 
 @pytest.mark.parametrize(
