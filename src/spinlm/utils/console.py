@@ -11,17 +11,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 QUIET_LIBRARIES = (
-    *(
-        "transformers",
-        "huggingface_hub",
-        "httpx",
-        "httpx2",
-        "accelerate",
-        "datasets",
-        "peft",
-        "lm_eval",
-        "bitsandbytes",
-    ),
+    *("transformers", "huggingface_hub", "httpx", "httpx2", "accelerate", "datasets", "peft", "lm_eval"),
+    "bitsandbytes",
 )
 """Libraries whose log lines are shown only if they are errors."""
 
