@@ -92,21 +92,21 @@ def run(online: Request, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def benchmark(online: Request, run: Path, tmp_path: Path) -> Callable[..., Result]:
-    """Measure the suite."""
-    command = ("benchmark", run, "--suite", "leaderboard-v2", "--iteration", "start,0")
-    return partial(Cli(online, tmp_path), *command, folder=run)
+def benchmark(online: Request, tmp_path: Path) -> Callable[..., Result]:
+    """Measure the suite on a run."""
+    return partial(Cli(online, tmp_path), "benchmark", "--suite", "leaderboard-v2", folder=tmp_path)
 
 
-def test_gated_data_set(benchmark):
+def test_gated_data_set(benchmark, reference):
     """This test comes first: a data set that was loaded is in the cache."""
-    refused = benchmark("--tasks", "leaderboard_gpqa", code=2)
+    refused = benchmark(reference, "--tasks", "leaderboard_gpqa", code=2)
     assert refused.message.startswith("leaderboard_gpqa: Dataset 'Idavidrein/gpqa' is a gated dataset on the Hub.")
     assert "hf auth login" in refused.message and "--tasks" in refused.message
 
 
+@pytest.mark.slow
 def test_whole_suite(benchmark, run):
-    result = benchmark(HF_TOKEN=TOKEN)
+    result = benchmark(run, "--iteration", "start,0", HF_TOKEN=TOKEN)
     lines = [line.split()[:3] for line in result.out.splitlines() if line.startswith(" leaderboard_")]
     assert lines == [
         *(

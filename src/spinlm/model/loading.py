@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import io
 import logging
 import os
 import pickle
@@ -141,7 +142,8 @@ def _convert_gguf(path: Path, target: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     log.info("converting %s to a model folder", path.name)
-    with as_model_error(f"{path}: transformers cannot read this .gguf file"):
+    no_bar = contextlib.redirect_stderr(io.StringIO())  # transformers has no setting for this progress bar
+    with no_bar, as_model_error(f"{path}: transformers cannot read this .gguf file"):
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
         dequantize = GgufConfig(dequantize=True)
         model = AutoModelForCausalLM.from_pretrained(
