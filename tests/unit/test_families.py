@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import CONFIG_MAPPING
 
 from models import ROW_DEPENDENT, STATEFUL, save_tiny_model, tiny_model, tiny_recipe
 from spinlm.errors import ModelError
+from spinlm.export.model_card import _auto_class
 from spinlm.generation import LocalEngine
 from spinlm.generation.base import Response, Sampling
 from spinlm.model.adapted import describe_trained
@@ -198,6 +200,14 @@ def test_a_checkpoint_whose_text_model_alone_is_loaded(tmp_path: Path, caplog: p
     CONFIG_MAPPING["qwen3_5"](text_config=text).save_pretrained(folder)
     load_model(Model(path=str(folder)), str(folder), torch.float32)
     assert "a merged player has no vision or audio tower" in caplog.text
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "mistral3"])
+def test_the_model_card_names_a_class_that_loads_the_model(family: str, tmp_path: Path) -> None:
+    folder = save_tiny_model(tmp_path, family)
+    name = _auto_class(Model(path=str(folder)))
+    assert name == ("AutoModelForImageTextToText" if family == "mistral3" else "AutoModelForCausalLM")
+    assert type(getattr(transformers, name).from_pretrained(folder)) is type(tiny_model(family))
 
 
 # Position encodings that depend on the length of a row

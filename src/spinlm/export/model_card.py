@@ -9,6 +9,7 @@ import yaml
 
 from spinlm.data.sources import names_a_file
 from spinlm.errors import ModelError
+from spinlm.plan.model_shape import UnknownShapeError, find_config
 from spinlm.recipe.model import Model
 from spinlm.recipe.schema import Recipe
 from spinlm.report.run_data import run_data
@@ -61,6 +62,7 @@ def render_card(recipe: Recipe, folder: RunDir, iteration: int, *, merged: bool,
         version=run.provenance.get("spinlm", metadata.version("spinlm")) + (f" ({commit})" if commit else ""),
         weights=weights,
         adapter=adapter,
+        auto_class=_auto_class(base_model),
         four_bit=recipe.model.load_in_4bit,
         results=run,
         table=[titles, ["---", *("---:" for _ in titles[1:])], *body] if body else [],
@@ -189,6 +191,20 @@ def _is_local(path: str) -> bool:
 def public_name(path: str) -> str:
     """Return a local path without its parent folders. Hub ids and package:// URIs stay whole."""
     return path if path.startswith("package://") or not _is_local(path) else Path(path).name
+
+
+def _auto_class(model: Model) -> str:
+    """Return the name of the class of transformers that loads a model or its merged players."""
+    try:
+        config, _ = find_config(model)
+    except UnknownShapeError:
+        config = {}
+    if "vision_config" in config:
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+        if config.get("model_type") not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+            return "AutoModelForImageTextToText"
+    return "AutoModelForCausalLM"
 
 
 def _public_recipe(recipe: Recipe) -> dict[str, Any]:
