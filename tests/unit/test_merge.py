@@ -189,6 +189,17 @@ def test_precisions(sections: dict[str, Any], tmp_path: Path) -> None:
     assert all(torch.equal(exact[name].bfloat16().float(), rounded[name]) for name in exact)
 
 
+def test_precision_of_a_merge_over_a_merged_start(tmp_path: Path) -> None:
+    """The run holds its base in float32; the adapter that it began with belongs to a bfloat16 base."""
+    base = cast(save_tiny_model(tmp_path / "base"), torch.bfloat16)
+    adapter = saved_adapter(base, tmp_path / "adapter", "all-linear")
+    lora = {"lora": {"r": 2, "alpha": 4, "create_new_adapter": True}}
+    made = players(adapter, tmp_path / "run", model={"base": str(base)}, **lora)
+    save_whole_player(made, 0, tmp_path / "whole")
+    assert set(tensors(tmp_path / "whole").values()) == {"BF16"}
+    assert json.loads((tmp_path / "whole" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
 @pytest.mark.parametrize("sections", [LORA, {}], ids=["merged", "full fine-tuning"])
 def test_a_model_that_differs_from_its_player_is_refused(sections: dict[str, Any], tmp_path: Path) -> None:
     """A weight that float16 cannot hold makes every log-probability NaN."""

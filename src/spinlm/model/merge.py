@@ -1,5 +1,6 @@
 """Save players as whole models, with the adapter merged into the base, and compare each with its player."""
 
+import contextlib
 import gc
 import itertools
 import logging
@@ -51,7 +52,7 @@ def save_whole_player(players: Players, t: int, target: Path, dtype: str | None 
 
 def save_rounded(players: Players, t: int, target: Path, dtype: str) -> None:
     """Save a player of full fine-tuning in another precision, and compare it with the player as `save_merged` does."""
-    model, player, samples = players.recipe.model, players.folder.player(t), heldout_samples(players)
+    model, player, samples = players.base, players.folder.player(t), heldout_samples(players)
     expected = player_logprobs(players, t, samples)
     players.unload()
     rounded = load_model(model, str(player), getattr(torch, dtype))
@@ -79,19 +80,29 @@ def save_merged(players: Players, t: int, target: Path, dtype: str | None = None
     model, samples = players.base, heldout_samples(players)
     expected = player_logprobs(players, t, samples)
     players.unload()
-    player = players.folder.player(t)
+    player, dtype = players.folder.player(t), dtype or _base_dtype(players)
     if model.load_in_4bit:
         quantized, expected = expected, adapter_logprobs(model, players.base_model, player, samples, players.dtype)
         log.info(
             "the adapter of a 4-bit base is merged into the base in %s: the merged model differs from the player that "
             "was evaluated by %.2g nats per token",
-            dtype or stored_dtype(base_folder(model, players.base_model)),
+            dtype,
             _max_difference(expected, quantized, samples),
         )
     merge_to_folder(model, players.base_model, player, target, dtype)
     players.save_tokenizer(target)
     device = torch.device("cpu") if model.load_in_4bit else players.device
     compare_saved_model(model, player, target, samples, expected, players.dtype, device)
+
+
+def _base_dtype(players: Players) -> str:
+    """Return the precision of the base's own files. A run that began with a merge holds its base in float32."""
+    if players.recipe.merges_adapter:
+        original = players.recipe.model.base_model
+        with contextlib.suppress(ModelError, OSError):  # not on this machine
+            if (folder := base_folder(original, original.path)).is_dir():
+                return stored_dtype(folder)
+    return stored_dtype(base_folder(players.base, players.base_model))
 
 
 def save_for_serving(players: Players, t: int, target: Path) -> None:
