@@ -135,6 +135,14 @@ ADAPTED = {
 }
 
 
+def test_an_adapter_on_the_embedding_is_named() -> None:
+    model = add_adapter(tiny_model("llama"), Lora(r=4, target_modules=["embed_tokens", "v_proj"]), seed=0)
+    # 4 · (512 + 32) for the embedding, and 3 · 4 · (32 + 16) for v_proj.
+    assert describe_trained(model).startswith(
+        "adapted: embed_tokens, v_proj in 3 blocks (2,752 parameters); frozen: q_"
+    )
+
+
 def trained_layers(model: Any) -> set[str]:
     return {name.partition(".lora_")[0] for name, weight in model.named_parameters() if weight.requires_grad}
 

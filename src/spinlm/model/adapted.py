@@ -108,8 +108,8 @@ def describe_trained(model: Any) -> str:
     adapted: dict[str, None] = {}
     frozen: dict[str, None] = {}
     for name, parameter in causal_lm.named_parameters():
-        layer, is_adapter, _ = name.partition(".lora_A.")
-        if is_adapter:
+        layer, *matrix = re.split(r"\.lora_(?:embedding_)?A\.", name)
+        if matrix:
             adapted[_part(layer.removesuffix(".base_layer"), prefix)] = None
             blocks.update(re.findall(r"^.*?\.\d+\.", layer))
         elif not parameter.requires_grad and parameter.dim() > 1 and id(parameter) not in known:
