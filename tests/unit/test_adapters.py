@@ -276,6 +276,8 @@ def test_the_base_of_an_adapter(base: Any, tmp_path: Path, monkeypatch: pytest.M
     edit(adapter, base_model_name_or_path="someone/no-such-base")
     with pytest.raises(ModelError, match=r"adapter: the base .*: someone/no-such-base: .*Set model\.base"):
         Players(resolved(adapter, lora={}), RunDir(tmp_path / "run"))
+    with pytest.raises(ModelError, match=r"adapter: the base .*: someone/no-such-base: .*Set model\.base"):
+        _model_fingerprint(resolved(adapter, lora={}).model, {})
 
 
 def test_an_adapter_and_a_base_on_the_hub(base: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

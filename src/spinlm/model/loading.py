@@ -87,14 +87,22 @@ def prepare_base_model(model: Model, folder: RunDir) -> str:
     # Otherwise transformers asks a service of the hub to convert pickled weights to safetensors.
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
     if model.base is not None:
-        try:
+        with name_adapter(model):
             return _prepare_whole_model(model.base_model, folder, check_hub=True)
-        except ModelError as error:
-            raise ModelError(
-                f"{model.path}: the base model of this adapter cannot be used: {error}. Set model.base to a folder or "
-                "hub id of that model"
-            ) from error
     return _prepare_whole_model(model, folder)
+
+
+@contextlib.contextmanager
+def name_adapter(model: Model) -> Iterator[None]:
+    """Add the adapter and the remedy to an error of its base model."""
+    try:
+        yield
+    except ModelError as error:
+        message = str(error).replace("model.path", "model.base").replace("model.revision", "model.base_revision")
+        raise ModelError(
+            f"{model.path}: the base model of this adapter cannot be used: {message}. Set model.base to a folder or "
+            "hub id of that model"
+        ) from error
 
 
 def _prepare_whole_model(model: Model, folder: RunDir, *, check_hub: bool = False) -> str:

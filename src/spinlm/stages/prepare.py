@@ -15,6 +15,7 @@ from spinlm.errors import DataError, RecipeError
 from spinlm.evals.scorers import get_scorer
 from spinlm.generation.vllm import check_vllm
 from spinlm.model.adapters import prepare_base
+from spinlm.model.loading import name_adapter
 from spinlm.model.quantize import check_4bit_support
 from spinlm.model.run import Run
 from spinlm.recipe.model import Model
@@ -169,7 +170,8 @@ def _model_fingerprint(model: Model, recorded: dict[str, Any]) -> dict[str, Any]
     """
     base = {}
     if model.base is not None:
-        base = {"base": _model_fingerprint(model.base_model, recorded.get("base", {}))}
+        with name_adapter(model):
+            base = {"base": _model_fingerprint(model.base_model, recorded.get("base", {}))}
     path = resolve_model(model.path)
     if path is None:
         commit = recorded.get("commit")
