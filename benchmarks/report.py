@@ -140,7 +140,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--rows", default="25000,50000")
     parser.add_argument("--shapes", type=int, default=99, help="maximum number of training shapes")
-    parser.add_argument("--parts", default="training,generation,gpt-neo,products,scaling")
+    parser.add_argument("--parts", default="training,generation,gpt-neo,scaling")
     parser.add_argument(
         "--insert", type=Path, metavar="FILE", help="replace one section by this Markdown; no measuring"
     )
@@ -177,8 +177,6 @@ def main() -> None:
                 parts += ["", *gpt_neo(args.threads)]
             case "scaling":
                 parts += ["", "## As the data grows", "", SCALING, "", run_script("scaling.py", "--rows", args.rows)]
-            case "products":
-                parts += ["", "## Products", "", run_script("products.py")]
             case _:
                 raise SystemExit(f"no part {part!r}")
         reading = (HERE / "reading.md").read_text(encoding="utf-8").strip()
