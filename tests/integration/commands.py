@@ -61,6 +61,7 @@ class Process:
         places = {"folder": str(folder), "stdout": str(self._out), "stderr": str(self._err)}
         self.pid: int = request({"arguments": arguments, **places, "environment": environment})
         self._code: int | None = None
+        self.timeout = TIMEOUT
 
     def poll(self) -> int | None:
         """Return the exit code, or None while the command runs."""
@@ -81,7 +82,7 @@ class Process:
 
     def wait_until(self, condition: Callable[[], bool], every: float = 0.002) -> None:
         """Wait until a condition holds; test it every `every` seconds. Fail if the process ends first."""
-        deadline = time.monotonic() + TIMEOUT
+        deadline = time.monotonic() + self.timeout
         while not condition():
             ended = self.poll()
             assert ended is None or condition(), f"{self.arguments} ended ({ended}) first:\n{self._err.read_text()}"

@@ -344,6 +344,21 @@ def test_pairs_are_pushed_as_a_data_set(spinlm, hub, finished, home, tmp_path):
     assert exported.items() <= repository.commits[repository.refs["main"]].items()
 
 
+def test_an_adapter_and_its_base_come_from_the_hub(spinlm, recipe, hub, folder, finished):
+    """The base is the revision that the adapter's config names, not the newest one."""
+    player = {path.name: path.read_bytes() for path in (finished / "iteration-0/player").iterdir()}
+    named = {"base_model_name_or_path": "o/base", "revision": "v1"}
+    config = json.dumps(json.loads(player["adapter_config.json"]) | named).encode()
+    adapter = hub.commit("models/o/adapter", player | {"adapter_config.json": config})
+    base = hub.commit("models/o/base", folder, ref="v1")
+    hub.commit("models/o/base", {"README.md": b"gone"})
+    run = play(spinlm, recipe(model={"path": "o/adapter"}, lora={}))
+    expected = {"id": "o/adapter", "commit": adapter, "base": {"id": "o/base", "commit": base}}
+    assert inputs(run)["model"] == expected
+    saved = json.loads((run / "iteration-0/player/adapter_config.json").read_text())
+    assert (saved["base_model_name_or_path"], saved["revision"]) == ("o/base", base)
+
+
 @pytest.mark.parametrize(
     ("name", "token", "fault", "words"),
     [

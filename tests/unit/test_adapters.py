@@ -303,7 +303,7 @@ def test_an_adapter_and_a_base_on_the_hub(base: Any, tmp_path: Path, monkeypatch
     players.save(0)
     config = read_json(tmp_path / "run" / "iteration-0" / "player" / "adapter_config.json")
     assert (config["base_model_name_or_path"], config["revision"]) == ("org/base", "v2")
-    assert _model_fingerprint(found.model)["base"] == {"id": "org/base", "commit": "a" * 40}
+    assert _model_fingerprint(found.model, {})["base"] == {"id": "org/base", "commit": "a" * 40}
 
 
 def test_another_models_adapter(base: Any, tmp_path: Path) -> None:

@@ -258,8 +258,11 @@ def _hub_config(model: Model) -> Path:
     try:
         commit = repository.commit()
         return Path(repository.call(lambda: hf_hub_download(model.path, "config.json", revision=commit)))
-    except (ModelError, OSError) as error:
+    except ModelError as error:
         raise UnknownShapeError(str(error)) from None
+    except OSError as error:
+        message = f"{model.path}: the hub has no config.json of it. If it is an adapter, run `hf download {model.path}`"
+        raise UnknownShapeError(message) from error
 
 
 def _json_config(path: Path) -> dict[str, Any]:

@@ -116,17 +116,18 @@ def _hub_config_file(model: Model, download: bool) -> Path | None:
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError
 
-    repository = Repository(model.path, model.revision)
-    for name in ("config.json", CONFIG):
+    names, repository = ("config.json", CONFIG), Repository(model.path, model.revision)
+    for name in names:
         cached = try_to_load_from_cache(model.path, name, revision=model.revision)
-        if not isinstance(cached, str) and download:
-            commit = repository.commit()
-            try:
-                cached = repository.call(lambda: hf_hub_download(model.path, name, revision=commit))  # noqa: B023
-            except EntryNotFoundError:
-                continue
         if isinstance(cached, str):
             return Path(cached) if name == CONFIG else None
+    commit = repository.commit() if download else None
+    for name in names if download else ():
+        try:
+            file = repository.call(lambda: hf_hub_download(model.path, name, revision=commit))  # noqa: B023
+        except EntryNotFoundError:
+            continue
+        return Path(file) if name == CONFIG else None
     raise FileNotFoundError
 
 
