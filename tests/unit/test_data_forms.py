@@ -219,7 +219,7 @@ REFUSED: dict[str, tuple[Row, str, str]] = {
     "kwargs": (
         {"prompt": "p", "response": "r", "chat_template_kwargs": {"a": 1}},
         "unsupported_field",
-        "'chat_template_kwargs' is not empty: rows cannot have their own. Set data.chat_template_kwargs",
+        "'chat_template_kwargs' is not empty: the variables of the template are the same for all rows",
     ),
     "history beside messages": (
         {"messages": [user("p"), assistant("r")], "history": [["a", "b"]]},

@@ -7,8 +7,11 @@ from functools import cached_property
 from typing import Any
 
 from spinlm.data.messages import (
+    DOCUMENTS,
     MASK,
-    REASONING_FIELDS,
+    REASONING_COLUMNS,
+    TEXT_ONLY,
+    TOOL_CALLS,
     TRAINING_FLAGS,
     Conversation,
     has_turns,
@@ -21,21 +24,19 @@ from spinlm.data.messages import (
     read_text,
     read_tools,
 )
-from spinlm.data.readers import file_kind, is_compressed
-from spinlm.data.sources import Source, data_files, kind_of, open_source
+from spinlm.data.readers import is_read_by_line
+from spinlm.data.sources import ROWS_TO_INSPECT, Source, data_files, kind_of, open_source
 from spinlm.errors import DataError, RowError, shortened
 from spinlm.recipe.schema import Columns, Data
 from spinlm.rundir.records import Message
 from spinlm.utils.suggest import nearest
-
-ROWS_TO_INSPECT = 100  # readable rows whose keys together are the columns of a data set
 
 _RESPONSES = ("response", "completion", "output", "answer")
 _PROMPTS = ("prompt", "instruction", "question")
 _PREFERRED = ("chosen", *_RESPONSES)
 _CONVERSATIONS = ("conversations", "conversation", "dialog", "dialogue")
 _PAIRS = (("prompt", _RESPONSES), ("instruction", ("output",)), ("question", ("answer",)))
-_LISTS = ("responses", "answers")  # columns with several responses, of which each row may have one
+_LISTS = ("responses", "answers")  # columns with a list of responses; a row with one response is an example
 _RARER_PAIRS = (
     ("instruction", (*_RESPONSES, *_LISTS)),
     ("question", (*_RESPONSES, "solution", *_LISTS)),
@@ -51,19 +52,18 @@ _FLAGS = {"label": "label_false", "kto_tag": "label_false", **dict.fromkeys(TRAI
 """Columns that exclude a row if they are false, and the reason under which it is counted."""
 
 _CONTEXTS = ("input", "context")  # follow an instruction; other prompts may contain them
-_TEXT_ONLY = "self-play uses text alone"
 _REFUSED = {
-    **dict.fromkeys(("images", "image", "videos", "video", "audio", "audios"), _TEXT_ONLY),
-    **dict.fromkeys(("tool_calls", "function_call", "functions"), "self-play does not support tool calls"),
-    "documents": "the chat template would not see them",
+    **dict.fromkeys(("images", "image", "videos", "video", "audio", "audios"), TEXT_ONLY),
+    **dict.fromkeys(("tool_calls", "function_call", "functions"), TOOL_CALLS),
+    "documents": DOCUMENTS,
     **dict.fromkeys(("mask", "loss_mask", "completion_mask", "assistant_masks"), MASK),
     **dict.fromkeys(_CONTEXTS, "the prompt lacks it. Name it in data.columns.context, and it follows the prompt"),
     "history": "the list of messages would lack it",
-    "chat_template_kwargs": "rows cannot have their own. Set data.chat_template_kwargs",
-    **dict.fromkeys(REASONING_FIELDS[:2], "the list of messages would lack it"),
+    "chat_template_kwargs": "the variables of the template are the same for all rows. Set data.chat_template_kwargs",
+    **dict.fromkeys(REASONING_COLUMNS, "the list of messages would lack it"),
 }
-"""Columns without which a row would mean something else, unless the layout uses them. `tools`, `system`, `id` and
-those of `_FLAGS` are used; scores, ratings, names, tags and unknown columns are metadata."""
+"""Columns that must not be dropped unless the layout reads them, because the meaning of a row depends on them. `tools`,
+`system`, `id` and those of `_FLAGS` are read; scores, ratings, names, tags and unknown columns are metadata."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class Layout:
             response = read_response(_field(row, self.response), self.response, prompt, self.ignore)
             reasoning = {
                 key: read_text(row[key], key)
-                for key in REASONING_FIELDS[:2]
+                for key in REASONING_COLUMNS
                 if key not in self.ignore and not is_absent(row.get(key))
             }
             conversation = Conversation([*prompt, {**response, **reasoning}])
@@ -182,7 +182,7 @@ class Layout:
 
     @cached_property
     def _checked(self) -> list[str]:
-        """The columns that must not be dropped without a word."""
+        """The columns that refuse or exclude a row, unless the layout or data.columns.ignore names them."""
         used = self._named() | {*self.ignore, *(_CONTEXTS if self.messages else ())}
         refused = [column for column in _REFUSED if column not in self._read_columns()]
         return [column for column in (*_FLAGS, *refused) if column not in used]
@@ -192,7 +192,7 @@ class Layout:
         return {column for column in named if column}
 
     def _read_columns(self) -> set[str]:
-        others = {"tools", *_FLAGS, *(() if self.messages else ("history", *REASONING_FIELDS[:2]))}
+        others = {"tools", *_FLAGS, *(() if self.messages else ("history", *REASONING_COLUMNS))}
         return self._named() | (others - {*self.ignore})
 
     def _prompt(self, row: dict[str, Any], column: str) -> list[Message]:
@@ -234,7 +234,7 @@ def check_layout(data: Data) -> None:
         DataError: the columns are not recognized, or the data cannot be read.
     """
     files = data_files(data)
-    if not files or any(is_compressed(file) or file_kind(file) not in (".jsonl", ".ndjson") for file in files):
+    if not files or not all(map(is_read_by_line, files)):
         return
     with contextlib.suppress(DataError):  # perhaps only the first rows cannot be read
         recognize_layout(open_source(data, ROWS_TO_INSPECT), data.columns)
@@ -253,7 +253,7 @@ def recognize_layout(source: Source, named: Columns) -> Layout:
         DataError: a named column does not exist, the names contradict each other, or the prompt or the response is not
             found.
     """
-    columns = _column_names(source)
+    columns = source.columns()
     listing = shortened(", ".join(map(repr, columns)))
     for key, column in named.model_dump(exclude_none=True, exclude={"ignore"}).items():
         if column not in columns:
@@ -318,30 +318,8 @@ def _first(columns: list[str], *names: str) -> str | None:
 
 
 def _first_pair(columns: list[str], pairs: tuple[tuple[str, tuple[str, ...]], ...]) -> tuple[str, str] | None:
-    found = ((prompt, _first(columns, *responses)) for prompt, responses in pairs if prompt in columns)
-    return next(((prompt, response) for prompt, response in found if response), None)
-
-
-def _column_names(source: Source) -> list[str]:
-    """Return the keys of the first readable rows, in order.
-
-    Raises:
-        DataError: no row can be read.
-    """
-    columns: dict[str, None] = {}
-    readable, first_error = 0, None
-    for index in range(len(source)):
-        try:
-            columns.update(dict.fromkeys(source.row(index)))
-            readable += 1
-        except RowError as error:
-            where = source.place(index).removeprefix(f"{source.where}, ")
-            first_error = first_error or DataError(f"{source.where}: no row can be read; {where}: {error}")
-        if readable == ROWS_TO_INSPECT:
-            break
-    if first_error and not readable:
-        raise first_error
-    return list(columns)
+    candidates = ((prompt, _first(columns, *responses)) for prompt, responses in pairs if prompt in columns)
+    return next(((prompt, response) for prompt, response in candidates if response), None)
 
 
 def _field(row: dict[str, Any], column: str) -> Any:

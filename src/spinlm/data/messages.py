@@ -12,10 +12,13 @@ from spinlm.errors import RowError
 from spinlm.rundir.records import Message
 
 NOT_AN_EXAMPLE = ("label_false", "not_for_training")
-"""Reasons of rows and turns that the data themselves exclude. They are counted, and are no errors."""
+"""Reasons for which the data exclude a row or a turn from training. Such rows are counted, and are not errors."""
 
 REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 """Fields of a message that the chat template gets, and has to write before a response."""
+
+REASONING_COLUMNS = REASONING_FIELDS[:2]
+"""Columns with the reasoning of a response that has its own column. A column `reasoning` may explain anything."""
 
 _ROLES = {
     **dict.fromkeys(("system", "developer"), "system"),
@@ -26,29 +29,29 @@ _TOOL_ROLES = (
     *("tool", "function", "ipython", "observation", "function_call", "tool_call"),
     *("function_response", "tool_response", "tool_result"),
 )
-_TEXT_ONLY = "self-play uses text alone"
-_TOOL_CALLS = "self-play does not support tool calls"
-
+TEXT_ONLY = "self-play uses text alone"
+TOOL_CALLS = "self-play does not support tool calls"
+DOCUMENTS = "the chat template would not see them"
 MASK = "masks are not read. Give messages that are no examples the weight 0"
 
 REFUSED_MESSAGE_FIELDS = {
-    "tool_calls": _TOOL_CALLS,
-    "function_call": _TOOL_CALLS,
-    "tool_call_id": _TOOL_CALLS,
-    "images": _TEXT_ONLY,
-    "image": _TEXT_ONLY,
-    "audio": _TEXT_ONLY,
-    "videos": _TEXT_ONLY,
-    "documents": "the chat template would not see them",
+    "tool_calls": TOOL_CALLS,
+    "function_call": TOOL_CALLS,
+    "tool_call_id": TOOL_CALLS,
+    "images": TEXT_ONLY,
+    "image": TEXT_ONLY,
+    "audio": TEXT_ONLY,
+    "videos": TEXT_ONLY,
+    "documents": DOCUMENTS,
     "refusal": "the response is a refusal",
     "train_detail": "parts of a message cannot be excluded from training",
     "mask": MASK,
 }
-"""Fields of a message without which it would mean something else. `name`, `id`, `annotations` and unknown ones are
-metadata."""
+"""Fields of a message that must not be dropped, because its meaning depends on them. `name`, `id`, `annotations` and
+unknown fields are metadata."""
 
 TRAINING_FLAGS = ("weight", "train", "training", "loss")
-"""Fields of a message or a row. 0 or false excludes it from training: it remains part of later prompts."""
+"""Fields of a message or a row. 0 or false excludes the message from training; later prompts contain it."""
 
 _TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):[ \t]*")
 
@@ -63,13 +66,13 @@ class Conversation:
 
 
 def read_conversation(value: Any, name: str, ignore: Collection[str]) -> Conversation:
-    """Read a list of messages, or what stands for one: JSON text, lists by role and content, or text with Human: and
-    Assistant:.
+    """Read messages: a list, its JSON text, an object with a list of roles and a list of contents, or text with Human:
+    and Assistant:.
 
     Args:
         value: the value of a column.
         name: the name of the column, for messages.
-        ignore: fields of a message that do not count.
+        ignore: fields of a message to drop.
 
     Raises:
         RowError: not_messages.
@@ -184,14 +187,14 @@ def read_text(value: Any, name: str) -> str:
 
 
 def is_absent(value: Any) -> bool:
-    """Return whether a field is null, not a number, empty or blank, or an empty list as JSON text."""
+    """Return whether a field is null, NaN, empty or blank, or is the JSON text of an empty list or object."""
     if isinstance(value, str):
         return value.strip() in ("", "[]", "{}")
     return value is None or value in ([], {}) or (isinstance(value, float) and math.isnan(value))
 
 
 def is_false(value: Any) -> bool:
-    """Return whether a flag is false, 0, or such a text of a CSV file."""
+    """Return whether a flag is false or 0, or the text of one of these, as in a CSV file."""
     return str(value).strip().lower() in ("false", "0", "0.0")
 
 
@@ -278,7 +281,11 @@ def _message_list(value: Any, name: str) -> list[Any]:
 
 
 def _message(value: Any, name: str, ignore: Collection[str]) -> tuple[Message, bool]:
-    """Return a message, and whether the data leave it to training."""
+    """Return a message, and whether it may be trained on.
+
+    Raises:
+        RowError: not_messages, not_text, unknown_role, tool_call, unsupported_field.
+    """
     value = _parsed(value)  # a list of JSON texts, as `datasets` stores messages of many shapes
     role_key, content_key = ("role", "content") if isinstance(value, dict) and "role" in value else ("from", "value")
     if not isinstance(value, dict) or not value.keys() >= {role_key, content_key}:
@@ -286,7 +293,7 @@ def _message(value: Any, name: str, ignore: Collection[str]) -> tuple[Message, b
     role = value[role_key]
     known = role.lower() if isinstance(role, str) else ""
     if known in _TOOL_ROLES:
-        raise RowError("tool_call", f"{name!r} has the role {role!r}: {_TOOL_CALLS}")
+        raise RowError("tool_call", f"{name!r} has the role {role!r}: {TOOL_CALLS}")
     if known not in _ROLES:
         raise RowError("unknown_role", f"{name!r} has the role {role!r}; known: {', '.join(_ROLES)}")
     others = value.keys() - {role_key, content_key, *ignore}

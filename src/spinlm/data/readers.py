@@ -42,6 +42,11 @@ def is_compressed(path: PurePath) -> bool:
     return path.suffix.lower() in _COMPRESSION
 
 
+def is_read_by_line(path: PurePath) -> bool:
+    """Return whether the lines of a file are found without parsing it, and parsed one at a time."""
+    return file_kind(path) in (".jsonl", ".ndjson") and not is_compressed(path)
+
+
 def open_file(path: Path, max_rows: int | None = None) -> Rows:
     """Find the rows of a file.
 

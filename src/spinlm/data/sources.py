@@ -17,6 +17,9 @@ from spinlm.recipe.schema import Data
 from spinlm.utils.hub import Repository
 from spinlm.utils.model_path import existing_path, is_glob, matching_paths
 
+ROWS_TO_INSPECT = 100
+"""Readable rows whose keys together are the columns of a data set."""
+
 _SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
@@ -69,6 +72,27 @@ class Source:
             raise RowError("not_an_object", f"the row is {kind_of(row)}, not an object with named values")
         return row
 
+    def columns(self) -> list[str]:
+        """Return the keys of the first ROWS_TO_INSPECT readable rows, in order.
+
+        Raises:
+            DataError: no row can be read.
+        """
+        columns: dict[str, None] = {}
+        readable, first_error = 0, None
+        for index in range(len(self)):
+            try:
+                columns.update(dict.fromkeys(self.row(index)))
+                readable += 1
+            except RowError as error:
+                place = self.place(index).removeprefix(f"{self.where}, ")
+                first_error = first_error or DataError(f"{self.where}: no row can be read; {place}: {error}")
+            if readable == ROWS_TO_INSPECT:
+                break
+        if first_error and not readable:
+            raise first_error
+        return list(columns)
+
     def label(self, index: int) -> str:
         """Return the name of a row on every machine: file:row."""
         shard, at = self._locate(index)
@@ -96,11 +120,11 @@ def open_source(data: Data, max_rows: int | None = None) -> Source:
     elif len(files) == 1 and files[0].stat().st_size == 0:
         raise DataError(f"{data.where}: is empty")
     else:
-        shards, left = [], max_rows
+        shards, limit = [], max_rows
         for name, file in shard_names(files).items():
             where = data.where if len(files) == 1 and names_one_file(data) else str(file)
-            shards.append(Shard(where, name, *open_file(file, left)))
-            if left is not None and (left := left - len(shards[-1].numbers)) <= 0:
+            shards.append(Shard(where, name, *open_file(file, limit)))
+            if limit is not None and (limit := limit - len(shards[-1].numbers)) <= 0:
                 break
     source = Source(data.where, shards)
     if not len(source):
@@ -203,8 +227,8 @@ def _files_in(folder: Path, split: str) -> list[Path]:
 
 
 def _is_data(file: Path) -> bool:
-    described = file.name in ("dataset_info.json", "dataset_infos.json")  # by `datasets`, about the data
-    return file_kind(file) is not None and file.is_file() and not described and not file.name.startswith(".")
+    is_description = file.name in ("dataset_info.json", "dataset_infos.json")  # written by `datasets`
+    return file_kind(file) is not None and file.is_file() and not is_description and not file.name.startswith(".")
 
 
 def _split_of(path: PurePath) -> str | None:
@@ -265,12 +289,12 @@ def _hub_reason(data: Data, error: Exception) -> str:
 
 
 def _check_commit(data: Data, rows: Any) -> None:
-    """Make sure that the rows are of `data.revision`, if it is a commit.
+    """Check that the rows belong to the commit in `data.revision`, if it is a commit.
 
     Without a network, `datasets` takes the newest rows in its cache, of any commit.
 
     Raises:
-        DataError: they are of another commit.
+        DataError: the rows belong to another commit.
     """
     commits = {Path(file["filename"]).parent.name for file in rows.cache_files}  # `datasets` names folders by commit
     if data.revision not in commits and all(map(_is_commit, (data.revision or "", *commits))):

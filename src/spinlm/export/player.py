@@ -6,6 +6,7 @@ from pathlib import Path
 
 from spinlm.errors import RunError
 from spinlm.export.model_card import CARD, public_name, render_card
+from spinlm.recipe.adapter import ADAPTER_CONFIG
 from spinlm.recipe.schema import Recipe
 from spinlm.rundir.layout import RunDir
 from spinlm.utils.atomic import atomic_path, read_json
@@ -85,7 +86,7 @@ def push(folder: Path, repository: str, recipe: Recipe, *, dataset: bool = False
     """
     from huggingface_hub import CommitOperationAdd, HfApi
 
-    if recipe.merges_adapter and (folder / "adapter_config.json").exists():
+    if recipe.merges_adapter and (folder / ADAPTER_CONFIG).exists():
         raise RunError(
             f"{folder}: not pushed, because the base of this adapter has another adapter merged, and is in the run "
             "folder only. Export with --merge"
@@ -123,7 +124,7 @@ def push(folder: Path, repository: str, recipe: Recipe, *, dataset: bool = False
 
 def _public_content(path: Path, recipe: Recipe) -> Path | bytes:
     """Return the file to upload; in adapter_config.json, the base model's name stands without local folders."""
-    if path.name != "adapter_config.json":
+    if path.name != ADAPTER_CONFIG:
         return path
     values = read_json(path) | {"base_model_name_or_path": public_name(recipe.model.base_model.path)}
     return json.dumps(values, indent=2).encode()

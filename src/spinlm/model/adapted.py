@@ -7,9 +7,10 @@ from typing import Any
 from torch import nn
 
 from spinlm.errors import ModelError
+from spinlm.recipe.model import is_target
 
 ROUTERS = {"router", "gate", "shared_expert_gate"}
-"""Names of the layers that choose experts. A router decides, so a small change of it changes all of a token."""
+"""Names of the layers that choose experts. A small change of a router sends tokens to other experts."""
 
 
 def language_model(model: Any) -> str:
@@ -48,16 +49,10 @@ def target_modules(model: Any, targets: str | Sequence[str]) -> str | list[str]:
         return [name for name in _linear_names(model) if name.startswith(prefix)]
     if not prefix:
         return targets if isinstance(targets, str) else list(targets)
-    names = [name for name, _ in model.named_modules() if name.startswith(prefix) and _is_named(name, targets)]
+    names = [name for name, _ in model.named_modules() if name.startswith(prefix) and is_target(name, targets)]
     if not names:
         raise ModelError(f"lora.target_modules: no layer of the language model ({prefix[:-1]}) has such a name")
     return names
-
-
-def _is_named(name: str, targets: str | Sequence[str]) -> bool:
-    if isinstance(targets, str):
-        return re.fullmatch(targets, name) is not None
-    return any(name == target or name.endswith(f".{target}") for target in targets)
 
 
 def _linear_names(model: Any) -> Iterator[str]:
@@ -79,7 +74,7 @@ def _expert_names(model: Any) -> set[str]:
     from peft import LoraConfig
     from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 
-    found = set()
+    experts = set()
     for name in ("gate_proj", "up_proj", "down_proj"):
         config = LoraConfig(target_modules=[name])
         try:
@@ -88,8 +83,8 @@ def _expert_names(model: Any) -> set[str]:
         except ValueError:  # two layers make one tensor of experts, and only one of them is named here
             converted = True
         if converted:
-            found.add(name)
-    return found
+            experts.add(name)
+    return experts
 
 
 def _is_mamba(module: nn.Module) -> bool:

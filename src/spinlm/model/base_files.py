@@ -15,19 +15,19 @@ from typing import Any
 
 from spinlm.recipe.model import Model
 from spinlm.utils.atomic import read_json, write_json
-from spinlm.utils.hub import Repository
+from spinlm.utils.hub import LICENSE_FILES, Repository
 from spinlm.utils.model_path import resolve_model
 
 log = logging.getLogger("spinlm")
 
+VOCABULARY_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.*", "tekken.json", "*.model", "*.tiktoken")
+"""A folder with a tokenizer has at least one of these files."""
+
 TOKENIZER_FILES = (
-    *("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "tekken.json"),
-    *("*.model", "*.tiktoken", "chat_template*", "additional_chat_templates/*.jinja"),
+    *(*VOCABULARY_FILES, "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "merges.txt"),
+    *("chat_template*", "additional_chat_templates/*.jinja"),
 )
-MODEL_FILES = (
-    *("config.json", "generation_config.json", "*processor_config.json"),
-    *("LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "USE_POLICY*"),
-)
+MODEL_FILES = ("config.json", "generation_config.json", "*processor_config.json", *LICENSE_FILES)
 CODE_FILES = ("*.py",)
 
 CONFIG, GENERATION_CONFIG, TOKENIZER_CONFIG = "config.json", "generation_config.json", "tokenizer_config.json"

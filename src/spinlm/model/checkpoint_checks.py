@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from spinlm.errors import ModelError
+from spinlm.model.base_files import CONFIG, VOCABULARY_FILES
 
 _TASKS = {
     "ForMaskedLM": "an encoder",
@@ -17,7 +18,6 @@ _TASKS = {
 }
 """Endings of class names in config.json, and what such a model is."""
 
-_TOKENIZER_FILES = ("tokenizer.json", "*.model", "*.tiktoken", "tekken.json", "vocab.*", "tokenizer_config.json")
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
@@ -67,8 +67,8 @@ def check_files(folder: Path) -> None:
     if not files:
         raise ModelError(f"{folder}: a model folder without weights (no *.safetensors, no *.bin)")
     for file in files:
-        with file.open("rb") as opened:
-            if opened.read(len(_LFS_POINTER)) == _LFS_POINTER:
+        with file.open("rb") as stream:
+            if stream.read(len(_LFS_POINTER)) == _LFS_POINTER:
                 raise ModelError(
                     f"{file}: is a pointer of Git LFS, not the weights. Run `git lfs pull` in the model's repository"
                 )
@@ -82,10 +82,10 @@ def check_folder(folder: Path, *, trust_remote_code: bool) -> None:
     """
     from transformers import AutoConfig
 
-    if (folder / "config.json").exists():
+    if (folder / CONFIG).exists():
         with contextlib.suppress(ValueError, OSError, KeyError):  # raised again when the model is loaded
             check_architecture(AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code), str(folder))
-    if not any(any(folder.glob(name)) for name in _TOKENIZER_FILES):
+    if not any(any(folder.glob(name)) for name in VOCABULARY_FILES):
         raise ModelError(
             f"{folder}: the tokenizer cannot be loaded: the folder has none (tokenizer.json, tokenizer.model, "
             "…). Copy the files of the model's tokenizer into it"

@@ -37,7 +37,7 @@ from spinlm.model.loading import (
 )
 from spinlm.model.logprobs import LogProbs, max_logprob_error
 from spinlm.model.prefix_trees import PrefixTree, pack_batch
-from spinlm.recipe.adapter import adapter_files
+from spinlm.recipe.adapter import ADAPTER_CONFIG, adapter_files
 from spinlm.recipe.schema import Recipe
 from spinlm.rundir.layout import RunDir
 from spinlm.rundir.provenance import pin_model
@@ -198,7 +198,7 @@ class Players:
         with atomic_path(target) as path:
             if self.recipe.lora is not None:
                 self.model.save_pretrained(path, state_dict=full_weights, save_embedding_layers=False)
-                _sort_target_modules(path / "adapter_config.json")
+                _sort_target_modules(path / ADAPTER_CONFIG)
                 (path / "README.md").unlink(missing_ok=True)  # PEFT's empty card; `export` writes one
             else:
                 save_whole_model(self.base, self.model, self.base_model, path, full_weights)

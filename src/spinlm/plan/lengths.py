@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from spinlm.data.columns import Layout, recognize_layout
-from spinlm.data.readers import file_kind, is_compressed
+from spinlm.data.readers import file_kind, is_read_by_line
 from spinlm.data.sources import Source, data_files, open_source
 from spinlm.errors import DataError, RowError
 from spinlm.recipe.schema import Data, Recipe
@@ -90,7 +90,7 @@ def _sample_data(data: Data) -> tuple[int | None, list[tuple[int, int]], str]:
 
 
 def _is_read_whole(file: Path) -> bool:
-    return is_compressed(file) or file_kind(file) not in (".jsonl", ".ndjson", ".arrow")
+    return not is_read_by_line(file) and file_kind(file) != ".arrow"
 
 
 def _sample(count: int) -> range:

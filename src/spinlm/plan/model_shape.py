@@ -1,14 +1,13 @@
 """The shape of a model, read from its config.json or .gguf header, and the sizes that follow from the shape."""
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from spinlm.errors import ModelError
-from spinlm.recipe.model import Lora, Model
+from spinlm.recipe.model import Lora, Model, is_target
 from spinlm.utils.gguf_header import read_gguf_header
 from spinlm.utils.hub import Repository
 from spinlm.utils.model_path import resolve_model
@@ -121,12 +120,7 @@ class Shape:
 
 def adapts(lora: Lora, name: str, *, linear: bool = True) -> bool:
     """Return whether a layer with this full name has an adapter."""
-    targets = lora.target_modules
-    if targets == "all-linear":
-        return linear
-    if isinstance(targets, str):
-        return re.fullmatch(targets, name) is not None
-    return any(name == target or name.endswith(f".{target}") for target in targets)
+    return linear if lora.target_modules == "all-linear" else is_target(name, lora.target_modules)
 
 
 def _adapts_mlp(lora: Lora) -> bool:
@@ -249,20 +243,15 @@ def _linears(family: str, hidden: int, queries: int, keys: int, inner: int) -> t
 
 def _hub_config(model: Model) -> Path:
     """Return config.json of a hub model, from the cache or the hub."""
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
-
-    cached = try_to_load_from_cache(model.path, "config.json", revision=model.revision)
-    if isinstance(cached, str):
-        return Path(cached)
-    repository = Repository(model.path, model.revision)
     try:
-        commit = repository.commit()
-        return Path(repository.call(lambda: hf_hub_download(model.path, "config.json", revision=commit)))
-    except ModelError as error:
+        path = Repository(model.path, model.revision).file("config.json")
+    except (ModelError, OSError) as error:
         raise UnknownShapeError(str(error)) from None
-    except OSError as error:
-        message = f"{model.path}: the hub has no config.json of it. If it is an adapter, run `hf download {model.path}`"
-        raise UnknownShapeError(message) from error
+    if path is None:
+        raise UnknownShapeError(
+            f"{model.path}: the repository has no config.json. If it is an adapter, run `hf download {model.path}`"
+        )
+    return path
 
 
 def _json_config(path: Path) -> dict[str, Any]:

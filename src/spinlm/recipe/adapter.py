@@ -11,7 +11,7 @@ from spinlm.recipe.schema import Recipe
 from spinlm.utils.hub import Repository
 from spinlm.utils.model_path import existing_path, looks_local, resolve_model
 
-CONFIG = "adapter_config.json"
+ADAPTER_CONFIG = "adapter_config.json"
 
 HEADS = {"lm_head", "embed_out", "output_layer"}
 """Names of output heads."""
@@ -86,7 +86,7 @@ def adapter_files(model: Model) -> Path:
     path = resolve_model(model.path)
     if path is not None:
         return path
-    return Repository(model.path, model.revision).folder("adapter_model.*", config=CONFIG)
+    return Repository(model.path, model.revision).folder("adapter_model.*", config=ADAPTER_CONFIG)
 
 
 def _config_file(model: Model, download: bool) -> Path | None:
@@ -101,34 +101,21 @@ def _config_file(model: Model, download: bool) -> Path | None:
     except ModelError as error:
         raise FileNotFoundError from error
     if path is None:
-        return _hub_config_file(model, download)
-    if not (path / CONFIG).is_file():
+        repository = Repository(model.path, model.revision)
+        for ask_hub in (False, True) if download else (False,):  # the cache may hold only the second file
+            for name in ("config.json", ADAPTER_CONFIG):
+                if file := repository.file(name, download=ask_hub):
+                    return file if name == ADAPTER_CONFIG else None
+        raise FileNotFoundError
+    if not (path / ADAPTER_CONFIG).is_file():
         return None
     weights = [file.name for name in ("model*.safetensors", "pytorch_model*.bin") for file in path.glob(name)]
     if weights and (path / "config.json").exists():
         raise ModelError(
-            f"{path}: holds an adapter ({CONFIG}) and a whole model ({weights[0]}). Move one of them to another folder"
+            f"{path}: holds an adapter ({ADAPTER_CONFIG}) and a whole model ({weights[0]}). Move one of them to "
+            "another folder"
         )
-    return path / CONFIG
-
-
-def _hub_config_file(model: Model, download: bool) -> Path | None:
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
-    from huggingface_hub.errors import EntryNotFoundError
-
-    names, repository = ("config.json", CONFIG), Repository(model.path, model.revision)
-    for name in names:
-        cached = try_to_load_from_cache(model.path, name, revision=model.revision)
-        if isinstance(cached, str):
-            return Path(cached) if name == CONFIG else None
-    commit = repository.commit() if download else None
-    for name in names if download else ():
-        try:
-            file = repository.call(lambda: hf_hub_download(model.path, name, revision=commit))  # noqa: B023
-        except EntryNotFoundError:
-            continue
-        return Path(file) if name == CONFIG else None
-    raise FileNotFoundError
+    return path / ADAPTER_CONFIG
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -168,14 +155,16 @@ def _base(model: Model, config: dict[str, Any], folder: Path) -> dict[str, Any]:
         revision = config.get("revision") if model.base == recorded else None
         return {"base_revision": model.base_revision or revision}
     if not recorded:
-        raise ModelError(f"{model.path}: {CONFIG} names no base model. Set model.base to the model it was trained on")
-    found = existing_path(recorded) or existing_path(str(folder / recorded))
-    if found is None and looks_local(recorded):
         raise ModelError(
-            f"{model.path}: its base model {recorded} is not on this machine; {CONFIG} names the place where the "
-            "adapter was trained. Set model.base to a folder or hub id of that model"
+            f"{model.path}: {ADAPTER_CONFIG} names no base model. Set model.base to the model it was trained on"
         )
-    base = recorded if found is None else str(found.absolute())
+    local = existing_path(recorded) or existing_path(str(folder / recorded))
+    if local is None and looks_local(recorded):
+        raise ModelError(
+            f"{model.path}: its base model {recorded} is not on this machine; {ADAPTER_CONFIG} names the folder on the "
+            "machine that trained the adapter. Set model.base to a folder or hub id of that model"
+        )
+    base = recorded if local is None else str(local.absolute())
     return {"base": base, "base_revision": model.base_revision or config.get("revision")}
 
 

@@ -1,6 +1,7 @@
 """The recipe's sections `model` and `lora`."""
 
 import re
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Discriminator, Tag
@@ -26,6 +27,18 @@ LayerNames = Annotated[
     Annotated[str, AfterValidator(_check_pattern), Tag("<value>")] | Annotated[list[str], Tag("<list>")],
     Discriminator(lambda value: "<list>" if isinstance(value, list) else "<value>"),
 ]
+
+
+def is_target(name: str, targets: str | Sequence[str]) -> bool:
+    """Return whether `lora.target_modules` means a layer.
+
+    Args:
+        name: full name of the layer.
+        targets: a regular expression for whole names, or the ends of names.
+    """
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    return any(name == target or name.endswith(f".{target}") for target in targets)
 
 
 class Model(Section):

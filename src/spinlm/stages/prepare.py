@@ -31,7 +31,7 @@ from spinlm.utils.model_path import resolve_model
 
 log = logging.getLogger("spinlm")
 
-MODEL_FILES = (".safetensors", ".bin", ".json", ".jinja", ".model")
+MODEL_SUFFIXES = (".safetensors", ".bin", ".json", ".jinja", ".model")
 
 
 def prepare(run: Run) -> None:
@@ -179,5 +179,5 @@ def _model_fingerprint(model: Model, recorded: dict[str, Any]) -> dict[str, Any]
             log.info("asking the hub for %s", model.path)
             commit = Repository(model.path, model.revision).commit()
         return {"id": model.path, "commit": commit} | base
-    files = [path] if path.is_file() else [file for file in sorted(path.iterdir()) if file.suffix in MODEL_FILES]
+    files = [path] if path.is_file() else [file for file in sorted(path.iterdir()) if file.suffix in MODEL_SUFFIXES]
     return {file.name: file_digest(file) for file in files} | base

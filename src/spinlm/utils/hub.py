@@ -19,10 +19,8 @@ Result = TypeVar("Result")
 MAX_ATTEMPTS = 4
 MAX_RETRY_AFTER = 120.0  # seconds; a hub that asks for a longer pause is asked again after this one
 BACKOFF_SECONDS = 1.0  # before the second attempt; doubles with each further attempt
-SMALL_FILES = (
-    *("*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt", "*.py", "README.md"),
-    *("LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "USE_POLICY*"),
-)
+LICENSE_FILES = ("LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "USE_POLICY*")
+SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt", "*.py", "README.md", *LICENSE_FILES)
 """Config, tokenizer, code and license of a model."""
 
 
@@ -69,6 +67,34 @@ class Repository:
                 raise error from None
             log.warning("%s. The run takes commit %s from the cache", error, commit[:8])
             return commit
+
+    def file(self, name: str, *, download: bool = True) -> Path | None:
+        """Return a file of the repository, from the hub cache or else from the hub.
+
+        Args:
+            name: path of the file in the repository.
+            download: whether to ask the hub for a file that the cache lacks.
+
+        Returns:
+            None if the repository has no such file, or if only the cache may be read and lacks the file.
+
+        Raises:
+            ModelError, DataError: the hub cannot be read.
+        """
+        from huggingface_hub import hf_hub_download, try_to_load_from_cache
+        from huggingface_hub.errors import EntryNotFoundError
+
+        arguments: dict[str, Any] = {"repo_type": self.kind}
+        cached = try_to_load_from_cache(self.name, name, revision=self.revision, **arguments)
+        if isinstance(cached, str):
+            return Path(cached)
+        if not download:
+            return None
+        commit = self.commit()
+        try:
+            return Path(self.call(lambda: hf_hub_download(self.name, name, revision=commit, **arguments)))
+        except EntryNotFoundError:
+            return None
 
     def folder(self, *patterns: str, config: str = "config.json") -> Path:
         """Return the folder in the hub cache with a model's files, downloaded if necessary; its weights may be missing.
@@ -160,7 +186,7 @@ def http_status(error: BaseException) -> int:
 
 
 def is_transport_error(error: BaseException, *names: str) -> bool:
-    """Whether an error of httpx or httpx2 (huggingface_hub 2) caused an error: one of these names, or any."""
+    """Return whether a transport error of httpx or httpx2 caused an error; with names, whether one of these did."""
     bases = {base.__name__ for cause in _chain(error) for base in type(cause).__mro__}
     return bool(bases & set(names or ["TransportError"]))
 
@@ -172,11 +198,11 @@ def _is_transient(error: BaseException) -> bool:
 
 def _wait(state: "RetryCallState") -> float:
     """Return the seconds before the next attempt: BACKOFF_SECONDS, doubled each time, or more if the hub asks."""
-    asked = 0.0
+    retry_after = 0.0
     for cause in _chain(state.outcome.exception() if state.outcome else None):
         value = getattr(getattr(cause, "response", None), "headers", {}).get("Retry-After", "")
-        asked = max(asked, float(value) if value.isdecimal() else 0.0)
-    return max(BACKOFF_SECONDS * 2.0 ** (state.attempt_number - 1), min(asked, MAX_RETRY_AFTER))
+        retry_after = max(retry_after, float(value) if value.isdecimal() else 0.0)
+    return max(BACKOFF_SECONDS * 2.0 ** (state.attempt_number - 1), min(retry_after, MAX_RETRY_AFTER))
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
