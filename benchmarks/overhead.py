@@ -22,7 +22,7 @@ def main() -> None:
     import torch
 
     from spinlm.generation import local
-    from spinlm.model import fused, loading, players
+    from spinlm.model import fused, players
     from spinlm.model.decoding import RaggedBatch
     from spinlm.model.logprobs import LogProbs
     from spinlm.recipe.load import load_recipe
@@ -60,7 +60,7 @@ def main() -> None:
     time_calls(RaggedBatch, "prefill", "decoding")
     time_calls(RaggedBatch, "step", "decoding")
     time_calls(local, "sample", "sampling")
-    time_calls(loading, "_convert_gguf", "converting the .gguf file, once per run")
+    time_calls(base_model, "_convert_gguf", "converting the .gguf file, once per run")
     time_calls(players, "load_model", "loading the model")
     with tempfile.TemporaryDirectory() as folder:
         run(load_recipe(RECIPE, sys.argv[1:] or SMALL), Path(folder) / "run")

@@ -18,13 +18,13 @@ from spinlm.evals.heldout import score_heldout
 from spinlm.evals.scorers import get_scorer
 from spinlm.generation import local_engine, open_engine
 from spinlm.generation.base import Engine, Sampling
-from spinlm.model.adapted import describe_trained
 from spinlm.model.loading import disable_dropout, load_model
 from spinlm.model.logprobs import LogProbs
 from spinlm.model.players import Players
 from spinlm.model.prefix_trees import PrefixTree, micro_batches, pack_batch
 from spinlm.model.quantize import count_parameters
 from spinlm.model.run import Run
+from spinlm.model.trained_layers import describe_trained
 from spinlm.plan import make_plan
 from spinlm.recipe.adapter import with_adapter
 from spinlm.recipe.objective import Spin

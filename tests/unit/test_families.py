@@ -17,7 +17,6 @@ from spinlm.errors import ModelError
 from spinlm.export.model_card import _auto_class
 from spinlm.generation import LocalEngine
 from spinlm.generation.base import Response, Sampling
-from spinlm.model.adapted import describe_trained
 from spinlm.model.attention import register_tree_attention
 from spinlm.model.families import row_limit
 from spinlm.model.fused import fuse_layers
@@ -26,6 +25,7 @@ from spinlm.model.logprobs import LogProbs, max_logprob_error
 from spinlm.model.players import Players
 from spinlm.model.prefix_trees import PrefixTree, micro_batches, pack_batch
 from spinlm.model.run import Run
+from spinlm.model.trained_layers import describe_trained
 from spinlm.plan import make_plan
 from spinlm.recipe.model import Lora, Model
 from spinlm.rundir.layout import RunDir

@@ -14,13 +14,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from models import ARCHITECTURES, save_tiny_model, tiny_model, tiny_recipe
 from spinlm.errors import ModelError
 from spinlm.model.attention import register_tree_attention
+from spinlm.model.base_model import prepare_unmerged
 from spinlm.model.loading import (
     add_adapter,
     compute_dtype,
     disable_dropout,
     load_model,
     load_stop_ids,
-    prepare_base_model,
 )
 from spinlm.model.logprobs import LogProbs
 from spinlm.model.players import Players
@@ -348,13 +348,13 @@ def test_a_folder_that_holds_no_model(saved: Any, tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
     with pytest.raises(ModelError, match=r"empty: .*config\.json"):
-        prepare_base_model(Model(path=str(empty)), run)
+        prepare_unmerged(Model(path=str(empty)), run)
     shutil.copy(saved() / "config.json", empty)
     with pytest.raises(ModelError, match=r"empty: a model folder without weights"):
-        prepare_base_model(Model(path=str(empty)), run)
+        prepare_unmerged(Model(path=str(empty)), run)
     shutil.copy(saved() / "model.safetensors", empty)
-    assert prepare_base_model(Model(path=str(empty)), run) == str(empty)
-    assert prepare_base_model(Model(path="org/model"), run) == "org/model"
+    assert prepare_unmerged(Model(path=str(empty)), run) == str(empty)
+    assert prepare_unmerged(Model(path="org/model"), run) == "org/model"
 
 
 @pytest.mark.parametrize("content", [b"", b"not a model at all, but text", b"GGUF\x03\x00\x00\x00cut"])
@@ -363,7 +363,7 @@ def test_a_gguf_file_that_is_none(tmp_path: Path, content: bytes) -> None:
     file.write_bytes(content)
     run = RunDir(tmp_path / "run")
     with pytest.raises(ModelError, match=r"model\.gguf: transformers cannot read this \.gguf file"):
-        prepare_base_model(Model(path=str(file)), run)
+        prepare_unmerged(Model(path=str(file)), run)
     assert not run.base.exists()
 
 
@@ -437,7 +437,7 @@ def test_an_unpacked_gguf_file_is_verified(tmp_path: Path, damage: str | None) -
         case "a file more":
             (base / "generation_config.new.json").write_text("{}")
         case None:
-            assert prepare_base_model(model, run) == str(base)
+            assert prepare_unmerged(model, run) == str(base)
             return
     with pytest.raises(ModelError, match=r"cannot read this \.gguf file"):  # since it is none
-        prepare_base_model(model, run)
+        prepare_unmerged(model, run)

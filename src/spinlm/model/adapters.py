@@ -1,7 +1,6 @@
-"""Adapters made elsewhere: train one further, or merge one into its base."""
+"""PEFT adapters: train an adapter of another program further, or merge an adapter into its base."""
 
 import logging
-import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,82 +12,18 @@ from spinlm.errors import ModelError
 from spinlm.model.base_files import (
     TOKENIZER_CONFIG,
     base_folder,
-    copy_tokenizer_files,
-    save_whole_model,
-    write_chat_template,
 )
 from spinlm.model.loading import (
     as_model_error,
     attach_adapter,
-    load_model,
-    load_stop_ids,
     load_tokenizer,
-    make_once,
-    prepare_base_model,
-    save_stop_ids,
 )
-from spinlm.recipe.adapter import adapter_files
 from spinlm.recipe.model import Lora, Model
-from spinlm.recipe.schema import Recipe
-from spinlm.rundir.layout import RunDir
-from spinlm.utils.atomic import file_digest
 
-PREFIX = "base_model.model."
+PEFT_PREFIX = "base_model.model."
 """What PEFT writes before the name of a weight."""
 
-
-MAX_MERGE_ERROR = 1e-2
-"""Largest difference between log-probabilities before and after a merge in float32, in nats, over all tokens."""
-
 log = logging.getLogger("spinlm")
-
-
-def prepare_base(recipe: Recipe, folder: RunDir) -> Model:
-    """Return the name and revision that transformers loads the frozen base, or the whole model, from.
-
-    A .gguf file is converted once, and an adapter that is not trained further is merged once. Both make a model folder
-    in the run folder.
-
-    Raises:
-        ModelError: the model does not exist, is incomplete, or cannot be converted or merged.
-    """
-    model = recipe.model
-    if not recipe.merges_adapter:
-        path = prepare_base_model(model, folder)
-        return model.base_model.model_copy(update={"path": path})
-    adapter = adapter_files(model)
-    weights = {file.name: file_digest(file) for file in sorted(adapter.glob("adapter_*"))}
-    source = {"base": model.base, "revision": model.base_revision, "adapter": weights}
-    make_once(folder.base, source, lambda target: _save_merged_base(model, adapter, target))
-    return model.base_model.model_copy(update={"path": str(folder.base.absolute()), "revision": None})
-
-
-def _save_merged_base(model: Model, adapter: Path, target: Path) -> None:
-    """Save the base of an adapter with the adapter merged, in float32, with the adapter's tokenizer or the base's."""
-    from peft import PeftModel
-
-    log.info("merging %s into its base %s", model.path, model.base)
-    with tempfile.TemporaryDirectory(prefix="spinlm-base-") as temporary:
-        path = prepare_base_model(model, RunDir(Path(temporary)))
-        base = model.base_model.model_copy(update={"path": path})
-        with as_model_error(f"{model.path}: this adapter cannot be merged into {model.base}"):
-            loaded = load_model(base, path, torch.float32)
-            has_new_tokens = _resize_embeddings(loaded, adapter)
-            adapted = PeftModel.from_pretrained(loaded, str(adapter))
-            expected = sample_logprobs(adapted)
-            untied = merge_adapter(adapted, torch.float32)
-        save_whole_model(base, loaded, path, target, untied=untied)
-        if has_new_tokens:
-            loaded.config.save_pretrained(target)
-        _save_tokenizer(base, adapter, target)
-        save_stop_ids(target, load_stop_ids(base, path))
-    del loaded, adapted
-    error = (sample_logprobs(load_model(base, str(target), torch.float32)) - expected).abs().max().item()
-    if not error < MAX_MERGE_ERROR:
-        raise ModelError(
-            f"{model.path}: the merged model's log-probabilities differ from the adapter's by {error:.2g} nats. This "
-            "adapter cannot be merged: merge it with the program that made it, and set model.path to the result"
-        )
 
 
 def tokenizer_folder(base: Model, adapter: Path | None) -> Path:
@@ -98,16 +33,17 @@ def tokenizer_folder(base: Model, adapter: Path | None) -> Path:
     return base_folder(base, base.path)
 
 
-def _save_tokenizer(base: Model, adapter: Path, target: Path) -> None:
-    """Copy the tokenizer of an adapter or its base, with the base's chat template if the adapter's has none."""
-    folder = tokenizer_folder(base, adapter)
-    tokenizer = load_tokenizer(base, str(folder))
-    if not copy_tokenizer_files(base, folder, target):
-        tokenizer.save_pretrained(target)
-    if folder == adapter and tokenizer.chat_template is None:
-        template = load_tokenizer(base, base.path).chat_template
-        if template is not None:
-            write_chat_template(target, template)
+def load_start_tokenizer(base: Model, adapter: Path | None) -> tuple[Any, Any]:
+    """Load the tokenizer of an adapter or its base. It has the base's chat template if the adapter's has none.
+
+    Returns:
+        The tokenizer, and the chat template in its files.
+    """
+    tokenizer = load_tokenizer(base, base.path if adapter is None else str(tokenizer_folder(base, adapter)))
+    file_template = tokenizer.chat_template
+    if file_template is None and adapter is not None:
+        tokenizer.chat_template = load_tokenizer(base, base.path).chat_template
+    return tokenizer, file_template
 
 
 def continue_adapter(model: Any, folder: Path, lora: Lora, base: Model) -> Any:
@@ -168,15 +104,6 @@ def merge_adapter(peft_model: Any, dtype: torch.dtype) -> bool:
     return was_tied and head is not None and head.weight is not causal_lm.get_input_embeddings().weight
 
 
-@torch.no_grad()
-def sample_logprobs(model: Any) -> Tensor:
-    """Return the log-probabilities of all tokens after each prefix of a fixed text of 32 tokens: [32, V]."""
-    vocabulary = model.config.get_text_config().vocab_size
-    ids = torch.randint(vocabulary, (1, 32), generator=torch.Generator().manual_seed(0))
-    logits: Tensor = model.eval()(input_ids=ids.to(model.device)).logits
-    return torch.log_softmax(logits[0].float(), dim=-1)
-
-
 def _remove_embeddings(model: Any, weights: dict[str, Tensor], folder: Path) -> None:
     """Remove copies of the base's embeddings from an adapter's weights; PEFT saves them with LoRA on embeddings.
 
@@ -185,26 +112,12 @@ def _remove_embeddings(model: Any, weights: dict[str, Tensor], folder: Path) -> 
     """
     base = model.state_dict()
     for name in [name for name in weights if "lora_" not in name]:
-        saved, ours = weights.pop(name), base.get(name.removeprefix(PREFIX).replace(".base_layer.", "."))
-        if ours is None or saved.shape != ours.shape or not torch.equal(saved.to(ours.device, ours.dtype), ours):
+        saved, original = weights.pop(name), base.get(name.removeprefix(PEFT_PREFIX).replace(".base_layer.", "."))
+        if original is None or not torch.equal(saved.to(original.device, original.dtype), original):
             raise ModelError(
-                f"{folder}: has trained weights of the base ({name.removeprefix(PREFIX)}), which spinlm cannot train "
-                "further. Set lora.create_new_adapter: true, which merges this adapter and trains a new one"
+                f"{folder}: has trained weights of the base ({name.removeprefix(PEFT_PREFIX)}), which spinlm cannot "
+                "train further. Set lora.create_new_adapter: true, which merges this adapter and trains a new one"
             )
-
-
-def _resize_embeddings(model: Any, adapter: Path) -> bool:
-    """Give a base the tokens that were added before its adapter was trained. Return whether there are any."""
-    from peft.utils import load_peft_weights
-
-    saved, embeddings = load_peft_weights(str(adapter), device="cpu"), model.get_input_embeddings()
-    names = [name for name, module in model.named_modules() if module is embeddings]
-    stored = [f"{PREFIX}{name}{part}.weight" for name in names for part in ("", ".base_layer")]
-    rows = [len(saved[name]) for name in stored if name in saved]
-    if not rows or rows[0] == embeddings.num_embeddings:
-        return False
-    model.resize_token_embeddings(rows[0], mean_resizing=False)
-    return True
 
 
 def _untie(model: Any) -> None:
@@ -219,4 +132,4 @@ def _untie(model: Any) -> None:
         head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
         for config in (model.config, model.config.get_text_config()):
             config.tie_word_embeddings = False
-        log.info("the adapter changes the embeddings, so the merged model has an output head of its own")
+        log.info("the adapter changes the embeddings, so the merged model's output head does not share their weights")

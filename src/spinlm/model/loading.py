@@ -1,13 +1,10 @@
 """Load the parts of a player: base model, tokenizer, new LoRA adapter, saved weights."""
 
 import contextlib
-import functools
-import io
 import logging
-import os
 import pickle
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +13,13 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from spinlm.errors import ModelError, first_line
-from spinlm.model.adapted import target_modules
-from spinlm.model.base_files import base_folder, use_legacy_names
-from spinlm.model.checkpoint_checks import check_architecture, check_complete, check_files, check_folder
+from spinlm.model.base_files import base_folder
+from spinlm.model.checkpoint_checks import check_architecture, check_complete, check_folder
 from spinlm.model.families import auto_class
 from spinlm.model.quantize import bnb_config, check_4bit_support, patch_4bit_layers
+from spinlm.model.trained_layers import target_modules
 from spinlm.recipe.model import Lora, Model
-from spinlm.rundir.layout import RunDir
-from spinlm.utils.atomic import atomic_path, file_digest, read_json, write_json
+from spinlm.utils.atomic import read_json, write_json
 from spinlm.utils.hub import Repository
 from spinlm.utils.model_path import resolve_model
 
@@ -72,99 +68,6 @@ def compute_dtype(model: Model, device: torch.device) -> torch.dtype:
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     dtype: torch.dtype = getattr(torch, model.dtype)
     return dtype
-
-
-def prepare_base_model(model: Model, folder: RunDir) -> str:
-    """Return the name that transformers loads the model, or the base of an adapter, from: a hub id or a folder.
-
-    A .gguf file is converted once to a model folder in the run folder.
-
-    Raises:
-        ModelError: the model does not exist, is incomplete, or cannot be converted.
-    """
-    if model.trust_remote_code:
-        warn_remote_code()
-    # Otherwise transformers asks a service of the hub to convert pickled weights to safetensors.
-    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
-    if model.base is not None:
-        with name_adapter(model):
-            return _prepare_whole_model(model.base_model, folder, check_hub=True)
-    return _prepare_whole_model(model, folder)
-
-
-@contextlib.contextmanager
-def name_adapter(model: Model) -> Iterator[None]:
-    """Add the adapter and the remedy to an error of its base model."""
-    try:
-        yield
-    except ModelError as error:
-        message = str(error).replace("model.path", "model.base").replace("model.revision", "model.base_revision")
-        raise ModelError(
-            f"{model.path}: the base model of this adapter cannot be used: {message}. Set model.base to a folder or "
-            "hub id of that model"
-        ) from error
-
-
-def _prepare_whole_model(model: Model, folder: RunDir, *, check_hub: bool = False) -> str:
-    path = resolve_model(model.path)
-    if path is None:
-        if check_hub:
-            Repository(model.path, model.revision).folder()
-        return model.path
-    if path.suffix == ".gguf":
-        source = {"file": path.name, "bytes": path.stat().st_size}
-        make_once(folder.base, source, lambda target: _convert_gguf(path, target))
-        return str(folder.base.absolute())  # absolute, because adapters record the path of their base
-    if path.is_file():
-        raise ModelError(f"{path}: a file, not a model folder. Set model.path to the folder that holds it")
-    if not (path / "config.json").exists():
-        raise ModelError(f"{path}: not a model folder, because it has no config.json. Set model.path to a model folder")
-    check_files(path)
-    return str(path)
-
-
-@functools.cache
-def warn_remote_code() -> None:
-    """Log a warning, once per process, that code from the model's repository runs."""
-    log.warning("model.trust_remote_code is on: code from the model's repository runs on this machine, as your user")
-
-
-_verified: dict[Path, dict[str, Any]] = {}  # folder → its source, if this process made or verified the folder
-
-
-def make_once(folder: Path, source: dict[str, Any], make: Callable[[Path], None]) -> None:
-    """Make a model folder from a source, unless the folder already holds the result with correct digests."""
-    record = folder / "source.json"
-    if record.exists() and (
-        _verified.get(folder) == source or read_json(record) == source | {"files": _digests(folder)}
-    ):
-        _verified[folder] = source
-        return
-    with atomic_path(folder) as temporary:
-        make(temporary)
-        write_json(temporary / record.name, source | {"files": _digests(temporary)})
-    _verified[folder] = source
-
-
-def _convert_gguf(path: Path, target: Path) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    log.info("converting %s to a model folder", path.name)
-    no_bar = contextlib.redirect_stderr(io.StringIO())  # transformers has no setting for this progress bar
-    with no_bar, as_model_error(f"{path}: transformers cannot read this .gguf file"):
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        dequantize = GgufConfig(dequantize=True)
-        model = AutoModelForCausalLM.from_pretrained(
-            path.parent, gguf_file=path.name, quantization_config=dequantize, dtype=torch.float32
-        )
-    model.save_pretrained(target)
-    tokenizer.save_pretrained(target)
-    use_legacy_names(target)
-
-
-def _digests(folder: Path) -> dict[str, str]:
-    """Return the SHA-256 of each file of a converted model."""
-    return {path.name: file_digest(path) for path in sorted(folder.iterdir()) if path.name != "source.json"}
 
 
 def _from_pretrained(loader: Any, path: str, **options: Any) -> Any:

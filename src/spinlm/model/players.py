@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from spinlm.data.renderer import Renderer
 from spinlm.distributed import processes
 from spinlm.errors import ModelError
-from spinlm.model.adapted import freeze_towers
-from spinlm.model.adapters import continue_adapter, prepare_base, tokenizer_folder
+from spinlm.model.adapters import continue_adapter, load_start_tokenizer, tokenizer_folder
 from spinlm.model.attention import register_tree_attention
 from spinlm.model.base_files import copy_tokenizer_files, save_whole_model, write_chat_template
+from spinlm.model.base_model import prepare_base
 from spinlm.model.families import check_row_length, check_vocabulary, row_limit
 from spinlm.model.fused import fuse_layers
 from spinlm.model.loading import (
@@ -31,12 +31,12 @@ from spinlm.model.loading import (
     load_model,
     load_player,
     load_stop_ids,
-    load_tokenizer,
     non_finite_weights,
     save_stop_ids,
 )
 from spinlm.model.logprobs import LogProbs, max_logprob_error
 from spinlm.model.prefix_trees import PrefixTree, pack_batch
+from spinlm.model.trained_layers import freeze_towers
 from spinlm.recipe.adapter import ADAPTER_CONFIG, adapter_files
 from spinlm.recipe.schema import Recipe
 from spinlm.rundir.layout import RunDir
@@ -75,10 +75,7 @@ class Players:
 
     @cached_property
     def tokenizer(self) -> Any:
-        tokenizer = load_tokenizer(self.base, str(self.tokenizer_folder) if self._adapter else self.base_model)
-        self._file_template = tokenizer.chat_template
-        if tokenizer.chat_template is None and self._adapter is not None:
-            tokenizer.chat_template = load_tokenizer(self.base, self.base_model).chat_template
+        tokenizer, self._file_template = load_start_tokenizer(self.base, self._adapter)
         return tokenizer
 
     @cached_property

@@ -14,8 +14,7 @@ from spinlm.distributed.processes import on_rank_zero, world_size
 from spinlm.errors import DataError, RecipeError
 from spinlm.evals.scorers import get_scorer
 from spinlm.generation.vllm import check_vllm
-from spinlm.model.adapters import prepare_base
-from spinlm.model.loading import name_adapter
+from spinlm.model.base_model import name_adapter, prepare_base
 from spinlm.model.quantize import check_4bit_support
 from spinlm.model.run import Run
 from spinlm.recipe.model import Model
