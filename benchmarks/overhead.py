@@ -22,7 +22,7 @@ def main() -> None:
     import torch
 
     from spinlm.generation import local
-    from spinlm.model import fused, players
+    from spinlm.model import base_model, fused, players
     from spinlm.model.decoding import RaggedBatch
     from spinlm.model.logprobs import LogProbs
     from spinlm.recipe.load import load_recipe

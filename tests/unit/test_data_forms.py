@@ -22,8 +22,8 @@ from spinlm.data.sources import data_files
 from spinlm.errors import DataError, RunError
 from spinlm.export.model_card import _public_recipe
 from spinlm.plan import make_plan
+from spinlm.recipe.data import Data
 from spinlm.recipe.load import load_recipe, parse_recipe
-from spinlm.recipe.schema import Data
 from spinlm.rundir.layout import RunDir
 from spinlm.rundir.records import Example
 from spinlm.rundir.resume import verify_inputs

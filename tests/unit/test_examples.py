@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from spinlm.data.examples import Selection, select_examples
 from spinlm.data.renderer import Renderer
 from spinlm.errors import DataError
-from spinlm.recipe.schema import Columns, Data
+from spinlm.recipe.data import Columns, Data
 from spinlm.rundir.records import Example
 from tiny import tiny_tokenizer
 

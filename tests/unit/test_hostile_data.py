@@ -10,7 +10,7 @@ import pytest
 from spinlm.data.examples import Selection, select_examples
 from spinlm.data.renderer import Renderer
 from spinlm.errors import DataError
-from spinlm.recipe.schema import Data
+from spinlm.recipe.data import Data
 from spinlm.rundir.records import Example
 from tiny import tiny_tokenizer
 

@@ -16,7 +16,7 @@ from spinlm.model.base_files import safetensors_header, stored_dtype, use_legacy
 from spinlm.model.logprobs import plain_logprob
 from spinlm.model.merge import merge_to_folder, save_for_serving, save_whole_player
 from spinlm.model.players import Players
-from spinlm.recipe.schema import Model
+from spinlm.recipe.model import Model
 from spinlm.rundir.layout import RunDir
 
 SAMPLES = [([1, 40, 41, 42], [50, 60, 70, 80, 2]), ([1, 90, 91], [100, 44, 45, 46])]

@@ -27,7 +27,7 @@ from spinlm.data.messages import (
 from spinlm.data.readers import is_read_by_line
 from spinlm.data.sources import ROWS_TO_INSPECT, Source, data_files, kind_of, open_source
 from spinlm.errors import DataError, RowError, shortened
-from spinlm.recipe.schema import Columns, Data
+from spinlm.recipe.data import Columns, Data
 from spinlm.rundir.records import Message
 from spinlm.utils.suggest import nearest
 

@@ -22,7 +22,7 @@ from spinlm.data.renderer import MIN_CHARACTER_LIMIT, Encoded, Renderer
 from spinlm.data.sources import Source, open_source
 from spinlm.distributed.progress import track
 from spinlm.errors import DataError, RowError, shortened
-from spinlm.recipe.schema import Data
+from spinlm.recipe.data import Data
 from spinlm.rundir.records import SPLITS, Example, Message
 
 MAX_LISTED_ROWS = 100  # skipped rows that are listed one by one

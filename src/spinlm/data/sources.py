@@ -13,7 +13,7 @@ from typing import Any
 
 from spinlm.data.readers import READERS, Rows, file_kind, open_file
 from spinlm.errors import DataError, RowError, shortened
-from spinlm.recipe.schema import Data
+from spinlm.recipe.data import Data
 from spinlm.utils.hub import Repository
 from spinlm.utils.model_path import existing_path, is_glob, matching_paths
 

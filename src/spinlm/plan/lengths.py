@@ -11,7 +11,8 @@ from spinlm.data.columns import Layout, recognize_layout
 from spinlm.data.readers import file_kind, is_read_by_line
 from spinlm.data.sources import Source, data_files, open_source
 from spinlm.errors import DataError, RowError
-from spinlm.recipe.schema import Data, Recipe
+from spinlm.recipe.data import Data
+from spinlm.recipe.schema import Recipe
 
 SAMPLE_ROWS = 200
 MAX_FILE_BYTES = 1 << 26  # of files that have to be read whole; larger ones are not read for a plan

@@ -37,13 +37,14 @@ def is_tag(part: Any) -> bool:
     return isinstance(part, str) and part.startswith("<")
 
 
-def _value_or_list(value: Any) -> str:
+def value_or_list(value: Any) -> str:
+    """Return the tag of a field that holds one value or a list."""
     return "<list>" if isinstance(value, list) else "<value>"
 
 
 # A discriminator gives one error for a wrong value; a plain union would give one error for each alternative.
 PerIteration = Annotated[
-    Annotated[Positive, Tag("<value>")] | Annotated[list[Positive], Tag("<list>")], Discriminator(_value_or_list)
+    Annotated[Positive, Tag("<value>")] | Annotated[list[Positive], Tag("<list>")], Discriminator(value_or_list)
 ]
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Discriminator, Tag
 
-from spinlm.recipe.fields import Count, Fraction, ModelOrPath, Positive, Section
+from spinlm.recipe.fields import Count, Fraction, ModelOrPath, Positive, Section, value_or_list
 
 
 def _check_pattern(pattern: str) -> str:
@@ -25,7 +25,7 @@ def _check_pattern(pattern: str) -> str:
 
 LayerNames = Annotated[
     Annotated[str, AfterValidator(_check_pattern), Tag("<value>")] | Annotated[list[str], Tag("<list>")],
-    Discriminator(lambda value: "<list>" if isinstance(value, list) else "<value>"),
+    Discriminator(value_or_list),
 ]
 
 
