@@ -4,7 +4,6 @@ import contextlib
 import logging
 import math
 import resource
-import statistics
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 
 from spinlm.errors import DataError, ModelError
-from spinlm.evals.heldout import score_heldout
+from spinlm.evals.regime import check_regime
 from spinlm.evals.scorers import get_scorer
 from spinlm.generation import local_engine, open_engine
 from spinlm.generation.base import Engine, Sampling
@@ -34,7 +33,7 @@ from spinlm.rundir.records import Example, Generation, read_lines
 from spinlm.rundir.stage_graph import START
 from spinlm.stages.generate import generate
 from spinlm.stages.prepare import prepare
-from spinlm.stages.reference_logprobs import MAX_LOGPROB_MISMATCH, reference_logprobs
+from spinlm.stages.reference_logprobs import MAX_LOGPROB_MISMATCH, MISMATCH_CAUSE, reference_logprobs
 from spinlm.stages.sft import sft
 from spinlm.training.activation_checkpointing import free_bytes, set_activation_checkpointing
 from spinlm.training.batches import PairDataset, PromptGroup, pair_loss
@@ -44,8 +43,6 @@ from spinlm.utils.atomic import read_json
 
 EXAMPLES = 8
 MAX_ROUNDING_GAP = 0.1  # nats between two tokens whose order rounding can change
-MAX_RATE = 0.5  # share of identical or truncated responses that calls for advice
-MAX_NLL_RATIO = 2.0  # NLL of real responses over the NLL of the model's own samples that calls for advice
 
 
 def check(recipe: Recipe) -> Iterator[str]:
@@ -57,15 +54,7 @@ def check(recipe: Recipe) -> Iterator[str]:
     for reason in make_plan(recipe).refusals:
         raise DataError(reason)
     recipe = with_adapter(recipe, download=True)
-    data, objective = recipe.data, Spin() if recipe.is_control else recipe.objective
-    sizes = {"prompts": min(EXAMPLES, data.prompts or EXAMPLES), "heldout": min(EXAMPLES, data.heldout)}
-    update: dict[str, Any] = {
-        "data": data.model_copy(update=sizes),
-        "sft": None,
-        "objective": objective,
-        "report_to": [],
-    }
-    small = recipe.model_copy(update=update)
+    small = _small_recipe(recipe)
     with tempfile.TemporaryDirectory(prefix="spinlm-check-") as folder, Run(small, RunDir(Path(folder))) as run:
         began = time.monotonic()
         check_trackers(recipe.report_to)
@@ -87,23 +76,8 @@ def check(recipe: Recipe) -> Iterator[str]:
         yield from _check_engine(run)
         with _without_log():
             reference_logprobs(run, 0)
-        rates = run.folder.metadata("reference_logprobs", 0)["train"]
-        if "logprob_mismatch_mean" in rates:
-            yield (
-                "engine: its log-probabilities differ from ours by "
-                f"{rates['logprob_mismatch_mean']:.1e} nats per token on average, {rates['logprob_mismatch_max']:.1e} "
-                "at most"
-            )
-            if rates["logprob_mismatch_mean"] > MAX_LOGPROB_MISMATCH[torch.bfloat16]:
-                yield (
-                    "warning: rounding does not explain that. The usual cause is another model, template, end token or "
-                    "precision in the engine"
-                )
-        yield (
-            f"synthetic responses: {rates['identical_rate']:.0%} equal the real one, {rates['truncated_rate']:.0%} are "
-            "truncated"
-        )
-        regime, advice = _check_regime(run, has_sft=recipe.sft is not None)
+        yield from _check_rates(run.folder.metadata("reference_logprobs", 0)["train"])
+        regime, advice = check_regime(run, has_sft=recipe.sft is not None)
         yield regime
         yield from (f"  {line}" for line in advice)
         pairs = PairDataset([run.folder.pairs(0, "train", 0)], recipe.train.batch_size)
@@ -120,8 +94,21 @@ def check(recipe: Recipe) -> Iterator[str]:
         yield 'Ready, with warnings: see "regime" above.' if advice else "Ready: `spinlm run` can start."
 
 
+def _small_recipe(recipe: Recipe) -> Recipe:
+    """Return the recipe with a few examples, self-play in place of the control, no SFT, and no trackers."""
+    data = recipe.data
+    sizes = {"prompts": min(EXAMPLES, data.prompts or EXAMPLES), "heldout": min(EXAMPLES, data.heldout)}
+    update: dict[str, Any] = {
+        "data": data.model_copy(update=sizes),
+        "sft": None,
+        "objective": Spin() if recipe.is_control else recipe.objective,
+        "report_to": [],
+    }
+    return recipe.model_copy(update=update)
+
+
 def _check_scorer(run: Run) -> None:
-    """Score real responses with themselves, so that a scorer of other data fails now and not after the SFT.
+    """Score each real response against itself. Otherwise a scorer for another kind of data would fail after the SFT.
 
     Raises:
         DataError: the scorer cannot read a real response.
@@ -132,9 +119,24 @@ def _check_scorer(run: Run) -> None:
             scorer(example.response, example.response)
 
 
+def _check_rates(rates: dict[str, float]) -> Iterator[str]:
+    """Say how far the engine's log-probabilities are from ours, and how many responses are identical or truncated."""
+    if "logprob_mismatch_mean" in rates:
+        yield (
+            f"engine: its log-probabilities differ from ours by {rates['logprob_mismatch_mean']:.1e} nats per token on "
+            f"average, {rates['logprob_mismatch_max']:.1e} at most"
+        )
+        if rates["logprob_mismatch_mean"] > MAX_LOGPROB_MISMATCH[torch.bfloat16]:
+            yield f"warning: rounding does not explain that. {MISMATCH_CAUSE}"
+    yield (
+        f"synthetic responses: {rates['identical_rate']:.0%} equal the real one, {rates['truncated_rate']:.0%} are "
+        "truncated"
+    )
+
+
 @contextlib.contextmanager
 def _without_log() -> Iterator[None]:
-    """Silence the log of a stage whose results are findings, so that nothing is printed twice."""
+    """Silence the log of a stage, because `check` prints the results of the stage as findings."""
     log = logging.getLogger("spinlm")
     level = log.level
     log.setLevel(logging.ERROR)
@@ -251,48 +253,6 @@ def _first_difference(players: Players, prompt: list[int], local: list[int], ext
         f"differs at token {same + 1}, {there} there and {here} here, {likely - unlikely:.2g} nats apart under the "
         f"model: {cause}"
     )
-
-
-def _check_regime(run: Run, *, has_sft: bool) -> tuple[str, list[str]]:
-    """Compare real and synthetic responses: whether self-play has something to learn, and advice if it has not."""
-    if run.recipe.preferences:
-        return "regime: not checked, since training uses the data's own pairs", []
-    if has_sft:
-        return "regime: not checked, since this check leaves out the SFT, which decides it", []
-    nll, sampled, longest = {}, [], 0
-    for split in ("train", "heldout"):
-        examples = list(read_lines(run.folder.examples(split), Example))
-        longest = max(longest, *(len(example.response_ids) for example in examples))
-        nll[split] = statistics.fmean(score_heldout(run.players, examples).nll)
-        generations = read_lines(run.folder.generations(0, split, 0), Generation)
-        sampled += [(-g.logprob, len(g.token_ids)) for g in generations if g.logprob is not None]
-    own = sum(value for value, _ in sampled) / sum(tokens for _, tokens in sampled) if sampled else None
-    regime = (
-        f"regime: NLL of real responses {nll['train']:.2f} nats per token on self-play prompts, {nll['heldout']:.2f} "
-        "on held-out prompts" + ("" if own is None else f"; of the model's own samples {own:.2f}")
-    )
-    rates, advice = run.folder.metadata("reference_logprobs", 0)["train"], []
-    if rates["identical_rate"] >= MAX_RATE:
-        advice.append(
-            f"{rates['identical_rate']:.0%} of the responses equal the real one: self-play has little to learn. Use "
-            "prompts that the model was not tuned on, or a model that was tuned for fewer epochs"
-        )
-    if own is not None and nll["heldout"] > MAX_NLL_RATIO * own:
-        advice.append(
-            "the real responses are much less likely than the model's own: the model has not learned this data yet. "
-            "SFT is cheaper than self-play and gains more here; compare with objective={name: sft}"
-        )
-    if rates["truncated_rate"] >= MAX_RATE:
-        limit = run.recipe.opponent.max_new_tokens
-        advice.append(
-            f"{rates['truncated_rate']:.0%} of the model's responses do not end within {limit} tokens. "
-            + (
-                f"Real responses have up to {longest} tokens: raise opponent.max_new_tokens"
-                if longest > limit
-                else f"Real responses have at most {longest} tokens: the model has not learned to end; run SFT first"
-            )
-        )
-    return regime, advice
 
 
 def _check_first_step(run: Run, groups: Sequence[PromptGroup]) -> str:

@@ -36,8 +36,10 @@ log = logging.getLogger("spinlm")
 MAX_LOGPROB_MISMATCH = {torch.float32: 0.01, torch.bfloat16: 0.1}
 """Largest mean difference between the engine's log-probabilities and ours that rounding explains, in nats per token.
 
-By the precision that the model computes in. SmolLM2-135M reaches 1e-6 in float32 and 0.009 in bfloat16.
+Keys: the precision that the model computes in. SmolLM2-135M reaches 1e-6 in float32 and 0.009 in bfloat16.
 """
+
+MISMATCH_CAUSE = "The usual cause is another model, template, end token or precision in the engine"
 
 
 def reference_logprobs(run: Run, t: int) -> None:
@@ -107,12 +109,9 @@ def _check_mismatch(run: Run, t: int, tally: "_Tally") -> None:
         )
     if processes.is_main_process() and mismatch > MAX_LOGPROB_MISMATCH[torch.bfloat16]:
         log.warning(
-            "iteration %d: the log-probabilities of the %s engine differ from ours by %.2f nats per token. The usual "
-            "cause is another model, template, end token or precision in the engine; `spinlm check` shows where the "
-            "responses differ",
-            t,
-            engine,
-            mismatch,
+            "iteration %d: the log-probabilities of the %s engine differ from ours by %.2f nats per token. %s; `spinlm "
+            "check` shows where the responses differ",
+            *(t, engine, mismatch, MISMATCH_CAUSE),
         )
 
 
