@@ -314,6 +314,26 @@ def test_another_models_adapter(base: Any, tmp_path: Path) -> None:
             our_logprobs(Players(resolved(adapter, lora={}, model={"base": str(model)}), RunDir(tmp_path / "run")))
 
 
+@pytest.mark.parametrize("layers", [2, 4], ids=["fewer layers", "more layers"])
+def test_an_adapter_that_fits_its_base_in_part_is_not_merged(base: Any, tmp_path: Path, layers: int) -> None:
+    adapter = make_adapter(base(), tmp_path / "adapter", target_modules=["q_proj"])
+    recipe = resolved(adapter, model={"base": str(base(num_hidden_layers=layers))})
+    with pytest.raises(ModelError, match=r"cannot be merged into .*: 2 weights missing or unknown \(base_model"):
+        Players(recipe, RunDir(tmp_path / "run")).load(START)
+
+
+@pytest.mark.parametrize("lora", [{}, None], ids=["further", "merged"])
+def test_an_adapter_without_weights_or_with_other_shapes(base: Any, tmp_path: Path, lora: Any) -> None:
+    adapter = make_adapter(base(), tmp_path / "adapter", target_modules=["q_proj"])
+    config = adapter / "adapter_config.json"
+    config.write_text(json.dumps(read_json(config) | {"r": 8}), encoding="utf-8")
+    with pytest.raises(ModelError, match="size mismatch for base_model"):
+        Players(resolved(adapter, lora=lora), RunDir(tmp_path / "run")).load(START)
+    (adapter / "adapter_model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"has no adapter_model\.safetensors"):
+        Players(resolved(adapter, lora=lora), RunDir(tmp_path / "run")).load(START)
+
+
 def test_trained_embeddings_in_the_file_are_refused_or_merged(base: Any, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM as Auto
 

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from models import save_tiny_model, tiny_recipe
+from spinlm.errors import ModelError
 from spinlm.model.run import Run
+from spinlm.recipe.adapter import with_adapter
 from spinlm.rundir.layout import RunDir
 from spinlm.stages.prepare import prepare
 
@@ -32,3 +34,27 @@ def test_one_process_on_several_gpus_says_how_to_use_all(
     lines = [line for line in caplog.messages if "GPUs" in line]
     assert len(lines) == noted
     assert not noted or ("1 of 4 GPUs" in lines[0] and "torchrun --nproc-per-node 4 -m spinlm" in lines[0])
+
+
+def test_a_merged_base_is_made_again_if_the_adapter_changes_before_the_first_result(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model = save_tiny_model(tmp_path / "model")
+    lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    get_peft_model(AutoModelForCausalLM.from_pretrained(model), lora).save_pretrained(tmp_path / "adapter")
+    (tmp_path / "adapter" / "tokenizer_config.json").write_bytes((model / "tokenizer_config.json").read_bytes())
+    (tmp_path / "adapter" / "tokenizer.json").write_bytes((model / "tokenizer.json").read_bytes())
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({"prompt": f"What is {n}?", "response": "Yes"}) + "\n" for n in range(4)))
+    template, folder = tmp_path / "adapter" / "chat_template.jinja", RunDir(tmp_path / "run")
+    recipe = with_adapter(tiny_recipe(tmp_path / "adapter", data={"path": str(data), "heldout": 2}))
+    template.write_text("{{ broken", encoding="utf-8")
+    with pytest.raises(ModelError, match="chat template"):
+        prepare(Run(recipe, folder))
+    template.write_bytes((model / "chat_template.jinja").read_bytes())
+    prepare(Run(recipe, folder))
+    assert (folder.base / "chat_template.jinja").read_bytes() == template.read_bytes()
+    made = (folder.base / "config.json").stat().st_ino
+    prepare(Run(recipe, folder))
+    assert (folder.base / "config.json").stat().st_ino == made

@@ -72,9 +72,14 @@ def continue_adapter(model: Any, folder: Path, lora: Lora, base: Model) -> Any:
     with as_model_error(message):
         result: Any = set_peft_model_state_dict(adapted, weights)
         trained = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
-        if mismatched := sorted(trained & {*result.missing_keys} | {*result.unexpected_keys}):
-            raise ValueError(f"{len(mismatched)} weights missing or unknown ({', '.join(mismatched[:3])} …)")
+        require_none(trained & {*result.missing_keys} | {*result.unexpected_keys})
     return adapted
+
+
+def require_none(mismatched: set[str]) -> None:
+    """Raise ValueError if there are weights that only the adapter's file or only the model has."""
+    if mismatched:
+        raise ValueError(f"{len(mismatched)} weights missing or unknown ({', '.join(sorted(mismatched)[:3])} …)")
 
 
 def merge_adapter(peft_model: Any, dtype: torch.dtype) -> bool:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from spinlm.errors import ModelError
-from spinlm.model.adapters import PEFT_PREFIX, load_start_tokenizer, merge_adapter, tokenizer_folder
+from spinlm.model.adapters import PEFT_PREFIX, load_start_tokenizer, merge_adapter, require_none, tokenizer_folder
 from spinlm.model.base_files import (
     CONFIG,
     copy_tokenizer_files,
@@ -163,6 +163,9 @@ def _save_merged_base(model: Model, adapter: Path, target: Path) -> None:
             loaded = load_model(base, path, torch.float32)
             has_new_tokens = _resize_embeddings(loaded, adapter)
             adapted = PeftModel.from_pretrained(loaded, str(adapter))
+            result: Any = adapted.load_adapter(str(adapter), "default", torch_device="cpu")
+            missing = {name for name in result.missing_keys if "vblora_vector_bank" not in name}  # shared by layers
+            require_none(missing | {*result.unexpected_keys})
             expected = _sample_logprobs(adapted)
             untied = merge_adapter(adapted, torch.float32)
         save_whole_model(base, loaded, path, target, untied=untied)

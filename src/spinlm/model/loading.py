@@ -59,7 +59,8 @@ def _reason(error: Exception) -> str:
         )
     if isinstance(error, SafetensorError):
         return f"a .safetensors file is damaged or incomplete ({first_line(error)}). Download or copy it again"
-    return first_line(error)
+    text = str(error).strip()
+    return " ".join(text.splitlines()[1:2]).strip() if text.startswith("Error(s) in loading") else first_line(error)
 
 
 def compute_dtype(model: Model, device: torch.device) -> torch.dtype:

@@ -85,6 +85,8 @@ def adapter_files(model: Model) -> Path:
     """
     path = resolve_model(model.path)
     if path is not None:
+        if not any(path.glob("adapter_model.*")):
+            raise ModelError(f"{path}: has no adapter_model.safetensors. Copy the adapter again, with all its files")
         return path
     return Repository(model.path, model.revision).folder("adapter_model.*", config=ADAPTER_CONFIG)
 

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import shutil
 from typing import Any
 
 import torch
@@ -53,13 +54,16 @@ def _check_inputs(run: Run) -> dict[str, Any]:
     _check_launcher()
     _check_names(run.recipe)
     began = run.folder.has_results()  # then the commits stay those that the run began with
-    recorded = recorded_inputs(run.folder) if began else {}
+    earlier = recorded_inputs(run.folder)
+    recorded = earlier if began else {}
     inputs = {
         "data": _data_fingerprint(run.recipe, recorded.get("data", {}).get("commit")),
         "model": _model_fingerprint(run.recipe.model, recorded.get("model", {})),
     }
     verify_inputs(run.folder, inputs)
     if not began or not run.folder.provenance.exists():
+        if not began and earlier.get("model") != inputs["model"]:  # a base made from files that have changed
+            shutil.rmtree(run.folder.base, ignore_errors=True)
         write_json(run.folder.provenance, {"inputs": inputs, **current_provenance()})
     return inputs
 
