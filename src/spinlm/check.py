@@ -157,7 +157,7 @@ def _check_text(run: Run) -> Iterator[str]:
     rows = read_json(run.folder.skipped_rows)
     if rows["responses_changed"]:
         raise DataError(
-            f"{rows['responses_changed']} of the responses read here are rendered as other text than the data have: "
+            f"{rows['responses_changed']} of the responses read here are rendered as text that differs from the data: "
             "the chat template or the tokenizer changes them, and the main player would learn to write the changed "
             "text.\n" + "\n".join(rows["changed_responses"]) + "\nGive a template that renders responses as they are "
             "(data.chat_template, data.chat_template_kwargs), or write the rendered form into the data. `spinlm run` "
@@ -282,12 +282,12 @@ def _check_4bit(run: Run, groups: Sequence[PromptGroup]) -> str:
     unquantized = load_model(players.base, players.base_model, players.dtype).to(players.device)
     disable_dropout(unquantized)
     models = (players.logprobs, LogProbs(unquantized))
-    ours, reference = (_per_token(model, groups, players.prefix_sharing) for model in models)
+    quantized, reference = (_per_token(model, groups, players.prefix_sharing) for model in models)
     real = torch.cat([torch.arange(len(group.tree.responses)) == 0 for group in groups])
-    difference = (ours - reference).abs()
+    difference = (quantized - reference).abs()
     return (
         f"4 bits: log-probabilities differ from the unquantized model's by {difference.mean():.2g} nats per token on "
-        f"average, {difference.max():.2g} at most; NLL of real responses {-ours[real].mean():.3f} nats per token, "
+        f"average, {difference.max():.2g} at most; NLL of real responses {-quantized[real].mean():.3f} nats per token, "
         f"{-reference[real].mean():.3f} unquantized"
     )
 

@@ -367,7 +367,7 @@ REASONING = (
     "{% if enable_thinking is defined and enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
     "{% endif %}"
 )
-"""As Qwen3: the reasoning of the last response is written anew, and that of earlier ones is left out."""
+"""As Qwen3: the template writes the reasoning of the last response, and omits that of earlier ones."""
 THOUGHT = "<think>\nLook up.\n</think>\n\nYes."
 
 

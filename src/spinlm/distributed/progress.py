@@ -57,7 +57,7 @@ class _NotebookLine:
 
 
 def _in_notebook() -> bool:
-    """Whether the code runs in a cell of a notebook."""
+    """Return whether the code runs in a cell of a notebook."""
     ipython = sys.modules.get("IPython")
     return ipython is not None and hasattr(ipython.get_ipython(), "kernel")
 

@@ -12,6 +12,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
+from spinlm.data.renderer import END_OF_THINK, THINK
 from spinlm.errors import DataError, RecipeError, shortened
 
 Scorer = Callable[[str, str], float]
@@ -145,13 +146,13 @@ def _import_function(name: str) -> Scorer:
 
 
 def _answer(text: str) -> str:
-    """Return the text after the reasoning: after `</think>`, if the text, or already its prompt, opens with `<think>`.
+    """Return the text after the reasoning: after `</think>`, if the text or its prompt opens with `<think>`.
 
     Reasoning without an end counts as the answer.
     """
-    reasoning, end, answer = text.partition("</think>")
-    opened = "<think>" not in reasoning or reasoning.lstrip().startswith("<think>")
-    return answer if end and opened else text
+    reasoning, end, answer = text.partition(END_OF_THINK)
+    is_reasoning = THINK not in reasoning or reasoning.lstrip().startswith(THINK)
+    return answer if end and is_reasoning else text
 
 
 def _json_object(text: str) -> dict[str, Any] | None:

@@ -103,7 +103,11 @@ def _no_pairs(folder: RunDir, iteration: int, skipped: Counter[str]) -> str:
 
 
 def _write_split(recipe: Recipe, folder: RunDir, iteration: int, split: str, path: Path, skipped: Counter[str]) -> int:
-    """Write the pairs of a split to a Parquet file, one shard at a time; count those written and those skipped."""
+    """Write the pairs of a split to a Parquet file, one shard at a time; count skipped pairs.
+
+    Returns:
+        The number of pairs written.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -145,7 +149,7 @@ def _rows(
     examples: dict[str, Example],
     skipped: Counter[str],
 ) -> Iterator[dict[str, Any]]:
-    """Yield the pairs of a shard as text. Skip and count those that give text nothing to prefer."""
+    """Yield the pairs of a shard as text. Skip and count pairs with a truncated response or equal texts."""
     responses = {
         (response.iteration, response.id, response.sample): response
         for source in {key["source_iteration"] for key in keys}

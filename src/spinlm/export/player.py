@@ -93,7 +93,6 @@ def push(folder: Path, repository: str, recipe: Recipe, *, dataset: bool = False
         )
     api, kind = HfApi(), "dataset" if dataset else "model"
     url = f"{api.endpoint}/{'datasets/' if dataset else ''}{repository}"
-
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     operations = [CommitOperationAdd(str(path.relative_to(folder)), _public_content(path, recipe)) for path in files]
 
@@ -123,7 +122,7 @@ def push(folder: Path, repository: str, recipe: Recipe, *, dataset: bool = False
 
 
 def _public_content(path: Path, recipe: Recipe) -> Path | bytes:
-    """Return the file to upload; in adapter_config.json, the base model's name stands without local folders."""
+    """Return the file to upload, or the content of adapter_config.json without the local folders of its base model."""
     if path.name != ADAPTER_CONFIG:
         return path
     values = read_json(path) | {"base_model_name_or_path": public_name(recipe.model.base_model.path)}

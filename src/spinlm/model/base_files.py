@@ -1,4 +1,4 @@
-"""The files of a base model that are no weights: config, tokenizer, license. Exports copy them byte for byte.
+"""The files of a base model other than weights: config, tokenizer, license. Exports copy them byte for byte.
 
 transformers rewrites these files when it saves a model, with names that its older versions and other programs misread.
 """
@@ -129,7 +129,7 @@ def change_config(folder: Path, *, dtype: str | None = None, untied: bool = Fals
 
 
 def use_legacy_names(folder: Path) -> None:
-    """Rename what only transformers 5 reads in a model that it has saved. It reads the names of version 4 as well."""
+    """Rename keys that only transformers 5 reads, in a model folder that it saved. Versions 4 and 5 read the result."""
     config = read_json(folder / CONFIG)
     if "dtype" in config:
         config["torch_dtype"] = config.pop("dtype")

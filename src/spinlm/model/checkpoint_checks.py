@@ -1,4 +1,4 @@
-"""Recognize model folders that cannot be played with, and say what they are."""
+"""Refuse models and folders that cannot be trained, with an error that says what they are."""
 
 import contextlib
 from pathlib import Path
@@ -22,10 +22,10 @@ _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def check_architecture(config: Any, path: str) -> None:
-    """Check that a config is one of a causal language model.
+    """Check that a config belongs to a causal language model.
 
     Raises:
-        ModelError: it is another kind of model.
+        ModelError: the config belongs to another kind of model.
     """
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
@@ -44,24 +44,24 @@ def check_architecture(config: Any, path: str) -> None:
 
 
 def check_complete(missing: set[str], path: str) -> None:
-    """Check that a checkpoint had all weights of the model; transformers fills in random ones.
+    """Check that a checkpoint has all weights of the model. transformers fills in random weights for the others.
 
     Raises:
-        ModelError: the names of weights that are missing.
+        ModelError: weights are missing.
     """
     if missing:
         names = ", ".join(sorted(missing)[:3])
         raise ModelError(
             f"{path}: the files lack {len(missing)} weights of the model ({names}{' …' if len(missing) > 3 else ''}). "
-            "They are of another kind of model, or were saved incompletely"
+            "The files belong to another kind of model, or are incomplete"
         )
 
 
 def check_files(folder: Path) -> None:
-    """Check that the weights in a folder are there, and not only pointers to them.
+    """Check that a folder holds weights.
 
     Raises:
-        ModelError: there are no weights, or a file of weights is a pointer of Git LFS.
+        ModelError: the folder has no weights, or has pointers of Git LFS in place of weights.
     """
     files = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
     if not files:
@@ -75,10 +75,10 @@ def check_files(folder: Path) -> None:
 
 
 def check_folder(folder: Path, *, trust_remote_code: bool) -> None:
-    """Check that a folder, of a model or of an adapter, has a tokenizer, and that the model is one for text.
+    """Check that a folder of a model or adapter has a tokenizer, and that the model is a causal language model.
 
     Raises:
-        ModelError: it has no tokenizer, or the model is of another kind.
+        ModelError: the folder has no tokenizer, or another kind of model.
     """
     from transformers import AutoConfig
 

@@ -27,7 +27,7 @@ PREFILL_TOKENS = 2048
 """Prompt tokens per forward pass. A longer prompt is prefilled alone."""
 
 STATE_NAMES = ("past_key_values", "cache_params", "state")
-"""Where models return their state. They take the state under the same name."""
+"""Names under which models return their state, and take it as an argument."""
 
 
 class BatchState(Protocol):
@@ -218,9 +218,10 @@ class PaddedBatch:
 
 
 class StatefulBatch:
-    """Responses of one length with their prompts. Every family keeps its state in another place and shape.
+    """The responses of a model that keeps a state. All rows have the same length.
 
-    So no row leaves the state before all responses ended: the rows of ended responses compute a token that is ignored.
+    Each family keeps its state in another place and shape, so no row can be removed. The row of an ended response
+    computes tokens that are ignored.
     """
 
     supports_continuous_batching = False

@@ -30,14 +30,14 @@ def auto_class(config: Any) -> Any:
 
 def text_model(model: Any) -> Any:
     """Return the part of a causal language model that computes the final hidden states."""
-    return model.model if model.base_model is model else model.base_model  # Llama 4 names a part that it does not have
+    return model.model if model.base_model is model else model.base_model  # Llama 4 names a submodule that it lacks
 
 
 def row_limit(config: Mapping[str, Any]) -> tuple[str, int] | None:
-    """Return the kind of a position encoding that changes with the length of a row, and the longest row before that.
+    """Return the kind of a position encoding that depends on the length of a row, and the longest row without a change.
 
-    Longer rows are encoded in another way, in all their positions: Phi-3's longrope takes its long factors, and dynamic
-    NTK scales its frequencies. `config` is a config.json, or a transformers config as a dictionary.
+    In a longer row, all positions are encoded differently: Phi-3's longrope uses its long factors, and dynamic NTK
+    scales its frequencies. `config` is a config.json, or a transformers config as a dictionary.
     """
     text = config.get("text_config") or config
     rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
@@ -54,7 +54,7 @@ def row_limit(config: Mapping[str, Any]) -> tuple[str, int] | None:
 
 
 def check_row_length(name: str, config: Mapping[str, Any], max_length: int) -> None:
-    """Refuse rows that are too long for a position encoding that changes with the length of a row.
+    """Refuse rows that are too long for a position encoding that depends on the length of a row.
 
     Raises:
         ModelError: `max_length`, the recipe's train.max_length, is above the limit.
@@ -63,8 +63,8 @@ def check_row_length(name: str, config: Mapping[str, Any], max_length: int) -> N
     if max_length > limit:
         raise ModelError(
             f"{name}: its position encoding ({kind}) changes for all tokens of a row as soon as the row has more than "
-            f"{limit:,} tokens. So a response would have another log-probability in another batch, and another one "
-            f"while it is generated. train.max_length is {max_length:,}: set it to {limit} or less"
+            f"{limit:,} tokens. So the log-probability of a response would depend on its batch, and would differ "
+            f"during generation. train.max_length is {max_length:,}: set it to {limit} or less"
         )
 
 

@@ -1,4 +1,7 @@
-"""Which layers an adapter changes. `all-linear` is resolved here, and nowhere else."""
+"""Which layers are trained: the targets of an adapter, and the frozen towers of a multimodal model.
+
+`all-linear` is resolved here, and nowhere else.
+"""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -22,7 +25,7 @@ def language_model(model: Any) -> str:
 
 
 def freeze_towers(model: Any) -> None:
-    """Freeze what a multimodal model reads images and sounds with. Training on text gives it no gradient."""
+    """Freeze the vision and audio towers of a multimodal model. Text gives them no gradient."""
     prefix, head = language_model(model), model.get_output_embeddings()
     for name, module in model.named_modules():
         if prefix and module is not head and not name.startswith(prefix):
@@ -59,10 +62,10 @@ def _linear_names(model: Any) -> Iterator[str]:
     """Yield the names of the linear layers, except the head, routers, and those that cannot have an adapter."""
     from transformers.pytorch_utils import Conv1D
 
-    head, left_out = model.get_output_embeddings(), ROUTERS | _expert_names(model)
+    head, special = model.get_output_embeddings(), ROUTERS | _expert_names(model)
     for name, module in model.named_modules():
         parent, _, last = name.rpartition(".")
-        if module is head or not isinstance(module, nn.Linear | Conv1D) or left_out & {*name.split(".")}:
+        if module is head or not isinstance(module, nn.Linear | Conv1D) or special & {*name.split(".")}:
             continue
         # The kernels take the other weights of a Mamba layer from their modules, so adapters would have no effect.
         if last == "in_proj" or not _is_mamba(model.get_submodule(parent)):
@@ -70,7 +73,7 @@ def _linear_names(model: Any) -> Iterator[str]:
 
 
 def _expert_names(model: Any) -> set[str]:
-    """Return the layer names that PEFT takes for those of experts, which the model holds in one tensor."""
+    """Return the layer names that PEFT converts, because the model holds the weights of all experts in one tensor."""
     from peft import LoraConfig
     from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 
@@ -116,7 +119,7 @@ def describe_trained(model: Any) -> str:
 
 
 def _part(name: str, prefix: str) -> str:
-    """Return what to call a frozen weight: its tower, experts, router, or the name of its layer."""
+    """Return the name under which a weight is listed: its tower, `experts`, `router`, or its layer."""
     components = name.removesuffix(".weight").split(".")
     if not name.startswith(prefix):
         return components[1 if components[0] == "model" else 0]

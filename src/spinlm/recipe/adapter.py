@@ -181,16 +181,16 @@ def _lora_values(lora: Lora, config: dict[str, Any], path: str) -> dict[str, Any
         "use_rslora": bool(config.get("use_rslora")),
         "use_dora": bool(config.get("use_dora")),
     }
-    stated = {name: getattr(lora, name) for name in sorted(lora.model_fields_set & values.keys())}
-    if isinstance(stated.get("target_modules"), list):
-        stated["target_modules"] = sorted(stated["target_modules"])
-    different = [name for name, value in stated.items() if value != values[name] and name != "dropout"]
-    if different:
-        lines = [f"lora.{name}: the recipe has {stated[name]}, the adapter {values[name]}" for name in different]
+    recipe_values = {name: getattr(lora, name) for name in sorted(lora.model_fields_set & values.keys())}
+    if isinstance(recipe_values.get("target_modules"), list):
+        recipe_values["target_modules"] = sorted(recipe_values["target_modules"])
+    conflicts = [name for name, value in recipe_values.items() if value != values[name] and name != "dropout"]
+    if conflicts:
+        lines = [f"lora.{name}: the recipe has {recipe_values[name]}, the adapter {values[name]}" for name in conflicts]
         raise RecipeError(
             f"{path}: the recipe contradicts this adapter:\n  "
             + "\n  ".join(lines)
             + "\nRemove these keys to train the adapter further, or set lora.create_new_adapter: true to merge it and "
             "train a new one"
         )
-    return values | stated
+    return values | recipe_values

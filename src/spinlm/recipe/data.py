@@ -29,7 +29,7 @@ class Columns(Section):
     id: str | None = None
     """Column with a unique id. A row without an id gets a hash of its content."""
     ignore: list[str] = []
-    """Fields of rows and messages that do not count, although rows with them would be refused or used otherwise."""
+    """Fields of rows and messages to drop. Otherwise spinlm uses such a field, or refuses the row."""
 
 
 class Data(Section):

@@ -33,7 +33,7 @@ Options = dict[str, JsonValue]
 
 
 def is_tag(part: Any) -> bool:
-    """Whether a part of an error's location names an alternative of a union, and not a field."""
+    """Return whether a part of an error's location names an alternative of a union, and not a field."""
     return isinstance(part, str) and part.startswith("<")
 
 

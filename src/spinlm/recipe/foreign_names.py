@@ -75,7 +75,7 @@ VALUES: dict[str, dict[str, str]] = {
     "opponent.engine": dict.fromkeys(("transformers", "hf", "huggingface"), "local, which is in this process"),
     "data.turns": dict.fromkeys(("every", "each"), "all"),
     "train.fsdp": {
-        **dict.fromkeys(("full", "zero3", "zero-3", "True", "true"), "full_shard"),
+        **dict.fromkeys(("full", "zero3", "zero-3", "true"), "full_shard"),
         **dict.fromkeys(("gradients", "zero2", "zero-2"), "shard_grad_op"),
     },
     "model.dtype": {
@@ -94,4 +94,4 @@ def translate_key(key: str) -> str | None:
 
 def translate_value(field: str, value: Any) -> str | None:
     """Return what a value of another trainer is called in a recipe; None if it is unknown."""
-    return VALUES.get(field, {}).get(str(value).lower()) or VALUES.get(field, {}).get(str(value))
+    return VALUES.get(field, {}).get(str(value).lower())

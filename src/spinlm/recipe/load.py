@@ -217,8 +217,8 @@ def _explain(error: Any) -> str:
         hint = "; put it in quotes to make it text"
     if kind == "float_type" and isinstance(value, str) and _is_number(value):
         hint = "; remove the quotes"
-    if kind == "literal_error" and (meant := translate_value(path, value)):
-        hint = f"; use {meant}"
+    if kind == "literal_error" and (translation := translate_value(path, value)):
+        hint = f"; use {translation}"
     shown = "" if "server" in location else f", got {_show(value)}"  # settings of a server may contain a password
     return f"{path}: {message.replace('input should', 'should')}{shown}{hint}"
 
@@ -237,8 +237,8 @@ def _unknown_key(sections: Sequence[Any], key: str) -> str:
             f"not a setting of {name}, only of {', '.join(owners)}. Remove it, or replace the whole section on the "
             f"command line: 'objective={{name: {name}}}'"
         )
-    if meant := translate_key(key):
-        return f"unknown key: {meant}" if " " in meant else f"unknown key; use {meant}"
+    if translation := translate_key(key):
+        return f"unknown key: {translation}" if " " in translation else f"unknown key; use {translation}"
     elsewhere = dict.fromkeys(name for name, _ in iterate_fields(Recipe) if name.rpartition(".")[2] == key)
     known = list(section.model_fields)
     if 0 < len(elsewhere) <= 2:

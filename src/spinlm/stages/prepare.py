@@ -53,16 +53,16 @@ def _check_inputs(run: Run) -> dict[str, Any]:
     """Check what the recipe names, verify model and data, and record the provenance of a new run."""
     _check_launcher()
     _check_names(run.recipe)
-    began = run.folder.has_results()  # then the commits stay those that the run began with
+    is_resumed = run.folder.has_results()  # a resumed run keeps its commits
     earlier = recorded_inputs(run.folder)
-    recorded = earlier if began else {}
+    recorded = earlier if is_resumed else {}
     inputs = {
         "data": _data_fingerprint(run.recipe, recorded.get("data", {}).get("commit")),
         "model": _model_fingerprint(run.recipe.model, recorded.get("model", {})),
     }
     verify_inputs(run.folder, inputs)
-    if not began or not run.folder.provenance.exists():
-        if not began and earlier.get("model") != inputs["model"]:  # a base made from files that have changed
+    if not is_resumed or not run.folder.provenance.exists():
+        if not is_resumed and earlier.get("model") != inputs["model"]:  # a base made from files that have changed
             shutil.rmtree(run.folder.base, ignore_errors=True)
         write_json(run.folder.provenance, {"inputs": inputs, **current_provenance()})
     return inputs
@@ -101,8 +101,8 @@ def _write_examples(run: Run, data_fingerprint: dict[str, Any]) -> dict[str, int
     log.info("columns: %s", selection.columns)
     if selection.changed:
         log.warning(
-            "%d responses are rendered as other text than the data have; the rendered text is trained on and scored "
-            "(`spinlm check` shows both)",
+            "%d responses are rendered as text that differs from the data; spinlm trains on the rendered text, and "
+            "scores it (`spinlm check` shows both)",
             selection.changed,
         )
     for reason, count in selection.skipped.items():
@@ -152,7 +152,7 @@ def _check_names(recipe: Recipe) -> None:
 
 
 def _data_fingerprint(recipe: Recipe, commit: str | None) -> dict[str, Any]:
-    """Return the SHA-256 of each data file; for a hub data set its commit, which the hub is asked for if it is None."""
+    """Return the SHA-256 of each data file, or the commit of a hub data set: `commit`, or the hub's answer if None."""
     data = recipe.data
     files = data_files(data)
     if files is None:
@@ -167,9 +167,9 @@ def _data_fingerprint(recipe: Recipe, commit: str | None) -> dict[str, Any]:
 
 
 def _model_fingerprint(model: Model, recorded: dict[str, Any]) -> dict[str, Any]:
-    """Return the SHA-256 of each file of a local model, or the commit of a hub model; of an adapter, the base's too.
+    """Return the SHA-256 of each file of a local model, or the commit of a hub model; for an adapter, also its base's.
 
-    The hub is asked for a commit that is not recorded.
+    `recorded` is the fingerprint of a resumed run. The hub is asked for a commit that it lacks.
     """
     base = {}
     if model.base is not None:

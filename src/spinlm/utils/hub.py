@@ -36,7 +36,7 @@ class Repository:
         """Call a function that may read this repository from the hub; retry as `with_retries` does.
 
         Raises:
-            ModelError, DataError: the hub caused the failure. Other exceptions of the function pass.
+            ModelError, DataError: the hub caused the failure. Other exceptions are not changed.
         """
         try:
             return with_retries(function, self.name)
@@ -97,10 +97,10 @@ class Repository:
             return None
 
     def folder(self, *patterns: str, config: str = "config.json") -> Path:
-        """Return the folder in the hub cache with a model's files, downloaded if necessary; its weights may be missing.
+        """Return the model's folder in the hub cache. Download small files that it lacks; its weights may be missing.
 
-        transformers takes an optional file, such as the chat template, for missing if its download fails, and asks the
-        hub for some files again at every start. So it must read these files from the folder.
+        transformers treats an optional file, such as the chat template, as missing if its download fails. It also asks
+        the hub for some files at every start. So transformers must read these files from the folder.
 
         Args:
             patterns: files to download as well.

@@ -156,7 +156,7 @@ def _task_manager(names: Sequence[str], include_path: Path | None) -> "TaskManag
 
 
 def _is_complete(manager: "TaskManager", name: Any) -> bool:
-    """Whether a manager knows a task, or a group and all its members."""
+    """Return whether a manager knows a task, or a group and all its members."""
     entry = manager.task_index.get(name) if isinstance(name, str) else None
     members = [] if entry is None or entry.kind.name == "TASK" else (entry.cfg or {}).get("task", [None])
     return entry is not None and all(_is_complete(manager, member) for member in members)
@@ -186,7 +186,7 @@ def _load(manager: "TaskManager", spec: TaskSpec) -> list[TaskGroup]:
 
 
 def _loading_error(name: str, error: Exception) -> RunError | MissingPackageError:
-    """Return the error for the user."""
+    """Return the error to raise for a task that cannot be loaded, with its remedy."""
     causes = [error]
     while isinstance(cause := causes[-1].__cause__, Exception):
         causes.append(cause)
