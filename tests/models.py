@@ -1,11 +1,13 @@
-"""Tiny language models of many architectures, with random weights."""
+"""Tiny language models of many architectures, and adapters over them, with random weights."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 
 from spinlm.model.families import auto_class
 from spinlm.recipe.load import parse_recipe
@@ -209,3 +211,36 @@ def load_player(model_folder: Path, player: Path):
     """Load a player with PEFT alone."""
     base = AutoModelForCausalLM.from_pretrained(model_folder)
     return PeftModel.from_pretrained(base, str(player)).eval()
+
+
+def save_adapter(
+    base: Path, folder: Path, *, config: Any = None, tokenizer: bool = False, noise: float = 0.1, **lora: Any
+) -> Path:
+    """Save an adapter with random weights by PEFT alone, as another program would.
+
+    Args:
+        base: folder of the base model.
+        folder: the folder to write.
+        config: configuration of the adapter; None means LoRA with the settings `lora`.
+        tokenizer: whether to save the base's tokenizer as well.
+        noise: standard deviation of what is added to each trained weight.
+        lora: settings of LoRA that differ from r 4, alpha 12 and all linear layers.
+    """
+    options = {"r": 4, "lora_alpha": 12, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | lora
+    torch.manual_seed(7)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config or LoraConfig(**options))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter), alpha=noise)
+    model.save_pretrained(folder)
+    if tokenizer:
+        AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    return folder
+
+
+def naive_logprob(model: Any, prompt: Sequence[int], response: Sequence[int]) -> Tensor:
+    """Compute log p(response | prompt) from all logits of one row, without a cache: a differentiable scalar."""
+    row = torch.tensor([[*prompt, *response]])
+    logits = model(input_ids=row, use_cache=False).logits[0, len(prompt) - 1 : -1].double()
+    return torch.log_softmax(logits, dim=-1)[torch.arange(len(response)), torch.tensor(response)].sum().float()

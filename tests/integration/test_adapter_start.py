@@ -6,11 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from runs import RECIPE, World, contents, steps
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from models import load_player
+from models import load_player, naive_logprob, save_adapter
 from spinlm.model.prefix_trees import PrefixTree
 from spinlm.model.run import Run
 from spinlm.recipe.load import parse_recipe
@@ -24,14 +23,8 @@ from spinlm.utils.atomic import read_json
 def adapter_world(world, tmp_path_factory) -> World:
     """A recipe that starts from a DoRA adapter of the model."""
     folder = tmp_path_factory.mktemp("adapter-world")
-    torch.manual_seed(3)
-    config = LoraConfig(r=3, lora_alpha=9, target_modules=["q_proj", "down_proj"], use_dora=True, task_type="CAUSAL_LM")
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(world.model), config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter), alpha=0.02)
-    model.save_pretrained(folder / "adapter")
+    lora = {"r": 3, "lora_alpha": 9, "target_modules": ["q_proj", "down_proj"], "use_dora": True}
+    save_adapter(world.model, folder / "adapter", noise=0.02, **lora)
     (folder / "data.jsonl").write_bytes((world.folder / "data.jsonl").read_bytes())
     text = RECIPE.replace("{path: model}", "{path: adapter}").replace("{r: 4, alpha: 8, dropout: 0.1}", "{}")
     (folder / "recipe.yaml").write_text(text.replace("sft: {epochs: 3", "sft: {epochs: 1"), encoding="utf-8")
@@ -115,10 +108,7 @@ def test_exports_load_with_plain_peft_and_transformers(world, adapter_world, fin
     tree = PrefixTree([5, 6, 7, 8], ([9, 10, 11],))
     (ours,) = run.players.response_logprobs([tree])
     for model in models:
-        with torch.no_grad():
-            logits = model.eval()(torch.tensor([[5, 6, 7, 8, 9, 10, 11]])).logits[0, 3:-1]
-        value = torch.log_softmax(logits, -1).gather(1, torch.tensor([[9], [10], [11]])).sum()
-        assert float(value) == pytest.approx(ours, abs=1e-4)
+        assert naive_logprob(model.eval(), tree.prompt, tree.responses[0]).item() == pytest.approx(ours, abs=1e-4)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "adapter")
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": "What is 3?"}], add_generation_prompt=True, return_tensors="pt", return_dict=True

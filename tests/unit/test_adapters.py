@@ -11,7 +11,7 @@ from peft import IA3Config, LoraConfig, PrefixTuningConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from models import load_player, save_tiny_model, tiny_recipe
+from models import load_player, naive_logprob, save_adapter, save_tiny_model, tiny_recipe
 from spinlm.errors import ModelError, RecipeError
 from spinlm.model.players import Players
 from spinlm.model.prefix_trees import PrefixTree
@@ -57,33 +57,14 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return save
 
 
-def make_adapter(base: Path, folder: Path, *, config: Any = None, tokenizer: bool = False, **lora: Any) -> Path:
-    """Save an adapter with random weights, as another program would."""
-    options = {"r": 4, "lora_alpha": 12, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | lora
-    torch.manual_seed(7)
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config or LoraConfig(**options))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter), alpha=0.1)
-    model.save_pretrained(folder)
-    if tokenizer:
-        AutoTokenizer.from_pretrained(base).save_pretrained(folder)
-    return folder
-
-
 def resolved(adapter: Path, **sections: Any) -> Recipe:
     return with_adapter(tiny_recipe(adapter, **sections))
 
 
 def own_logprobs(model: Any) -> Tensor:
     """Log-probability of each response by the model's own logits."""
-    values = []
-    for prompt, response in RESPONSES:
-        with torch.no_grad():
-            logits = model.eval()(input_ids=torch.tensor([[*prompt, *response]])).logits[0, len(prompt) - 1 : -1]
-        values.append(torch.log_softmax(logits, -1).gather(1, torch.tensor(response)[:, None]).sum())
-    return torch.stack(values)
+    with torch.no_grad():
+        return torch.stack([naive_logprob(model.eval(), prompt, response) for prompt, response in RESPONSES])
 
 
 def our_logprobs(players: Players, prefix_sharing: bool = True) -> Tensor:
@@ -95,7 +76,7 @@ def our_logprobs(players: Players, prefix_sharing: bool = True) -> Tensor:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_start_is_the_adapter(base: Any, tmp_path: Path, variant: str, tied: bool) -> None:
     model = base(tie_word_embeddings=tied)
-    adapter = make_adapter(model, tmp_path / "adapter", **VARIANTS[variant])
+    adapter = save_adapter(model, tmp_path / "adapter", **VARIANTS[variant])
     expected = own_logprobs(load_player(model, adapter))
     assert (own_logprobs(AutoModelForCausalLM.from_pretrained(model)) - expected).abs().max() > 0.1
 
@@ -152,7 +133,7 @@ def test_a_merged_start_equals_the_adapter(
     base: Any, tmp_path: Path, architecture: str, variant: Any, lora: Any
 ) -> None:
     model = base(architecture, tie_word_embeddings=architecture != "llama")
-    adapter = make_adapter(model, tmp_path / "adapter", **variant)
+    adapter = save_adapter(model, tmp_path / "adapter", **variant)
     expected = own_logprobs(load_player(model, adapter))
     players = Players(resolved(adapter, lora=lora), RunDir(tmp_path / "run"))
     torch.testing.assert_close(our_logprobs(players, False), expected, rtol=0, atol=1e-5)
@@ -169,7 +150,7 @@ def test_a_merged_start_equals_the_adapter(
 
 
 def test_the_recipe_takes_the_settings_of_the_adapter(base: Any, tmp_path: Path) -> None:
-    adapter = make_adapter(base(), tmp_path / "adapter", r=3, lora_alpha=7, lora_dropout=0.25, use_rslora=True)
+    adapter = save_adapter(base(), tmp_path / "adapter", r=3, lora_alpha=7, lora_dropout=0.25, use_rslora=True)
     recipe = resolved(adapter, lora={})
     assert recipe.lora is not None and recipe.model.base == str(base())
     layers = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
@@ -203,7 +184,7 @@ def test_the_recipe_takes_the_settings_of_the_adapter(base: Any, tmp_path: Path)
     ],
 )
 def test_a_recipe_that_contradicts_the_adapter(base: Any, tmp_path: Path, lora: Any, difference: str) -> None:
-    adapter = make_adapter(base(), tmp_path / "adapter", target_modules=["q_proj"], use_rslora=True)
+    adapter = save_adapter(base(), tmp_path / "adapter", target_modules=["q_proj"], use_rslora=True)
     with pytest.raises(RecipeError) as error:
         resolved(adapter, lora=lora)
     assert (
@@ -223,7 +204,7 @@ def test_a_recipe_that_contradicts_the_adapter(base: Any, tmp_path: Path, lora: 
     ],
 )
 def test_an_adapter_that_cannot_be_trained_further(base: Any, tmp_path: Path, options: Any, name: str) -> None:
-    adapter = make_adapter(base(), tmp_path / "adapter", **options)
+    adapter = save_adapter(base(), tmp_path / "adapter", **options)
     with pytest.raises(ModelError, match="create_new_adapter: true") as error:
         resolved(adapter, lora={})
     assert name in str(error.value) and str(adapter) in str(error.value)
@@ -231,17 +212,17 @@ def test_an_adapter_that_cannot_be_trained_further(base: Any, tmp_path: Path, op
 
 
 def test_adapters_that_cannot_be_used(base: Any, tmp_path: Path) -> None:
-    prefix = make_adapter(
+    prefix = save_adapter(
         base(), tmp_path / "prefix", config=PrefixTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
     )
-    classifier = make_adapter(base(), tmp_path / "classifier")
+    classifier = save_adapter(base(), tmp_path / "classifier")
     edit(classifier, task_type="SEQ_CLS")
     for folder, word in ((prefix, "PREFIX_TUNING"), (classifier, "SEQ_CLS")):
         for lora in ({}, {"create_new_adapter": True}, None):
             with pytest.raises(ModelError, match=word):
                 resolved(folder, lora=lora)
     both = save_tiny_model(tmp_path / "both")
-    make_adapter(base(), both)
+    save_adapter(base(), both)
     with pytest.raises(ModelError, match=r"adapter_config\.json.*whole model"):
         resolved(both, lora={})
     for section in ({"model": {"base": "org/base"}}, {"lora": {"create_new_adapter": True}}):
@@ -255,7 +236,7 @@ def edit(adapter: Path, **values: Any) -> None:
 
 
 def test_the_base_of_an_adapter(base: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    adapter = make_adapter(base(), tmp_path / "adapter")
+    adapter = save_adapter(base(), tmp_path / "adapter")
     shutil.copytree(base(), adapter / "nearby")
     for recorded, expected in (("nearby", str(adapter / "nearby")), ("org/base", "org/base")):
         edit(adapter, base_model_name_or_path=recorded, revision="abc")
@@ -283,7 +264,7 @@ def test_the_base_of_an_adapter(base: Any, tmp_path: Path, monkeypatch: pytest.M
 def test_an_adapter_and_a_base_on_the_hub(base: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    adapter = make_adapter(base(), tmp_path / "adapter", tokenizer=True)
+    adapter = save_adapter(base(), tmp_path / "adapter", tokenizer=True)
     edit(adapter, base_model_name_or_path="org/base", revision="v2")
     recipe = tiny_recipe(Path("org/adapter"), lora={}, model={"revision": "v1"})
     assert with_adapter(recipe) == recipe  # unknown as long as neither file is in the cache
@@ -307,7 +288,7 @@ def test_an_adapter_and_a_base_on_the_hub(base: Any, tmp_path: Path, monkeypatch
 
 
 def test_another_models_adapter(base: Any, tmp_path: Path) -> None:
-    adapter = make_adapter(base("qwen2"), tmp_path / "adapter", target_modules=["q_proj"], r=4)
+    adapter = save_adapter(base("qwen2"), tmp_path / "adapter", target_modules=["q_proj"], r=4)
     for architecture, word in (("gpt2", "q_proj"), ("llama", "adapter of")):
         model = base(architecture, **({"hidden_size": 16} if architecture == "llama" else {}))
         with pytest.raises(ModelError, match=word):
@@ -316,7 +297,7 @@ def test_another_models_adapter(base: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("layers", [2, 4], ids=["fewer layers", "more layers"])
 def test_an_adapter_that_fits_its_base_in_part_is_not_merged(base: Any, tmp_path: Path, layers: int) -> None:
-    adapter = make_adapter(base(), tmp_path / "adapter", target_modules=["q_proj"])
+    adapter = save_adapter(base(), tmp_path / "adapter", target_modules=["q_proj"])
     recipe = resolved(adapter, model={"base": str(base(num_hidden_layers=layers))})
     with pytest.raises(ModelError, match=r"cannot be merged into .*: 2 weights missing or unknown \(base_model"):
         Players(recipe, RunDir(tmp_path / "run")).load(START)
@@ -324,7 +305,7 @@ def test_an_adapter_that_fits_its_base_in_part_is_not_merged(base: Any, tmp_path
 
 @pytest.mark.parametrize("lora", [{}, None], ids=["further", "merged"])
 def test_an_adapter_without_weights_or_with_other_shapes(base: Any, tmp_path: Path, lora: Any) -> None:
-    adapter = make_adapter(base(), tmp_path / "adapter", target_modules=["q_proj"])
+    adapter = save_adapter(base(), tmp_path / "adapter", target_modules=["q_proj"])
     config = adapter / "adapter_config.json"
     config.write_text(json.dumps(read_json(config) | {"r": 8}), encoding="utf-8")
     with pytest.raises(ModelError, match="size mismatch for base_model"):
@@ -351,10 +332,10 @@ def test_trained_embeddings_in_the_file_are_refused_or_merged(base: Any, tmp_pat
 def test_the_tokenizer_and_template_of_the_adapter(base: Any, tmp_path: Path) -> None:
     template = "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
     template += "{{ '<|im_start|>' if add_generation_prompt }}"
-    plain = make_adapter(base(), tmp_path / "plain")
-    own = make_adapter(base(), tmp_path / "own", tokenizer=True)
+    plain = save_adapter(base(), tmp_path / "plain")
+    own = save_adapter(base(), tmp_path / "own", tokenizer=True)
     (own / "chat_template.jinja").write_text(template)
-    bare = make_adapter(base(), tmp_path / "bare", tokenizer=True)
+    bare = save_adapter(base(), tmp_path / "bare", tokenizer=True)
     (bare / "chat_template.jinja").unlink()
     expected = {plain: AutoTokenizer.from_pretrained(base()).chat_template, own: template}
     for adapter in (plain, own, bare):
@@ -394,7 +375,7 @@ def test_engines_that_load_adapters(lora: Any, opponent: Any, word: str | None) 
 
 
 def test_patterns_of_an_adapter_are_refused_where_they_are_ignored(base: Any, tmp_path: Path) -> None:
-    adapter = make_adapter(base(), tmp_path / "adapter", rank_pattern={"q_proj": 2})
+    adapter = save_adapter(base(), tmp_path / "adapter", rank_pattern={"q_proj": 2})
     with pytest.raises(RecipeError, match="rank_pattern, which vLLM ignores"):
         resolved(adapter, lora={}, opponent={"engine": "vllm"})
     assert resolved(adapter, lora={"create_new_adapter": True}, opponent={"engine": "vllm"}).merges_adapter
@@ -410,7 +391,7 @@ def test_the_plan_counts_the_trained_parameters(base: Any, tmp_path: Path, archi
     if architecture != "llama" and "target_modules" in options:
         expression = r"transformer\.h\.1\.(attn|mlp)\.(c_attn|c_proj|attention\.q_proj)"
         options = {"target_modules": expression if variant == "regular expression" else ["c_proj", "c_fc"]}
-    adapter = make_adapter(base(architecture), tmp_path / "adapter", **options)
+    adapter = save_adapter(base(architecture), tmp_path / "adapter", **options)
     recipe = resolved(adapter, lora={})
     shape, source = find_shape(recipe.model)
     assert str(base(architecture)) in source
@@ -419,7 +400,7 @@ def test_the_plan_counts_the_trained_parameters(base: Any, tmp_path: Path, archi
 
 
 def test_the_plan_names_the_start_and_refuses_what_a_run_refuses(base: Any, tmp_path: Path) -> None:
-    adapter = make_adapter(base(), tmp_path / "adapter", use_rslora=True)
+    adapter = save_adapter(base(), tmp_path / "adapter", use_rslora=True)
     plan = make_plan(tiny_recipe(adapter, lora={}))
     assert plan.model == f"{adapter}, a rsLoRA adapter over {base()} (r 4, alpha 12), trained further"
     assert plan.parameters == sum(

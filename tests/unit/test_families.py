@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import CONFIG_MAPPING
 
-from models import ROW_DEPENDENT, STATEFUL, save_tiny_model, tiny_model, tiny_recipe
+from models import ROW_DEPENDENT, STATEFUL, naive_logprob, save_tiny_model, tiny_model, tiny_recipe
 from spinlm.errors import ModelError
 from spinlm.export.model_card import _auto_class
 from spinlm.generation import LocalEngine
@@ -46,13 +46,6 @@ def ids(count: int, seed: int) -> list[int]:
 PROMPTS = [ids(length, seed) for seed, length in enumerate((11, 1, 23, 5, 11, 6, 3, 17))]
 
 
-@torch.no_grad()
-def full_logprob(model: Any, prompt: Sequence[int], response: Sequence[int]) -> float:
-    """Compute log p of a response from the model's own logits of one row, without a cache."""
-    logits = model(input_ids=torch.tensor([[*prompt, *response]]), use_cache=False).logits[0, len(prompt) - 1 : -1]
-    return float(torch.log_softmax(logits.float(), dim=-1).gather(1, torch.tensor(response)[:, None]).sum())
-
-
 def generate(model: Any, sampling: Sampling, batch_size: int = 8) -> list[list[Response]]:
     return LocalEngine(LogProbs(model), batch_size, prefix_sharing=False).generate(
         PROMPTS, sampling, 0, lambda completed, tokens: None
@@ -77,7 +70,7 @@ def test_responses_of_a_stateful_model_have_the_log_probabilities_of_the_scorer(
     assert len({len(response.token_ids) for row in generated for response in row}) > 4
     for prompt, responses in zip(PROMPTS, generated, strict=True):
         for response in responses:
-            expected = full_logprob(model, prompt, response.token_ids)
+            expected = naive_logprob(model, prompt, response.token_ids).item()
             assert abs(response.logprob - expected) / len(response.token_ids) < TOLERANCE.get(family, 1e-4)
     with pytest.raises(ModelError, match="keeps a state"):
         logprobs.use_tree_attention(True)

@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from models import tiny_model, tiny_recipe
+from models import naive_logprob, tiny_model, tiny_recipe
 from spinlm.errors import ModelError
 from spinlm.model import attention
 from spinlm.model import logprobs as logprobs_module
@@ -53,12 +53,7 @@ UPSTREAM = torch.tensor([1.0, -2.0, 0.5, 3.0, -1.0, 0.25, -0.75])
 
 def expected_logprobs(model: Any) -> Tensor:
     """Compute log-probabilities from the model's full logits of one unpadded row per response: [S]."""
-    sums = []
-    for prompt, response in RESPONSES:
-        logits = model(input_ids=torch.tensor([[*prompt, *response]])).logits[0].float()
-        table = torch.log_softmax(logits, dim=-1)[len(prompt) - 1 : -1]
-        sums.append(table[torch.arange(len(response)), response].sum())
-    return torch.stack(sums)
+    return torch.stack([naive_logprob(model, prompt, response) for prompt, response in RESPONSES])
 
 
 def gradients(model: nn.Module, values: Tensor) -> dict[str, Tensor]:

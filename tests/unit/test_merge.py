@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from models import save_tiny_model, tiny_recipe
+from models import save_adapter, save_tiny_model, tiny_recipe
 from spinlm.errors import ModelError
 from spinlm.model.base_files import safetensors_header, stored_dtype, use_legacy_names
 from spinlm.model.logprobs import plain_logprob
@@ -30,15 +30,6 @@ FAMILIES: dict[str, tuple[str, Any, dict[str, Any]]] = {  # architecture, target
     "gpt2, embeddings trained": ("gpt2", ["c_attn", "wte"], {}),
     "phi3": ("phi3", "all-linear", SMALL | {"num_key_value_heads": 2, "max_position_embeddings": 256}),
 }
-
-
-def saved_adapter(base: Path, folder: Path, targets: Any, **options: Any) -> Path:
-    """Save a random adapter over a base, by PEFT alone."""
-    config = LoraConfig(r=4, lora_alpha=8, target_modules=targets, task_type="CAUSAL_LM", **options)
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
-    randomize(model)
-    model.save_pretrained(folder, save_embedding_layers=False)
-    return folder
 
 
 def randomize(model: Any) -> None:
@@ -81,7 +72,7 @@ def nats_per_token(one: Any, other: Any) -> float:
 def test_a_merged_model_equals_base_and_adapter(family: str, tmp_path: Path) -> None:
     architecture, targets, changes = FAMILIES[family]
     base = save_tiny_model(tmp_path / "base", architecture, **changes)
-    adapter = saved_adapter(base, tmp_path / "adapter", targets)
+    adapter = save_adapter(base, tmp_path / "adapter", target_modules=targets)
     merge_to_folder(Model(path=str(base)), str(base), adapter, tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     plain = AutoModelForCausalLM.from_pretrained(base).eval()
@@ -99,7 +90,7 @@ def test_a_merged_model_equals_base_and_adapter(family: str, tmp_path: Path) -> 
 def test_variants_of_adapters(variant: str, tmp_path: Path) -> None:
     base = save_tiny_model(tmp_path / "base", "qwen2", tie_word_embeddings=True)
     options = {variant: ["embed_tokens"] if variant == "modules_to_save" else True}
-    adapter = saved_adapter(base, tmp_path / "adapter", ["q_proj", "down_proj"], **options)
+    adapter = save_adapter(base, tmp_path / "adapter", target_modules=["q_proj", "down_proj"], **options)
     merge_to_folder(Model(path=str(base)), str(base), adapter, tmp_path / "merged")
     player = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(adapter)).eval()
     assert nats_per_token(AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval(), player) < 1e-5
@@ -192,7 +183,7 @@ def test_precisions(sections: dict[str, Any], tmp_path: Path) -> None:
 def test_precision_of_a_merge_over_a_merged_start(tmp_path: Path) -> None:
     """The run holds its base in float32; the adapter that it began with belongs to a bfloat16 base."""
     base = cast(save_tiny_model(tmp_path / "base"), torch.bfloat16)
-    adapter = saved_adapter(base, tmp_path / "adapter", "all-linear")
+    adapter = save_adapter(base, tmp_path / "adapter")
     lora = {"lora": {"r": 2, "alpha": 4, "create_new_adapter": True}}
     made = players(adapter, tmp_path / "run", model={"base": str(base)}, **lora)
     save_whole_player(made, 0, tmp_path / "whole")

@@ -14,7 +14,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from models import tiny_recipe
+from models import naive_logprob, tiny_recipe
 from spinlm.errors import MissingPackageError, ModelError
 from spinlm.model.fused import PREPACKED, fuse_layers, prepacked_adapters
 from spinlm.model.loading import add_adapter, disable_dropout, load_model
@@ -67,14 +67,8 @@ def reference_model(folder: Path, **lora: Any) -> Any:
     return model.eval()
 
 
-def logprob(model: Any, prompt: Any, response: Any) -> Tensor:
-    ids = torch.tensor([[*prompt, *response]])
-    logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1]
-    return torch.log_softmax(logits.float(), -1).gather(1, torch.tensor(response)[:, None]).sum()
-
-
 def logprobs_of_trees(model: Any) -> Tensor:
-    return torch.stack([logprob(model, tree.prompt, response) for tree in TREES for response in tree.responses])
+    return torch.stack([naive_logprob(model, tree.prompt, response) for tree in TREES for response in tree.responses])
 
 
 @pytest.mark.parametrize("variant", [{"use_rslora": True}, {"use_dora": True}], ids=str)

@@ -7,6 +7,7 @@ import shutil
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from models import save_tiny_model, tiny_recipe
+from models import naive_logprob, save_tiny_model, tiny_recipe
 from spinlm.errors import ModelError, RecipeError, RunError, StoppedError, TrainingError
 from spinlm.model.logprobs import LogProbs
 from spinlm.model.players import Players
@@ -153,11 +154,7 @@ def plain_gradient(players: Players, loss: Callable[[Callable[[Sequence[int], Se
     """Return a loss and its gradient. `loss` gets a function that computes log p(response | prompt) naively."""
     players.logprobs.use_tree_attention(False)
 
-    def logprob(prompt: Sequence[int], response: Sequence[int]) -> Tensor:
-        logits = players.model(input_ids=torch.tensor([[*prompt, *response]])).logits[0, len(prompt) - 1 : -1]
-        return torch.log_softmax(logits, dim=-1).gather(1, torch.tensor(response)[:, None]).sum()
-
-    value = loss(logprob)
+    value = loss(partial(naive_logprob, players.model))
     return value.item(), torch.autograd.grad(value, [parameter for _, parameter in players.parameters()])
 
 
