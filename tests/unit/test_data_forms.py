@@ -16,6 +16,7 @@ import pyarrow.feather
 import pyarrow.parquet
 import pytest
 
+from messages import assistant, system, user
 from spinlm.data.examples import Selection, select_examples
 from spinlm.data.renderer import Renderer
 from spinlm.data.sources import data_files
@@ -53,18 +54,6 @@ def rich_renderer() -> Renderer:
     return Renderer(tiny_tokenizer("chatml"), TEMPLATE)
 
 
-def user(content: Any, **more: Any) -> Row:
-    return {"role": "user", "content": content, **more}
-
-
-def assistant(content: Any, **more: Any) -> Row:
-    return {"role": "assistant", "content": content, **more}
-
-
-def system(content: str) -> Row:
-    return {"role": "system", "content": content}
-
-
 def turn(role: str, text: Any) -> Row:
     return {"from": role, "value": text}
 
@@ -89,7 +78,40 @@ def read(tmp_path: Path, renderer: Renderer) -> Callable[..., tuple[Selection, l
 
 # Layouts
 
-LAYOUTS: dict[str, tuple[Any, list[Row], str]] = {
+LAYOUTS: dict[str, tuple[Any, list[Row], str]] = {  # a row, its prompt and its response
+    "messages": ({"messages": [user("Hi"), assistant("Yo")]}, [user("Hi")], "Yo"),
+    "UltraChat": ({"prompt": "Hi", "prompt_id": "1", "messages": [user("Hi"), assistant("Yo")]}, [user("Hi")], "Yo"),
+    "parts": (
+        {"messages": [user([{"type": "text", "text": "Hi"}, {"type": "text", "text": "!"}]), assistant("Yo")]},
+        [user("Hi!")],
+        "Yo",
+    ),
+    "developer": (
+        {"messages": [{"role": "developer", "content": "Be kind"}, user("Hi"), assistant("Yo")]},
+        [system("Be kind"), user("Hi")],
+        "Yo",
+    ),
+    **{
+        f"{prompt} and {response}": ({prompt: "Hi", response: "Yo"}, [user("Hi")], "Yo")
+        for prompt, response in (
+            *(("prompt", response) for response in ("response", "completion", "output", "answer")),
+            *(("question", "answer"), ("input", "output"), ("query", "response"), ("instruction", "response")),
+        )
+    },
+    "prompt of messages": (
+        {"prompt": [user("Hi"), assistant("Yo"), user("Why?")], "completion": [assistant("So")]},
+        [user("Hi"), assistant("Yo"), user("Why?")],
+        "So",
+    ),
+    "system column": ({"system": "Be kind", "prompt": "Hi", "response": "Yo"}, [system("Be kind"), user("Hi")], "Yo"),
+    "empty system column": ({"system": " ", "prompt": "Hi", "response": "Yo"}, [user("Hi")], "Yo"),
+    "system column and system message": (
+        {"system": "Be kind", "messages": [system("Be brief"), user("Hi"), assistant("Yo")]},
+        [system("Be brief"), user("Hi")],
+        "Yo",
+    ),
+    "Alpaca": ({"instruction": "Hi", "input": "1 2", "output": "Yo"}, [user("Hi\n\n1 2")], "Yo"),
+    "Alpaca without input": ({"instruction": "Hi", "input": " ", "output": "Yo"}, [user("Hi")], "Yo"),
     "ShareGPT": ({"id": 1, "conversations": [turn("human", "Hi"), turn("gpt", "Yo")]}, [user("Hi")], "Yo"),
     "ShareGPT with a system turn": (
         {"conversations": [turn("system", "Be kind"), turn("human", "Hi"), turn("gpt", "Yo"), turn("human", "So?")]},
@@ -124,9 +146,6 @@ LAYOUTS: dict[str, tuple[Any, list[Row], str]] = {
     "JSON text": ({"messages": json.dumps([user("Hi"), assistant("Yo")])}, [user("Hi")], "Yo"),
     "a list of JSON texts": ({"messages": [json.dumps(user("Hi")), json.dumps(assistant("Yo"))]}, [user("Hi")], "Yo"),
     "a bare list": ([user("Hi"), assistant("Yo")], [user("Hi")], "Yo"),
-    "input and output": ({"input": "Hi", "output": "Yo"}, [user("Hi")], "Yo"),
-    "query and response": ({"query": "Hi", "response": "Yo"}, [user("Hi")], "Yo"),
-    "instruction and response": ({"instruction": "Hi", "response": "Yo"}, [user("Hi")], "Yo"),
     "Dolly": ({"instruction": "Hi", "context": "Text", "response": "Yo"}, [user("Hi\n\nText")], "Yo"),
     "problem and solution": ({"problem": "Hi", "solution": "Yo", "answer": "Y"}, [user("Hi")], "Yo"),
     "prompt and chosen": ({"prompt": "Hi", "chosen": "Yo", "rejected": "No"}, [user("Hi")], "Yo"),
@@ -179,7 +198,7 @@ def test_layouts(name: str, read: Any) -> None:
     row, messages, response = LAYOUTS[name]
     other = json.loads(json.dumps(row).replace("Hi", "Bye").replace('"content": 1}', '"content": 2}'))
     _, (example, *_) = read([row, other], heldout=1)
-    assert (example.messages, example.response) == (messages, response)
+    assert other != row and (example.messages, example.response) == (messages, response)
 
 
 def test_preferences_of_hh_and_of_sharegpt(read: Any, renderer: Renderer) -> None:

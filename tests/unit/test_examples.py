@@ -1,4 +1,4 @@
-"""Datasets of every layout and kind of file, and every way a row can be bad."""
+"""Selection of examples: columns, preferences, turns, ids, splits, and every way a row can be bad."""
 
 import json
 import os
@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from messages import assistant, system, user
 from spinlm.data.examples import Selection, select_examples
 from spinlm.data.renderer import Renderer
 from spinlm.errors import DataError
@@ -57,18 +58,6 @@ def rows(count: int) -> list[Row]:
     return [{"prompt": f"What is {n}?", "response": f"It is {n}."} for n in range(count)]
 
 
-def user(content: str) -> Row:
-    return {"role": "user", "content": content}
-
-
-def assistant(content: str) -> Row:
-    return {"role": "assistant", "content": content}
-
-
-def system(content: str) -> Row:
-    return {"role": "system", "content": content}
-
-
 def everything(splits: Splits) -> list[Example]:
     return [example for examples in splits.values() for example in examples]
 
@@ -77,62 +66,6 @@ def by_source(splits: Splits) -> list[tuple[list[Row], str]]:
     """Prompt and response in the order of the file."""
     ordered = sorted(everything(splits), key=lambda example: int(example.source.rpartition(":")[2]))
     return [(example.messages, example.response) for example in ordered]
-
-
-# What a user asked and was answered, in every layout that is recognized.
-LAYOUTS: dict[str, tuple[Row, list[Row], str]] = {
-    "messages": ({"messages": [user("Hi"), assistant("Yo")]}, [user("Hi")], "Yo"),
-    "ultrachat": (
-        {"prompt": "Hi", "prompt_id": "u1", "messages": [user("Hi"), assistant("Yo")]},
-        [user("Hi")],
-        "Yo",
-    ),
-    "parts": (
-        {"messages": [user([{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]), assistant("Yo")]},  # type: ignore[arg-type]
-        [user("Hi")],
-        "Yo",
-    ),
-    "developer": (
-        {"messages": [{"role": "developer", "content": "Be kind"}, user("Hi"), assistant("Yo")]},
-        [system("Be kind"), user("Hi")],
-        "Yo",
-    ),
-    "prompt and response": ({"prompt": "Hi", "response": "Yo"}, [user("Hi")], "Yo"),
-    "prompt and completion": ({"prompt": "Hi", "completion": "Yo"}, [user("Hi")], "Yo"),
-    "prompt and output": ({"prompt": "Hi", "output": "Yo"}, [user("Hi")], "Yo"),
-    "prompt and answer": ({"prompt": "Hi", "answer": "Yo"}, [user("Hi")], "Yo"),
-    "prompt of messages": (
-        {"prompt": [user("Hi"), assistant("Yo"), user("Why?")], "completion": [assistant("So")]},
-        [user("Hi"), assistant("Yo"), user("Why?")],
-        "So",
-    ),
-    "system column": (
-        {"system": "Be kind", "prompt": "Hi", "response": "Yo"},
-        [system("Be kind"), user("Hi")],
-        "Yo",
-    ),
-    "empty system column": ({"system": " ", "prompt": "Hi", "response": "Yo"}, [user("Hi")], "Yo"),
-    "system column beside a system message": (
-        {"system": "Be kind", "messages": [system("Be brief"), user("Hi"), assistant("Yo")]},
-        [system("Be brief"), user("Hi")],
-        "Yo",
-    ),
-    "alpaca": ({"instruction": "Add", "input": "1 2", "output": "3"}, [user("Add\n\n1 2")], "3"),
-    "alpaca without input": ({"instruction": "Add", "input": " ", "output": "3"}, [user("Add")], "3"),
-    "question and answer": ({"question": "Hi", "answer": "Yo"}, [user("Hi")], "Yo"),
-}
-
-
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_layouts(name: str, select: Any) -> None:
-    row, messages, response = LAYOUTS[name]
-    second = json.dumps(row)
-    for word, other in (("Hi", "Bye"), ('"H"', '"B"'), ("Add", "Sub")):
-        second = second.replace(word, other)
-    second = json.loads(second)
-    assert second != row
-    _, splits = select([row, second])
-    assert by_source(splits)[0] == (messages, response)
 
 
 def test_an_example_is_tokenized_by_the_renderer(select: Any, renderer: Renderer) -> None:

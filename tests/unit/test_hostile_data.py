@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from messages import assistant, user
 from spinlm.data.examples import Selection, select_examples
 from spinlm.data.renderer import Renderer
 from spinlm.errors import DataError
@@ -35,14 +36,6 @@ def pair(prompt: Any, response: Any = "r", **more: Any) -> bytes:
 
 def talk(*messages: Any) -> bytes:
     return json.dumps({"messages": list(messages)}).encode()
-
-
-def user(content: Any, **more: Any) -> dict[str, Any]:
-    return {"role": "user", "content": content, **more}
-
-
-def assistant(content: Any, **more: Any) -> dict[str, Any]:
-    return {"role": "assistant", "content": content, **more}
 
 
 # Lines that hold a good example, and what its prompt and response are.

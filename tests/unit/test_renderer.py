@@ -267,13 +267,6 @@ def test_a_template_that_refuses_system_messages_serves_those_who_have_none() ->
         renderer.prompt_ids([USER, USER])
 
 
-def test_a_template_that_drops_system_messages_does_not_do_so_silently() -> None:
-    silent = CHATML.replace("{% for m in messages %}", "{% for m in messages if m.role != 'system' %}")
-    renderer = Renderer(tiny_tokenizer("chatml"), silent)
-    assert not renderer.encode([USER], "Yes.", 1000).truncated
-    assert reason(renderer, [SYSTEM, USER], "Yes.")[0] == "template_refused"
-
-
 def test_control_tokens_in_text_are_refused() -> None:
     tokenizer = tiny_tokenizer("chatml")
     tokenizer.add_tokens(["<tool>", "<other>", "    "])
@@ -496,10 +489,15 @@ MOVES = (
 )
 
 
-@pytest.mark.parametrize("template", [NO_SYSTEM, OMITS, MOVES])
-def test_a_system_message_that_a_template_does_not_render(template: str) -> None:
+@pytest.mark.parametrize(
+    ("template", "slug"),
+    [(NO_SYSTEM, "template_refused"), (OMITS, "template_refused"), (MOVES, "prompt_not_a_prefix")],
+)
+def test_a_system_message_that_a_template_does_not_render(template: str, slug: str) -> None:
     tokenizer = tiny_tokenizer("chatml")
     renderer = Renderer(tokenizer, template)
+    assert not renderer.encode([USER], "Yes.", 1000).truncated
+    assert reason(renderer, [SYSTEM, USER], "Yes.")[0] == slug
     _, message = reason(renderer, [SYSTEM, *TURNS], "Yes.")
     assert "system message" in message and message.endswith("Set data.system: fold to put it into the user's message")
     # An empty one is left out.
