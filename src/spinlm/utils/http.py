@@ -224,8 +224,7 @@ class Endpoint:
         except httpx.RequestError as error:
             raise _TransientError(f"{problem}: {redact(str(error), self.context) or type(error).__name__}") from None
         if response.status_code == 429 or response.status_code >= 500:
-            retry_after = response.headers.get("Retry-After", "")
-            seconds = min(float(retry_after), MAX_RETRY_AFTER) if retry_after.isdecimal() else 0.0
+            seconds = retry_after(response.headers)
             raise _TransientError(f"{problem}: {response.status_code}: {self._excerpt(response)}", seconds)
         if response.status_code != 200:
             raise RefusedError(response.status_code, self._excerpt(response))
@@ -249,11 +248,22 @@ class Endpoint:
         return shortened(redact(printable(" ".join(response.text.split())), self.context), MAX_EXCERPT)
 
 
+def retry_after(headers: Mapping[str, str]) -> float:
+    """Return the seconds that a server asks to wait, at most MAX_RETRY_AFTER; 0 if it does not ask."""
+    value = headers.get("Retry-After", "")
+    return min(float(value), MAX_RETRY_AFTER) if value.isdecimal() else 0.0
+
+
+def backoff(attempts: int, first: float, minimum: float) -> float:
+    """Return the seconds to wait: `first` after the first attempt, doubled each time, and at least `minimum`."""
+    return max(first * 2.0 ** (attempts - 1), minimum)
+
+
 def _wait(state: "RetryCallState") -> float:
     """Return the seconds before the next attempt: BACKOFF_SECONDS, doubled each time, or more if the server asks."""
     error = state.outcome.exception() if state.outcome else None
-    retry_after = error.retry_after if isinstance(error, _TransientError) else 0.0
-    return max(BACKOFF_SECONDS * 2.0 ** (state.attempt_number - 1), retry_after)
+    minimum = error.retry_after if isinstance(error, _TransientError) else 0.0
+    return backoff(state.attempt_number, BACKOFF_SECONDS, minimum)
 
 
 def _is_loopback(url: str) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from spinlm.errors import DataError, ModelError, first_line
+from spinlm.utils.http import backoff, retry_after
 
 if TYPE_CHECKING:
     from tenacity import RetryCallState
@@ -17,7 +18,6 @@ log = logging.getLogger("spinlm")
 Result = TypeVar("Result")
 
 MAX_ATTEMPTS = 4
-MAX_RETRY_AFTER = 120.0  # seconds; a hub that asks for a longer pause is asked again after this one
 BACKOFF_SECONDS = 1.0  # before the second attempt; doubles with each further attempt
 LICENSE_FILES = ("LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "USE_POLICY*")
 SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt", "*.py", "README.md", *LICENSE_FILES)
@@ -198,11 +198,9 @@ def _is_transient(error: BaseException) -> bool:
 
 def _wait(state: "RetryCallState") -> float:
     """Return the seconds before the next attempt: BACKOFF_SECONDS, doubled each time, or more if the hub asks."""
-    retry_after = 0.0
-    for cause in _chain(state.outcome.exception() if state.outcome else None):
-        value = getattr(getattr(cause, "response", None), "headers", {}).get("Retry-After", "")
-        retry_after = max(retry_after, float(value) if value.isdecimal() else 0.0)
-    return max(BACKOFF_SECONDS * 2.0 ** (state.attempt_number - 1), min(retry_after, MAX_RETRY_AFTER))
+    causes = _chain(state.outcome.exception() if state.outcome else None)
+    headers = [getattr(getattr(cause, "response", None), "headers", {}) for cause in causes]
+    return backoff(state.attempt_number, BACKOFF_SECONDS, max(map(retry_after, headers), default=0.0))
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
