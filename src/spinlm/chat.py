@@ -53,7 +53,7 @@ def print_responses(run: Run, iterations: Sequence[int], messages: list[Message]
 
 def respond(
     folder: RunDir,
-    prompts: Sequence[str],
+    prompts: str | Sequence[str],
     *,
     players: str = "start,best",
     system: str | None = None,
@@ -63,7 +63,7 @@ def respond(
 
     Args:
         folder: the run.
-        prompts: the user's messages.
+        prompts: the user's message, or several.
         players: numbers of iterations, `start` or `best`, separated by commas.
         system: the system message. Use the one of the data.
         temperature: 0 decodes greedily.
@@ -77,6 +77,7 @@ def respond(
     """
     iterations = dict.fromkeys(parse_player(folder, name.strip()) for name in players.split(","))
     history = [{"role": "system", "content": system}] if system else []
+    prompts = [prompts] if isinstance(prompts, str) else prompts
     rows = [{"prompt": prompt} for prompt in prompts]
     with Run(parse_recipe(read_recipe(folder), str(folder.recipe)), folder) as run:
         token_ids, decode = [], run.players.renderer.decode

@@ -14,6 +14,7 @@ from runs import HELDOUT, change_marker, change_recipe, read_pairs, read_rows, r
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from models import load_player
+from spinlm import respond
 from spinlm.data.renderer import Renderer
 from spinlm.export.model_card import base_license, render_card
 from spinlm.model.base_files import stored_dtype
@@ -443,3 +444,8 @@ def test_precision_of_an_export(world, cli, reference, tmp_path):
     options = ("--iteration", "1", "--merge", "--dtype", "bfloat16", "--output")
     cli("export", reference, *options, tmp_path / "new", folder=world.folder)
     assert stored_dtype(tmp_path / "new") == "bfloat16"
+
+
+def test_one_prompt_from_python(reference):
+    folder = RunDir(reference)
+    assert respond(folder, "What is 3?", players="0") == respond(folder, ["What is 3?"], players="0")

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from models import load_player, naive_logprob, save_adapter, save_tiny_model, tiny_recipe
 from spinlm.errors import ModelError, RecipeError
+from spinlm.model.base_model import model_fingerprint
 from spinlm.model.players import Players
 from spinlm.model.prefix_trees import PrefixTree
 from spinlm.plan import make_plan
@@ -22,7 +23,6 @@ from spinlm.recipe.load import as_yaml, load_recipe, parse_recipe
 from spinlm.recipe.schema import Recipe
 from spinlm.rundir.layout import RunDir
 from spinlm.rundir.stage_graph import START
-from spinlm.stages.prepare import _model_fingerprint
 from spinlm.utils.atomic import read_json
 
 TREES = [PrefixTree([5, 6, 7, 8], ([9, 10, 11], [12, 13])), PrefixTree([20, 21], ([22], [23, 24, 25]))]
@@ -258,7 +258,7 @@ def test_the_base_of_an_adapter(base: Any, tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(ModelError, match=r"adapter: the base .*: someone/no-such-base: .*Set model\.base"):
         Players(resolved(adapter, lora={}), RunDir(tmp_path / "run"))
     with pytest.raises(ModelError, match=r"adapter: the base .*: someone/no-such-base: .*Set model\.base"):
-        _model_fingerprint(resolved(adapter, lora={}).model, {})
+        model_fingerprint(resolved(adapter, lora={}).model, {})
 
 
 def test_an_adapter_and_a_base_on_the_hub(base: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -284,7 +284,7 @@ def test_an_adapter_and_a_base_on_the_hub(base: Any, tmp_path: Path, monkeypatch
     players.save(0)
     config = read_json(tmp_path / "run" / "iteration-0" / "player" / "adapter_config.json")
     assert (config["base_model_name_or_path"], config["revision"]) == ("org/base", "v2")
-    assert _model_fingerprint(found.model, {})["base"] == {"id": "org/base", "commit": "a" * 40}
+    assert model_fingerprint(found.model, {})["base"] == {"id": "org/base", "commit": "a" * 40}
 
 
 def test_another_models_adapter(base: Any, tmp_path: Path) -> None:

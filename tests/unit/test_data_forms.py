@@ -610,7 +610,7 @@ def test_damaged_files(name: str, content: bytes, message: str, renderer: Render
 def test_names_that_match_nothing(renderer: Renderer, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"none-\*\.jsonl: no file matches"):
         select(f"{tmp_path}/none-*.jsonl", renderer)
-    with pytest.raises(DataError, match="some/dataset: no such file"):
+    with pytest.raises(DataError, match=r"some/dataset: no such file\. A list holds files only"):
         select(["some/dataset"], renderer)
 
 

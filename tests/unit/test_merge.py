@@ -8,16 +8,21 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from models import save_adapter, save_tiny_model, tiny_recipe
-from spinlm.errors import ModelError
+from spinlm.errors import ModelError, RunError
+from spinlm.export.player import export
 from spinlm.model.base_files import safetensors_header, stored_dtype, use_legacy_names
+from spinlm.model.base_model import model_fingerprint
 from spinlm.model.logprobs import plain_logprob
 from spinlm.model.merge import merge_to_folder, save_for_serving, save_whole_player
 from spinlm.model.players import Players
-from spinlm.recipe.model import Model
+from spinlm.recipe.model import Lora, Model
 from spinlm.rundir.layout import RunDir
+from spinlm.rundir.stage_graph import START
+from spinlm.utils.atomic import read_json, write_json
 
 SAMPLES = [([1, 40, 41, 42], [50, 60, 70, 80, 2]), ([1, 90, 91], [100, 44, 45, 46])]
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -255,3 +260,25 @@ def test_names_of_version_4(tmp_path: Path) -> None:
     tokenizer = json.loads((base / "tokenizer_config.json").read_text())
     assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert tokenizer["chat_template"] == AutoTokenizer.from_pretrained(base).chat_template
+
+
+def test_exports_after_the_run_or_the_base_has_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("spinlm.export.player.render_card", lambda *arguments, **options: "")
+    model, folder = save_tiny_model(tmp_path / "model"), RunDir(tmp_path / "run")
+    players = Players(tiny_recipe(model, lora={"target_modules": ["q_proj"]}), folder)
+    players.save(START)
+    write_json(folder.provenance, {"inputs": {"model": model_fingerprint(players.recipe.model, {})}})
+    export(players.recipe, folder, START, tmp_path / "whole", merge=True)
+    merges = players.recipe.model.model_copy(update={"path": str(folder.player(START)), "base": str(model)})
+    recipe = players.recipe.model_copy(
+        update={"model": merges, "lora": Lora(create_new_adapter=True, target_modules=["v_proj"])}
+    )
+    Players(recipe, RunDir(tmp_path / "second")).save(START)
+    moved = RunDir((tmp_path / "second").rename(tmp_path / "moved"))
+    export(recipe, moved, START, tmp_path / "adapter")
+    assert read_json(tmp_path / "adapter" / "adapter_config.json")["base_model_name_or_path"] == str(moved.base)
+    weights = load_file(model / "model.safetensors")
+    save_file(weights | {"lm_head.weight": weights["lm_head.weight"] * 1.1}, model / "model.safetensors")
+    with pytest.raises(RunError, match=r"base model .* has changed since this run began:\n  model\.safetensors: was"):
+        export(players.recipe, folder, START, tmp_path / "other", merge=True)
+    export(recipe, moved, START, tmp_path / "base-in-the-run", merge=True)

@@ -476,6 +476,12 @@ def test_variables_that_cannot_be_set(name: str) -> None:
         thinker(variables={name: False})
 
 
+@pytest.mark.parametrize("place", ["{# thinking #}", "<thinking>", "{{ 'thinking' }}", "{{ messages[0].thinking }}"])
+def test_a_word_of_the_template_is_not_a_variable(place: str) -> None:
+    with pytest.raises(RecipeError, match="no variable of that name"):
+        ChatTemplate(tiny_tokenizer("chatml"), place + CHATML, {"thinking": False})
+
+
 NO_SYSTEM = (
     "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + CHATML
 )

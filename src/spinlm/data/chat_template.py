@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -157,9 +158,9 @@ def _set_variables(template: str, variables: Mapping[str, Any]) -> str:
     The lines make the template the whole record: programs that load a player prompt it in the same way, without
     arguments.
     """
-    head = ""
+    head, names = "", _names_in(template) if variables else set()
     for name, value in variables.items():
-        if name in _ARGUMENTS or not name.isidentifier() or not re.search(rf"\b{name}\b", template):
+        if name in _ARGUMENTS or name not in names:
             raise RecipeError(
                 f"data.chat_template_kwargs.{name}: the chat template has no variable of that name, or spinlm sets it"
             )
@@ -167,6 +168,17 @@ def _set_variables(template: str, variables: Mapping[str, Any]) -> str:
         template = re.sub(rf"\A((?:\{{%- set \w+ = .* %\}}\n)*?){line}", r"\1", template)
         head += f"{{%- set {name} = {value!r} %}}\n"  # Jinja reads these literals of Python; it drops the line break
     return head + template
+
+
+def _names_in(template: str) -> set[str]:
+    """Return the names in a template's code: of variables, but not in texts, comments, or after a dot."""
+    from jinja2 import Environment, TemplateSyntaxError
+
+    try:
+        tokens = [(kind, text) for _, kind, text in Environment().lex(template) if kind != "whitespace"]
+    except TemplateSyntaxError:  # rendering explains it
+        return {*re.findall(r"\w+", template)}
+    return {text for (_, before), (kind, text) in pairwise([("", ""), *tokens]) if kind == "name" and before != "."}
 
 
 def _template(tokenizer: "PreTrainedTokenizerBase", given: str | None) -> str:

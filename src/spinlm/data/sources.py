@@ -168,7 +168,8 @@ def _files_at(name: str, split: str) -> list[Path]:
             raise DataError(f"{name}: no file matches that is {_supported()}")
         return files
     if path is None:
-        raise DataError(f"{name}: no such file")
+        hint = "" if names_a_file(name) else ". A list holds files only: name a data set of the hub alone"
+        raise DataError(f"{name}: no such file{hint}")
     if path.is_dir():
         return _files_in(path, split)
     if file_kind(path) is None:

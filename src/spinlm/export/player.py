@@ -7,9 +7,11 @@ from pathlib import Path
 from spinlm.errors import RunError
 from spinlm.export.model_card import CARD, public_name, render_card
 from spinlm.recipe.adapter import ADAPTER_CONFIG
+from spinlm.recipe.fingerprint import differences
 from spinlm.recipe.schema import Recipe
 from spinlm.rundir.layout import RunDir
-from spinlm.utils.atomic import atomic_path, read_json
+from spinlm.rundir.provenance import recorded_inputs
+from spinlm.utils.atomic import atomic_path, read_json, write_json
 from spinlm.utils.hub import http_status, is_transport_error, with_retries
 
 
@@ -38,8 +40,8 @@ def export(
             model's files, and keeps that of a player of full fine-tuning, which is float32.
 
     Raises:
-        RunError: the output folder is not empty, the player has no adapter to merge, or `dtype` is given for an
-            adapter.
+        RunError: the output folder is not empty, the player has no adapter to merge, `dtype` is given for an adapter,
+            or the base has changed since the run began.
         ModelError: the merged or rounded model differs from the player beyond rounding.
     """
     require_empty(output)
@@ -47,6 +49,8 @@ def export(
         raise RunError("--merge: this run fine-tunes the whole model, so its players have no adapter. Leave it out")
     if dtype and recipe.lora is not None and not merge:
         raise RunError("--dtype: an adapter keeps its precision. Add --merge, or leave --dtype out")
+    if merge:
+        _check_base(recipe, folder)
     card = render_card(recipe, folder, iteration, merged=merge, license=license)
     with atomic_path(output) as temporary:
         if merge or dtype:
@@ -56,7 +60,35 @@ def export(
             save_whole_player(Players(recipe, folder), iteration, temporary, dtype)
         else:
             shutil.copytree(folder.player(iteration), temporary)
+            _name_base(temporary / "adapter_config.json", folder)
         (temporary / CARD).write_text(card, encoding="utf-8")
+
+
+def _check_base(recipe: Recipe, folder: RunDir) -> None:
+    """Make sure that the base of an adapter is the one that the players were trained and measured over.
+
+    Raises:
+        RunError: the files of the base have changed since the run began.
+    """
+    from spinlm.model.base_model import model_fingerprint
+
+    model, recorded = recipe.model.base_model, recorded_inputs(folder).get("model", {})
+    if folder.base.exists() or not recorded:  # the run folder holds the base, with its digests
+        return
+    expected = recorded.get("base", recorded)
+    if changes := differences(expected, model_fingerprint(model, expected)):
+        raise RunError(
+            f"--merge: the base model {model.path} has changed since this run began:\n"
+            + "\n".join(f"  {line}" for line in changes)
+            + "\nRestore the original files, or export the adapter without --merge"
+        )
+
+
+def _name_base(config: Path, folder: RunDir) -> None:
+    """Name a base that is in the run folder where it is now: the folder may have been moved."""
+    base = str(folder.base.absolute())
+    if folder.base.exists() and config.exists() and read_json(config)["base_model_name_or_path"] != base:
+        write_json(config, read_json(config) | {"base_model_name_or_path": base})
 
 
 def require_empty(output: Path) -> None:

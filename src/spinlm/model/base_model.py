@@ -32,6 +32,9 @@ from spinlm.utils.atomic import atomic_path, file_digest, read_json, write_json
 from spinlm.utils.hub import Repository
 from spinlm.utils.model_path import resolve_model
 
+MODEL_SUFFIXES = (".safetensors", ".bin", ".json", ".jinja", ".model")
+"""File types of a model's folder that a run depends on."""
+
 MAX_MERGE_ERROR = 1e-2
 """Largest difference between the log-probabilities of a token before and after a merge in float32, in nats."""
 
@@ -212,3 +215,23 @@ def _resize_embeddings(model: Any, adapter: Path) -> bool:
         return False
     model.resize_token_embeddings(rows[0], mean_resizing=False)
     return True
+
+
+def model_fingerprint(model: Model, recorded: dict[str, Any]) -> dict[str, Any]:
+    """Return the SHA-256 of each file of a local model, or the commit of a hub model; for an adapter, also its base's.
+
+    `recorded` is the fingerprint of a resumed run. The hub is asked for a commit that it lacks.
+    """
+    base = {}
+    if model.base is not None:
+        with name_adapter(model):
+            base = {"base": model_fingerprint(model.base_model, recorded.get("base", {}))}
+    path = resolve_model(model.path)
+    if path is None:
+        commit = recorded.get("commit")
+        if commit is None:
+            log.info("asking the hub for %s", model.path)
+            commit = Repository(model.path, model.revision).commit()
+        return {"id": model.path, "commit": commit} | base
+    files = [path] if path.is_file() else [file for file in sorted(path.iterdir()) if file.suffix in MODEL_SUFFIXES]
+    return {file.name: file_digest(file) for file in files} | base

@@ -15,10 +15,9 @@ from spinlm.distributed.processes import on_rank_zero, world_size
 from spinlm.errors import DataError, RecipeError
 from spinlm.evals.scorers import get_scorer
 from spinlm.generation.vllm import check_vllm
-from spinlm.model.base_model import name_adapter, prepare_base
+from spinlm.model.base_model import model_fingerprint, prepare_base
 from spinlm.model.quantize import check_4bit_support
 from spinlm.model.run import Run
-from spinlm.recipe.model import Model
 from spinlm.recipe.schema import Recipe
 from spinlm.rundir.provenance import current_provenance, pin_model, recorded_inputs
 from spinlm.rundir.records import SPLITS, Example, to_line
@@ -27,11 +26,8 @@ from spinlm.training.optimizers import check_optimizer
 from spinlm.training.step_log import check_trackers
 from spinlm.utils.atomic import atomic_file, file_digest, write_json
 from spinlm.utils.hub import Repository
-from spinlm.utils.model_path import resolve_model
 
 log = logging.getLogger("spinlm")
-
-MODEL_SUFFIXES = (".safetensors", ".bin", ".json", ".jinja", ".model")
 
 
 def prepare(run: Run) -> None:
@@ -58,7 +54,7 @@ def _check_inputs(run: Run) -> dict[str, Any]:
     recorded = earlier if is_resumed else {}
     inputs = {
         "data": _data_fingerprint(run.recipe, recorded.get("data", {}).get("commit")),
-        "model": _model_fingerprint(run.recipe.model, recorded.get("model", {})),
+        "model": model_fingerprint(run.recipe.model, recorded.get("model", {})),
     }
     verify_inputs(run.folder, inputs)
     if not is_resumed or not run.folder.provenance.exists():
@@ -164,23 +160,3 @@ def _data_fingerprint(recipe: Recipe, commit: str | None) -> dict[str, Any]:
     except OSError as error:
         raise DataError(f"{error.filename or data.where}: cannot be read: {error.strerror}") from error
     return {"sha256": digests[files[0].name]} if names_one_file(data) else digests
-
-
-def _model_fingerprint(model: Model, recorded: dict[str, Any]) -> dict[str, Any]:
-    """Return the SHA-256 of each file of a local model, or the commit of a hub model; for an adapter, also its base's.
-
-    `recorded` is the fingerprint of a resumed run. The hub is asked for a commit that it lacks.
-    """
-    base = {}
-    if model.base is not None:
-        with name_adapter(model):
-            base = {"base": _model_fingerprint(model.base_model, recorded.get("base", {}))}
-    path = resolve_model(model.path)
-    if path is None:
-        commit = recorded.get("commit")
-        if commit is None:
-            log.info("asking the hub for %s", model.path)
-            commit = Repository(model.path, model.revision).commit()
-        return {"id": model.path, "commit": commit} | base
-    files = [path] if path.is_file() else [file for file in sorted(path.iterdir()) if file.suffix in MODEL_SUFFIXES]
-    return {file.name: file_digest(file) for file in files} | base
