@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from models import save_tiny_model, tiny_recipe
+from models import save_adapter, save_tiny_model, tiny_recipe
 from spinlm.errors import ModelError
 from spinlm.model.run import Run
 from spinlm.recipe.adapter import with_adapter
@@ -37,14 +37,8 @@ def test_one_process_on_several_gpus_says_how_to_use_all(
 
 
 def test_a_merged_base_is_made_again_if_the_adapter_changes_before_the_first_result(tmp_path: Path) -> None:
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
     model = save_tiny_model(tmp_path / "model")
-    lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
-    get_peft_model(AutoModelForCausalLM.from_pretrained(model), lora).save_pretrained(tmp_path / "adapter")
-    (tmp_path / "adapter" / "tokenizer_config.json").write_bytes((model / "tokenizer_config.json").read_bytes())
-    (tmp_path / "adapter" / "tokenizer.json").write_bytes((model / "tokenizer.json").read_bytes())
+    save_adapter(model, tmp_path / "adapter", tokenizer=True)
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps({"prompt": f"What is {n}?", "response": "Yes"}) + "\n" for n in range(4)))
     template, folder = tmp_path / "adapter" / "chat_template.jinja", RunDir(tmp_path / "run")

@@ -13,11 +13,7 @@ from spinlm.model.base_files import (
     TOKENIZER_CONFIG,
     base_folder,
 )
-from spinlm.model.loading import (
-    as_model_error,
-    attach_adapter,
-    load_tokenizer,
-)
+from spinlm.model.loading import as_model_error, attach_adapter, check_no_mismatch, load_tokenizer
 from spinlm.recipe.model import Lora, Model
 
 PEFT_PREFIX = "base_model.model."
@@ -72,14 +68,8 @@ def continue_adapter(model: Any, folder: Path, lora: Lora, base: Model) -> Any:
     with as_model_error(message):
         result: Any = set_peft_model_state_dict(adapted, weights)
         trained = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
-        require_none(trained & {*result.missing_keys} | {*result.unexpected_keys})
+        check_no_mismatch(trained & {*result.missing_keys} | {*result.unexpected_keys})
     return adapted
-
-
-def require_none(mismatched: set[str]) -> None:
-    """Raise ValueError if there are weights that only the adapter's file or only the model has."""
-    if mismatched:
-        raise ValueError(f"{len(mismatched)} weights missing or unknown ({', '.join(sorted(mismatched)[:3])} …)")
 
 
 def merge_adapter(peft_model: Any, dtype: torch.dtype) -> bool:

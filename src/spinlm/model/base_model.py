@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from spinlm.errors import ModelError
-from spinlm.model.adapters import PEFT_PREFIX, load_start_tokenizer, merge_adapter, require_none, tokenizer_folder
+from spinlm.model.adapters import PEFT_PREFIX, load_start_tokenizer, merge_adapter, tokenizer_folder
 from spinlm.model.base_files import (
     CONFIG,
     copy_tokenizer_files,
@@ -23,7 +23,7 @@ from spinlm.model.base_files import (
     write_chat_template,
 )
 from spinlm.model.checkpoint_checks import check_files
-from spinlm.model.loading import as_model_error, load_model, load_stop_ids, save_stop_ids
+from spinlm.model.loading import as_model_error, check_no_mismatch, load_model, load_stop_ids, save_stop_ids
 from spinlm.recipe.adapter import adapter_files
 from spinlm.recipe.model import Model
 from spinlm.recipe.schema import Recipe
@@ -74,14 +74,14 @@ def prepare_unmerged(model: Model, folder: RunDir) -> str:
     # Otherwise transformers asks a service of the hub to convert pickled weights to safetensors.
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
     if model.base is not None:
-        with name_adapter(model):
+        with as_base_error(model):
             return _prepare_model(model.base_model, folder, check_hub=True)
     return _prepare_model(model, folder)
 
 
 @contextlib.contextmanager
-def name_adapter(model: Model) -> Iterator[None]:
-    """Add the adapter and the remedy to an error of its base model."""
+def as_base_error(model: Model) -> Iterator[None]:
+    """Name the adapter and the remedy in a ModelError about its base model."""
     try:
         yield
     except ModelError as error:
@@ -93,6 +93,7 @@ def name_adapter(model: Model) -> Iterator[None]:
 
 
 def _prepare_model(model: Model, folder: RunDir, *, check_hub: bool = False) -> str:
+    """Return the hub id or folder of a whole model. Convert a .gguf file. `check_hub` asks the hub for the config."""
     path = resolve_model(model.path)
     if path is None:
         if check_hub:
@@ -120,7 +121,13 @@ _verified: dict[Path, dict[str, Any]] = {}  # folder → its source, if this pro
 
 
 def make_once(folder: Path, source: dict[str, Any], make: Callable[[Path], None]) -> None:
-    """Make a model folder from a source, unless the folder already holds the result with correct digests."""
+    """Make a model folder from a source, unless the folder already holds the result with correct digests.
+
+    Args:
+        folder: the folder to make. Its source.json records the source, and the SHA-256 of each file.
+        source: what identifies the source.
+        make: called with the temporary folder to fill.
+    """
     record = folder / "source.json"
     if record.exists() and (
         _verified.get(folder) == source or read_json(record) == source | {"files": _digests(folder)}
@@ -168,7 +175,7 @@ def _save_merged_base(model: Model, adapter: Path, target: Path) -> None:
             adapted = PeftModel.from_pretrained(loaded, str(adapter))
             result: Any = adapted.load_adapter(str(adapter), "default", torch_device="cpu")
             missing = {name for name in result.missing_keys if "vblora_vector_bank" not in name}  # shared by layers
-            require_none(missing | {*result.unexpected_keys})
+            check_no_mismatch(missing | {*result.unexpected_keys})
             expected = _sample_logprobs(adapted)
             untied = merge_adapter(adapted, torch.float32)
         save_whole_model(base, loaded, path, target, untied=untied)
@@ -224,7 +231,7 @@ def model_fingerprint(model: Model, recorded: dict[str, Any]) -> dict[str, Any]:
     """
     base = {}
     if model.base is not None:
-        with name_adapter(model):
+        with as_base_error(model):
             base = {"base": model_fingerprint(model.base_model, recorded.get("base", {}))}
     path = resolve_model(model.path)
     if path is None:

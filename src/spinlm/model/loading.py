@@ -191,9 +191,13 @@ def load_player(model: Any, folder: Path) -> None:
     """
     load = _load_adapter if hasattr(model, "get_base_model") else _load_full_model
     with as_model_error(f"{folder}: not a player of this model"):
-        mismatched = load(model, folder)
-        if mismatched:
-            raise ValueError(f"{len(mismatched)} weights missing or unknown ({', '.join(sorted(mismatched)[:3])} …)")
+        check_no_mismatch(load(model, folder))
+
+
+def check_no_mismatch(names: set[str]) -> None:
+    """Raise ValueError if there are names of weights that only a file or only the model has."""
+    if names:
+        raise ValueError(f"{len(names)} weights missing or unknown ({', '.join(sorted(names)[:3])} …)")
 
 
 def _load_adapter(model: Any, folder: Path) -> set[str]:
