@@ -217,7 +217,7 @@ def test_the_cache_is_not_taken_for_another_commit(spinlm, recipe, hub):
     ],
     ids=lambda value: str(value)[:40],
 )  # fmt: skip
-def test_what_a_user_is_told(spinlm, recipe, hub, folder, sections, token, words):
+def test_error_messages(spinlm, recipe, hub, folder, sections, token, words):
     if "models/o/gated" not in hub.repos:
         for name in ("gated", "private"):
             hub.commit(f"models/o/{name}", folder)

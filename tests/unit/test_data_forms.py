@@ -358,7 +358,7 @@ def test_tools_reach_the_template(form: str, read: Any, rich_renderer: Renderer)
     assert "Tools:" not in tokenizer.decode(other.prompt_ids)
 
 
-def test_tools_tell_prompts_apart(read: Any, rich_renderer: Renderer) -> None:
+def test_other_tools_make_another_example(read: Any, rich_renderer: Renderer) -> None:
     """The same question with other tools is another example, with another id."""
     rows = [{"prompt": "p", "response": "r", "tools": [{**TOOL, "n": n}]} for n in range(3)]
     selection, examples = read(rows, rich_renderer)

@@ -19,10 +19,11 @@ from hypothesis import strategies as st
 from pydantic.fields import FieldInfo
 
 import spinlm
+from spinlm.data.readers import _COMPRESSION, READERS
 from spinlm.errors import RecipeError
 from spinlm.recipe.fields import Section, iterate_fields, value_at
 from spinlm.recipe.foreign_names import KEYS, VALUES
-from spinlm.recipe.load import as_yaml, load_recipe, parse_recipe
+from spinlm.recipe.load import DATA_SUFFIXES, as_yaml, load_recipe, parse_recipe
 from spinlm.recipe.objective import OBJECTIVES, Spin
 from spinlm.recipe.schema import Recipe
 
@@ -393,6 +394,10 @@ def test_load_in_4bit_excludes_fsdp() -> None:
 def test_invalid_files(tmp_path: Path, text: str, message: str) -> None:
     whole = load_error(tmp_path, text)
     assert whole.startswith("recipe.yaml: ") and message in whole
+
+
+def test_every_kind_of_data_file_but_json_is_no_recipe() -> None:
+    assert set(DATA_SUFFIXES) == (READERS.keys() - {".json"}) | _COMPRESSION.keys()
 
 
 def test_unreadable_files(tmp_path: Path) -> None:

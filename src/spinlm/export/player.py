@@ -60,7 +60,7 @@ def export(
             save_whole_player(Players(recipe, folder), iteration, temporary, dtype)
         else:
             shutil.copytree(folder.player(iteration), temporary)
-            _name_base(temporary / "adapter_config.json", folder)
+            _name_base(temporary / ADAPTER_CONFIG, folder)
         (temporary / CARD).write_text(card, encoding="utf-8")
 
 
