@@ -16,8 +16,7 @@ TEMPLATE = (
 
 def test_tools_travel_from_the_data_to_the_pairs(cli, world, tmp_path):
     tool = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
-    data = [json.loads(row) if isinstance(row, str) else row for row in rows()]
-    write_rows(tmp_path / "tools.jsonl", [{**row, "tools": [tool] if n % 2 else None} for n, row in enumerate(data)])
+    write_rows(tmp_path / "tools.jsonl", [{**row, "tools": [tool] if n % 2 else None} for n, row in enumerate(rows())])
     (tmp_path / "template.jinja").write_text(TEMPLATE)
     changes = (f"data.path={tmp_path / 'tools.jsonl'}", f"data.chat_template={tmp_path / 'template.jinja'}")
     cli(

@@ -171,7 +171,7 @@ def _set_variables(template: str, variables: Mapping[str, Any]) -> str:
 
 
 def _names_in(template: str) -> set[str]:
-    """Return the names in a template's code: of variables, but not in texts, comments, or after a dot."""
+    """Return the names in a template's code. Texts, comments and attributes do not count."""
     from jinja2 import Environment, TemplateSyntaxError
 
     try:

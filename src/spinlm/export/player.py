@@ -65,10 +65,10 @@ def export(
 
 
 def _check_base(recipe: Recipe, folder: RunDir) -> None:
-    """Make sure that the base of an adapter is the one that the players were trained and measured over.
+    """Check that the base of an adapter has not changed since the run began.
 
     Raises:
-        RunError: the files of the base have changed since the run began.
+        RunError: the base has changed.
     """
     from spinlm.model.base_model import model_fingerprint
 
@@ -85,17 +85,17 @@ def _check_base(recipe: Recipe, folder: RunDir) -> None:
 
 
 def _name_base(config: Path, folder: RunDir) -> None:
-    """Name a base that is in the run folder where it is now: the folder may have been moved."""
+    """Write the present path of a base in the run folder to an adapter's config. The folder may have been moved."""
     base = str(folder.base.absolute())
     if folder.base.exists() and config.exists() and read_json(config)["base_model_name_or_path"] != base:
         write_json(config, read_json(config) | {"base_model_name_or_path": base})
 
 
 def require_empty(output: Path) -> None:
-    """Make sure that an output folder does not exist or is empty.
+    """Check that an output folder does not exist or is empty.
 
     Raises:
-        RunError: it has content, or is a file.
+        RunError: the folder has content, or is a file.
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise RunError(f"{output}: already exists and is not an empty folder. Choose another --output")
