@@ -315,6 +315,13 @@ def test_an_adapter_without_weights_or_with_other_shapes(base: Any, tmp_path: Pa
         Players(resolved(adapter, lora=lora), RunDir(tmp_path / "run")).load(START)
 
 
+def test_a_folder_of_checkpoints_or_a_run_folder_as_the_model(base: Any, tmp_path: Path) -> None:
+    for name in ("checkpoint-10", "start/player"):
+        save_adapter(base(), tmp_path / name)
+    with pytest.raises(ModelError, match=r"to a model folder, such as .*/checkpoint-10 or .*/start/player$"):
+        Players(tiny_recipe(tmp_path), RunDir(tmp_path / "run")).load(START)
+
+
 def test_trained_embeddings_in_the_file_are_refused_or_merged(base: Any, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM as Auto
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spinlm.errors import ModelError
+from spinlm.errors import ModelError, shortened
 from spinlm.model.adapters import PEFT_PREFIX, load_start_tokenizer, merge_adapter, tokenizer_folder
 from spinlm.model.base_files import (
     CONFIG,
@@ -24,7 +24,7 @@ from spinlm.model.base_files import (
 )
 from spinlm.model.checkpoint_checks import check_files
 from spinlm.model.loading import as_model_error, check_no_mismatch, load_model, load_stop_ids, save_stop_ids
-from spinlm.recipe.adapter import adapter_files
+from spinlm.recipe.adapter import ADAPTER_CONFIG, adapter_files
 from spinlm.recipe.model import Model
 from spinlm.recipe.schema import Recipe
 from spinlm.rundir.layout import RunDir
@@ -106,7 +106,12 @@ def _prepare_model(model: Model, folder: RunDir, *, check_hub: bool = False) -> 
     if path.is_file():
         raise ModelError(f"{path}: a file, not a model folder. Set model.path to the folder that holds it")
     if not (path / CONFIG).exists():
-        raise ModelError(f"{path}: not a model folder, because it has no config.json. Set model.path to a model folder")
+        patterns = [f"{place}/{name}" for place in ("*", "*/player") for name in (CONFIG, ADAPTER_CONFIG)]
+        inside = sorted({str(file.parent) for pattern in patterns for file in path.glob(pattern)})
+        hint = f", such as {shortened(' or '.join(inside))}" if inside else ""
+        raise ModelError(
+            f"{path}: not a model folder, because it has no config.json. Set model.path to a model folder{hint}"
+        )
     check_files(path)
     return str(path)
 
