@@ -100,8 +100,8 @@ def describe_trained(model: Any) -> str:
     causal_lm = model.get_base_model() if has_adapter else model
     embeddings = [module for module in causal_lm.modules() if isinstance(module, nn.Embedding)]
     adapted_layers = [module.base_layer for module in causal_lm.modules() if hasattr(module, "lora_A")]
-    left_out = (*embeddings, *adapted_layers, causal_lm.get_output_embeddings())
-    known = {id(weight) for module in left_out for weight in module.parameters()}
+    exempt = (*embeddings, *adapted_layers, causal_lm.get_output_embeddings())
+    exempt_ids = {id(weight) for module in exempt for weight in module.parameters()}
     prefix, blocks = language_model(causal_lm), set()
     adapted: dict[str, None] = {}
     frozen: dict[str, None] = {}
@@ -110,7 +110,7 @@ def describe_trained(model: Any) -> str:
         if matrix:
             adapted[_part(layer.removesuffix(".base_layer"), prefix)] = None
             blocks.update(re.findall(r"^.*?\.\d+\.", layer))
-        elif not parameter.requires_grad and parameter.dim() > 1 and id(parameter) not in known:
+        elif not parameter.requires_grad and parameter.dim() > 1 and id(parameter) not in exempt_ids:
             frozen[_part(name, prefix)] = None
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     text = f"adapted: {', '.join(adapted)} in {len(blocks)} blocks" if has_adapter else "trained: all weights"

@@ -28,6 +28,8 @@ ELEMENTWISE_OPTIMIZERS = ("adam", "adamw", "nadam", "radam", "rmsprop", "sgd")
 """Optimizers that update each weight independently, so that they work on FSDP's shards of a weight."""
 
 ADAPTER_LOADERS = {"vllm": "vLLM", "sglang": "SGLang", "llama.cpp": "llama.cpp"}
+"""Programs that load adapters, by `opponent.server.api`."""
+
 MERGE_REMEDY = (
     "Set opponent.engine: local, or start a server with {merged} in opponent.server.launch_command or reload_command"
 )
