@@ -1,6 +1,7 @@
 """What the first stage says before anything long begins."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -36,7 +37,7 @@ def test_one_process_on_several_gpus_says_how_to_use_all(
     assert not noted or ("1 of 4 GPUs" in lines[0] and "torchrun --nproc-per-node 4 -m spinlm" in lines[0])
 
 
-def test_a_merged_base_is_made_again_if_the_adapter_changes_before_the_first_result(tmp_path: Path) -> None:
+def test_a_merged_base_follows_its_adapter_until_the_first_result(tmp_path: Path) -> None:
     model = save_tiny_model(tmp_path / "model")
     save_adapter(model, tmp_path / "adapter", tokenizer=True)
     data = tmp_path / "data.jsonl"
@@ -52,3 +53,8 @@ def test_a_merged_base_is_made_again_if_the_adapter_changes_before_the_first_res
     made = (folder.base / "config.json").stat().st_ino
     prepare(Run(recipe, folder))
     assert (folder.base / "config.json").stat().st_ino == made
+    shutil.rmtree(tmp_path / "adapter")
+    assert Run(recipe, folder).players.base_model == str(folder.base)
+    (folder.base / "config.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(ModelError, match="no such file or folder"):
+        _ = Run(recipe, folder).players.base_model

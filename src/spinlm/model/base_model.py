@@ -54,10 +54,15 @@ def prepare_base(recipe: Recipe, folder: RunDir) -> Model:
     if not recipe.merges_adapter:
         path = prepare_unmerged(model, folder)
         return model.base_model.model_copy(update={"path": path})
-    adapter = adapter_files(model)
-    weights = {file.name: file_digest(file) for file in sorted(adapter.glob("adapter_*"))}
-    source = {"base": model.base, "revision": model.base_revision, "adapter": weights}
-    make_once(folder.base, source, lambda target: _save_merged_base(model, adapter, target))
+    try:
+        adapter = adapter_files(model)
+    except ModelError:  # the merged base does not need the adapter any more
+        if not _is_intact(folder.base):
+            raise
+    else:
+        weights = {file.name: file_digest(file) for file in sorted(adapter.glob("adapter_*"))}
+        source = {"base": model.base, "revision": model.base_revision, "adapter": weights}
+        make_once(folder.base, source, lambda target: _save_merged_base(model, adapter, target))
     return model.base_model.model_copy(update={"path": str(folder.base.absolute()), "revision": None})
 
 
@@ -123,6 +128,12 @@ def warn_remote_code() -> None:
 
 
 _verified: dict[Path, dict[str, Any]] = {}  # folder → its source, if this process made or verified the folder
+
+
+def _is_intact(folder: Path) -> bool:
+    """Whether a folder that `make_once` made has all its files, with the digests that it recorded."""
+    record = folder / "source.json"
+    return record.exists() and read_json(record).get("files") == _digests(folder)
 
 
 def make_once(folder: Path, source: dict[str, Any], make: Callable[[Path], None]) -> None:
