@@ -301,12 +301,20 @@ def test_rows_that_are_refused(name: str, read: Any) -> None:
     [
         {"messages": [user("p"), assistant("r", images=["x"], reasoning_content="y", weight=0)]},
         {"messages": [user("p"), assistant("r")], "tools": [{"name": "f"}], "label": False},
+        {"messages": [user("p"), assistant("r")], "system": "Be brief."},
+        {"messages": [user("p"), assistant("r")], "system_prompt": "Be brief."},
     ],
 )
 def test_fields_can_be_ignored(row: Row, read: Any) -> None:
-    ignore = ["images", "reasoning_content", "weight", "tools", "label"]
+    ignore = ["images", "reasoning_content", "weight", "tools", "label", "system", "system_prompt"]
     selection, examples = read([row, {"messages": [user("q"), assistant("r")]}], columns={"ignore": ignore})
     assert not selection.skipped and [example.messages for example in examples] == [[user("p")], [user("q")]]
+
+
+def test_columns_that_would_be_recognized_can_be_ignored(read: Any) -> None:
+    row = {"instruction": "p", "input": "x", "output": "r"}
+    _, examples = read([row, {"instruction": "q", "output": "r"}], columns={"ignore": ["input"]})
+    assert [example.messages for example in examples] == [[user("p")], [user("q")]]
 
 
 @pytest.mark.parametrize(

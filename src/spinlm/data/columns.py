@@ -267,7 +267,8 @@ def recognize_layout(source: Source, named: Columns) -> Layout:
         raise DataError(
             "data.columns names both messages and a prompt or response: name messages, or prompt and response"
         )
-    messages, prompt, response = _find_columns(columns, named)
+    found = [column for column in columns if column == "rejected" or column not in named.ignore]
+    messages, prompt, response = _find_columns(found, named)
     if messages and named.context:
         raise DataError(f"data.columns.context needs a prompt, but {messages!r} holds whole conversations")
     if not messages and (not prompt or not response or prompt == response):
@@ -277,15 +278,15 @@ def recognize_layout(source: Source, named: Columns) -> Layout:
             "data.columns.messages for a list of messages"
         )
     has_prompt_id = messages is not None and messages in (named.messages, "messages", *_CONVERSATIONS)
-    context = _first(columns, *_CONTEXTS) if prompt == "instruction" else None
+    context = _first(found, *_CONTEXTS) if prompt == "instruction" else None
     return Layout(
         messages=messages,
         prompt=prompt,
         context=named.context or (context if context != response else None),
         response=response,
         rejected=named.rejected,
-        system=named.system or _first(columns, "system", "system_prompt"),
-        id=named.id or (_first(columns, "prompt_id") if has_prompt_id else None),
+        system=named.system or _first(found, "system", "system_prompt"),
+        id=named.id or (_first(found, "prompt_id") if has_prompt_id else None),
         ignore=tuple(named.ignore),
         columns=tuple(columns),
     )
