@@ -238,7 +238,9 @@ def edit(adapter: Path, **values: Any) -> None:
 def test_the_base_of_an_adapter(base: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     adapter = save_adapter(base(), tmp_path / "adapter")
     shutil.copytree(base(), adapter / "nearby")
-    for recorded, expected in (("nearby", str(adapter / "nearby")), ("org/base", "org/base")):
+    shutil.copytree(base(), tmp_path / "sibling")
+    places = (("nearby", str(adapter / "nearby")), ("sibling", str(tmp_path / "sibling")), ("org/base", "org/base"))
+    for recorded, expected in places:
         edit(adapter, base_model_name_or_path=recorded, revision="abc")
         model = resolved(adapter, lora={}).model
         assert (model.base_model.path, model.base_model.revision) == (expected, "abc")
@@ -255,9 +257,9 @@ def test_the_base_of_an_adapter(base: Any, tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     edit(adapter, base_model_name_or_path="someone/no-such-base")
-    with pytest.raises(ModelError, match=r"adapter: the base .*: someone/no-such-base: .*Set model\.base"):
+    with pytest.raises(ModelError, match=r"adapter: the base .*: someone/no-such-base: .*set model\.base to its path"):
         Players(resolved(adapter, lora={}), RunDir(tmp_path / "run"))
-    with pytest.raises(ModelError, match=r"adapter: the base .*: someone/no-such-base: .*Set model\.base"):
+    with pytest.raises(ModelError, match=r"adapter: the base .*: someone/no-such-base: .*set model\.base to its path"):
         model_fingerprint(resolved(adapter, lora={}).model, {})
 
 

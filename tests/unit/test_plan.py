@@ -721,3 +721,19 @@ def test_the_table_of_larger_runs_is_as_printed() -> None:
     script = [sys.executable, ROOT / "benchmarks" / "scale.py"]
     table = subprocess.run(script, check=True, capture_output=True, text=True).stdout.strip()
     assert table in (ROOT / "docs" / "scale.md").read_text(), "run benchmarks/scale.py and put its output there"
+
+
+def test_rows_that_cannot_be_used_are_noted_or_refuse_the_plan(tmp_path: Path) -> None:
+    good, bad = {"prompt": words(3), "response": words(3)}, {"prompt": words(3), "response": None}
+    some = make_plan(recipe(data={"path": data_file(tmp_path, [good, bad, good, good]), "heldout": 1}))
+    assert any("1 of 4 sampled rows" in note and "row 3" in note for note in some.notes)
+    none = make_plan(recipe(data={"path": data_file(tmp_path, [bad, bad]), "heldout": 1}))
+    assert "no row can be used" in none.refusals[0] and "row 1" in none.refusals[0]
+
+
+def test_a_missing_base_of_an_adapter_refuses_the_plan(tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    write_json(adapter / "adapter_config.json", {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q"]})
+    plan = make_plan(recipe(model={"path": str(adapter), "base": "/nonexistent/base"}, lora={}))
+    assert any("/nonexistent/base" in refusal for refusal in plan.refusals)

@@ -14,6 +14,7 @@ from spinlm.cli import benchmark, inspect, run, starter
 from spinlm.errors import PeerError, SpinError, is_out_of_memory
 from spinlm.utils.atomic import STORAGE_ERRNOS
 from spinlm.utils.console import printable, quiet_libraries
+from spinlm.utils.hardware import limit_spinning
 
 app = typer.Typer(
     name="spinlm",
@@ -71,6 +72,7 @@ def _configure_output() -> None:
     """Set up logging, the encoding of the streams, and the verbosity of libraries."""
     os.environ.setdefault("TQDM_DISABLE", "1")  # spinlm shows its own progress
     quiet_libraries()
+    limit_spinning()
     for stream in (sys.stdout, sys.stderr):  # a stream that is not UTF-8 shows ? for what it cannot encode
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")

@@ -4,6 +4,7 @@ import importlib
 import json
 import shlex
 import shutil
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -150,9 +151,19 @@ def print_result(folder: RunDir) -> None:
     out.print(verdict(folder))
     best = START if (chosen := folder.best()) is None else chosen
     out.print(printable(f"\nThe run is in {folder.root}; the best player is {folder.player(best)}. Next:"))
-    program = "spinlm" if shutil.which("spinlm") else "python -m spinlm"
+    program = "spinlm" if shutil.which("spinlm") else _program()
     for command, purpose in _next_commands(folder).items():
         out.print(f"  {program} {printable(command)}    # {purpose}", soft_wrap=True)
+
+
+def _program() -> str:
+    """Return how to start spinlm in a shell that does not find it by name, such as one without the environment."""
+    script, options = Path(sys.executable).with_name("spinlm"), []
+    if not script.exists():
+        script, options = Path(sys.executable), ["-m", "spinlm"]
+    if script.is_relative_to(Path.cwd()):
+        script = script.relative_to(Path.cwd())
+    return shlex.join([str(script), *options])
 
 
 def _next_commands(folder: RunDir) -> dict[str, str]:

@@ -92,8 +92,8 @@ def as_base_error(model: Model) -> Iterator[None]:
     except ModelError as error:
         message = str(error).replace("model.path", "model.base").replace("model.revision", "model.base_revision")
         raise ModelError(
-            f"{model.path}: the base model of this adapter cannot be used: {message}. Set model.base to a folder or "
-            "hub id of that model"
+            f"{model.path}: the base model of this adapter cannot be used: {message}. If the base is a folder, set "
+            "model.base to its path"
         ) from error
 
 

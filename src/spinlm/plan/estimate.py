@@ -112,6 +112,7 @@ def _refusals(recipe: Recipe, config: Mapping[str, Any], lengths: Lengths, folde
     """Yield why the run would not start, as far as that is known without loading anything."""
     try:
         resolve_model(recipe.model.path)
+        resolve_model(recipe.model.base_model.path)
         check_row_length(recipe.model.base_model.path, config, recipe.train.max_length)
     except ModelError as error:
         yield str(error)
@@ -143,6 +144,8 @@ def _notes(recipe: Recipe, lengths: Lengths, shape_source: str, devices: tuple[D
             "data.prompts is not set, and the plan does not count the rows of hub data sets and large files. The plan "
             f"is for {num_prompts(recipe, lengths):,} prompts."
         )
+    if lengths.bad_rows:
+        yield lengths.bad_rows
     if lengths.are_limits:
         yield "Lengths are upper limits, so tokens and time are, too. From a local file the plan estimates lengths."
     if not devices:

@@ -1,6 +1,5 @@
 """Token lengths of prompts and responses: estimated from a local file, or the recipe's limits."""
 
-import contextlib
 import json
 import math
 import re
@@ -32,6 +31,7 @@ class Lengths:
     are_limits: bool  # the recipe's limits, not the data's lengths
     examples: int | None = None  # None if not counted
     data_error: str = ""  # why the data cannot be used
+    bad_rows: str = ""  # how many of the sampled rows cannot be used, and why
 
     def tokens(self, prefix_sharing: bool, *parts: tuple[int, int]) -> int:
         """Count tokens of prompts, each with its real response and a number of synthetic ones.
@@ -46,7 +46,7 @@ class Lengths:
 
 def find_lengths(recipe: Recipe) -> Lengths:
     """Return the lengths of a recipe's examples."""
-    examples, sizes, error = _sample_data(recipe.data)
+    examples, sizes, error, bad_rows = _sample_data(recipe.data)
     limit, new = recipe.train.max_length, recipe.longest_synthetic
     name = ", ".join(Path(path).name for path in recipe.data.paths[:3])
     if sizes:
@@ -60,34 +60,47 @@ def find_lengths(recipe: Recipe) -> Lengths:
         prompt = longest = max(limit - new, limit // 2)
         real, source = limit - prompt, "upper limits, from train.max_length and opponent.max_new_tokens"
     return Lengths(
-        prompt, real, min(real, new), longest, source, are_limits=not sizes, examples=examples, data_error=error
+        prompt,
+        real,
+        min(real, new),
+        longest,
+        source,
+        are_limits=not sizes,
+        examples=examples,
+        data_error=error,
+        bad_rows=bad_rows,
     )
 
 
-def _sample_data(data: Data) -> tuple[int | None, list[tuple[int, int]], str]:
+def _sample_data(data: Data) -> tuple[int | None, list[tuple[int, int]], str, str]:
     """Count the examples of a local file and measure some.
 
     Returns:
-        The number of examples (None if unknown), the tokens of prompt and response of some, and why the data cannot be
-        used (empty if they can). Hub data sets and large files are not read.
+        The number of examples (None if unknown), the tokens of prompt and response of some, why the data cannot be used
+        (empty if they can), and a note on rows that cannot be used. Hub data sets and large files are not read.
     """
     source: Source | None = None
     try:
         files = data_files(data)
         if files is None or sum(file.stat().st_size for file in files if _is_read_whole(file)) > MAX_FILE_BYTES:
-            return None, [], ""
+            return None, [], "", ""
         source = open_source(data)
         layout = recognize_layout(source, data.columns)
     except DataError as error:
-        return len(source) if source else None, [], str(error)
+        return len(source) if source else None, [], str(error), ""
     rows = len(source)
-    sizes, readable = [], 0
+    sizes, readable, faults = [], 0, []
     for index in _sample(rows):
-        with contextlib.suppress(RowError):
+        try:
             sizes += _example_sizes(source.row(index), layout, data.turns)
             readable += 1
+        except RowError as error:
+            faults.append(f"{source.place(index)}: {error}")
     examples = round(rows * len(sizes) / readable) if data.turns == "all" and readable else rows
-    return examples, sizes, ""
+    if faults and not readable:
+        return examples, [], f"no row can be used: {faults[0]}", ""
+    note = f"{len(faults)} of {len(faults) + readable} sampled rows cannot be used: {faults[0]}." if faults else ""
+    return examples, sizes, "", note
 
 
 def _is_read_whole(file: Path) -> bool:

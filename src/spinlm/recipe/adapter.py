@@ -150,7 +150,8 @@ def _fault(config: dict[str, Any]) -> str:
 def _base(model: Model, config: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Return the values of `model.base` and `model.base_revision`.
 
-    A base that the adapter names is looked up in the current folder, as PEFT does, and then in the adapter's folder.
+    A base that the adapter names is looked up in the current folder, as PEFT does, then in the adapter's folder, then
+    next to that folder.
     """
     recorded = config.get("base_model_name_or_path")
     if model.base is not None:
@@ -160,7 +161,8 @@ def _base(model: Model, config: dict[str, Any], folder: Path) -> dict[str, Any]:
         raise ModelError(
             f"{model.path}: {ADAPTER_CONFIG} names no base model. Set model.base to the model it was trained on"
         )
-    local = existing_path(recorded) or existing_path(str(folder / recorded))
+    places = (Path(), folder, folder.parent)
+    local = next(filter(None, (existing_path(str(place / recorded)) for place in places)), None)
     if local is None and looks_local(recorded):
         raise ModelError(
             f"{model.path}: its base model {recorded} is not on this machine; {ADAPTER_CONFIG} names the folder on the "

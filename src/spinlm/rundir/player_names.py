@@ -14,7 +14,7 @@ def parse_player(folder: RunDir, name: str) -> int:
     saved = [path.parent.name for path in sorted(folder.root.glob("*/player")) if not path.parent.is_symlink()]
     if not saved and not folder.marker("sft", START).exists():
         raise RunError(
-            f"{folder.root}: has no player yet; the sft stage makes the start. `spinlm status` shows the progress"
+            f"{folder.root}: has no player yet, because its preparation is not complete. `spinlm status` shows why"
         )
     iteration: int | None
     if name == "best":

@@ -1,5 +1,6 @@
-"""Memory that this process may use, and whether the machine has a GPU. Imports no torch."""
+"""Memory that this process may use, its threads, and whether the machine has a GPU. Imports no torch."""
 
+import os
 from pathlib import Path
 
 import psutil
@@ -13,6 +14,20 @@ CGROUP_FILES = (
 DEVICES = Path("/dev")
 GPU_DEVICE_FILES = "nvidia[0-9]*", "dxg", "kfd"
 """Device files of CUDA, the Windows Subsystem for Linux, and ROCm."""
+
+
+SPIN_COUNT = "2000"
+"""How long a thread of OpenMP spins before it sleeps. With OpenMP's own 300,000, two threads on two cores of which
+another program takes one generate a third as fast as on idle cores; with this, 40% as fast, and 93% on idle cores."""
+
+
+def limit_spinning() -> None:
+    """Let threads that wait for each other sleep soon, unless the user has chosen. Call this before torch is imported.
+
+    The number of threads stays: with another one, the last digits of a result may differ.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
 
 
 def has_gpu() -> bool:
