@@ -190,7 +190,7 @@ def test_without_a_network(spinlm, recipe, hub, home, tmp_path):
 
 
 def test_the_cache_is_not_taken_for_another_commit(spinlm, recipe, hub):
-    """`datasets` takes what its cache has, whatever the revision."""
+    """`datasets` reads its cache without looking at the revision."""
     old = hub.commit("datasets/o/twice", data_set("Old"))
     hub.commit("datasets/o/twice", data_set("New"))
     play(spinlm, recipe(data={"path": "o/twice"}))

@@ -240,7 +240,7 @@ REFUSED: dict[str, tuple[Row, str, str]] = {
         "unsupported_field",
         "'chat_template_kwargs' is not empty: the variables of the template are the same for all rows",
     ),
-    "history beside messages": (
+    "history next to messages": (
         {"messages": [user("p"), assistant("r")], "history": [["a", "b"]]},
         "unsupported_field",
         "'history' is not empty",

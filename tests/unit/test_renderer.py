@@ -427,7 +427,7 @@ def test_a_marker_that_also_begins_turns_is_no_text() -> None:
         "{% for m in messages %}{{ ('<tool>' if m.role == 'assistant' else '') + m.content + eos_token }}{% endfor %}"
     )
     assert reason(thinker(template=headless), [USER], "Yes.<tool>Yes.")[0] == "control_token"
-    # One that the template writes into assistant messages alone is text, whatever its name.
+    # A marker that the template writes only into assistant messages is text.
     inside = CHATML.replace("m.content", "('<tool>x<tool>' if m.role == 'assistant' else '') + m.content")
     assert thinker(template=inside).encode([USER], "a <tool>", 1000).text == "a <tool>"
 

@@ -216,7 +216,7 @@ def _values(row: Any) -> dict[str, Any]:
     for name, column in zip(row.column_names, row.columns, strict=True):
         try:
             (values[name],) = column.to_pylist()
-        except Exception as error:  # not UTF-8, a date outside Python's range, an unknown time zone
+        except Exception as error:  # pyarrow, datetime and zoneinfo share no exception class
             raise RowError("unreadable", f"{name!r} cannot be read: {error}") from error
     return values
 

@@ -42,7 +42,7 @@ def check_4bit_support() -> None:
     try:
         packed, state = bitsandbytes.functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
         error = (bitsandbytes.functional.dequantize_4bit(packed, state) - weight).abs().max().item()
-    except (RuntimeError, NotImplementedError, AttributeError, ValueError) as failure:  # depends on the device
+    except (RuntimeError, NotImplementedError, AttributeError, ValueError) as failure:  # each device raises its own
         raise ModelError(
             f"model.load_in_4bit: {version} does not work on this machine's {device}: {failure}. "
             "Upgrade bitsandbytes, or set model.load_in_4bit: false"

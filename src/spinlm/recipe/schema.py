@@ -261,7 +261,7 @@ class Recipe(Section):
 
     @property
     def start(self) -> str:
-        """The model that the run starts from, in words."""
+        """Description of the model that the run starts from."""
         path, lora = self.model.path, self.lora
         if self.model.base is None:
             return path

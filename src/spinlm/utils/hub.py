@@ -40,7 +40,7 @@ class Repository:
         """
         try:
             return with_retries(function, self.name)
-        except Exception as error:
+        except Exception as error:  # hub client and HTTP library share no class; an unknown error is raised unchanged
             if problem := self._problem(error):
                 raise (ModelError if self.kind == "model" else DataError)(problem) from error
             raise
