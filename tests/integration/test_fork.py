@@ -79,6 +79,58 @@ def test_fork_may_have_another_objective(fork, reference, tmp_path):
     assert ours[name] != theirs[name]
 
 
+def generated(run):
+    """Shard files of iteration 0 in a run, and whether its generate marker says that an earlier process did a part."""
+    marker = json.loads((run / ".spinlm" / "iteration-0" / "generate.done").read_text())
+    return {path.name: path.read_text() for path in (run / "iteration-0" / "generations").glob("*")}, marker
+
+
+def test_responses_of_iteration_0_are_taken(fork, reference, tmp_path, monkeypatch):
+    """10 held-out prompts in shards of 4 are 3 files, 24 prompts for training are 6."""
+    shards, marker = generated(reference)
+    assert len(shards) == 9
+    said = fork("objective.beta=1", "selfplay.iterations=1").err
+    assert f"copied the responses of iteration 0 from {reference} (9 files)" in said
+    ours, our_marker = generated(tmp_path / "fork")
+    assert ours == shards and our_marker["resumed"]
+    assert (our_marker["digest"], our_marker["made_from"]) == (marker["digest"], marker["made_from"])
+    provenance = json.loads((tmp_path / "fork" / "provenance.json").read_text())
+    assert provenance["responses_from"] == str(reference)
+    # A control needs the responses to held-out prompts only, and self-play takes those from a control.
+    control = tmp_path / "control"
+    assert "(3 files)" in fork("objective={name: sft}", "selfplay.iterations=1", "train.epochs=1", name="control").err
+    assert set(generated(control)[0]) == {f"heldout-0000{number}.jsonl" for number in range(3)}
+    said = fork("selfplay.iterations=1", name="back", source=control).err
+    assert f"copied the responses of iteration 0 from {control} (3 files)" in said
+    assert generated(tmp_path / "back")[0] == shards  # six shards are generated as in the reference
+
+
+def test_other_responses_are_not_taken(fork, reference, tmp_path):
+    said = fork("opponent.temperature=0", "selfplay.iterations=1").err
+    assert "copied the responses" not in said and "opponent.temperature: was 0.4, is 0.0" in said
+    ours, _ = generated(tmp_path / "fork")
+    assert ours.keys() == generated(reference)[0].keys() and ours != generated(reference)[0]
+
+
+def test_changed_responses_of_the_source_are_refused(fork, reference, tmp_path):
+    source = shutil.copytree(reference, tmp_path / "source", symlinks=True)
+    with (source / "iteration-0" / "generations" / "heldout-00000.jsonl").open("a") as file:
+        file.write(" ")
+    assert "has changed since it was written" in fork(source=source, code=2).message
+
+
+def test_interrupted_copy_of_responses_is_completed(fork, reference, tmp_path):
+    """A kill between two files leaves some of them, each with its digest, and no marker."""
+    fork("selfplay.iterations=1")
+    run = tmp_path / "fork"
+    for path in (*(run / "iteration-0").iterdir(), *(run / ".spinlm" / "iteration-0").iterdir(), run / "best"):
+        if path.name not in ("generations", "generate.begun"):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    (run / "iteration-0" / "generations" / "train-00003.jsonl").unlink()
+    assert "(1 files)" in fork().err
+    assert played(run) == played(reference)
+
+
 def test_fork_does_not_change_its_source(fork, reference, tmp_path):
     source = shutil.copytree(reference, tmp_path / "source", symlinks=True)
     before = contents(source)

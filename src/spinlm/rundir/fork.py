@@ -1,4 +1,4 @@
-"""Fork: copy the starting player of another run, so that both runs can be compared."""
+"""Fork: copy the starting player of another run, and the responses to it, so that both runs can be compared."""
 
 import contextlib
 import logging
@@ -7,10 +7,11 @@ import shutil
 from pathlib import Path
 
 from spinlm.errors import RunError
-from spinlm.recipe.fingerprint import differences, with_defaults
+from spinlm.recipe.fingerprint import differences, recipe_fingerprint, with_defaults
 from spinlm.recipe.schema import MUTABLE_FIELDS, Recipe
 from spinlm.rundir.layout import RunDir
 from spinlm.rundir.provenance import current_provenance, read_recipe
+from spinlm.rundir.records import PAIR_SPLITS
 from spinlm.rundir.stage_graph import START, START_STAGES
 from spinlm.utils.atomic import atomic_path, read_json, write_json
 
@@ -27,22 +28,39 @@ FIELDS_AFTER_START = (
     "opponent.top_p",
     "opponent.samples_per_prompt",
     "opponent.shard_size",
+    "opponent.exclude_correct",
     *MUTABLE_FIELDS,
 )
 """Sections and fields of the recipe that the stages of the start do not read. A fork may change them."""
 
+FIELDS_AFTER_GENERATE = (*MUTABLE_FIELDS, "opponent.exclude_correct")
+"""Fields of `opponent` that the stage `generate` does not read, or that leave its responses the same."""
+
 
 def fork_from(recipe: Recipe, folder: RunDir, source: RunDir) -> None:
-    """Copy the examples, the starting player and its evaluation from another run, if the folder does not have them.
+    """Copy what the folder does not have and the recipe has in common with another run.
+
+    This is the start (examples, starting player and its evaluation) and, if both recipes ask for the same ones, the
+    responses of iteration 0.
 
     Raises:
-        RunError: `check_source` fails, or the folder has another start.
+        RunError: `check_source` fails, the folder has another start, or responses of the other run have changed.
     """
     check_source(recipe, folder, source)
     if folder.has_results():
         _check_same_start(folder, source)
-        if folder.done("evaluate", START):
-            return
+    if not folder.done("evaluate", START):
+        _copy_start(folder, source)
+    if not folder.done("generate", 0):
+        _copy_responses(recipe, folder, source)
+
+
+def prompt_splits(recipe: Recipe) -> tuple[str, ...]:
+    """Return the splits that the opponent responds to. A control does not train on responses: held-out prompts only."""
+    return ("heldout",) if recipe.is_control else PAIR_SPLITS
+
+
+def _copy_start(folder: RunDir, source: RunDir) -> None:
     for part in (source.base, source.prefix_sharing, source.examples("train").parent, source.iteration(START)):
         for path in (path for path in [part, *part.rglob("*")] if path.is_file()):
             if source.checkpoints(START) not in path.parents:
@@ -52,6 +70,30 @@ def fork_from(recipe: Recipe, folder: RunDir, source: RunDir) -> None:
     for stage in START_STAGES:  # last, because a marker says that the files of its stage are complete
         _copy_or_link(source.marker(stage, START), folder.marker(stage, START))
     log.info("copied the start from %s", source.root)
+
+
+def _copy_responses(recipe: Recipe, folder: RunDir, source: RunDir) -> None:
+    """Copy the responses of iteration 0 that the other run has and this one needs; `generate` writes the others."""
+    if not source.done("generate", 0):
+        return
+    values = (with_defaults(read_recipe(source)), recipe.model_dump(mode="json"))
+    changes = _other_than(FIELDS_AFTER_GENERATE, differences(*({"opponent": each["opponent"]} for each in values)))
+    if changes:
+        log.info("generating responses, which those of %s cannot replace: %s", source.root, "; ".join(changes))
+        return
+    source.check_outputs("generate", 0)
+    folder.begin("generate", 0, recipe_fingerprint(recipe, 0))  # so that the stage keeps what it finds
+    outputs = [source.root / name for name in source.metadata("generate", 0)["outputs"]]
+    copied = 0
+    for path in (path for path in outputs if path.name.startswith(prompt_splits(recipe))):
+        target = folder.root / path.relative_to(source.root)
+        if not folder.is_verified(target):
+            _copy_or_link(path, target)
+            folder.record_digest(target)
+            copied += 1
+    if copied:
+        write_json(folder.provenance, read_json(folder.provenance) | {"responses_from": str(source.root.absolute())})
+        log.info("copied the responses of iteration 0 from %s (%d files)", source.root, copied)
 
 
 def check_source(recipe: Recipe, folder: RunDir, source: RunDir) -> None:
@@ -69,17 +111,20 @@ def check_source(recipe: Recipe, folder: RunDir, source: RunDir) -> None:
                 f"`spinlm run RECIPE --run-dir {source.root}`"
             )
         source.require(stage, START)
-    changes = [
-        line
-        for line in differences(with_defaults(read_recipe(source)), recipe.model_dump(mode="json"))
-        if not line.startswith(tuple(f"{name}{end}" for name in FIELDS_AFTER_START for end in (":", ".")))
-    ]
+    changes = _other_than(
+        FIELDS_AFTER_START, differences(with_defaults(read_recipe(source)), recipe.model_dump(mode="json"))
+    )
     if changes:
         raise RunError(
             f"--start-from {source.root}: its start was made with other settings:\n"
             + "\n".join(f"  {line}" for line in changes)
             + "\nMake these equal, or leave --start-from out"
         )
+
+
+def _other_than(fields: tuple[str, ...], changes: list[str]) -> list[str]:
+    """Return the changes that are not changes of these fields or sections."""
+    return [line for line in changes if not line.startswith(tuple(f"{name}{end}" for name in fields for end in ":."))]
 
 
 def _check_same_start(folder: RunDir, source: RunDir) -> None:

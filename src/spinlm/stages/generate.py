@@ -13,18 +13,13 @@ from spinlm.generation import open_engine
 from spinlm.generation.base import Engine, Sampling
 from spinlm.model.players import Players
 from spinlm.model.run import Run
-from spinlm.recipe.schema import Recipe
+from spinlm.rundir.fork import prompt_splits
 from spinlm.rundir.layout import RunDir
-from spinlm.rundir.records import PAIR_SPLITS, Example, Generation, RecordFile, to_line
+from spinlm.rundir.records import Example, Generation, RecordFile, to_line
 from spinlm.utils.atomic import atomic_file
 from spinlm.utils.seeds import derive_seed
 
 log = logging.getLogger("spinlm")
-
-
-def prompt_splits(recipe: Recipe) -> tuple[str, ...]:
-    """Return the splits that the opponent responds to. A control does not train on responses: held-out prompts only."""
-    return ("heldout",) if recipe.is_control else PAIR_SPLITS
 
 
 def generate(run: Run, t: int) -> None:

@@ -17,6 +17,7 @@ from spinlm.model.players import Players
 from spinlm.model.prefix_trees import PrefixTree, micro_batches
 from spinlm.model.run import Run
 from spinlm.recipe.objective import TSpin
+from spinlm.rundir.fork import prompt_splits
 from spinlm.rundir.records import (
     PAIR_SPLITS,
     Example,
@@ -27,7 +28,6 @@ from spinlm.rundir.records import (
     read_pairs,
     write_pairs,
 )
-from spinlm.stages.generate import prompt_splits
 from spinlm.utils.atomic import atomic_path
 from spinlm.utils.signals import check_interrupt
 
