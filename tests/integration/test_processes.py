@@ -1,10 +1,12 @@
 """Several processes on one run give the results of one process. If one is lost, all end, and a rerun continues."""
 
 import json
+import math
 import re
 import shutil
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import time
@@ -16,8 +18,15 @@ import psutil
 import pytest
 from commands import Cli, Process, asleep
 from model_server import ModelServer, listen
-from runs import RECIPE, SAVE_STEPS, World, assert_whole, fifo, held_by, read_jsons, readme_command, steps
+from runs import RECIPE, SAVE_STEPS, World, assert_whole, fifo, held_by, read_jsons, read_pairs, readme_command, steps
 from safetensors.torch import load_file
+
+from models import load_player, naive_logprob
+from spinlm.cli.options import read_run
+from spinlm.errors import StoppedError
+from spinlm.model.run import open_run
+from spinlm.rundir.layout import RunDir
+from spinlm.stages import reference_logprobs as stage_module
 
 LAST = "iteration-1"
 LOST_AFTER = 4  # seconds
@@ -337,3 +346,75 @@ def test_launcher_with_its_own_sharding_is_refused(world, cli, tmp_path, name):
     result = process.wait()
     assert result.code == 2
     assert f"use {name}" in result.message and "train.fsdp: full_shard" in result.message
+
+
+# A reference that is a mixture of the opponent and the start
+
+
+@pytest.fixture(scope="module")
+def mixed(world: World, session_cli: Cli, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of two processes with `objective.reference_mix`, without dropout, with all pairs in each step."""
+    run = tmp_path_factory.mktemp("mixed") / "run"
+    for process in launch(
+        session_cli, world, run, "objective.reference_mix=0.25", "lora.dropout=0.0", "train.batch_size=64"
+    ):
+        assert process.wait().code == 0
+    return run
+
+
+def test_pairs_of_a_mixed_reference(mixed, world):
+    """From iteration 1 on, training pairs also hold log p_θ0; the loss mixes, and the margin stays against θ_t."""
+    theta_0, theta_1 = (load_player(world.model, mixed / name / "player") for name in ("start", "iteration-0"))
+    assert all(pair["start_real"] is None for pair in read_pairs(mixed, 0, "train") + read_pairs(mixed, 1, "heldout"))
+    pairs = read_pairs(mixed, 1, "train")
+    for pair in pairs:
+        for kind in ("real", "synthetic"):
+            ids = pair["prompt_ids"], pair[f"{kind}_ids"]
+            assert pair[f"opponent_{kind}"] == pytest.approx(naive_logprob(theta_1, *ids).item(), abs=1e-4)
+            assert pair[f"start_{kind}"] == pytest.approx(naive_logprob(theta_0, *ids).item(), abs=1e-4)
+    # At step 0 log p_θ = log p_θt, so r = log p_θt − (0.25 log p_θt + 0.75 log p_θ0) = 0.75 (log p_θt − log p_θ0).
+    moved = [
+        (pair["opponent_real"] - pair["start_real"]) - (pair["opponent_synthetic"] - pair["start_synthetic"])
+        for pair in pairs
+    ]
+    assert max(map(abs, moved)) > 0.05
+    expected = statistics.fmean(math.log1p(math.exp(-0.1 * 0.75 * margin)) for margin in moved)
+    first = next(line for line in steps(mixed) if line["stage"] == "train" and line["iteration"] == 1)
+    assert first["loss"] == pytest.approx(expected, abs=1e-5)
+    assert first["margin"] == pytest.approx(0, abs=1e-4)
+    rates = RunDir(mixed).metadata("reference_logprobs", 1)["train"]
+    assert rates["logprob_mismatch_mean"] < 1e-4
+
+
+def test_a_mixed_reference_resumes_between_and_within_files(mixed, rewind, monkeypatch):
+    """A stage stopped at the third file's θ_0 keeps every log p_θt, and the two files that are complete."""
+    run = rewind(mixed, 1, "reference_logprobs")
+    folder, recipe = read_run(run)
+    add, made = stage_module._add_start_logprobs, []
+
+    def stop(run_object, path):
+        if path.name == "train-00002.arrow":
+            raise StoppedError("stopped")
+        add(run_object, path)
+
+    def count(*arguments):
+        made.append(arguments)
+        return make(*arguments)
+
+    make = stage_module._make_pairs
+    with monkeypatch.context() as patch:
+        patch.setattr(stage_module, "_add_start_logprobs", stop)
+        with pytest.raises(StoppedError), open_run(recipe, folder) as opened:
+            stage_module.reference_logprobs(opened, 1)
+    starts = [pair["start_real"] is not None for pair in read_pairs(run, 1, "train")]
+    assert any(starts) and not all(starts)
+    files = {path.name: path.stat().st_mtime_ns for path in (run / LAST / "pairs").glob("train-0000[01].arrow")}
+    monkeypatch.setattr(stage_module, "_make_pairs", count)
+    with open_run(recipe, folder) as opened:
+        stage_module.reference_logprobs(opened, 1)
+    assert not made
+    assert {name: (run / LAST / "pairs" / name).stat().st_mtime_ns for name in files} == files
+    for name in ("train", "heldout"):
+        for ours, theirs in zip(read_pairs(run, 1, name), read_pairs(mixed, 1, name), strict=True):
+            assert ours.keys() == theirs.keys()
+            assert all(ours[key] == theirs[key] or ours[key] == pytest.approx(theirs[key], abs=1e-5) for key in ours)

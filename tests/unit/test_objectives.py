@@ -295,6 +295,7 @@ ONE = tuple(torch.tensor([value]) for value in (-4.0, -5.0, -3.0, -4.0))
         ({"name": "dpo-positive", "dpop_lambda": 3.0}, dpo_positive(*ONE, beta=0.1, dpop_lambda=3.0)),
         ({"name": "space", "mu": 2.0}, space(*ONE, mu=2.0)),
         ({"name": "spin", "link": "hinge", "beta": 2.0}, spin(*ONE, beta=2.0, link="hinge")),
+        ({"name": "spin", "label_smoothing": 0.2}, spin(*ONE, beta=0.1, label_smoothing=0.2)),
         (
             {"name": "spin", "length_normalize": True},
             spin(*ONE, beta=0.1, tokens=(torch.tensor([2.0]), torch.tensor([1.0]))),
@@ -329,3 +330,21 @@ def test_responses_of_the_start_beside_pairs(tmp_path) -> None:
         and alone.initial == (2,)
         and math.isnan(alone.reference_logprobs[2])
     )
+
+
+@pytest.mark.parametrize("mix", [1.0, 0.75, 0.0])
+@pytest.mark.parametrize("settings", [{"name": "spin"}, {"name": "dpo-positive", "dpop_lambda": 3.0}])
+def test_reference_mix_of_a_micro_batch_by_hand(tmp_path, settings, mix) -> None:
+    """log p_θt −3 and −4, log p_θ0 −5 and −4: with m = 0.75 the reference is −3.5 and −4. The margin is against θ_t.
+
+    r(y) = −4 + 3.5 = −0.5 and r(y') = −5 + 4 = −1 make z = 0.1 · 0.5; DPO-Positive takes 3 · 0.5 off.
+    """
+    pair = Pair("a", 0, 0, [1], [3, 4], [5], -3.0, -4.0, start_real=-5.0, start_synthetic=-4.0)
+    write_pairs(tmp_path / "mixed.arrow", [pair])
+    item = PairDataset([tmp_path / "mixed.arrow"], batch_size=8)[0]
+    recipe = tiny_recipe(tmp_path, objective={**settings, "reference_mix": mix}, selfplay={"iterations": 2})
+    total = pair_loss(recipe, 1)(torch.tensor([-4.0, -5.0]), [item])
+    real_ratio = {1.0: -1.0, 0.75: -0.5, 0.0: 1.0}[mix]
+    z = 0.1 * (real_ratio + 1 - settings.get("dpop_lambda", 0.0) * max(0, -real_ratio))
+    assert total.loss.item() == pytest.approx(math.log1p(math.exp(-z)))
+    assert total.metrics["margin"] == 0.0  # (−4 + 3) − (−5 + 4)

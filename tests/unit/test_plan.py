@@ -19,7 +19,7 @@ from spinlm.plan.model_shape import Shape, find_shape, shape_from_config
 from spinlm.plan.render import format_hours
 from spinlm.recipe.load import load_recipe, parse_recipe
 from spinlm.recipe.model import Lora
-from spinlm.recipe.objective import OBJECTIVES
+from spinlm.recipe.objective import OBJECTIVES, Spin
 from spinlm.recipe.opponent import Opponent, Server
 from spinlm.recipe.schema import Recipe, Train
 from spinlm.rundir.layout import RunDir
@@ -158,6 +158,12 @@ def test_samples_and_replay_multiply_pairs() -> None:
     )
     assert [cost.pairs for cost in plan.iterations[1:]] == [30, 60, 90, 90]
     assert [cost.steps for cost in plan.iterations[1:]] == [5, 10, 10, 10]  # two prompts in a step, then one
+
+
+def test_a_mixed_reference_reads_the_training_pairs_twice_from_iteration_1_on() -> None:
+    mixed, plain = (make_plan(paper(objective=Spin(reference_mix=mix))).iterations for mix in (0.5, 1.0))
+    assert mixed[1].reference_tokens == plain[1].reference_tokens  # in iteration 0 the opponent is the start
+    assert mixed[2].reference_tokens - plain[2].reference_tokens == 50_000 * (1792 + 3 * 256)
 
 
 def test_the_sft_control_takes_as_many_steps_and_generates_held_out_responses_alone() -> None:

@@ -284,6 +284,7 @@ def test_preferences_last_one_iteration() -> None:
             {"name": "space", "beta": [0.1] * 4},
             "objective.beta: not a setting of space, only of spin, dpo-positive, t-spin",
         ),
+        ({"name": "space", "reference_mix": 0.5}, "not a setting of space, only of spin, dpo-positive"),
         ({"name": "sft", "nll_weight": 0.1}, "'objective={name: sft}'"),
         ({"name": "dpo"}, 'objective.name: should be one of spin, dpo-positive, space, t-spin, sft, got "dpo"'),
         ({"name": "t-spin", "betta": 1.0}, "objective.betta: unknown key; did you mean beta?"),
@@ -295,6 +296,12 @@ def test_preferences_last_one_iteration() -> None:
 )
 def test_key_of_another_objective(section: dict[str, Any], message: str) -> None:
     assert message in parse_error(objective=section)
+
+
+def test_label_smoothing_needs_the_logistic_link() -> None:
+    message = parse_error(objective={"link": "hinge", "label_smoothing": 0.1})
+    assert "objective: label_smoothing needs link: logistic, but link is hinge" in message
+    assert "objective.label_smoothing" in parse_error(objective={"label_smoothing": 0.5})
 
 
 def test_objectives_by_name() -> None:

@@ -32,7 +32,7 @@ class IterationCost:
     prompts_per_step: int
     opponent: GenerationCost  # by the opponent, to training and held-out prompts
     heldout: GenerationCost  # by the player, to held-out prompts: greedy and sampled
-    reference_tokens: int  # read by the opponent
+    reference_tokens: int  # read by the opponent, and by the starting player if the reference is a mixture with it
     evaluation_tokens: int  # read by the player and the starting player
     guard_tokens: int  # held-out examples read between epochs
     training_tokens: int  # with gradients, in all epochs
@@ -109,7 +109,7 @@ def _iteration_cost(recipe: Recipe, lengths: Lengths, prefix_sharing: bool, t: i
         prompts_per_step=prompts_per_step,
         opponent=GenerationCost(responses, lengths.synthetic, opponent.max_new_tokens),
         heldout=_heldout_generation(recipe, lengths),
-        reference_tokens=tokens((train_prompts, used), (heldout, samples)),
+        reference_tokens=tokens((train_prompts * (1 + recipe.mixes_start(t)), used), (heldout, samples)),
         # The player reads the opponent's responses and one of its own; the starting player reads that one.
         evaluation_tokens=tokens((heldout, samples + 1), (heldout, 1)),
         guard_tokens=tokens(((train.epochs - 1) * heldout if recipe.selfplay.guard else 0, 0)),

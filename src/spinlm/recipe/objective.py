@@ -2,9 +2,9 @@
 
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import Discriminator, Field, Tag, model_validator
 
-from spinlm.recipe.fields import NonNegative, PerIteration, Positive, Section, subsections
+from spinlm.recipe.fields import Fraction, NonNegative, PerIteration, Positive, Section, subsections
 
 Name = Field(
     description="What training minimizes: `spin`, the SPIN objective; `dpo-positive`, `space` or `t-spin`, which were "
@@ -24,19 +24,38 @@ class _PairObjective(_Objective):
     """Weight of an added term −log p(y|x)/|y|. It keeps the likelihood of the real responses up."""
 
 
-class _LogRatioObjective(_PairObjective):
+class _ScaledObjective(_PairObjective):
     beta: PerIteration = 0.1
     """How strongly the main player is held to its opponent: λ in the SPIN paper, α in the T-SPIN paper."""
 
 
-class Spin(_LogRatioObjective):
+class LogRatioObjective(_ScaledObjective):
+    """An objective of r(y) − r(y'), in which the normalization of the reference cancels. In `Space` it does not."""
+
+    reference_mix: Fraction = 1.0
+    """Weight m of the opponent in the reference log p, m·log p_θt + (1 − m)·log p_θ0. Below 1, the player is also held
+    to the start θ_0."""
+
+
+class Spin(LogRatioObjective):
     name: Annotated[Literal["spin"], Name] = "spin"
     link: Link = "logistic"
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """Assumed share ε of pairs whose synthetic response is the better one. β·margin then stops at log((1 − ε)/ε)."""
     length_normalize: bool = False
     """Divide each response's log-probability ratio by its number of tokens, so that long responses weigh no more."""
 
+    @model_validator(mode="after")
+    def _check_link(self) -> "Spin":
+        if self.label_smoothing and self.link != "logistic":
+            raise ValueError(
+                f"label_smoothing needs link: logistic, but link is {self.link}. Set link: logistic, or remove "
+                "label_smoothing"
+            )
+        return self
 
-class DpoPositive(_LogRatioObjective):
+
+class DpoPositive(LogRatioObjective):
     name: Annotated[Literal["dpo-positive"], Name]
     dpop_lambda: NonNegative = 50.0
     """Weight of the penalty on a real response that has become less likely than under the opponent."""
@@ -48,7 +67,7 @@ class Space(_PairObjective):
     """Weight of a synthetic response relative to a real one. `selfplay.replay: 0` is recommended."""
 
 
-class TSpin(_LogRatioObjective):
+class TSpin(_ScaledObjective):
     name: Annotated[Literal["t-spin"], Name]
     link: Link = "logistic"
     history_weight: NonNegative = 1.0

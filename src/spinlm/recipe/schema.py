@@ -21,7 +21,7 @@ from spinlm.recipe.fields import (
     get_path,
 )
 from spinlm.recipe.model import Lora, Model
-from spinlm.recipe.objective import Control, Objective, Spin, TSpin
+from spinlm.recipe.objective import Control, LogRatioObjective, Objective, Spin, TSpin
 from spinlm.recipe.opponent import ADAPTER_APIS, Opponent
 
 ELEMENTWISE_OPTIMIZERS = ("adam", "adamw", "nadam", "radam", "rmsprop", "sgd")
@@ -298,6 +298,10 @@ class Recipe(Section):
             return 0
         initial = isinstance(self.objective, TSpin) and t > self.selfplay.replay
         return self.synthetic_per_prompt(t) + (self.opponent.samples_per_prompt if initial else 0)
+
+    def mixes_start(self, t: int) -> bool:
+        """Return whether the reference of iteration t is a mixture with θ_0. In iteration 0 θ_0 is the opponent."""
+        return t > 0 and isinstance(self.objective, LogRatioObjective) and self.objective.reference_mix < 1
 
     def max_micro_batch_tokens(self, prefix_sharing: bool) -> int:
         """Return the maximum tokens of a micro-batch: the budget, or the tokens of one prompt if they exceed it."""

@@ -118,7 +118,8 @@ def _first_loss(recipe: dict[str, Any]) -> str:
     if objective["name"] != "spin" or objective["link"] != "logistic":
         return ""
     term = f" plus {objective['nll_weight']:g} × the NLL of the real responses" if objective["nll_weight"] else ""
-    return f" An iteration begins at ln 2 = 0.693{term}."
+    first = "Iteration 0" if objective["reference_mix"] < 1 else "An iteration"
+    return f" {first} begins at ln 2 = 0.693{term}."
 
 
 def _time_chart(run: RunData) -> Chart:

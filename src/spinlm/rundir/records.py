@@ -67,6 +67,8 @@ class Pair:
     opponent_real: float  # log p_θt(y|x), sum over tokens
     opponent_synthetic: float  # log p_θt(y'|x), sum over tokens
     initial_ids: list[int] | None = None  # θ_0's response y₀, if the objective uses it
+    start_real: float | None = None  # log p_θ0(y|x), if the reference is a mixture with θ_0
+    start_synthetic: float | None = None  # log p_θ0(y'|x), likewise
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,6 +214,8 @@ def _pair_schema() -> Any:
             ("opponent_real", pa.float64()),
             ("opponent_synthetic", pa.float64()),
             ("initial_ids", ids),
+            ("start_real", pa.float64()),
+            ("start_synthetic", pa.float64()),
         ]
     )
 

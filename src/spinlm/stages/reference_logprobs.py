@@ -1,5 +1,7 @@
 """Reference log-probabilities: log p_θt of every real and synthetic response that is used in iteration t.
 
+If `objective.reference_mix` is below 1, training pairs also hold log p_θ0 of both responses.
+
 Because the opponent's log-probabilities are computed here, training needs only one model in memory.
 """
 
@@ -7,6 +9,8 @@ import logging
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import replace
+from itertools import groupby
+from pathlib import Path
 
 import torch
 
@@ -28,6 +32,7 @@ from spinlm.rundir.records import (
     read_pairs,
     write_pairs,
 )
+from spinlm.rundir.stage_graph import START
 from spinlm.utils.atomic import atomic_path
 from spinlm.utils.signals import check_interrupt
 
@@ -62,7 +67,8 @@ def reference_logprobs(run: Run, t: int) -> None:
         examples = {split: RecordFile(folder.examples(split), Example) for split in prompt_splits(recipe)}
         shards = [(split, shard) for split, records in examples.items() for shard in range(records.num_shards(size))]
         tally = _Tally()
-        total = sum(map(len, examples.values()))
+        mixed: dict[Path, int] = {}  # this process's files that also need log p_θ0, with their prompts
+        total = sum(map(len, examples.values())) + (len(examples["train"]) if recipe.mixes_start(t) else 0)
         with track(f"iteration {t}: reference log-probabilities", total, shared=True) as advance:
             for split, shard in processes.claim_work(shards):
                 chosen = examples[split].shard(shard, size)
@@ -83,6 +89,11 @@ def reference_logprobs(run: Run, t: int) -> None:
                         write_pairs(temporary, pairs)
                     folder.record_digest(path)
                 tally.add(split, t, chosen, generations, pairs)
+                if split == "train" and recipe.mixes_start(t):
+                    mixed[path] = len(chosen)
+            for path, prompts in mixed.items():
+                _add_start_logprobs(run, path)
+                advance(prompts)
         tally = _Tally.sum(processes.all_gather(tally.counts))
         if processes.is_main_process():
             log.info("iteration %d: %s", t, tally.summary())
@@ -153,6 +164,34 @@ def _make_pairs(
         advance(len(chosen), sum(len(trees[index]) for index in chosen))
     advance(len(examples) - len(trees))  # examples whose synthetic responses all equal the real one
     return [pair for index in range(len(trees)) for pair in pairs[index]]
+
+
+def _add_start_logprobs(run: Run, path: Path) -> None:
+    """Add log p_θ0 of both responses to the pairs of a file, for `objective.reference_mix`; keep a file that has them.
+
+    A file without them is a complete result of θ_t, so a resumed run reads it and starts here.
+    """
+    pairs = [Pair(**row) for row in read_pairs([path]).to_pylist()]
+    if not pairs or pairs[0].start_real is not None:
+        return
+    players, folder = run.players, run.folder
+    players.load(START)
+    prompts = [list(group) for _, group in groupby(pairs, key=lambda pair: pair.id)]
+    trees = [PrefixTree(of[0].prompt_ids, (of[0].real_ids, *(pair.synthetic_ids for pair in of))) for of in prompts]
+    with_start: dict[int, list[Pair]] = {}
+    for chosen in micro_batches(trees, players.recipe.train.tokens_per_micro_batch, players.prefix_sharing):
+        check_interrupt()
+        logprobs = iter(players.response_logprobs([trees[index] for index in chosen]))
+        for index in chosen:
+            real = next(logprobs)
+            with_start[index] = [
+                replace(pair, start_real=real, start_synthetic=next(logprobs)) for pair in prompts[index]
+            ]
+    # Without the old digest, a file that was replaced just before a kill is unfinished work, and not a changed file.
+    folder.digest_file(path).unlink(missing_ok=True)
+    with atomic_path(path) as temporary:
+        write_pairs(temporary, [pair for index in range(len(trees)) for pair in with_start[index]])
+    folder.record_digest(path)
 
 
 def _with_initial(pairs: list[Pair], generations: Iterable[Generation]) -> list[Pair]:

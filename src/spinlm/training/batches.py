@@ -16,7 +16,7 @@ from torch import Tensor
 
 from spinlm.model.prefix_trees import PrefixTree
 from spinlm.recipe.fields import value_at
-from spinlm.recipe.objective import Control, DpoPositive, Space, Spin, TSpin
+from spinlm.recipe.objective import Control, DpoPositive, LogRatioObjective, Objective, Space, Spin, TSpin
 from spinlm.recipe.schema import Recipe
 from spinlm.rundir.records import Example, RecordFile, read_lines, read_pairs
 from spinlm.training import objectives
@@ -30,6 +30,7 @@ class PromptGroup:
     reference_logprobs: tuple[float, ...] = ()  # log p_θt of each response; empty if the loss needs none
     pairs: tuple[tuple[int, int], ...] = ()  # for each pair: indices of the real and the synthetic response
     initial: tuple[int, ...] = ()  # for each pair: index of θ_0's response; empty if the loss needs none
+    start_logprobs: tuple[float, ...] = ()  # log p_θ0 of each response, if the reference is a mixture with θ_0
 
 
 class TrainDataset(Protocol):
@@ -101,8 +102,11 @@ class PairDataset:
         initial = tuple(_index_of(row["initial_ids"], responses) for row in rows if row.get("initial_ids"))
         reference = [rows[0]["opponent_real"], *(row["opponent_synthetic"] for row in rows)]
         reference += [math.nan] * (len(responses) - len(reference))  # for θ_0's responses, which need no reference
+        start: tuple[float, ...] = ()
+        if rows[0].get("start_real") is not None:
+            start = (rows[0]["start_real"], *(row["start_synthetic"] for row in rows))
         pairs = tuple((0, number + 1) for number in range(len(rows)))
-        return PromptGroup(PrefixTree(rows[0]["prompt_ids"], tuple(responses)), tuple(reference), pairs, initial)
+        return PromptGroup(PrefixTree(rows[0]["prompt_ids"], tuple(responses)), tuple(reference), pairs, initial, start)
 
 
 def _index_of(response: list[int], responses: list[list[int]]) -> int:
@@ -119,9 +123,8 @@ def pair_loss(recipe: Recipe, t: int) -> Callable[[Tensor, Sequence[PromptGroup]
 
     def loss_fn(logprobs: Tensor, groups: Sequence[PromptGroup]) -> LossOutput:
         device = logprobs.device
-        reference = torch.tensor(
-            [value for group in groups for value in group.reference_logprobs], device=device
-        )  # [S]
+        opponent = torch.tensor([value for group in groups for value in group.reference_logprobs], device=device)  # [S]
+        reference = _mix_start(opponent, groups, settings)  # [S]
         lengths = torch.tensor([len(ids) for group in groups for ids in group.tree.responses], device=device)  # [S]
         real, synthetic, initial = pair_indices(groups).to(device)  # [B] each
         pair_logprobs = (logprobs[real], logprobs[synthetic], reference[real], reference[synthetic])  # [B] each
@@ -129,7 +132,10 @@ def pair_loss(recipe: Recipe, t: int) -> Callable[[Tensor, Sequence[PromptGroup]
             case Spin():
                 tokens = (lengths[real], lengths[synthetic]) if settings.length_normalize else None
                 beta = value_at(settings.beta, t)
-                loss = objectives.spin(*pair_logprobs, beta=beta, link=settings.link, tokens=tokens)
+                smoothing = settings.label_smoothing
+                loss = objectives.spin(
+                    *pair_logprobs, beta=beta, link=settings.link, label_smoothing=smoothing, tokens=tokens
+                )
             case DpoPositive():
                 beta = value_at(settings.beta, t)
                 loss = objectives.dpo_positive(*pair_logprobs, beta=beta, dpop_lambda=settings.dpop_lambda)
@@ -141,7 +147,7 @@ def pair_loss(recipe: Recipe, t: int) -> Callable[[Tensor, Sequence[PromptGroup]
                 loss = objectives.t_spin(
                     *logprobs_without_reference, beta=beta, history_weight=weight, link=settings.link
                 )
-        margin = objectives.margin(*pair_logprobs).detach()
+        margin = objectives.margin(*pair_logprobs[:2], opponent[real], opponent[synthetic]).detach()
         nll = objectives.mean_nll(logprobs[real], lengths[real])  # [B]
         if settings.nll_weight:
             loss = loss + settings.nll_weight * nll
@@ -153,6 +159,15 @@ def pair_loss(recipe: Recipe, t: int) -> Callable[[Tensor, Sequence[PromptGroup]
         return LossOutput(loss.sum(), metrics)
 
     return loss_fn
+
+
+def _mix_start(opponent: Tensor, groups: Sequence[PromptGroup], settings: Objective) -> Tensor:
+    """Return the reference log-probabilities: the opponent's, mixed with θ_0's if the groups hold them: [S]."""
+    start = [value for group in groups for value in group.start_logprobs]
+    if not start:
+        return opponent
+    assert isinstance(settings, LogRatioObjective)
+    return objectives.mix_reference(opponent, torch.tensor(start, device=opponent.device), settings.reference_mix)
 
 
 def pair_indices(groups: Sequence[PromptGroup]) -> Tensor:

@@ -23,6 +23,20 @@ def margin(real: Tensor, synthetic: Tensor, opponent_real: Tensor, opponent_synt
     return (real - opponent_real) - (synthetic - opponent_synthetic)
 
 
+def mix_reference(opponent: Tensor, start: Tensor, weight: float) -> Tensor:
+    """Compute the reference m log p_θt + (1 − m) log p_θ0, a geometric mixture of the opponent and the start.
+
+    α-SPIN (arXiv 2404.04291, abstract) derives such a reference from a KL penalty toward the start. The mixture is not
+    normalized: in r(y) − r(y'), the constant cancels.
+
+    Args:
+        opponent: log p_θt of responses.
+        start: log p_θ0 of the same responses.
+        weight: m, from 0 to 1.
+    """
+    return weight * opponent + (1 - weight) * start
+
+
 def spin(
     real: Tensor,
     synthetic: Tensor,
@@ -31,6 +45,7 @@ def spin(
     *,
     beta: float,
     link: str = "logistic",
+    label_smoothing: float = 0.0,
     tokens: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Compute the SPIN objective, ℓ(β [r(y) − r(y')]) with r(y) = log p_θ(y|x) − log p_θt(y|x).
@@ -46,6 +61,8 @@ def spin(
         opponent_synthetic: [B] log p_θt(y'|x).
         beta: λ in the paper.
         link: ℓ, one of `LINKS`.
+        label_smoothing: ε of conservative DPO (ericmitchell.ai/cdpo.pdf, equation 3): (1 − ε) ℓ(z) + ε ℓ(−z) replaces
+            ℓ(z). With the logistic ℓ, a pair's minimum is at z = log((1 − ε)/ε).
         tokens: [B] |y| and [B] |y'|. If given, r(y) / |y| and r(y') / |y'| replace r(y) and r(y').
 
     Returns:
@@ -54,7 +71,10 @@ def spin(
     real_ratio, synthetic_ratio = real - opponent_real, synthetic - opponent_synthetic  # r(y), r(y')
     if tokens is not None:
         real_ratio, synthetic_ratio = real_ratio / tokens[0], synthetic_ratio / tokens[1]
-    return LINKS[link](beta * (real_ratio - synthetic_ratio))
+    loss, z = LINKS[link], beta * (real_ratio - synthetic_ratio)
+    if label_smoothing:
+        return (1 - label_smoothing) * loss(z) + label_smoothing * loss(-z)
+    return loss(z)
 
 
 def dpo_positive(
@@ -130,3 +150,17 @@ def mean_nll(logprob: Tensor, tokens: Tensor) -> Tensor:
         tokens: [B] |y|.
     """
     return -logprob / tokens
+
+
+def nll_share(pull: Tensor, tokens: Tensor, nll_weight: float) -> Tensor:
+    """Return the share of the pull on the real response that the term of `nll_weight` has: [B], from 0 to 1.
+
+    The term pulls log p_θ(y|x) with nll_weight / |y|. At the first step of an iteration, `spin` pulls with β/2.
+
+    Args:
+        pull: [B] the pull of the pair loss, −∂loss/∂log p_θ(y|x), without the term.
+        tokens: [B] |y|.
+        nll_weight: weight of the term, above 0.
+    """
+    term = nll_weight / tokens
+    return term / (term + pull)
