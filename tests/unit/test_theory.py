@@ -122,11 +122,11 @@ def test_iterations_converge_above_one_half(beta: float, factor: float, outcome:
     assert {"diverges": size > 1e6, "oscillates": size == pytest.approx(1), "converges": size < 1e-3}[outcome]
 
 
-@pytest.mark.parametrize(("mix", "beta"), [(1.0, 1.0), (0.5, 1.0), (0.5, 2.0), (0.0, 2.0)])
+@pytest.mark.parametrize(("mix", "beta"), [(1.0, 1.0), (0.5, 1.0), (0.5, 2.0), (0.0, 2.0), (0.0, 0.8)])
 def test_reference_mix_holds_the_player_to_the_start(mix: float, beta: float) -> None:
     """e' = m e + (1 − m) e_0 − e/β, with log-errors e; its fixed point is e = (1 − m) / (1 − m + 1/β) e_0.
 
-    The distance to it is multiplied by m − 1/β. Only m = 1 ends at the data.
+    The distance to it is multiplied by m − 1/β: it shrinks for β > 1/(1 + m). Only m = 1 ends at the data.
     """
 
     def reference(p: Tensor) -> Tensor:

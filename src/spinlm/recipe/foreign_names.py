@@ -55,7 +55,7 @@ _NAMES = {
     ),
     "num_iterations num_iters rounds": "selfplay.iterations",
     "ref_model reference_model ref_model_path reference_free precompute_ref_log_probs sync_ref_model": (
-        "the reference is the opponent, the player before the iteration"
+        "the reference is the opponent, the player before the iteration; objective.reference_mix: 0 keeps the start"
     ),
     "loss_type loss pref_loss rl": "objective.name and objective.link",
     "dpo_beta pref_beta": "objective.beta",
