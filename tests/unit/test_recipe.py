@@ -497,8 +497,9 @@ def values_of(annotation: Any, metadata: Sequence[Any] = ()) -> st.SearchStrateg
         case container, _ if container is dict:
             return st.dictionaries(words, st.none() | st.integers() | words, max_size=2)
         case _, kind if kind is float:
-            low, high = bounds.get("gt", bounds.get("ge")), bounds.get("le")
-            return st.floats(low, high, exclude_min="gt" in bounds, allow_nan=False, allow_infinity=False)
+            low, high = bounds.get("gt", bounds.get("ge")), bounds.get("lt", bounds.get("le"))
+            excluded = {"exclude_min": "gt" in bounds, "exclude_max": "lt" in bounds}
+            return st.floats(low, high, **excluded, allow_nan=False, allow_infinity=False)
         case _, kind if kind is int:
             return st.integers(bounds.get("ge"), 10**6 if "ge" in bounds else None)
         case _, kind if isinstance(kind, type) and issubclass(kind, Section):
@@ -509,7 +510,7 @@ def values_of(annotation: Any, metadata: Sequence[Any] = ()) -> st.SearchStrateg
 def vars_of(bound: Any) -> dict[str, Any]:
     if isinstance(bound, FieldInfo):
         return {name: value for one in bound.metadata for name, value in vars_of(one).items()}
-    return {name: getattr(bound, name) for name in ("gt", "ge", "le") if getattr(bound, name, None) is not None}
+    return {name: getattr(bound, name) for name in ("gt", "ge", "lt", "le") if getattr(bound, name, None) is not None}
 
 
 def section_of(section: type[Section]) -> st.SearchStrategy[dict[str, Any]]:
@@ -536,6 +537,8 @@ def recipes(draw: st.DrawFn) -> dict[str, Any]:
     for section, name in ((objective, "beta"), (train, "learning_rate")):
         if isinstance(section.get(name), list):
             section[name] = (section[name] + [0.5] * count)[:count]
+    if objective.get("label_smoothing"):
+        objective.pop("link", None)
     train.pop("fsdp", None)
     values["model"].pop("load_in_4bit", None)
     game.pop("select", None)
