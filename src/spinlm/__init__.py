@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from spinlm.recipe.load import load_recipe
     from spinlm.recipe.schema import Recipe
     from spinlm.report.page import write_report
+    from spinlm.report.players_table import compare
     from spinlm.report.summary import results, verdict
     from spinlm.rundir.layout import RunDir
     from spinlm.selfplay import run
@@ -21,6 +22,7 @@ __all__ = [
     "RunDir",
     "SpinError",
     "__version__",
+    "compare",
     "load_recipe",
     "respond",
     "results",
@@ -33,6 +35,7 @@ __all__ = [
 _MODULES = {
     "Recipe": "recipe.schema",
     "RunDir": "rundir.layout",
+    "compare": "report.players_table",
     "load_recipe": "recipe.load",
     "respond": "chat",
     "results": "report.summary",

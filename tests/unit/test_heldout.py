@@ -13,8 +13,10 @@ from spinlm.evals.heldout import (
     summarize_greedy,
     summarize_pairs,
     summarize_sampled,
+    summarize_temperatures,
 )
-from spinlm.rundir.records import HeldoutGreedy, HeldoutSampled
+from spinlm.report.summary import numeric_metrics
+from spinlm.rundir.records import HeldoutAtTemperature, HeldoutGreedy, HeldoutSampled
 from spinlm.utils.statistics import standard_error
 
 
@@ -114,6 +116,24 @@ def test_summarize_sampled():
     assert summary["kl_from_start"] == pytest.approx(0.5) and summary["intervals"]["kl_from_start"] == [0.5, 0.5]
     assert (summary["sampled_task_score"], summary["sampled_truncated_rate"]) == (0.5, 0.5)
     assert summary["distinct_2"] == pytest.approx(2 / 4)  # 56; 56, 65, 56
+
+
+def test_task_scores_by_temperature():
+    """Scores 1, 0 at 0.3 have mean ½ and standard error √½ / √2 = ½."""
+    rows = [
+        HeldoutAtTemperature(key, temperature, [1], "", True, score)
+        for temperature, scores in ((0.3, (1.0, 0.0)), (1.0, (0.25, 0.25)))
+        for key, score in zip("ab", scores, strict=True)
+    ]
+    metrics = summarize_temperatures(rows)
+    assert metrics["task_score_by_temperature"] == {"0.3": 0.5, "1": 0.25}
+    assert metrics["task_score_by_temperature_se"] == {"0.3": pytest.approx(0.5), "1": 0.0}
+    assert numeric_metrics(metrics | {"margin": 2.0, "intervals": {}}) == {
+        "margin": 2.0,
+        "task_score_at_0.3": 0.5,
+        "task_score_at_1": 0.25,
+    }
+    assert summarize_temperatures([]) == {}
 
 
 def test_kl_from_start_is_zero_without_change_and_grows_with_the_distance():

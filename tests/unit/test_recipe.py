@@ -354,6 +354,14 @@ def test_choosing_by_task_score_needs_a_scorer() -> None:
     )
 
 
+def test_temperatures_of_the_evaluation() -> None:
+    assert "Set scorer, or remove temperatures" in parse_error(evaluate={"temperatures": [0.3]})
+    scored = {"scorer": "exact_match"}
+    assert "appears twice" in parse_error(evaluate=scored | {"temperatures": [0.3, 0.3]})
+    for wrong in (0, 2.5):
+        assert "evaluate.temperatures" in parse_error(evaluate=scored | {"temperatures": [wrong]})
+
+
 @pytest.mark.parametrize("section", ["train", "sft"])
 def test_fsdp_hides_shapes_from_the_optimizer(section: str) -> None:
     fsdp = {"train": {"fsdp": "full_shard"}}
@@ -539,6 +547,7 @@ def recipes(draw: st.DrawFn) -> dict[str, Any]:
             section[name] = (section[name] + [0.5] * count)[:count]
     if objective.get("label_smoothing"):
         objective.pop("link", None)
+    values.get("evaluate", {}).pop("temperatures", None)
     train.pop("fsdp", None)
     values["model"].pop("load_in_4bit", None)
     game.pop("select", None)

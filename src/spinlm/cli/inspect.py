@@ -14,6 +14,7 @@ from spinlm.cli.options import AsJson, Baseline, PlayersOption, RunPath, parse_p
 from spinlm.errors import RunError, SpinError
 from spinlm.rundir.layout import RunDir
 from spinlm.rundir.stage_graph import START, player_name, stage_label
+from spinlm.utils.atomic import finite
 from spinlm.utils.console import console, printable
 
 
@@ -51,6 +52,32 @@ def print_status(folder: RunDir, baseline: Path | None = None) -> None:
         comparison = compare.compare_runs(folder, RunDir(baseline))
         data["baseline"] = asdict(comparison) | {"result": comparison.result, "summary": str(comparison)}
     print(json.dumps(data))
+
+
+def compare(
+    runs: Annotated[
+        list[str],
+        typer.Argument(help="Compare these runs. RUN:NUMBER or RUN:best chooses a player.", show_default=False),
+    ],
+    baseline: Annotated[
+        str | None,
+        typer.Option(help="Compare with this player: RUN, RUN:NUMBER or RUN:best. The default is the start."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare runs that share a start, in one table.
+
+    Of each run, the last player that has not collapsed is compared, prompt by prompt.
+    """
+    from spinlm.report.players_table import compare as compare_players
+
+    compared = compare_players(runs, baseline)
+    if as_json:
+        print(json.dumps(finite(compared.as_json())))
+        return
+    out = console(120)
+    out.print(compared.table())
+    out.print(printable(str(compared)))
 
 
 def list_runs(

@@ -16,7 +16,7 @@ from spinlm.evals.probe import probe_auc
 from spinlm.model.players import Players
 from spinlm.model.prefix_trees import PrefixTree, micro_batches
 from spinlm.model.run import Run
-from spinlm.rundir.records import Example, HeldoutGreedy, HeldoutSampled, read_lines
+from spinlm.rundir.records import Example, HeldoutAtTemperature, HeldoutGreedy, HeldoutSampled, read_lines
 from spinlm.utils.atomic import read_json, short_digest, write_json
 from spinlm.utils.signals import check_interrupt
 from spinlm.utils.statistics import standard_error
@@ -189,6 +189,19 @@ def summarize_sampled(responses: Sequence[HeldoutSampled]) -> Metrics:
     if scores:
         values["sampled_task_score"] = scores, None
     return with_intervals(**values) | {"distinct_2": distinct_n([response.token_ids for response in responses])}
+
+
+def summarize_temperatures(responses: Sequence[HeldoutAtTemperature]) -> Metrics:
+    """Return the mean task score at each temperature, and its standard error; {} without responses."""
+    scores: dict[str, list[float]] = defaultdict(list)
+    for response in responses:
+        scores[f"{response.temperature:g}"].append(response.task_score)
+    if not scores:
+        return {}
+    return {
+        "task_score_by_temperature": {temperature: float(np.mean(values)) for temperature, values in scores.items()},
+        "task_score_by_temperature_se": {name: standard_error(values) for name, values in scores.items()},
+    }
 
 
 def summarize_probe(features: Sequence[ResponseFeatures]) -> Metrics:

@@ -118,6 +118,6 @@ def _iteration_cost(recipe: Recipe, lengths: Lengths, prefix_sharing: bool, t: i
 
 
 def _heldout_generation(recipe: Recipe, lengths: Lengths) -> GenerationCost:
-    """Two responses to each held-out prompt: one as `evaluate` says, one from the player's own distribution."""
+    """The responses to held-out prompts: greedy, from the player's own distribution, and at further temperatures."""
     limit = recipe.evaluate.max_new_tokens or recipe.opponent.max_new_tokens
-    return GenerationCost(2 * recipe.data.heldout, min(limit, lengths.real), limit)
+    return GenerationCost(recipe.evaluate.responses_per_prompt * recipe.data.heldout, min(limit, lengths.real), limit)

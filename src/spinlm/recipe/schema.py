@@ -139,6 +139,24 @@ class Evaluate(Section):
     `module:function`."""
     max_new_tokens: Count | None = None
     """Maximum tokens of a held-out response; absent means opponent.max_new_tokens."""
+    temperatures: list[Annotated[float, Field(gt=0, le=2)]] = []
+    """Further temperatures at which held-out responses are sampled and scored. Needs `scorer`."""
+
+    @model_validator(mode="after")
+    def _check_temperatures(self) -> "Evaluate":
+        if self.temperatures and self.scorer is None:
+            raise ValueError(
+                "temperatures: responses are sampled to be scored, but there is no scorer. Set scorer, or remove "
+                "temperatures"
+            )
+        if len({*self.temperatures}) < len(self.temperatures):
+            raise ValueError("temperatures: a temperature appears twice. Remove one of them")
+        return self
+
+    @property
+    def responses_per_prompt(self) -> int:
+        """Responses that a player writes to a held-out prompt: greedy, at temperature 1, and at `temperatures`."""
+        return 1 + len({1.0, *self.temperatures})
 
 
 class Recipe(Section):

@@ -2,6 +2,7 @@
 
 import json
 import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,26 @@ from spinlm.rundir.provenance import read_recipe
 from spinlm.rundir.stage_graph import START
 from spinlm.utils.atomic import read_json_lines
 from spinlm.utils.statistics import standard_error
+
+NORMAL_95 = statistics.NormalDist().inv_cdf(0.975)
+"""Standard errors on each side of a mean that a 95% interval has."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The mean paired difference of two players over the held-out prompts; positive where the first is better."""
+
+    mean: float
+    standard_error: float
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95% interval, by the normal approximation."""
+        half = NORMAL_95 * self.standard_error
+        return self.mean - half, self.mean + half
+
+    def __str__(self) -> str:
+        return f"{self.mean:+z.3f} [{self.interval[0]:+z.3f}, {self.interval[1]:+z.3f}]"
 
 
 @dataclass(frozen=True)
@@ -65,33 +86,30 @@ def compare_runs(run: RunDir, baseline: RunDir) -> RunComparison:
         RunError: a folder holds no run; the runs have no evaluated iteration in common; their held-out prompts or their
             evaluation differ; or a file is damaged.
     """
-    recipe, baseline_recipe = read_recipe(run), read_recipe(baseline)
+    recipe = read_recipe(run)
+    read_recipe(baseline)  # raises if there is no run
     select = recipe["selfplay"]["select"]
     metric = select_metric(select["metric"], recipe["evaluate"]["scorer"])
-    changes = differences(_scoring_settings(baseline_recipe), _scoring_settings(recipe))
-    if metric == "task_score" and changes:
-        raise RunError(
-            f"{run.root} and {baseline.root} cannot be compared: their task scores were measured differently:\n"
-            + "\n".join(f"  {line}" for line in changes)
-        )
+    if metric == "task_score":
+        check_same_scoring(run, baseline)
     iteration = _last_common_iteration(run, baseline)
     values, baseline_values = (_values_by_example(folder, iteration, metric) for folder in (run, baseline))
-    shared = [example for example in values if example in baseline_values]
-    if len(shared) < 2 or 2 * len(shared) < min(len(values), len(baseline_values)):
+    shared = len(values.keys() & baseline_values.keys())
+    if shared < 2 or 2 * shared < min(len(values), len(baseline_values)):
         raise RunError(
-            f"{run.root} and {baseline.root} cannot be compared: they share {len(shared)} held-out examples, of "
+            f"{run.root} and {baseline.root} cannot be compared: they share {shared} held-out examples, of "
             f"{len(values)} and {len(baseline_values)}. Start one of them with --start-from the other"
         )
-    improvements = [improvement(metric, values[example], baseline_values[example]) for example in shared]
-    names = _names(run, baseline)
+    difference = paired_difference(metric, values, baseline_values)
+    names = run_names([run, baseline])
     return RunComparison(
         run=names[0],
         baseline=names[1],
         iteration=iteration,
         metric=metric,
-        mean_difference=statistics.fmean(improvements),
-        standard_error=standard_error(improvements),
-        prompts=len(improvements),
+        mean_difference=difference.mean,
+        standard_error=difference.standard_error,
+        prompts=shared,
         min_standard_errors=select["min_standard_errors"],
     )
 
@@ -102,34 +120,67 @@ def select_metric(metric: str | None, scorer: str | None) -> str:
 
 
 def player_values(folder: RunDir, iteration: int, metric: str) -> dict[str, float]:
-    """Return a player's task score or NLL on each held-out example, by the example's id."""
-    key = "task_score" if metric == "task_score" else "nll"
-    return {row["id"]: float(row[key] or 0.0) for row in read_json_lines(folder.heldout_greedy(iteration))}
+    """Return a player's values of a metric on each held-out example, by the example's id.
+
+    The metric is heldout_nll, task_score, sampled_task_score, or task_score_at_ and one of `evaluate.temperatures`.
+    """
+    temperature = metric.removeprefix("task_score_at_")
+    if temperature != metric:
+        rows = read_json_lines(folder.heldout_temperatures(iteration))
+        return {row["id"]: float(row["task_score"]) for row in rows if f"{row['temperature']:g}" == temperature}
+    is_sampled, key = metric == "sampled_task_score", "nll" if metric == "heldout_nll" else "task_score"
+    path = folder.heldout_sampled(iteration) if is_sampled else folder.heldout_greedy(iteration)
+    return {row["id"]: float(row[key] or 0.0) for row in read_json_lines(path)}
+
+
+def paired_difference(metric: str, values: Mapping[str, float], baseline: Mapping[str, float]) -> Difference:
+    """Return how much better a player is than the baseline, over the examples that both have."""
+    improvements = [improvement(metric, value, baseline[key]) for key, value in values.items() if key in baseline]
+    return Difference(statistics.fmean(improvements), standard_error(improvements))
 
 
 def improvement(metric: str, value: float, baseline: float) -> float:
     """Return how much better a value is than the baseline's; negative if it is worse. A lower NLL is better."""
-    return value - baseline if metric == "task_score" else baseline - value
+    return baseline - value if metric == "heldout_nll" else value - baseline
 
 
-def _names(run: RunDir, baseline: RunDir) -> tuple[str, str]:
-    """Return the names of two runs: their folders' names, or whole paths where those names are equal."""
-    first, second = run.root.absolute(), baseline.root.absolute()
-    return (first.name, second.name) if first.name != second.name else (str(first), str(second))
+def run_names(runs: Sequence[RunDir]) -> list[str]:
+    """Return the names of runs: their folders' names, or whole paths where two names are equal."""
+    paths = [run.root.absolute() for run in runs]
+    names = [path.name for path in paths]
+    return names if len({*names}) == len(names) else [str(path) for path in paths]
+
+
+def check_same_scoring(run: RunDir, baseline: RunDir) -> None:
+    """Make sure that the task scores of two runs were measured alike.
+
+    Raises:
+        RunError: the scorer or the length limit of the responses differs.
+    """
+    changes = differences(_scoring_settings(read_recipe(baseline)), _scoring_settings(read_recipe(run)))
+    if changes:
+        raise RunError(
+            f"{run.root} and {baseline.root} cannot be compared: their task scores were measured differently:\n"
+            + "\n".join(f"  {line}" for line in changes)
+        )
 
 
 def _scoring_settings(recipe: dict[str, Any]) -> dict[str, Any]:
     """Return the settings that a task score depends on, apart from the player."""
     limit = recipe["evaluate"]["max_new_tokens"] or recipe["opponent"]["max_new_tokens"]
-    return {"evaluate": recipe["evaluate"] | {"max_new_tokens": limit}}
+    return {"evaluate": {"scorer": recipe["evaluate"]["scorer"], "max_new_tokens": limit}}
+
+
+def collapsed_iterations(folder: RunDir) -> set[int]:
+    """Return the iterations whose player has collapsed."""
+    return {item["iteration"] for item in promotions(folder) if item.get("collapse")}
 
 
 def _last_common_iteration(run: RunDir, baseline: RunDir) -> int:
     """Return the last iteration that both runs have evaluated and that collapsed in neither."""
     evaluated = []
     for folder in (run, baseline):
-        collapsed = {item["iteration"] for item in promotions(folder) if item.get("collapse")}
-        evaluated.append({row.iteration for row in player_rows(folder)} - collapsed - {START})
+        evaluated.append({row.iteration for row in player_rows(folder)} - collapsed_iterations(folder) - {START})
     common = evaluated[0] & evaluated[1]
     if not common:
         raise RunError(

@@ -183,6 +183,11 @@ class RunData:
         ]
 
     @property
+    def temperatures(self) -> list[str]:
+        """The temperatures of `evaluate.temperatures`, as in the metrics."""
+        return list(self.players[0].metrics.get("task_score_by_temperature", {})) if self.players else []
+
+    @property
     def scored(self) -> bool:
         """Whether the recipe has a scorer, so that responses have a task score."""
         return bool(self.recipe["evaluate"]["scorer"])

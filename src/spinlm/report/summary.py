@@ -68,10 +68,15 @@ def results(folder: RunDir) -> list[dict[str, Any]]:
         RunError: the file of a player's metrics has changed.
     """
     return [
-        {"player": player.name, "best": player.best}
-        | {name: value for name, value in player.metrics.items() if isinstance(value, int | float)}
-        for player in player_rows(folder)
+        {"player": player.name, "best": player.best} | numeric_metrics(player.metrics) for player in player_rows(folder)
     ]
+
+
+def numeric_metrics(metrics: dict[str, Any]) -> dict[str, float]:
+    """Return the metrics that are numbers by name; the task score at temperature 0.3 is `task_score_at_0.3`."""
+    numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
+    by_temperature = metrics.get("task_score_by_temperature", {})
+    return numbers | {f"task_score_at_{temperature}": score for temperature, score in by_temperature.items()}
 
 
 def compared_player(players: list[PlayerRow]) -> PlayerRow | None:

@@ -76,10 +76,10 @@ def _copy_responses(recipe: Recipe, folder: RunDir, source: RunDir) -> None:
     """Copy the responses of iteration 0 that the other run has and this one needs; `generate` writes the others."""
     if not source.done("generate", 0):
         return
-    values = (with_defaults(read_recipe(source)), recipe.model_dump(mode="json"))
-    changes = _other_than(FIELDS_AFTER_GENERATE, differences(*({"opponent": each["opponent"]} for each in values)))
+    theirs, ours = with_defaults(read_recipe(source))["opponent"], recipe.opponent.model_dump(mode="json")
+    changes = _other_than(FIELDS_AFTER_GENERATE, differences(theirs, ours, "opponent"))
     if changes:
-        log.info("generating responses, which those of %s cannot replace: %s", source.root, "; ".join(changes))
+        log.info("not copied: the responses of %s, which has other settings: %s", source.root, "; ".join(changes))
         return
     source.check_outputs("generate", 0)
     folder.begin("generate", 0, recipe_fingerprint(recipe, 0))  # so that the stage keeps what it finds

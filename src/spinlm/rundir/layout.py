@@ -95,6 +95,10 @@ class RunDir(MarkedFolder):
         """The player's responses to the held-out prompts, sampled at temperature 1."""
         return self.iteration(t) / "heldout_sampled.jsonl"
 
+    def heldout_temperatures(self, t: int) -> Path:
+        """The player's responses to the held-out prompts, sampled at each of `evaluate.temperatures`."""
+        return self.iteration(t) / "heldout_temperatures.jsonl"
+
     def eval_metrics(self, t: int) -> Path:
         """Metrics of the player."""
         return self.iteration(t) / "eval.json"

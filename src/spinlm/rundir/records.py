@@ -99,10 +99,22 @@ class HeldoutSampled:
     task_score: float | None  # from 0 to 1, if the recipe names a scorer
 
 
-Record = TypeVar("Record", Example, Generation, HeldoutGreedy, HeldoutSampled)
+@dataclass(frozen=True, slots=True)
+class HeldoutAtTemperature:
+    """A player's response to a held-out prompt, sampled at one of `evaluate.temperatures` from all tokens."""
+
+    id: str  # of the example
+    temperature: float
+    token_ids: list[int]
+    text: str
+    finished: bool
+    task_score: float  # from 0 to 1
 
 
-def to_line(record: Example | Generation | HeldoutGreedy | HeldoutSampled) -> str:
+Record = TypeVar("Record", Example, Generation, HeldoutGreedy, HeldoutSampled, HeldoutAtTemperature)
+
+
+def to_line(record: Example | Generation | HeldoutGreedy | HeldoutSampled | HeldoutAtTemperature) -> str:
     """Encode a record as one line of JSON."""
     return json.dumps(asdict(record), ensure_ascii=False, separators=(",", ":")) + "\n"
 

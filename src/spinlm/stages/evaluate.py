@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from spinlm.distributed import processes
 from spinlm.distributed.progress import Advance, track
@@ -18,13 +19,16 @@ from spinlm.evals.heldout import (
     summarize_pairs,
     summarize_probe,
     summarize_sampled,
+    summarize_temperatures,
 )
 from spinlm.evals.scorers import get_scorer
 from spinlm.generation import local_engine
 from spinlm.generation.base import Response, Sampling
 from spinlm.model.run import Run
+from spinlm.report.summary import numeric_metrics
 from spinlm.rundir.records import (
     Example,
+    HeldoutAtTemperature,
     HeldoutGreedy,
     HeldoutSampled,
     RecordFile,
@@ -47,14 +51,16 @@ class _ShardResults:
     examples: list[Example]
     greedy: list[Response]
     sampled: list[Response]  # at temperature 1, from all tokens
+    at_temperatures: dict[float, list[Response]]  # at each of `evaluate.temperatures`, from all tokens
     scores: HeldoutScores
 
 
 def evaluate(run: Run, t: int) -> None:
     """Measure the player that iteration `t` made on the held-out prompts; `START` is θ_0.
 
-    Writes heldout_greedy.jsonl, heldout_sampled.jsonl and eval.json. For all players but θ_0, the metrics include
-    accuracy and margin on held-out pairs of real and opponent's responses.
+    Writes heldout_greedy.jsonl, heldout_sampled.jsonl, heldout_temperatures.jsonl (if the recipe has
+    `evaluate.temperatures`) and eval.json. For all players but θ_0, the metrics include accuracy and margin on held-out
+    pairs of real and opponent's responses.
     """
     with run.stage("evaluate", t) as stage:
         if stage.done:
@@ -62,19 +68,18 @@ def evaluate(run: Run, t: int) -> None:
         folder, players = run.folder, run.players
         players.load(t)
         size, heldout = run.recipe.opponent.shard_size, RecordFile(folder.examples("heldout"), Example)
-        greedy_seed, sampled_seed = (derive_seed(run.recipe.seed, purpose, t) for purpose in ("evaluate", "sample"))
         shards: dict[int, _ShardResults] = {}
-        # Per prompt: two generated responses, one scoring pass of the player, one scoring pass of θ_0.
-        total, label = 4 * len(heldout), f"{player_name(t)}: evaluate"
+        # Per prompt: the generated responses, one scoring pass of the player, one scoring pass of θ_0.
+        total = (run.recipe.evaluate.responses_per_prompt + 2) * len(heldout)
+        label = f"{player_name(t)}: evaluate"
         with track(label, total, shared=True, response_unit="responses written and read") as advance:
             for number in processes.claim_work(range(heldout.num_shards(size))):
                 examples = heldout.shard(number, size)
-                greedy = _respond(run, examples, 0.0, greedy_seed + number, advance)
-                sampled = _respond(run, examples, 1.0, sampled_seed + number, advance)
+                greedy, sampled, at_temperatures = _generate(run, t, number, examples, advance)
                 pairs = None if t == START else read_pairs([folder.pairs(t, "heldout", number)])
                 scores = score_heldout(players, examples, pairs, [response.token_ids for response in sampled])
                 advance(len(examples))
-                shards[number] = _ShardResults(examples, greedy, sampled, scores)
+                shards[number] = _ShardResults(examples, greedy, sampled, at_temperatures, scores)
             players.load(START)
             features: dict[int, ResponseFeatures] = {}
             for number, shard in shards.items():
@@ -89,8 +94,25 @@ def evaluate(run: Run, t: int) -> None:
         ordered = [gathered[number] for number in sorted(gathered)]
         metrics = processes.on_rank_zero(_write_results, run, t, ordered)
         stage.outputs = [folder.heldout_greedy(t), folder.heldout_sampled(t), folder.eval_metrics(t)]
+        stage.outputs += [folder.heldout_temperatures(t)] if run.recipe.evaluate.temperatures else []
     if processes.is_main_process():
         _report(run, t, metrics)
+
+
+def _generate(
+    run: Run, t: int, shard: int, examples: Sequence[Example], advance: Advance
+) -> tuple[list[Response], list[Response], dict[float, list[Response]]]:
+    """Return the responses to a shard: greedy, at temperature 1, and at each of `evaluate.temperatures`."""
+
+    def respond(temperature: float, *purpose: str | int) -> list[Response]:
+        return _respond(run, examples, temperature, derive_seed(run.recipe.seed, *purpose) + shard, advance)
+
+    greedy, sampled = respond(0.0, "evaluate", t), respond(1.0, "sample", t)
+    at_temperatures = {
+        temperature: sampled if temperature == 1 else respond(temperature, "sample", t, f"{temperature:g}")
+        for temperature in run.recipe.evaluate.temperatures
+    }
+    return greedy, sampled, at_temperatures
 
 
 def _respond(run: Run, examples: Sequence[Example], temperature: float, seed: int, advance: Advance) -> list[Response]:
@@ -112,6 +134,7 @@ def _write_results(run: Run, t: int, shards: list[tuple[_ShardResults, ResponseF
     scorer = get_scorer(run.recipe.evaluate.scorer) if run.recipe.evaluate.scorer else None
     decode = run.players.renderer.decode
     greedy_rows, sampled_rows = [], []
+    temperature_rows = _temperature_rows(run, [shard for shard, _ in shards])
     for shard, features in shards:
         for number, example in enumerate(shard.examples):
             greedy, sampled = shard.greedy[number], shard.sampled[number]
@@ -145,20 +168,40 @@ def _write_results(run: Run, t: int, shards: list[tuple[_ShardResults, ResponseF
         summarize_greedy(greedy_rows),
         summarize_pairs([margins for shard, _ in shards for margins in shard.scores.margins]),
         summarize_sampled(sampled_rows),
+        summarize_temperatures(temperature_rows),
         summarize_probe([features for _, features in shards]),
     )
-    with atomic_file(run.folder.heldout_greedy(t), "w") as file:
-        file.writelines(map(to_line, greedy_rows))
-    with atomic_file(run.folder.heldout_sampled(t), "w") as file:
-        file.writelines(map(to_line, sampled_rows))
+    _write_lines(run.folder.heldout_greedy(t), greedy_rows)
+    _write_lines(run.folder.heldout_sampled(t), sampled_rows)
+    if temperature_rows:
+        _write_lines(run.folder.heldout_temperatures(t), temperature_rows)
     write_json(run.folder.eval_metrics(t), metrics)
     return metrics
+
+
+def _temperature_rows(run: Run, shards: Sequence[_ShardResults]) -> list[HeldoutAtTemperature]:
+    """Score the responses at `evaluate.temperatures`."""
+    decode, rows = run.players.renderer.decode, []
+    for temperature in run.recipe.evaluate.temperatures:
+        assert run.recipe.evaluate.scorer is not None, "the recipe refuses temperatures without a scorer"
+        scorer = get_scorer(run.recipe.evaluate.scorer)
+        for shard in shards:
+            for example, response in zip(shard.examples, shard.at_temperatures[temperature], strict=True):
+                ids, text = response.token_ids, decode(response.token_ids)
+                score = scorer(text, example.response)
+                rows.append(HeldoutAtTemperature(example.id, temperature, ids, text, response.finished, score))
+    return rows
+
+
+def _write_lines(path: Path, records: Sequence[HeldoutGreedy | HeldoutSampled | HeldoutAtTemperature]) -> None:
+    with atomic_file(path, "w") as file:
+        file.writelines(to_line(record) for record in records)
 
 
 def _report(run: Run, t: int, metrics: Metrics) -> None:
     """Send the metrics to the trackers, and log two of them."""
     steps = count_records(run.folder.train_log) if run.folder.train_log.exists() else 0
-    metrics_logger(run, "evaluate", t)(metrics, steps)
+    metrics_logger(run, "evaluate", t)(numeric_metrics(metrics), steps)
     kl = "" if t == START else f"; KL from the start: {metrics['kl_from_start']:+z.4f} nats per token"
     if "probe_auc" not in metrics:
         log.info("%s: too few prompts for a probe AUC%s", player_name(t), kl)

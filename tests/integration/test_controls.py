@@ -1,0 +1,70 @@
+"""Controls: scores by temperature, runs in one table, and extrapolated players."""
+
+import json
+
+import pytest
+from runs import read_rows
+
+SMALL = ("sft=null", "data.prompts=4", "selfplay.iterations=1", "train.epochs=1")
+
+
+def test_held_out_responses_at_further_temperatures(world, cli, tmp_path):
+    """Greedy and sampled responses stay what they are without further temperatures."""
+    commands = {"plain": SMALL, "run": (*SMALL, "evaluate.temperatures=[0.2, 1]")}
+    for name, changes in commands.items():
+        cli("run", world.recipe, *changes, "--run-dir", tmp_path / name, folder=world.folder)
+    for player in ("start", "iteration-0"):
+        for name in ("heldout_greedy.jsonl", "heldout_sampled.jsonl"):
+            ours, plain = ((tmp_path / run / player / name).read_bytes() for run in ("run", "plain"))
+            assert ours == plain
+        sampled = read_rows(tmp_path / "run" / player / "heldout_sampled.jsonl")
+        rows = read_rows(tmp_path / "run" / player / "heldout_temperatures.jsonl")
+        assert [row["temperature"] for row in rows] == [0.2] * 10 + [1.0] * 10
+        for field in ("id", "token_ids", "task_score"):
+            assert [row[field] for row in rows[10:]] == [row[field] for row in sampled]
+        assert [row["token_ids"] for row in rows[:10]] != [row["token_ids"] for row in rows[10:]]
+        metrics = json.loads((tmp_path / "run" / player / "eval.json").read_text())
+        means = {"0.2": sum(row["task_score"] for row in rows[:10]) / 10, "1": metrics["sampled_task_score"]}
+        assert metrics["task_score_by_temperature"] == pytest.approx(means)
+    assert not (tmp_path / "plain" / "start" / "heldout_temperatures.jsonl").exists()
+    values = json.loads(cli("status", "run", "--json", folder=tmp_path).out)
+    assert set(values["players"][1]["task_score_by_temperature_se"]) == {"0.2", "1"}
+    cli("report", "run", folder=tmp_path)
+    assert "Task score by temperature" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_runs_in_one_table(world, cli, reference, tmp_path):
+    changes = {"control": ["objective={name: sft}"], "own": ["objective={beta: 1}", "train.learning_rate=1e-3"]}
+    for name, settings in changes.items():
+        command = ("run", world.recipe, *settings, "selfplay.iterations=1", "train.epochs=1")
+        cli(*command, "--run-dir", tmp_path / name, "--start-from", reference, folder=world.folder)
+    values = json.loads(cli("compare", reference, "control", "own", "--json", folder=tmp_path).out)
+    assert (values["metric"], values["baseline"], values["prompts"]) == ("task_score", "the start", 10)
+    settings = [player["settings"] for player in values["players"]]
+    shared = "train.epochs=1"
+    assert settings == [
+        *("", "spin", f"sft, {shared}"),
+        f"spin, objective.beta=1.0, {shared}, train.learning_rate=0.001",
+    ]
+    # 24 prompts in steps of 4 pairs, 2 epochs, the second iteration with twice the pairs: 12 + 24. One epoch: 6.
+    assert [(row["iteration"], row["steps"]) for row in values["players"]] == [(-1, 0), (1, 36), (0, 6), (0, 6)]
+    start = {row["id"]: row["nll"] for row in read_rows(tmp_path / "own" / "start" / "heldout_greedy.jsonl")}
+    own = {row["id"]: row["nll"] for row in read_rows(tmp_path / "own" / "iteration-0" / "heldout_greedy.jsonl")}
+    gains = [start[key] - own[key] for key in start]
+    mean = sum(gains) / 10
+    error = (sum((gain - mean) ** 2 for gain in gains) / 9 / 10) ** 0.5
+    difference = values["players"][3]["differences"]["heldout_nll"]
+    assert difference["mean"] == pytest.approx(mean)
+    assert difference["interval"] == pytest.approx([mean - 1.95996 * error, mean + 1.95996 * error], abs=1e-6)
+    shown = cli("compare", "own:0", f"{reference}:0", f"{reference}:1", "--baseline", "control", folder=tmp_path).out
+    lines = [line.split() for line in shown.splitlines()]
+    assert [line[0] for line in lines[2:] if line[0] != "Difference:" and "iteration" in line] == ["own", "run", "run"]
+    assert "compared with control after iteration 0" in " ".join(shown.split())
+
+
+def test_runs_of_other_starts_are_refused(world, cli, reference, tmp_path):
+    cli("run", world.recipe, *SMALL, "data.prompts=24", "--run-dir", tmp_path / "other", folder=world.folder)
+    refused = cli("compare", reference, "other", folder=tmp_path, code=2)
+    assert "their starts give other responses" in refused.message
+    assert "no run here" in cli("compare", reference, "missing", folder=tmp_path, code=2).message
+    assert "has no player 7" in cli("compare", f"{reference}:7", folder=tmp_path, code=2).message
