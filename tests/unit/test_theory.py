@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from spinlm.training.objectives import mean_nll, mix_reference, nll_share, spin
+from spinlm.training.objectives import mean_nll, mix_reference, spin
 
 torch.manual_seed(3)
 N = 5
@@ -212,7 +212,7 @@ def test_label_smoothing_bounds_the_margin(epsilon: float) -> None:
 
 
 @pytest.mark.parametrize(("beta", "tokens", "expected"), [(1.0, 25, 0.004 / 0.504), (0.1, 250, 0.0004 / 0.0504)])
-def test_nll_share(beta: float, tokens: int, expected: float) -> None:
+def test_the_nll_term_has_a_small_share(beta: float, tokens: int, expected: float) -> None:
     """nll_weight 0.1 pulls log p(y) with 0.1/|y|, SPIN with β/2: at β = 1 and 25 tokens the share is below 1%."""
     logprob, zero = torch.tensor([-20.0], dtype=torch.float64), torch.tensor([-20.0], dtype=torch.float64)
     pull = -gradient(lambda real: spin(real, zero, zero, zero, beta=beta).sum(), logprob)
@@ -220,4 +220,4 @@ def test_nll_share(beta: float, tokens: int, expected: float) -> None:
     lengths = torch.tensor([float(tokens)])
     term = -gradient(lambda real: 0.1 * mean_nll(real, lengths).sum(), logprob)
     assert term.item() == pytest.approx(0.1 / tokens)
-    assert nll_share(pull, lengths, 0.1).item() == pytest.approx(expected)
+    assert (term / (term + pull)).item() == pytest.approx(expected)

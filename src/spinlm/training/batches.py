@@ -163,10 +163,10 @@ def pair_loss(recipe: Recipe, t: int) -> Callable[[Tensor, Sequence[PromptGroup]
 
 def _mix_start(opponent: Tensor, groups: Sequence[PromptGroup], settings: Objective) -> Tensor:
     """Return the reference log-probabilities: the opponent's, mixed with θ_0's if the groups hold them: [S]."""
-    start = [value for group in groups for value in group.start_logprobs]
-    if not start:
+    if not any(group.start_logprobs for group in groups):
         return opponent
     assert isinstance(settings, LogRatioObjective)
+    start = [value for group in groups for value in group.start_logprobs or group.reference_logprobs]
     return objectives.mix_reference(opponent, torch.tensor(start, device=opponent.device), settings.reference_mix)
 
 

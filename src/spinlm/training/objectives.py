@@ -150,17 +150,3 @@ def mean_nll(logprob: Tensor, tokens: Tensor) -> Tensor:
         tokens: [B] |y|.
     """
     return -logprob / tokens
-
-
-def nll_share(pull: Tensor, tokens: Tensor, nll_weight: float) -> Tensor:
-    """Return the share of the pull on the real response that the term of `nll_weight` has: [B], from 0 to 1.
-
-    The term pulls log p_θ(y|x) with nll_weight / |y|. At the first step of an iteration, `spin` pulls with β/2.
-
-    Args:
-        pull: [B] the pull of the pair loss, −∂loss/∂log p_θ(y|x), without the term.
-        tokens: [B] |y|.
-        nll_weight: weight of the term, above 0.
-    """
-    term = nll_weight / tokens
-    return term / (term + pull)
