@@ -551,7 +551,7 @@ def recipes(draw: st.DrawFn) -> dict[str, Any]:
     train.pop("fsdp", None)
     values["model"].pop("load_in_4bit", None)
     game.pop("select", None)
-    for name in ("engine", "server", "vllm"):
+    for name in ("engine", "server", "vllm", "exclude_correct"):
         values.get("opponent", {}).pop(name, None)
     return values
 

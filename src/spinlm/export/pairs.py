@@ -40,6 +40,7 @@ class PairCounts:
 
 
 TRUNCATED, IDENTICAL = "synthetic response truncated", "synthetic response equal to the real one"
+CORRECT = "synthetic response excluded as correct"
 """Why a pair is not exported."""
 
 
@@ -85,19 +86,21 @@ def export_pairs(recipe: Recipe, folder: RunDir, iteration: int | None, output: 
             counts[name] = _write_split(recipe, folder, iteration, split, path, skipped)
             if split == "train" and not counts[name]:
                 shutil.rmtree(temporary)
-                raise RunError(_no_pairs(folder, iteration, skipped))
+                excludes_correct = recipe.opponent.exclude_correct
+                raise RunError(_no_pairs(folder, iteration, skipped, excludes_correct=excludes_correct))
             if not counts[name]:
                 path.unlink()
     return PairCounts(iteration, counts, skipped)
 
 
-def _no_pairs(folder: RunDir, iteration: int, skipped: Counter[str]) -> str:
+def _no_pairs(folder: RunDir, iteration: int, skipped: Counter[str], *, excludes_correct: bool) -> str:
     """Say why an iteration has no training pairs to export."""
     rates = folder.metadata("reference_logprobs", iteration).get("train", {})
-    skipped[IDENTICAL] += round(rates.get("identical_rate", 0) * rates.get("responses", 0))
+    kind, rate = (CORRECT, "correct_rate") if excludes_correct else (IDENTICAL, "identical_rate")
+    skipped[kind] += round(rates.get(rate, 0) * rates.get("responses", 0))
     reason = f"{_counts(+skipped)} (of {rates.get('responses', 0)} responses)"
     remedy = "Train on prompts that the model does not answer perfectly yet, or sample at a higher temperature"
-    if skipped[TRUNCATED] > skipped[IDENTICAL]:
+    if skipped[TRUNCATED] > skipped[kind]:
         remedy = "Raise opponent.max_new_tokens"
     return f"{folder.root}: iteration {iteration} has no pairs to export: {reason}. {remedy}"
 
@@ -117,7 +120,11 @@ def _write_split(recipe: Recipe, folder: RunDir, iteration: int, split: str, pat
     with pq.ParquetWriter(path, schema) as writer:
         for shard in range(examples.num_shards(size)):
             pairs = read_pairs([folder.pairs(iteration, split, shard)])
-            keys = pairs.select(["id", "source_iteration", "sample"]).to_pylist()
+            keys = [
+                {name: row[name] for name in ("id", "source_iteration", "sample")}
+                for row in pairs.to_pylist()
+                if row["contrast"] and row["real_ids"] != row["synthetic_ids"]
+            ]
             by_id = {example.id: example for example in examples.shard(shard, size)}
             rows = list(_rows(folder, split, shard, keys, by_id, skipped))
             if rows:  # `datasets` cannot read a file whose first row group is empty

@@ -23,6 +23,11 @@ class _PairObjective(_Objective):
     nll_weight: NonNegative = 0.0
     """Weight of an added term −log p(y|x)/|y|. It keeps the likelihood of the real responses up."""
 
+    @property
+    def equal_pairs_carry_gradient(self) -> bool:
+        """Whether a pair whose synthetic response equals the real one has a gradient. In r(y) − r(y') it cancels."""
+        return False
+
 
 class _ScaledObjective(_PairObjective):
     beta: PerIteration = 0.1
@@ -60,11 +65,19 @@ class DpoPositive(LogRatioObjective):
     dpop_lambda: NonNegative = 50.0
     """Weight of the penalty on a real response that has become less likely than under the opponent."""
 
+    @property
+    def equal_pairs_carry_gradient(self) -> bool:
+        return self.dpop_lambda > 0  # the penalty
+
 
 class Space(_PairObjective):
     name: Annotated[Literal["space"], Name]
     mu: Positive = 1.0
     """Weight of a synthetic response relative to a real one. `selfplay.replay: 0` is recommended."""
+
+    @property
+    def equal_pairs_carry_gradient(self) -> bool:
+        return True  # with μ = 1 and r = r(y) = r(y'), the slope 2σ(r) − 1 holds r at 0
 
 
 class TSpin(_ScaledObjective):
@@ -72,6 +85,10 @@ class TSpin(_ScaledObjective):
     link: Link = "logistic"
     history_weight: NonNegative = 1.0
     """Weight of the advantage of the newest synthetic response over θ_0's: β in the T-SPIN paper."""
+
+    @property
+    def equal_pairs_carry_gradient(self) -> bool:
+        return self.history_weight > 0  # the second term, unless θ_0's response equals them as well
 
 
 class Control(_Objective):

@@ -114,6 +114,8 @@ class Opponent(Section):
     """Maximum tokens of a synthetic response. A truncated response has no end-of-turn token."""
     samples_per_prompt: Count = 1
     """Synthetic responses per prompt and iteration."""
+    exclude_correct: bool = False
+    """Make no pair of a response that `evaluate.scorer` rates 1 (as in IRPO, arXiv 2404.19733)."""
     batch_size: Count = 64
     """Responses generated at once by the local engine."""
     shard_size: Count = 256

@@ -249,6 +249,11 @@ class Recipe(Section):
     def _check_metric_and_preferences(self) -> "Recipe":
         if self.selfplay.select.metric == "task_score" and self.evaluate.scorer is None:
             raise ValueError("selfplay.select.metric: task_score needs a scorer. Set evaluate.scorer")
+        if self.opponent.exclude_correct and self.evaluate.scorer is None:
+            raise ValueError(
+                "opponent.exclude_correct: needs a scorer that finds the correct responses. Set evaluate.scorer, or "
+                "remove opponent.exclude_correct"
+            )
         if self.preferences and self.selfplay.iterations * self.opponent.samples_per_prompt > 1:
             raise ValueError(
                 "data.columns.rejected: a prompt has one rejected response, the same in every iteration. Set "

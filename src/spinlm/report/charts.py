@@ -101,8 +101,8 @@ def _player_charts(run: RunData) -> list[Chart]:
 def _training_charts(run: RunData) -> list[Chart]:
     measures = (
         ("loss", "Loss", f"The training objective.{_first_loss(run.recipe)}"),
-        ("margin", "Margin", "Mean over the pairs of a step, in nats."),
-        ("accuracy", "Accuracy", "Share of pairs with a positive margin."),
+        ("margin", "Margin", "Mean over the pairs of a step whose responses differ, in nats."),
+        ("accuracy", "Accuracy", "Share of these pairs with a positive margin."),
         ("real_nll", "NLL of the real responses", "On training prompts, nats per token."),
         ("grad_norm", "Gradient norm", "Before clipping to train.max_grad_norm."),
     )

@@ -56,7 +56,10 @@ class Generation:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A real and a synthetic response to one prompt, with the opponent's log-probabilities of both."""
+    """A real and a synthetic response to one prompt, with the opponent's log-probabilities of both.
+
+    In a row without contrast, only the NLL term of the real response counts, and all log-probabilities are NaN.
+    """
 
     id: str  # of the example
     source_iteration: int  # the iteration whose opponent wrote the synthetic response
@@ -69,6 +72,7 @@ class Pair:
     initial_ids: list[int] | None = None  # θ_0's response y₀, if the objective uses it
     start_real: float | None = None  # log p_θ0(y|x), if the reference is a mixture with θ_0
     start_synthetic: float | None = None  # log p_θ0(y'|x), likewise
+    contrast: bool = True  # whether the loss compares the two responses
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,6 +232,7 @@ def _pair_schema() -> Any:
             ("initial_ids", ids),
             ("start_real", pa.float64()),
             ("start_synthetic", pa.float64()),
+            ("contrast", pa.bool_()),
         ]
     )
 

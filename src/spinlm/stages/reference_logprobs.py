@@ -6,8 +6,9 @@ Because the opponent's log-probabilities are computed here, training needs only 
 """
 
 import logging
+import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 from spinlm.distributed import processes
 from spinlm.distributed.progress import Advance, track
 from spinlm.errors import ModelError
+from spinlm.evals.scorers import Scorer, get_scorer
 from spinlm.model.players import Players
 from spinlm.model.prefix_trees import PrefixTree, micro_batches
 from spinlm.model.run import Run
@@ -33,6 +35,7 @@ from spinlm.rundir.records import (
     write_pairs,
 )
 from spinlm.rundir.stage_graph import START
+from spinlm.training.pairs import ResponseKey, choose_heldout_pairs, choose_train_pairs, response_key
 from spinlm.utils.atomic import atomic_path
 from spinlm.utils.signals import check_interrupt
 
@@ -50,15 +53,15 @@ MISMATCH_CAUSE = "The usual cause is another model, template, end token or preci
 def reference_logprobs(run: Run, t: int) -> None:
     """Write the pairs of iteration `t`, one shard at a time. Verified shards are kept.
 
-    Training pairs use the synthetic responses of this iteration and of the `selfplay.replay` iterations before it.
-    Held-out pairs use only those of this iteration. A synthetic response that equals the real one is counted but makes
-    no pair, because its gradient is 0.
+    Training pairs use the synthetic responses of this iteration and of the `selfplay.replay` iterations before it; see
+    `choose_train_pairs`. Held-out pairs use only those of this iteration, and only those that differ from the real one.
     """
     with run.stage("reference_logprobs", t) as stage:
         if stage.done:
             return
         recipe, folder, players = run.recipe, run.folder, run.players
         needs_initial = isinstance(recipe.objective, TSpin)
+        scorer = get_scorer(recipe.evaluate.scorer) if recipe.evaluate.scorer else None
         replayed = range(max(0, t - recipe.selfplay.replay), t)
         for iteration in {*replayed, *((0,) if needs_initial and t else ())}:
             processes.on_rank_zero(folder.require, "generate", iteration)
@@ -72,31 +75,43 @@ def reference_logprobs(run: Run, t: int) -> None:
         with track(f"iteration {t}: reference log-probabilities", total, shared=True) as advance:
             for split, shard in processes.claim_work(shards):
                 chosen = examples[split].shard(shard, size)
+                is_train = split == "train"
                 generations = [
                     generation
-                    for iteration in ((t, *reversed(replayed)) if split == "train" else (t,))
+                    for iteration in ((t, *reversed(replayed)) if is_train else (t,))
                     for generation in read_lines(folder.generations(iteration, split, shard), Generation)
                 ]
+                first = folder.generations(0, split, shard)
+                initial = list(read_lines(first, Generation)) if needs_initial and is_train else []
+                correct = None if scorer is None else _correct_responses(scorer, chosen, [*generations, *initial])
                 path = folder.pairs(t, split, shard)
                 if folder.is_verified(path):
                     pairs = [Pair(**row) for row in read_pairs([path]).to_pylist()]
                     advance(len(chosen))
                 else:
-                    pairs = _make_pairs(players, chosen, generations, advance)
-                    if needs_initial and split == "train":
-                        pairs = _with_initial(pairs, read_lines(folder.generations(0, split, shard), Generation))
+                    if is_train:
+                        pairs = choose_train_pairs(recipe, chosen, generations, correct or (), initial)
+                    else:
+                        pairs = choose_heldout_pairs(chosen, generations)
+                    logprobs = _pair_logprobs(players, pairs, advance)
+                    pairs = [
+                        replace(pair, opponent_real=real, opponent_synthetic=synthetic)
+                        for pair, (real, synthetic) in zip(pairs, logprobs, strict=True)
+                    ]
+                    advance(len(chosen) - len({pair.id for pair in pairs if pair.contrast}))
                     with atomic_path(path) as temporary:
                         write_pairs(temporary, pairs)
                     folder.record_digest(path)
-                tally.add(split, t, chosen, generations, pairs)
-                if split == "train" and recipe.mixes_start(t):
+                newest = [generation for generation in generations if generation.iteration == t]
+                tally.add(split, chosen, newest, correct, pairs)
+                if is_train and recipe.mixes_start(t):
                     mixed[path] = len(chosen)
             for path, prompts in mixed.items():
                 _add_start_logprobs(run, path)
                 advance(prompts)
         tally = _Tally.sum(processes.all_gather(tally.counts))
         if processes.is_main_process():
-            log.info("iteration %d: %s", t, tally.summary())
+            log.info("iteration %d: %s", t, tally.summary(recipe.opponent.exclude_correct))
         _check_mismatch(run, t, tally)
         stage.outputs = [folder.pairs(t, *shard) for shard in shards]
         stage.metadata = dict(tally.rates())
@@ -126,44 +141,44 @@ def _check_mismatch(run: Run, t: int, tally: "_Tally") -> None:
         )
 
 
-def _make_pairs(
-    players: Players, examples: list[Example], generations: list[Generation], advance: Advance
-) -> list[Pair]:
-    """Pair the real response of each example with each synthetic one, and compute log p_θt of both."""
-    by_id: dict[str, list[Generation]] = defaultdict(list)
-    for generation in generations:
-        by_id[generation.id].append(generation)
-    members = []  # of each tree: the example and its synthetic responses
+def _correct_responses(
+    scorer: Scorer, examples: Sequence[Example], generations: Iterable[Generation]
+) -> set[ResponseKey]:
+    """Return the keys of the responses that the scorer rates 1. Raises DataError if it cannot read a real response."""
+    references = {example.id: example.response for example in examples}
+    return {
+        response_key(generation)
+        for generation in generations
+        if scorer(generation.text, references[generation.id]) == 1
+    }
+
+
+def _pair_logprobs(
+    players: Players, pairs: Sequence[Pair], advance: Advance | None = None
+) -> list[tuple[float, float]]:
+    """Compute log p(y|x) and log p(y'|x) of each pair under the loaded player; NaN for rows without contrast.
+
+    Equal responses to a prompt are computed once.
+    """
+    contrasts = [number for number, pair in enumerate(pairs) if pair.contrast]
+    prompts = [list(numbers) for _, numbers in groupby(contrasts, key=lambda number: pairs[number].id)]
     trees = []
-    for example in examples:
-        synthetic = [g for g in by_id[example.id] if g.token_ids != example.response_ids]
-        if synthetic:
-            members.append((example, synthetic))
-            trees.append(PrefixTree(example.prompt_ids, (example.response_ids, *(g.token_ids for g in synthetic))))
-    pairs: dict[int, list[Pair]] = {}
-    budget = players.recipe.train.tokens_per_micro_batch
-    for chosen in micro_batches(trees, budget, players.prefix_sharing):
+    for numbers in prompts:
+        first = pairs[numbers[0]]
+        responses = [first.real_ids, *(pairs[number].synthetic_ids for number in numbers)]
+        trees.append(PrefixTree(first.prompt_ids, tuple(dict.fromkeys(map(tuple, responses)))))
+    values = [(math.nan, math.nan)] * len(pairs)
+    for chosen in micro_batches(trees, players.recipe.train.tokens_per_micro_batch, players.prefix_sharing):
         check_interrupt()
         logprobs = iter(players.response_logprobs([trees[index] for index in chosen]))
         for index in chosen:
-            example, synthetic = members[index]
-            real = next(logprobs)
-            pairs[index] = [
-                Pair(
-                    id=example.id,
-                    source_iteration=generation.iteration,
-                    sample=generation.sample,
-                    prompt_ids=example.prompt_ids,
-                    real_ids=example.response_ids,
-                    synthetic_ids=generation.token_ids,
-                    opponent_real=real,
-                    opponent_synthetic=next(logprobs),
-                )
-                for generation in synthetic
-            ]
-        advance(len(chosen), sum(len(trees[index]) for index in chosen))
-    advance(len(examples) - len(trees))  # examples whose synthetic responses all equal the real one
-    return [pair for index in range(len(trees)) for pair in pairs[index]]
+            of_response = {response: next(logprobs) for response in trees[index].responses}
+            for number in prompts[index]:
+                real, synthetic = tuple(pairs[number].real_ids), tuple(pairs[number].synthetic_ids)
+                values[number] = of_response[real], of_response[synthetic]
+        if advance is not None:
+            advance(len(chosen), sum(len(trees[index]) for index in chosen))
+    return values
 
 
 def _add_start_logprobs(run: Run, path: Path) -> None:
@@ -176,37 +191,16 @@ def _add_start_logprobs(run: Run, path: Path) -> None:
         return
     players, folder = run.players, run.folder
     players.load(START)
-    prompts = [list(group) for _, group in groupby(pairs, key=lambda pair: pair.id)]
-    trees = [PrefixTree(of[0].prompt_ids, (of[0].real_ids, *(pair.synthetic_ids for pair in of))) for of in prompts]
-    with_start: dict[int, list[Pair]] = {}
-    for chosen in micro_batches(trees, players.recipe.train.tokens_per_micro_batch, players.prefix_sharing):
-        check_interrupt()
-        logprobs = iter(players.response_logprobs([trees[index] for index in chosen]))
-        for index in chosen:
-            real = next(logprobs)
-            with_start[index] = [
-                replace(pair, start_real=real, start_synthetic=next(logprobs)) for pair in prompts[index]
-            ]
+    logprobs = _pair_logprobs(players, pairs)
+    with_start = [
+        replace(pair, start_real=real, start_synthetic=synthetic)
+        for pair, (real, synthetic) in zip(pairs, logprobs, strict=True)
+    ]
     # Without the old digest, a file that was replaced just before a kill is unfinished work, and not a changed file.
     folder.digest_file(path).unlink(missing_ok=True)
     with atomic_path(path) as temporary:
-        write_pairs(temporary, [pair for index in range(len(trees)) for pair in with_start[index]])
+        write_pairs(temporary, with_start)
     folder.record_digest(path)
-
-
-def _with_initial(pairs: list[Pair], generations: Iterable[Generation]) -> list[Pair]:
-    """Add θ_0's response to each pair, for T-SPIN.
-
-    If θ_0's response equals the real one, use the synthetic one instead, because the loss must not lower the
-    likelihood of the real response.
-    """
-    initial = {(generation.id, generation.sample): generation.token_ids for generation in generations}
-
-    def initial_ids(pair: Pair) -> list[int]:
-        ids = initial[pair.id, pair.sample]
-        return pair.synthetic_ids if ids == pair.real_ids else ids
-
-    return [replace(pair, initial_ids=initial_ids(pair)) for pair in pairs]
 
 
 class _Tally:
@@ -226,22 +220,39 @@ class _Tally:
         return total
 
     def add(
-        self, split: str, t: int, examples: list[Example], generations: list[Generation], pairs: list[Pair]
+        self,
+        split: str,
+        examples: Sequence[Example],
+        generations: Sequence[Generation],
+        correct: Collection[ResponseKey] | None,
+        pairs: Sequence[Pair],
     ) -> None:
-        """Count a shard."""
+        """Count a shard.
+
+        Args:
+            split: the split of the shard.
+            examples: the examples.
+            generations: the responses of this iteration to them.
+            correct: keys of the responses that the scorer rates 1; None without a scorer.
+            pairs: all rows of the pair file.
+        """
         real = {example.id: example.response_ids for example in examples}
-        newest = {(g.id, g.sample): g for g in generations if g.iteration == t}
+        newest = {response_key(generation): generation for generation in generations}
+        contrasts = [(pair, (pair.source_iteration, pair.id, pair.sample)) for pair in pairs if pair.contrast]
         mismatches = [
             abs(pair.opponent_synthetic - logprob) / len(pair.synthetic_ids)
-            for pair in pairs
-            if pair.source_iteration == t and (logprob := newest[pair.id, pair.sample].logprob) is not None
+            for pair, key in contrasts
+            if key in newest and (logprob := newest[key].logprob) is not None
         ]
         count = self.counts.setdefault(split, defaultdict(float))
-        count["pairs"] += len(pairs)
+        count["pairs"] += len(contrasts)
+        count["nll_only"] += len(pairs) - len(contrasts)
         count["responses"] += len(newest)
         count["identical"] += sum(g.token_ids == real[g.id] for g in newest.values())
         count["truncated"] += sum(not g.finished for g in newest.values())
         count["tokens"] += sum(len(g.token_ids) for g in newest.values())
+        count["scored"] += 0 if correct is None else len(newest)
+        count["correct"] += len(newest.keys() & set(correct or ()))
         count["mismatch"] += sum(mismatches)
         count["mismatches"] += len(mismatches)
         count["mismatch_max"] = max([count["mismatch_max"], *mismatches])
@@ -253,8 +264,10 @@ class _Tally:
             responses = count["responses"]
             rates[split] = {
                 "pairs": int(count["pairs"]),
+                **({"nll_only": int(count["nll_only"])} if count["nll_only"] else {}),
                 "responses": int(responses),
                 "identical_rate": count["identical"] / responses,
+                **({"correct_rate": count["correct"] / responses} if count["scored"] else {}),
                 "truncated_rate": count["truncated"] / responses,
                 "mean_tokens": count["tokens"] / responses,
             }
@@ -263,17 +276,17 @@ class _Tally:
                 rates[split]["logprob_mismatch_max"] = count["mismatch_max"]
         return rates
 
-    def summary(self) -> str:
+    def summary(self, exclude_correct: bool) -> str:
         """Describe the training split, or the held-out split if there is no training split, in one line."""
         split, rates = next(iter(self.rates().items()))
-        pairs = "pairs" if split == "train" else "held-out pairs"
-        mismatch = rates.get("logprob_mismatch_mean")
-        return (
-            f"{rates['pairs']} {pairs}; {rates['identical_rate']:.1%} of the responses equal the real one, "
-            f"{rates['truncated_rate']:.1%} are truncated"
-            + (
-                ""
-                if mismatch is None
-                else f"; log-probabilities of engine and trainer differ by {mismatch:.1e} nats per token"
-            )
-        )
+        is_train = split == "train"
+        parts = [f"{rates['pairs']} {'pairs' if is_train else 'held-out pairs'}"]
+        if "nll_only" in rates:
+            parts.append(f"{rates['nll_only']} rows with the NLL term alone")
+        shares = f"{rates['identical_rate']:.1%} of the responses equal the real one"
+        if exclude_correct and is_train:
+            shares += f", {rates['correct_rate']:.1%} are correct and make no pair"
+        parts.append(f"{shares}, {rates['truncated_rate']:.1%} are truncated")
+        if (mismatch := rates.get("logprob_mismatch_mean")) is not None:
+            parts.append(f"log-probabilities of engine and trainer differ by {mismatch:.1e} nats per token")
+        return "; ".join(parts)

@@ -31,7 +31,8 @@ def train(run: Run, t: int) -> None:
         run.players.load(t - 1)  # θ_t
         dataset, loss_fn = _dataset_and_loss(run, t)
         if len(dataset.batch_cost) == 0:
-            log.warning("iteration %d: every synthetic response equals the real one; there is nothing to learn", t)
+            cause = "equals the real one" + (" or is correct" if run.recipe.opponent.exclude_correct else "")
+            log.warning("iteration %d: every synthetic response %s; there is nothing to learn", t, cause)
         settings = run.recipe.train
         rate, seed = value_at(settings.learning_rate, t), derive_seed(run.recipe.seed, "train", t)
         config = TrainConfig.from_recipe(settings, learning_rate=rate, seed=seed)
@@ -41,8 +42,8 @@ def train(run: Run, t: int) -> None:
         steps = trainer.fit(dataset, loss_fn, on_step=recorder, on_epoch=guard)
         trainer.save_player(t)
         stage.outputs = [run.folder.player(t)]
-        pairs = int(dataset.batch_cost.sum())
-        stage.metadata = {"steps": steps, "pairs": pairs, "heldout_nll_by_epoch": heldout_nll.values}
+        values = heldout_nll.values
+        stage.metadata = {"steps": steps, "pairs": dataset.num_pairs, "heldout_nll_by_epoch": values}
 
 
 def _dataset_and_loss(run: Run, t: int) -> tuple[TrainDataset, LossFunction]:

@@ -1,6 +1,6 @@
 """The data that a player trains on: examples or pairs on disk, grouped by prompt; and the loss of a micro-batch.
 
-Shapes: B pairs, S responses in a micro-batch.
+Shapes: B pairs, R rows without contrast, S responses in a micro-batch.
 """
 
 import math
@@ -24,20 +24,25 @@ from spinlm.training import objectives
 
 @dataclass(frozen=True, slots=True)
 class PromptGroup:
-    """A prompt and the responses to train on, as a tree, and the pairs of these responses. SFT has no pairs."""
+    """A prompt and the responses to train on, as a tree, and the pairs of these responses. SFT has no pairs.
+
+    Both indices of a pair are the same if its responses are equal.
+    """
 
     tree: PrefixTree
     reference_logprobs: tuple[float, ...] = ()  # log p_θt of each response; empty if the loss needs none
     pairs: tuple[tuple[int, int], ...] = ()  # for each pair: indices of the real and the synthetic response
     initial: tuple[int, ...] = ()  # for each pair: index of θ_0's response; empty if the loss needs none
     start_logprobs: tuple[float, ...] = ()  # log p_θ0 of each response, if the reference is a mixture with θ_0
+    nll_only: int = 0  # further rows, in which only the NLL term of the first response, the real one, counts
 
 
 class TrainDataset(Protocol):
     """Random access to groups on disk."""
 
     batch_cost: np.ndarray  # [groups] share of each group in `train.batch_size`
-    loss_weight: np.ndarray  # [groups] weight of each group in the mean of the loss: its pairs or tokens
+    loss_weight: np.ndarray  # [groups] weight of each group in the mean of the loss: its rows or tokens
+    num_pairs: int  # that the loss contrasts; SFT has none
 
     def __getitem__(self, index: int) -> PromptGroup: ...
 
@@ -48,10 +53,15 @@ class LossOutput:
 
     loss: Tensor
     metrics: dict[str, float] = field(default_factory=dict)
+    metric_rows: dict[str, int] = field(default_factory=dict)
+    """Number of rows in the sum of a metric, for metrics that are not summed over all rows. All micro-batches have the
+    same keys."""
 
 
 class SftDataset:
     """Examples on disk, one group per example. The loss weight of an example is its number of response tokens."""
+
+    num_pairs = 0
 
     def __init__(self, path: Path, batch_cost: int = 1):
         """
@@ -76,13 +86,13 @@ def sft_loss(logprobs: Tensor, groups: Sequence[PromptGroup]) -> LossOutput:
 
 
 class PairDataset:
-    """Pairs on disk, one group per prompt. A prompt with more than `batch_size` pairs makes several groups."""
+    """Rows of pair files, one group per prompt. A prompt with more than `batch_size` rows makes several groups."""
 
     def __init__(self, paths: Sequence[Path], batch_size: int):
         """
         Args:
             paths: pair files.
-            batch_size: maximum number of pairs in a group.
+            batch_size: maximum number of rows in a group.
         """
         self._table = read_pairs(paths)
         ids = self._table.column("id").to_numpy()
@@ -93,20 +103,31 @@ class PairDataset:
             for begin in range(start, end, batch_size)
         ]
         self._bounds = np.array(bounds, dtype=np.int64).reshape(-1, 2)
-        self.batch_cost = self.loss_weight = self._bounds[:, 1] - self._bounds[:, 0]  # pairs
+        self.batch_cost = self.loss_weight = self._bounds[:, 1] - self._bounds[:, 0]  # rows
+        self.num_pairs = int(np.sum(self._table.column("contrast").to_numpy()))
 
     def __getitem__(self, index: int) -> PromptGroup:
         begin, end = self._bounds[index]
         rows = self._table.slice(begin, end - begin).to_pylist()
-        responses = [rows[0]["real_ids"], *(row["synthetic_ids"] for row in rows)]
-        initial = tuple(_index_of(row["initial_ids"], responses) for row in rows if row.get("initial_ids"))
-        reference = [rows[0]["opponent_real"], *(row["opponent_synthetic"] for row in rows)]
-        reference += [math.nan] * (len(responses) - len(reference))  # for θ_0's responses, which need no reference
-        start: tuple[float, ...] = ()
-        if rows[0].get("start_real") is not None:
-            start = (rows[0]["start_real"], *(row["start_synthetic"] for row in rows))
-        pairs = tuple((0, number + 1) for number in range(len(rows)))
-        return PromptGroup(PrefixTree(rows[0]["prompt_ids"], tuple(responses)), tuple(reference), pairs, initial, start)
+        contrasts = [row for row in rows if row["contrast"]]
+        first = (contrasts or rows)[0]
+        responses, logprobs, pairs = [first["real_ids"]], [(first["opponent_real"], first["start_real"])], []
+        for row in contrasts:
+            index = _index_of(row["synthetic_ids"], responses)
+            if index == len(logprobs):
+                logprobs.append((row["opponent_synthetic"], row["start_synthetic"]))
+            pairs.append((0, index))
+        initial = tuple(_index_of(row["initial_ids"], responses) for row in contrasts if row["initial_ids"])
+        logprobs += [(math.nan, None)] * (len(responses) - len(logprobs))  # θ_0's responses, which need no reference
+        reference, start = zip(*logprobs, strict=True)
+        return PromptGroup(
+            tree=PrefixTree(first["prompt_ids"], tuple(responses)),
+            reference_logprobs=reference,
+            pairs=tuple(pairs),
+            initial=initial,
+            start_logprobs=() if start[0] is None else start,
+            nll_only=len(rows) - len(contrasts),
+        )
 
 
 def _index_of(response: list[int], responses: list[list[int]]) -> int:
@@ -117,7 +138,10 @@ def _index_of(response: list[int], responses: list[list[int]]) -> int:
 
 
 def pair_loss(recipe: Recipe, t: int) -> Callable[[Tensor, Sequence[PromptGroup]], LossOutput]:
-    """Return the loss function of the recipe's objective at iteration `t`. Its loss is a sum over pairs."""
+    """Return the loss function of the recipe's objective at iteration `t`. Its loss is a sum over rows.
+
+    The metrics `margin` and `accuracy` are sums over the pairs whose responses differ, as in the held-out metrics.
+    """
     settings = recipe.objective
     assert not isinstance(settings, Control), "the control has no pairs"
 
@@ -151,12 +175,17 @@ def pair_loss(recipe: Recipe, t: int) -> Callable[[Tensor, Sequence[PromptGroup]
         nll = objectives.mean_nll(logprobs[real], lengths[real])  # [B]
         if settings.nll_weight:
             loss = loss + settings.nll_weight * nll
+        alone = _nll_only_indices(groups).to(device)  # [R]
+        alone_nll = objectives.mean_nll(logprobs[alone], lengths[alone])  # [R]
+        differing = real != synthetic  # [B]
         metrics = {
-            "margin": margin.sum().item(),
-            "accuracy": (margin > 0).sum().item(),
-            "real_nll": nll.sum().item(),
+            "margin": margin[differing].sum().item(),
+            "accuracy": (margin[differing] > 0).sum().item(),
+            "real_nll": nll.sum().item() + alone_nll.sum().item(),
         }
-        return LossOutput(loss.sum(), metrics)
+        rows = int(differing.sum().item())
+        total = loss.sum() + settings.nll_weight * alone_nll.sum() if len(alone) else loss.sum()
+        return LossOutput(total, metrics, {"margin": rows, "accuracy": rows})
 
     return loss_fn
 
@@ -184,7 +213,17 @@ def pair_indices(groups: Sequence[PromptGroup]) -> Tensor:
             for (real, synthetic), start in zip(group.pairs, initial, strict=True)
         ]
         offset += len(group.tree.responses)
-    return torch.tensor(indices).T
+    return torch.tensor(indices, dtype=torch.long).reshape(-1, 3).T
+
+
+def _nll_only_indices(groups: Sequence[PromptGroup]) -> Tensor:
+    """Return the index of the real response of each row without contrast among all responses: [R]."""
+    indices: list[int] = []
+    offset = 0
+    for group in groups:
+        indices += [offset] * group.nll_only
+        offset += len(group.tree.responses)
+    return torch.tensor(indices, dtype=torch.long)
 
 
 def plan_steps(batch_cost: np.ndarray, batch_size: int, epochs: int, seed: int) -> list[tuple[int, np.ndarray]]:

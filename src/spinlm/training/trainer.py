@@ -230,7 +230,7 @@ class _Step:
         """Yield the micro-batches of this process; yield all of them again, smaller, after `retry_smaller`."""
         self.trainer.strategy.module.train()  # `on_epoch` may have evaluated
         while True:
-            self._retry, self._sums = False, dict[str, float]()
+            self._retry, self._sums, self._rows = False, dict[str, float](), dict[str, int]()
             for batch in self._micro_batches():
                 yield batch
                 if self._retry:
@@ -270,6 +270,8 @@ class _Step:
         """Add the sums of a micro-batch to those of the step."""
         for name, value in {"loss": output.loss.item(), **output.metrics}.items():
             self._sums[name] = self._sums.get(name, 0.0) + (value / self.loss_weight if batch.loss_scale else 0.0)
+        for name, rows in output.metric_rows.items():
+            self._rows[name] = self._rows.get(name, 0) + (rows if batch.loss_scale else 0)
 
     def retry_smaller(self, error: Exception) -> None:
         """Repeat the step with half the tokens per micro-batch if memory ran out; otherwise raise the error again.
@@ -288,12 +290,21 @@ class _Step:
     def take(self) -> dict[str, float]:
         """Take the optimizer step. Return the means of loss and metrics over the groups of all processes.
 
+        A metric that no row of the step has is absent.
+
         Raises:
             TrainingError: the loss or the norm of the gradients is not finite.
         """
         trainer = self.trainer
         stop = float(processes.world_size() > 1 and interrupt_requested())
-        measured = all_reduce_sum({**self._sums, "stop": stop})
+        rows = {f"rows of {name}": float(number) for name, number in self._rows.items()}
+        measured = all_reduce_sum({**self._sums, **rows, "stop": stop})
+        for name in self._rows:
+            number = measured.pop(f"rows of {name}")
+            if number:
+                measured[name] *= self.loss_weight / number
+            else:
+                del measured[name]
         trainer.stop_requested = measured.pop("stop") > 0
         is_finite = math.isfinite(measured["loss"])
         self.grad_norm = trainer.strategy.step(is_finite=is_finite)
