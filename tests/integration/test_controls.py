@@ -1,9 +1,12 @@
 """Controls: scores by temperature, runs in one table, and extrapolated players."""
 
 import json
+import shutil
 
 import pytest
-from runs import read_rows
+import torch
+from runs import contents, read_rows
+from safetensors.torch import load_file
 
 SMALL = ("sft=null", "data.prompts=4", "selfplay.iterations=1", "train.epochs=1")
 
@@ -68,3 +71,55 @@ def test_runs_of_other_starts_are_refused(world, cli, reference, tmp_path):
     assert "their starts give other responses" in refused.message
     assert "no run here" in cli("compare", reference, "missing", folder=tmp_path, code=2).message
     assert "has no player 7" in cli("compare", f"{reference}:7", folder=tmp_path, code=2).message
+
+
+def nlls(player):
+    return [row["nll"] for row in read_rows(player / "heldout_greedy.jsonl")]
+
+
+def test_extrapolated_adapters(world, cli, reference, tmp_path):
+    """Factor 0 gives the start and factor 1 the player, by their NLL in nats per token."""
+    for factor, player in ((0, "start"), (1, "iteration-1")):
+        run = tmp_path / f"by-{factor}"
+        said = cli("extrapolate", reference, "--factor", factor, "--run-dir", run, folder=tmp_path)
+        assert nlls(run / "iteration-0") == pytest.approx(nlls(reference / player), abs=1e-5)
+        assert f"Extrapolation by {factor}" in said.out
+        assert (run / "start" / "player" / "adapter_model.safetensors").read_bytes() == (
+            reference / "start" / "player" / "adapter_model.safetensors"
+        ).read_bytes()
+    run = tmp_path / "far"
+    cli("extrapolate", reference, "--factor", "2.5", "--iteration", 0, "--run-dir", run, folder=tmp_path)
+    marker = json.loads((run / ".spinlm" / "iteration-0" / "train.done").read_text())
+    source = json.loads((reference / ".spinlm" / "iteration-0" / "train.done").read_text())
+    assert marker["extrapolated_from"] == {
+        **{"name": "extrapolate", "run": str(reference), "iteration": 0, "factor": 2.5},
+        "player": source["digest"],
+    }
+    # The run is complete, and a killed one continues from its last complete stage to the same files.
+    before = contents(run)
+    cli("run", run / "recipe.yaml", "--run-dir", run, folder=tmp_path)
+    assert contents(run) == before
+    for name in ("train", "evaluate", "promote"):
+        (run / ".spinlm" / "iteration-0" / f"{name}.done").unlink()
+    shutil.rmtree(run / "iteration-0" / "player")
+    cli("extrapolate", reference, "--factor", "2.5", "--iteration", 0, "--run-dir", run, folder=tmp_path)
+    assert contents(run) == before
+    values = json.loads(cli("compare", f"{reference}:0", run, "--json", folder=tmp_path).out)
+    assert [row["steps"] for row in values["players"]] == [0, 12, 12]
+    assert values["players"][2]["settings"].startswith("extrapolate, objective.run=")
+    refused = cli("extrapolate", run, "--factor", 2, "--run-dir", tmp_path / "again", folder=tmp_path, code=2)
+    assert "--iteration 0 --factor 5" in refused.message
+    cli("chat", run, "--prompt", "What is 1?", folder=tmp_path)
+    cli("report", run, folder=tmp_path)
+    cli("export", run, "--iteration", "0", "--merge", "--output", tmp_path / "merged", folder=tmp_path)
+
+
+def test_extrapolated_whole_models(world, cli, tmp_path):
+    cli("run", world.recipe, *SMALL, "lora=null", "--run-dir", tmp_path / "run", folder=world.folder)
+    cli("extrapolate", "run", "--factor", 2, "--run-dir", "far", folder=tmp_path)
+    start, trained, far = (
+        load_file(tmp_path / player / "player" / "model.safetensors")
+        for player in ("run/start", "run/iteration-0", "far/iteration-0")
+    )
+    moved = [name for name in start if not torch.equal(start[name], trained[name])]
+    assert moved and all(torch.allclose(far[name], 2 * trained[name] - start[name], atol=1e-6) for name in start)

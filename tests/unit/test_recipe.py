@@ -286,7 +286,7 @@ def test_preferences_last_one_iteration() -> None:
         ),
         ({"name": "space", "reference_mix": 0.5}, "not a setting of space, only of spin, dpo-positive"),
         ({"name": "sft", "nll_weight": 0.1}, "'objective={name: sft}'"),
-        ({"name": "dpo"}, 'objective.name: should be one of spin, dpo-positive, space, t-spin, sft, got "dpo"'),
+        ({"name": "dpo"}, "objective.name: should be one of spin, dpo-positive, space, t-spin, sft, extrapolate, got"),
         ({"name": "t-spin", "betta": 1.0}, "objective.betta: unknown key; did you mean beta?"),
         (
             {"name": "space", "temperature": 1.0},
@@ -306,6 +306,8 @@ def test_label_smoothing_needs_the_logistic_link() -> None:
 
 def test_objectives_by_name() -> None:
     for name, section in OBJECTIVES.items():
+        if name == "extrapolate":
+            continue  # has settings without a default
         assert with_objective(name=name).objective == section(name=name)
 
 
@@ -352,6 +354,13 @@ def test_choosing_by_task_score_needs_a_scorer() -> None:
     assert "selfplay.select.metric: task_score needs a scorer" in parse_error(
         selfplay={"select": {"metric": "task_score"}}
     )
+
+
+def test_extrapolation_needs_linear_weights_and_one_iteration() -> None:
+    objective = {"name": "extrapolate", "run": "runs/control", "iteration": 0, "factor": 2.0}
+    assert "Set selfplay.iterations: 1" in parse_error(objective=objective)
+    message = parse_error(objective=objective, selfplay={"iterations": 1}, lora={"use_dora": True})
+    assert "not linear in the adapter" in message
 
 
 def test_temperatures_of_the_evaluation() -> None:
@@ -548,6 +557,10 @@ def recipes(draw: st.DrawFn) -> dict[str, Any]:
     if objective.get("label_smoothing"):
         objective.pop("link", None)
     values.get("evaluate", {}).pop("temperatures", None)
+    if objective.get("name") == "extrapolate":
+        game["iterations"], objective["run"] = 1, "runs/control"
+        train.pop("learning_rate", None)
+        lora.pop("use_dora", None)
     train.pop("fsdp", None)
     values["model"].pop("load_in_4bit", None)
     game.pop("select", None)

@@ -53,6 +53,30 @@ def run(
         print_status(folder) if as_json else print_result(folder)
 
 
+def extrapolate(
+    run: RunPath,
+    factor: Annotated[
+        float, typer.Option(help="Go this far from the start: 1 is the player, more is beyond it.", show_default=False)
+    ],
+    run_dir: Annotated[Path, typer.Option(help="Make this run folder.", show_default=False)],
+    iteration: Annotated[
+        int | None, typer.Option(min=0, help="Choose the iteration that made the player. The default is the last one.")
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Extrapolate a player: a control that costs no training.
+
+    Makes a run with the weights θ_0 + factor (θ − θ_0), and measures it as any run (ExPO, arXiv 2404.16792).
+    """
+    source, recipe = read_run(run)
+
+    from spinlm import selfplay
+    from spinlm.stages.extrapolate import extrapolation_recipe
+
+    loaded = extrapolation_recipe(source, recipe, factor, iteration)
+    print_result(selfplay.run(loaded, run_dir, start_from=run))
+
+
 def plan(
     recipe: RecipePath,
     overrides: Overrides = None,

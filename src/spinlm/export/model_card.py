@@ -168,7 +168,9 @@ def _card_license(card: Path) -> License:
 
 def _origin(recipe: Recipe, iteration: int) -> str:
     method = "self-play fine-tuning (SPIN, arXiv 2401.01335)"
-    if recipe.is_control:
+    if recipe.extrapolates:
+        method = "extrapolating the weights of a fine-tuned model (ExPO, arXiv 2404.16792)"
+    elif recipe.is_control:
         method = "more supervised fine-tuning"
     elif recipe.preferences:
         method = "training on preferences"

@@ -65,7 +65,7 @@ def export_pairs(recipe: Recipe, folder: RunDir, iteration: int | None, output: 
     """
     require_empty(output)
     if recipe.is_control:
-        raise RunError(f"{folder.root}: is supervised fine-tuning, which has no pairs")
+        raise RunError(f"{folder.root}: is a control, which has no pairs")
     complete = list(takewhile(lambda t: folder.marker("reference_logprobs", t).exists(), count()))
     if not complete:
         raise RunError(f"{folder.root}: has no pairs yet. `spinlm run` and `spinlm reference-logprobs` make them")

@@ -13,6 +13,7 @@ from spinlm.model.base_files import (
     TOKENIZER_CONFIG,
     base_folder,
 )
+from spinlm.model.extrapolate import pad_rank
 from spinlm.model.loading import as_model_error, attach_adapter, check_no_mismatch, load_tokenizer
 from spinlm.recipe.model import Lora, Model
 
@@ -42,7 +43,7 @@ def load_start_tokenizer(base: Model, adapter: Path | None) -> tuple[Any, Any]:
     return tokenizer, file_template
 
 
-def continue_adapter(model: Any, folder: Path, lora: Lora, base: Model) -> Any:
+def continue_adapter(model: Any, folder: Path, lora: Lora, base: Model, *, double: bool = False) -> Any:
     """Add the adapter in a folder to its base model, to be trained further. Its weights are in float32.
 
     Args:
@@ -50,11 +51,12 @@ def continue_adapter(model: Any, folder: Path, lora: Lora, base: Model) -> Any:
         folder: the folder of the adapter.
         lora: the recipe's section, which has the adapter's settings. Only its dropout may differ.
         base: name and revision of the base, for the adapter's config.
+        double: give the adapter twice the rank, and zeros as the additional weights.
 
     Raises:
         ModelError: the adapter is damaged, has trained embeddings, or belongs to another base.
     """
-    from peft import PeftConfig, set_peft_model_state_dict
+    from peft import PeftConfig, get_peft_model_state_dict, set_peft_model_state_dict
     from peft.utils import load_peft_weights
 
     message = f"{folder}: not an adapter of {base.path}"
@@ -64,7 +66,10 @@ def continue_adapter(model: Any, folder: Path, lora: Lora, base: Model) -> Any:
     config.lora_dropout, config.inference_mode = lora.dropout, False
     config.base_model_name_or_path, config.revision = base.path, base.revision
     _remove_embeddings(model, weights, folder)
-    adapted = attach_adapter(model, config)
+    adapted = attach_adapter(model, config, double=double)
+    if double:
+        shapes = {name: weight.shape for name, weight in get_peft_model_state_dict(adapted).items()}
+        weights = {name: pad_rank(name, weight, shapes.get(name, weight.shape)) for name, weight in weights.items()}
     with as_model_error(message):
         result: Any = set_peft_model_state_dict(adapted, weights)
         trained = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}

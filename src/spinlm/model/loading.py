@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from spinlm.errors import ModelError, first_line
 from spinlm.model.base_files import base_folder
 from spinlm.model.checkpoint_checks import check_architecture, check_complete, check_folder
+from spinlm.model.extrapolate import double_rank, pad_rank
 from spinlm.model.families import auto_class
 from spinlm.model.quantize import bnb_config, check_4bit_support, patch_4bit_layers
 from spinlm.model.trained_layers import target_modules
@@ -145,8 +146,10 @@ def load_model(model: Model, path: str, dtype: torch.dtype, *, load_in_4bit: boo
     return loaded
 
 
-def add_adapter(model: Any, lora: Lora, seed: int, revision: str | None = None) -> Any:
+def add_adapter(model: Any, lora: Lora, seed: int, revision: str | None = None, *, double: bool = False) -> Any:
     """Add a new adapter in float32 whose output is zero. The adapter's config records the base's revision.
+
+    With `double`, the adapter has twice the rank of `lora` and the same scale.
 
     Raises:
         ModelError: no layer has a name in `lora.target_modules`, or such a layer cannot have an adapter.
@@ -166,32 +169,35 @@ def add_adapter(model: Any, lora: Lora, seed: int, revision: str | None = None) 
         revision=revision,
     )
     torch.manual_seed(seed)
-    return attach_adapter(model, config)
+    return attach_adapter(model, config, double=double)
 
 
-def attach_adapter(model: Any, config: Any) -> Any:
-    """Add a new adapter in float32 by PEFT's configuration.
+def attach_adapter(model: Any, config: Any, *, double: bool = False) -> Any:
+    """Add a new adapter in float32 by PEFT's configuration. With `double`, it has twice the rank and the same scale.
 
     Raises:
         ModelError: no layer has a name in the target modules, or such a layer cannot have an adapter.
     """
     from peft import get_peft_model
 
+    if double:
+        for name, value in double_rank(config.to_dict()).items():
+            setattr(config, name, value)
     try:
         return get_peft_model(model, config)
     except ValueError as error:
         raise ModelError(f"lora.target_modules: {first_line(error)}") from error
 
 
-def load_player(model: Any, folder: Path) -> None:
-    """Load the weights of a saved player into the model, in place.
+def load_player(model: Any, folder: Path, *, pad: bool = False) -> None:
+    """Load the weights of a saved player into the model, in place. With `pad`, an adapter may have a lower rank.
 
     Raises:
         ModelError: the weights in the folder are incomplete, damaged, not finite, or of another model.
     """
-    load = _load_adapter if hasattr(model, "get_base_model") else _load_full_model
+    is_adapter = hasattr(model, "get_base_model")
     with as_model_error(f"{folder}: not a player of this model"):
-        check_no_mismatch(load(model, folder))
+        check_no_mismatch(_load_adapter(model, folder, pad) if is_adapter else _load_full_model(model, folder))
 
 
 def check_no_mismatch(names: set[str]) -> None:
@@ -200,15 +206,18 @@ def check_no_mismatch(names: set[str]) -> None:
         raise ValueError(f"{len(names)} weights missing or unknown ({', '.join(sorted(names)[:3])} …)")
 
 
-def _load_adapter(model: Any, folder: Path) -> set[str]:
+def _load_adapter(model: Any, folder: Path, pad: bool) -> set[str]:
     """Load an adapter. Return the names of weights that only the file or only the model has."""
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
     from safetensors.torch import load_file
 
     weights = load_file(folder / "adapter_model.safetensors")
     _check_finite(folder, weights)
-    mismatched = set(weights) ^ set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    expected = get_peft_model_state_dict(model, save_embedding_layers=False)
+    mismatched = set(weights) ^ set(expected)
     if not mismatched:
+        if pad:
+            weights = {name: pad_rank(name, weight, expected[name].shape) for name, weight in weights.items()}
         set_peft_model_state_dict(model, weights)
     return mismatched
 

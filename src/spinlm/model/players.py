@@ -111,9 +111,10 @@ class Players:
         check_row_length(self.base_model, model.config.to_dict(), self.recipe.train.max_length)
         if lora is not None:
             if self._adapter is not None:
-                model = continue_adapter(model, self._adapter, lora, self.base)
+                model = continue_adapter(model, self._adapter, lora, self.base, double=self.recipe.extrapolates)
             else:
-                model = add_adapter(model, lora, self.recipe.seed, self.base.revision)
+                double = self.recipe.extrapolates  # its player has twice the rank of the start
+                model = add_adapter(model, lora, self.recipe.seed, self.base.revision, double=double)
             fuse_layers(model)
         else:
             freeze_towers(model)
@@ -160,7 +161,7 @@ class Players:
         """
         player = self.folder.player(t)
         if self._loaded != player:
-            load_player(self.model, player)
+            load_player(self.model, player, pad=self.recipe.extrapolates)
             self._loaded = player
 
     def mark_modified(self) -> None:

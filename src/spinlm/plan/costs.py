@@ -96,7 +96,7 @@ def _iteration_cost(recipe: Recipe, lengths: Lengths, prefix_sharing: bool, t: i
     train, opponent, heldout = recipe.train, recipe.opponent, recipe.data.heldout
     prompts, samples, used = num_prompts(recipe, lengths), opponent.samples_per_prompt, recipe.synthetic_per_prompt(t)
     train_prompts = 0 if recipe.is_control else prompts  # prompts that the opponent responds to for training
-    prompts_per_step = max(1, train.batch_size // used)
+    prompts_per_step, epochs = max(1, train.batch_size // used), 0 if recipe.extrapolates else train.epochs
     responses = 0 if recipe.preferences else (train_prompts + heldout) * samples
     tokens = partial(lengths.tokens, prefix_sharing)
     return IterationCost(
@@ -105,15 +105,15 @@ def _iteration_cost(recipe: Recipe, lengths: Lengths, prefix_sharing: bool, t: i
         responses=train_prompts * samples,
         pairs=train_prompts * used,
         # All pairs of a prompt are in the same step.
-        steps=train.epochs * math.ceil(prompts / prompts_per_step),
+        steps=epochs * math.ceil(prompts / prompts_per_step),
         prompts_per_step=prompts_per_step,
         opponent=GenerationCost(responses, lengths.synthetic, opponent.max_new_tokens),
         heldout=_heldout_generation(recipe, lengths),
         reference_tokens=tokens((train_prompts * (1 + recipe.mixes_start(t)), used), (heldout, samples)),
         # The player reads the opponent's responses and one of its own; the starting player reads that one.
         evaluation_tokens=tokens((heldout, samples + 1), (heldout, 1)),
-        guard_tokens=tokens(((train.epochs - 1) * heldout if recipe.selfplay.guard else 0, 0)),
-        training_tokens=tokens((train.epochs * prompts, recipe.other_responses_per_prompt(t))),
+        guard_tokens=tokens((max(0, epochs - 1) * heldout if recipe.selfplay.guard else 0, 0)),
+        training_tokens=tokens((epochs * prompts, recipe.other_responses_per_prompt(t))),
     )
 
 

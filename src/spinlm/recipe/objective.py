@@ -4,11 +4,12 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from spinlm.recipe.fields import Fraction, NonNegative, PerIteration, Positive, Section, subsections
+from spinlm.recipe.fields import Fraction, ModelOrPath, NonNegative, PerIteration, Positive, Section, subsections
 
 Name = Field(
     description="What training minimizes: `spin`, the SPIN objective; `dpo-positive`, `space` or `t-spin`, which were "
-    "designed to be more stable; or `sft`, the control: supervised fine-tuning on the real responses in as many steps."
+    "designed to be more stable; or a control: `sft`, supervised fine-tuning on the real responses in as many steps, "
+    "or `extrapolate`, which `spinlm extrapolate` sets."
 )
 Link = Annotated[
     Literal["logistic", "hinge", "exponential"], Field(description="Convex decreasing function of the margin.")
@@ -95,6 +96,18 @@ class Control(_Objective):
     name: Annotated[Literal["sft"], Name]
 
 
+class Extrapolation(Control):
+    """θ_0 + factor · (θ − θ_0) instead of training (ExPO, arXiv 2404.16792), with θ from another run of this start."""
+
+    name: Annotated[Literal["extrapolate"], Name]  # type: ignore[assignment]
+    run: ModelOrPath
+    """The run folder that has θ."""
+    iteration: Annotated[int, Field(ge=0)]
+    """The iteration that made θ."""
+    factor: Annotated[float, Field(allow_inf_nan=False)]
+    """How far to go from the start towards θ: 1 ends at θ, more than 1 goes beyond it."""
+
+
 def _tag(value: Any) -> str:
     name = value.get("name", "spin") if isinstance(value, dict) else getattr(value, "name", "spin")
     return f"<{name}>"
@@ -105,7 +118,8 @@ Objective = Annotated[
     | Annotated[DpoPositive, Tag("<dpo-positive>")]
     | Annotated[Space, Tag("<space>")]
     | Annotated[TSpin, Tag("<t-spin>")]
-    | Annotated[Control, Tag("<sft>")],
+    | Annotated[Control, Tag("<sft>")]
+    | Annotated[Extrapolation, Tag("<extrapolate>")],
     Discriminator(_tag),
 ]
 

@@ -21,7 +21,7 @@ from spinlm.recipe.fields import (
     get_path,
 )
 from spinlm.recipe.model import Lora, Model
-from spinlm.recipe.objective import Control, LogRatioObjective, Objective, Spin, TSpin
+from spinlm.recipe.objective import Control, Extrapolation, LogRatioObjective, Objective, Spin, TSpin
 from spinlm.recipe.opponent import ADAPTER_APIS, Opponent
 
 ELEMENTWISE_OPTIMIZERS = ("adam", "adamw", "nadam", "radam", "rmsprop", "sgd")
@@ -207,6 +207,17 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _check_extrapolation(self) -> "Recipe":
+        if self.extrapolates and self.selfplay.iterations > 1:
+            raise ValueError("objective: extrapolate makes one player. Set selfplay.iterations: 1")
+        if self.extrapolates and self.lora is not None and self.lora.use_dora:
+            raise ValueError(
+                "objective: extrapolate does not support lora.use_dora: DoRA scales the rows of a weight to a length, "
+                "so that the weights are not linear in the adapter. Use a run with LoRA or with whole models"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_optimizers(self) -> "Recipe":
         optimizers = {"train.optimizer": self.train.optimizer}
         if self.sft is not None:
@@ -295,8 +306,13 @@ class Recipe(Section):
 
     @property
     def is_control(self) -> bool:
-        """Whether this is the control: fine-tuning on the real responses instead of self-play."""
+        """Whether this is a control: fine-tuning on the real responses instead of self-play, or extrapolation."""
         return isinstance(self.objective, Control)
+
+    @property
+    def extrapolates(self) -> bool:
+        """Whether the player is extrapolated from another run's instead of trained."""
+        return isinstance(self.objective, Extrapolation)
 
     @property
     def preferences(self) -> bool:

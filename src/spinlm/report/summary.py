@@ -121,7 +121,9 @@ def verdict(folder: RunDir) -> str:
         return "No iteration has been evaluated yet."
     recipe, last = read_recipe(folder), judged[-1]
     method = "Self-play"
-    if is_control(folder):
+    if (objective := recipe["objective"])["name"] == "extrapolate":
+        method = f"Extrapolation by {objective['factor']:g}"
+    elif is_control(folder):
         method = "More supervised fine-tuning"
     elif recipe["data"]["columns"].get("rejected"):
         method = "Training on preferences"
@@ -220,8 +222,8 @@ def start_from(folder: RunDir) -> str | None:
 
 
 def is_control(folder: RunDir) -> bool:
-    """Return whether a run is the control: supervised fine-tuning on the real responses, without self-play."""
-    return bool(read_recipe(folder)["objective"]["name"] == "sft")
+    """Return whether a run is a control: fine-tuning on the real responses without self-play, or extrapolation."""
+    return read_recipe(folder)["objective"]["name"] in ("sft", "extrapolate")
 
 
 def promotions(folder: RunDir) -> list[dict[str, Any]]:

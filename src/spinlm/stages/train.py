@@ -8,8 +8,10 @@ from spinlm.evals.collapse import detect_collapse
 from spinlm.evals.heldout import HeldoutNLL
 from spinlm.model.run import Run
 from spinlm.recipe.fields import value_at
+from spinlm.recipe.objective import Extrapolation
 from spinlm.rundir.records import Example, RecordFile
 from spinlm.rundir.stage_graph import START
+from spinlm.stages.extrapolate import write_extrapolated
 from spinlm.training.batches import PairDataset, SftDataset, TrainDataset, pair_loss, sft_loss
 from spinlm.training.step_log import step_recorder
 from spinlm.training.trainer import LossFunction, TrainConfig, Trainer
@@ -27,6 +29,10 @@ def train(run: Run, t: int) -> None:
     """
     with run.stage("train", t) as stage:
         if stage.done:
+            return
+        if isinstance(objective := run.recipe.objective, Extrapolation):
+            stage.metadata = on_rank_zero(write_extrapolated, run.folder, objective, t)
+            stage.outputs = [run.folder.player(t)]
             return
         run.players.load(t - 1)  # θ_t
         dataset, loss_fn = _dataset_and_loss(run, t)
