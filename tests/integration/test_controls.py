@@ -1,6 +1,7 @@
 """Controls: scores by temperature, runs in one table, and extrapolated players."""
 
 import json
+import shlex
 import shutil
 
 import pytest
@@ -97,16 +98,18 @@ def test_extrapolated_adapters(world, cli, reference, tmp_path):
     }
     # The run is complete, and a killed one continues from its last complete stage to the same files.
     before = contents(run)
-    cli("run", run / "recipe.yaml", "--run-dir", run, folder=tmp_path)
-    assert contents(run) == before
     for name in ("train", "evaluate", "promote"):
         (run / ".spinlm" / "iteration-0" / f"{name}.done").unlink()
     shutil.rmtree(run / "iteration-0" / "player")
     cli("extrapolate", reference, "--factor", "2.5", "--iteration", 0, "--run-dir", run, folder=tmp_path)
     assert contents(run) == before
-    values = json.loads(cli("compare", f"{reference}:0", run, "--json", folder=tmp_path).out)
+    said = cli("run", run / "recipe.yaml", "--run-dir", run, folder=tmp_path).out
+    line = next(line for line in said.splitlines() if " compare " in line)
+    command = shlex.split(line, comments=True)
+    assert contents(run) == before
+    values = json.loads(cli(*command[command.index("compare") :], "--json", folder=tmp_path).out)
     assert [row["steps"] for row in values["players"]] == [0, 12, 12]
-    assert values["players"][2]["settings"].startswith("extrapolate, objective.run=")
+    assert values["players"][2]["settings"].startswith('extrapolate, objective.run="run", ')
     refused = cli("extrapolate", run, "--factor", 2, "--run-dir", tmp_path / "again", folder=tmp_path, code=2)
     assert "--iteration 0 --factor 5" in refused.message
     cli("chat", run, "--prompt", "What is 1?", folder=tmp_path)

@@ -36,7 +36,8 @@ def run(
     run_dir: RunDirOption = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the results in the folder first.")] = False,
     start_from: Annotated[
-        Path | None, typer.Option(help="Take the examples and the starting player from this run.")
+        Path | None,
+        typer.Option(help="Take the examples, the start and, with equal settings, the first responses from this run."),
     ] = None,
     quiet: Quiet = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as `spinlm status --json` does.")] = False,
@@ -194,6 +195,7 @@ def _next_commands(folder: RunDir) -> dict[str, str]:
     """Return commands that make sense after a run, each with its purpose."""
     from spinlm.report.run_data import run_data
     from spinlm.report.summary import is_control, start_from
+    from spinlm.rundir.provenance import read_recipe
 
     prompt = run_data(folder).system_prompt  # `chat` needs the system prompt of the data
     system = f" --system {shlex.quote(prompt)}" if prompt else ""
@@ -210,6 +212,10 @@ def _next_commands(folder: RunDir) -> dict[str, str]:
     source = start_from(folder)
     if source and RunDir(Path(source)).is_run():
         path = Path(source).relative_to(Path.cwd()) if Path(source).is_relative_to(Path.cwd()) else source
+        objective = read_recipe(folder)["objective"]
         compare = f"status {shlex.quote(str(path))} --baseline {run}"
+        if objective["name"] == "extrapolate":  # the only player of this run comes from any iteration of the other
+            player = shlex.quote(f"{path}:{objective['iteration']}")
+            compare = f"compare {player} {run}"
         return {compare: "compare that run with this one", **commands}
     return commands

@@ -200,6 +200,8 @@ def _settings(recipe: dict[str, Any], first: dict[str, Any]) -> str:
         fields = OBJECTIVES[objective].model_fields
         defaults = {name: field.get_default(call_default_factory=True) for name, field in fields.items()}
         reference = first | {"objective": defaults}
+    if objective == "extrapolate":  # the name of the other run is enough
+        recipe = recipe | {"objective": recipe["objective"] | {"run": Path(recipe["objective"]["run"]).name}}
     names = (name for name, field in iterate_fields(Recipe) if not subsections(field.annotation))
     skipped = (*MUTABLE_FIELDS, "objective.name", "selfplay.iterations")
     changed = [
