@@ -114,6 +114,7 @@ def measure(root: Path) -> tuple[dict[str, float], dict[str, float]]:
         amounts["tokens read in evaluate"] += sum(2 * (sizes[id] + len(ids) - 1) for id, ids in sampled.items())
         for split in ("train", "heldout"):
             rows = read_pairs(sorted(folder.iteration(t).glob(f"pairs/{split}-*"))).to_pylist()
+            rows = [row for row in rows if row["contrast"]]
             prompts = {row["id"]: len(row["prompt_ids"]) + len(row["real_ids"]) - 1 for row in rows}
             responses = sum(len(row["synthetic_ids"]) - 1 for row in rows)
             amounts["tokens of reference_logprobs"] += sum(prompts.values()) + responses

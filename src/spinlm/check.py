@@ -76,14 +76,16 @@ def check(recipe: Recipe) -> Iterator[str]:
         yield from _check_engine(run)
         with _without_log():
             reference_logprobs(run, 0)
-        yield from _check_rates(run.folder.metadata("reference_logprobs", 0)["train"])
+        rates = run.folder.metadata("reference_logprobs", 0)["train"]
+        yield from _check_rates(rates, exclude_correct=recipe.opponent.exclude_correct)
         regime, advice = check_regime(run, has_sft=recipe.sft is not None)
         yield regime
         yield from (f"  {line}" for line in advice)
         pairs = PairDataset([run.folder.pairs(0, "train", 0)], recipe.train.batch_size)
         groups = [pairs[index] for index in range(len(pairs.batch_cost))]
-        if not groups:
-            yield "every response equals the real one: self-play has nothing to learn from these prompts"
+        if not pairs.num_pairs:
+            cause = "equals the real one" + (" or is correct" if recipe.opponent.exclude_correct else "")
+            yield f"every response {cause}: self-play has nothing to learn from these prompts"
             return
         yield _check_first_step(run, groups)
         if small.model.load_in_4bit:
@@ -119,7 +121,7 @@ def _check_scorer(run: Run) -> None:
             scorer(example.response, example.response)
 
 
-def _check_rates(rates: dict[str, float]) -> Iterator[str]:
+def _check_rates(rates: dict[str, float], *, exclude_correct: bool) -> Iterator[str]:
     """Say how far the engine's log-probabilities are from ours, and how many responses are identical or truncated."""
     if "logprob_mismatch_mean" in rates:
         yield (
@@ -128,9 +130,10 @@ def _check_rates(rates: dict[str, float]) -> Iterator[str]:
         )
         if rates["logprob_mismatch_mean"] > MAX_LOGPROB_MISMATCH[torch.bfloat16]:
             yield f"warning: rounding does not explain that. {MISMATCH_CAUSE}"
+    correct = f"{rates['correct_rate']:.0%} are correct and make no pair, " if exclude_correct else ""
     yield (
-        f"synthetic responses: {rates['identical_rate']:.0%} equal the real one, {rates['truncated_rate']:.0%} are "
-        "truncated"
+        f"synthetic responses: {rates['identical_rate']:.0%} equal the real one, {correct}"
+        f"{rates['truncated_rate']:.0%} are truncated"
     )
 
 

@@ -315,6 +315,38 @@ def test_objectives(variant, overrides, nll_weight, expected):
     assert lines[-1]["loss"] < lines[0]["loss"]
 
 
+def test_correct_responses_make_no_pair_and_keep_their_nll_term(variant, session_cli, tmp_path):
+    """Each example has as many rows as in the control, so that both take the same number of steps."""
+    run = variant("lora.dropout=0.0", "objective.nll_weight=0.2", "opponent.exclude_correct=true")
+    real = {row["id"]: row["response"].split() for row in read_rows(run / "examples" / "train.jsonl")}
+    rows = read_jsons(run, "iteration-*/generations/train-*.jsonl")
+    correct = {(row["id"], row["iteration"], row["sample"]): row["text"].split() == real[row["id"]] for row in rows}
+    for iteration in range(2):
+        pairs = read_pairs(run, iteration, "train")
+        assert len(pairs) == PROMPTS * (1 + iteration)
+        for pair in pairs:
+            assert pair["contrast"] != correct[pair["id"], pair["source_iteration"], pair["sample"]]
+            assert math.isfinite(pair["opponent_real"]) == math.isfinite(pair["opponent_synthetic"]) == pair["contrast"]
+        metadata = RunDir(run).metadata("reference_logprobs", iteration)["train"]
+        contrasts = sum(pair["contrast"] for pair in pairs)
+        assert 0 < contrasts < len(pairs)
+        assert (metadata["pairs"], metadata["nll_only"]) == (contrasts, len(pairs) - contrasts)
+        newest = [is_correct for (_, source, _), is_correct in correct.items() if source == iteration]
+        assert metadata["correct_rate"] == sum(newest) / PROMPTS
+        assert RunDir(run).metadata("train", iteration)["pairs"] == contrasts
+        assert all(pair["contrast"] for pair in read_pairs(run, iteration, "heldout"))
+    control = variant("lora.dropout=0.0", "objective.name=sft")
+    assert len(steps(run)) == len(steps(control))
+    first = next(line for line in steps(run) if line["stage"] == "train" and "margin" in line)
+    assert first["margin"] == pytest.approx(0, abs=1e-4)
+    session_cli("export", run, "--pairs", "--output", tmp_path / "new", folder=tmp_path)
+    exported = datasets.load_dataset(str(tmp_path / "new"), split="train")
+    assert {(row["id"], row["source_iteration"], row["sample"]) for row in exported} <= {
+        key for key, is_correct in correct.items() if not is_correct
+    }
+    assert len(exported) > 0
+
+
 @pytest.mark.parametrize("samples", [1, 2])
 def test_t_spin_keeps_the_starting_players_responses(variant, samples):
     settings = ("selfplay.replay=0", "sft.epochs=1", f"opponent.samples_per_prompt={samples}")

@@ -363,6 +363,11 @@ def test_extrapolation_needs_linear_weights_and_one_iteration() -> None:
     assert "not linear in the adapter" in message
 
 
+def test_excluding_correct_responses_needs_a_scorer() -> None:
+    message = parse_error(opponent={"exclude_correct": True})
+    assert "opponent.exclude_correct: needs a scorer" in message and "Set evaluate.scorer, or remove" in message
+
+
 def test_temperatures_of_the_evaluation() -> None:
     assert "Set scorer, or remove temperatures" in parse_error(evaluate={"temperatures": [0.3]})
     scored = {"scorer": "exact_match"}

@@ -48,8 +48,14 @@ CONFIG = TrainConfig(
 )
 
 
+CONFIG_AT_REST = replace(CONFIG, batch_size=100, optimizer="sgd", learning_rate=0.0)
+"""One step that changes nothing."""
+
+
 class InMemory:
     """A dataset in a list; costs and weights are those of the stages."""
+
+    num_pairs = 0
 
     def __init__(self, items: Sequence[PromptGroup], weights: Sequence[int]):
         self.items = items
@@ -231,6 +237,27 @@ def test_the_first_loss_is_ln_2(new_players: NewPlayers, tmp_path: Path) -> None
     (step,) = run_fit(players, items, spin_loss(players), replace(CONFIG, batch_size=100), tmp_path)
     assert step["loss"] == pytest.approx(math.log(2), abs=1e-4)
     assert step["margin"] == pytest.approx(0, abs=1e-4)
+
+
+def test_rows_without_contrast_count_in_the_loss_and_not_in_margin_and_accuracy(
+    new_players: NewPlayers, tmp_path: Path
+) -> None:
+    """Two pairs, and three rows with the NLL term alone, in one step; then a step of such rows only."""
+    players = new_players(lora={"r": 4}, objective={"nll_weight": 0.3})
+    pairs = pair_groups(2)
+    (plain,) = run_fit(players, pairs, spin_loss(players), CONFIG_AT_REST, tmp_path / "pairs")
+    alone = [PromptGroup(PrefixTree(ids(4, 1), (ids(6, 2),)), (math.nan,), nll_only=3)]
+    nll = -players.response_logprobs([alone[0].tree])[0] / 6
+
+    mixed = InMemory([*pairs.items, *alone], [1, 1, 3])
+    (step,) = run_fit(players, mixed, spin_loss(players), CONFIG_AT_REST, tmp_path / "mixed")
+    assert [step["margin"], step["accuracy"]] == pytest.approx([plain["margin"], plain["accuracy"]], abs=1e-4)
+    assert step["loss"] == pytest.approx((2 * plain["loss"] + 3 * 0.3 * nll) / 5, rel=1e-5)
+    assert step["real_nll"] == pytest.approx((2 * plain["real_nll"] + 3 * nll) / 5, rel=1e-5)
+
+    (step,) = run_fit(players, InMemory(alone, [3]), spin_loss(players), CONFIG_AT_REST, tmp_path / "alone")
+    assert step["loss"] == pytest.approx(0.3 * nll, rel=1e-5)
+    assert not {"margin", "accuracy"} & step.keys()
 
 
 def test_gradients_are_clipped_to_the_norm(new_players: NewPlayers, seen: list[list[Tensor]], tmp_path: Path) -> None:

@@ -117,7 +117,9 @@ def _first_loss(recipe: dict[str, Any]) -> str:
     objective = recipe["objective"]
     if objective["name"] != "spin" or objective["link"] != "logistic":
         return ""
-    term = f" plus {objective['nll_weight']:g} × the NLL of the real responses" if objective["nll_weight"] else ""
+    term = ""
+    if objective["nll_weight"]:
+        term = f" × the share of rows with a contrast, plus {objective['nll_weight']:g} × the NLL of the real responses"
     first = "Iteration 0" if objective["reference_mix"] < 1 else "An iteration"
     return f" {first} begins at ln 2 = 0.693{term}."
 

@@ -100,8 +100,8 @@ def space(real: Tensor, synthetic: Tensor, opponent_real: Tensor, opponent_synth
 
     SPACE (arXiv 2512.07175), section 3, is noise contrastive estimation: each response is classified by itself as real
     or synthetic. With μ synthetic responses of θ_t per real one, σ_μ(r(y)) is the probability that y is real, and
-    σ_1/μ(−r(y')) is the probability that y' is synthetic. The minimum is the data distribution only with one new
-    response per prompt, not with several samples and not with replayed responses, which earlier opponents wrote.
+    σ_1/μ(−r(y')) is the probability that y' is synthetic. The minimum is the data distribution if every response of θ_t
+    makes a pair, also one that equals the real response, and if responses of earlier opponents are not replayed.
     Shapes and the other arguments as in `spin`.
     """
     real_ratio, synthetic_ratio = real - opponent_real, synthetic - opponent_synthetic  # r(y), r(y')
