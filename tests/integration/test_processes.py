@@ -401,7 +401,7 @@ def test_a_mixed_reference_resumes_between_and_within_files(mixed, rewind, monke
         made.append(arguments)
         return make(*arguments)
 
-    make = stage_module._make_pairs
+    make = stage_module.choose_train_pairs
     with monkeypatch.context() as patch:
         patch.setattr(stage_module, "_add_start_logprobs", stop)
         with pytest.raises(StoppedError), open_run(recipe, folder) as opened:
@@ -409,7 +409,7 @@ def test_a_mixed_reference_resumes_between_and_within_files(mixed, rewind, monke
     starts = [pair["start_real"] is not None for pair in read_pairs(run, 1, "train")]
     assert any(starts) and not all(starts)
     files = {path.name: path.stat().st_mtime_ns for path in (run / LAST / "pairs").glob("train-0000[01].arrow")}
-    monkeypatch.setattr(stage_module, "_make_pairs", count)
+    monkeypatch.setattr(stage_module, "choose_train_pairs", count)
     with open_run(recipe, folder) as opened:
         stage_module.reference_logprobs(opened, 1)
     assert not made
