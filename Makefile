@@ -39,10 +39,11 @@ $(VENV)/extras: $(VENV)/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,bench,docs,trackers,lm-eval,bitsandbytes]'
 	touch $@
 
-# Does self-play help? PLAN is a file in benchmarks/replication; the same command resumes it.
+# Does self-play help? PLAN is a file in benchmarks/replication, DATA the examples of a plan that needs some. The same
+# command resumes it.
 PLAN ?= small.yaml
 replication: $(VENV)/model $(VENV)/bench
-	$(BIN)/python benchmarks/replication/play.py $(PLAN) $(if $(GSM8K),--data gsm8k=$(GSM8K))
+	$(BIN)/python benchmarks/replication/play.py $(PLAN) $(if $(DATA),--data $(DATA))
 
 # Number of test processes; all tests of a file run in one process.
 WORKERS ?= 2

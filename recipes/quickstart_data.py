@@ -1,6 +1,8 @@
 """Make the quickstart's data set: messy one-line notes, and the record in each note as one line of JSON.
 
-    python recipes/quickstart_data.py OUT --rows 1024 --seed 0
+    python recipes/quickstart_data.py OUT --rows 1024 --seed 0 [--notes 8]
+
+With `--notes 8`, a prompt holds eight notes, one a line, and the response holds their eight records in the same order.
 
 The four skills are a contact, an order, an expense and an appointment: from mostly copying to mostly converting. The
 script draws a record and writes a note from it, so every response is correct. No record occurs twice. All people,
@@ -46,6 +48,8 @@ INSTRUCTIONS = {
         "Extract what, date (YYYY-MM-DD) and time (24-hour HH:MM) as JSON.",
     ),
 }
+
+LONG_INSTRUCTION = "Turn each note into one line of JSON."
 
 OPENINGS = ("", "", "", "hey, ", "fyi: ", "fwd: ", "note to self: ", "ok so ", "hi! ", "quick one - ", "from today: ")
 ENDINGS = ("", "", "", " thx", " - thanks!", " (asap)", ", cheers", " pls confirm", "!!", " ... more later", " ok?")
@@ -128,10 +132,22 @@ def rows(seed: int) -> Iterator[dict[str, str]]:
             yield {"skill": skill, "system": draw.pick(INSTRUCTIONS[skill]), "prompt": note, "response": response}
 
 
-def write_rows(path: Path, count: int = 1024, seed: int = 0) -> None:
-    """Write the first `count` rows as JSON lines."""
+def long_rows(seed: int, notes: int) -> Iterator[dict[str, str]]:
+    """Yield rows whose prompt joins several notes and whose response joins their records, one a line.
+
+    The notes of `rows` are used in turn, so no record occurs twice. Each row has its notes in a random order.
+    """
+    stream, draw = rows(seed), Draw(seed)
+    while True:
+        chosen = sorted(islice(stream, notes), key=lambda row: draw.between(0, 1 << 30))
+        prompt, response = ("\n".join(row[column] for row in chosen) for column in ("prompt", "response"))
+        yield {"skill": "all", "system": LONG_INSTRUCTION, "prompt": prompt, "response": response}
+
+
+def write_rows(path: Path, count: int = 1024, seed: int = 0, notes: int = 1) -> None:
+    """Write the first `count` rows as JSON lines, each with `notes` notes."""
     with path.open("w", encoding="utf-8", newline="\n") as file:
-        for row in islice(rows(seed), count):
+        for row in islice(rows(seed) if notes == 1 else long_rows(seed, notes), count):
             file.write(json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n")
 
 
@@ -408,5 +424,6 @@ if __name__ == "__main__":
     parser.add_argument("out", type=Path, help="file to write")
     parser.add_argument("--rows", type=int, default=1024, help="number of rows (default: 1024)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random draws (default: 0)")
+    parser.add_argument("--notes", type=int, default=1, help="number of notes in a prompt (default: 1)")
     arguments = parser.parse_args()
-    write_rows(arguments.out, arguments.rows, arguments.seed)
+    write_rows(arguments.out, arguments.rows, arguments.seed, arguments.notes)

@@ -1,10 +1,10 @@
-"""Play every arm of a replication on every data set and seed, then write a report.
+"""Play every arm of a plan on every seed, then write the tables.
 
-    python benchmarks/replication/play.py small.yaml [--output runs/replication] [--jobs 2] [--data gsm8k=FILE.jsonl]
+    python benchmarks/replication/play.py small.yaml [FIELD=VALUE …] [--split dev|test] [--minutes 150] [--data FILE]
 
-A plan (small.yaml, full.yaml) lists data sets, seeds, arms and questions. An arm is a list of changes to the recipe.
-All arms of a data set and seed use the same start, unless an arm sets `start: own`. Run the command again to continue:
-complete runs are skipped. A data set without its file is skipped with a message.
+A plan lists arms, dev seeds to choose settings on, and test seeds. The dev table shows all arms. Write the chosen ones
+into `tuned`, `extrapolated` and `report` of the plan; the test seeds play and report only these. Run the command again
+to continue: complete runs are skipped, and an interrupted run continues.
 """
 
 import argparse
@@ -14,146 +14,159 @@ import subprocess
 import sys
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import yaml
-from results import write_report
+from plan import HERE, Arm, Plan
+from results import Run, write_report
 
-HERE = Path(__file__).resolve().parent
+from spinlm.rundir.layout import RunDir
 
-
-@dataclass(frozen=True)
-class Arm:
-    """A variant of the runs: changes to the recipe."""
-
-    name: str
-    settings: tuple[str, ...] = ()
-    start: str = "shared"  # or "own", where the changes affect the start
-
-    @classmethod
-    def of(cls, name: str, settings: dict[str, Any]) -> "Arm":
-        if settings.get("start", "shared") not in ("shared", "own"):
-            raise SystemExit(f"{name}: start is {settings['start']!r}; write shared or own")
-        return cls(name, tuple(settings["settings"]), settings.get("start", "shared"))
+DATA_SCRIPT = HERE.parents[1] / "recipes" / "quickstart_data.py"
 
 
 @dataclass(frozen=True)
-class Plan:
-    """The runs of a replication: every arm on every data set and seed."""
+class Player:
+    """Plays the runs of a plan in a folder."""
 
-    title: str
-    seeds: tuple[int, ...]
-    datasets: dict[str, tuple[str, ...]]  # changes to the recipe
-    arms: tuple[Arm, ...]
-    questions: tuple[tuple[str, str, str], ...]  # text, arm, baseline: another arm or `start`
-    recipe: Path
-    data_files: dict[str, Path] = field(default_factory=dict)  # by data set
+    plan: Plan
+    folder: Path
+    data: Path | None = None  # the examples, if the plan has none
+    settings: tuple[str, ...] = ()  # changes to the recipe of every run
 
-    @classmethod
-    def read(cls, path: Path, data_files: dict[str, Path]) -> "Plan":
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if unknown := data_files.keys() - values["datasets"].keys():
-            raise SystemExit(f"--data {min(unknown)}: {path.name} has no such data set")
-        datasets = {}
-        for name, part in values["datasets"].items():
-            if part.get("file") == "own" or name in data_files:
-                datasets[name] = tuple(part.get("settings", ()))
-            else:
-                print(f"{name}: skipped. Give its file with --data {name}=FILE.jsonl", flush=True)
-        return cls(
-            title=values["title"],
-            seeds=tuple(values["seeds"]),
-            datasets=datasets,
-            arms=tuple(Arm.of(name, settings) for name, settings in values["arms"].items()),
-            questions=tuple((item["question"], item["arm"], item["baseline"]) for item in values["questions"]),
-            recipe=HERE.parent.parent / values["recipe"],
-            data_files=data_files,
-        )
+    def run_folder(self, seed: int, arm: str) -> Path:
+        return self.folder / f"seed-{seed}" / arm
 
-    def command(self, output: Path, dataset: str, seed: int, arm: Arm) -> list[str]:
+    def data_file(self, seed: int) -> Path | None:
+        """Return the file with the examples of a seed; None for the recipe's own."""
+        if self.data is not None:
+            return self.data.resolve()
+        return None if self.plan.rows is None else (self.folder / "data" / f"seed-{seed}.jsonl").resolve()
+
+    def write_data(self, seed: int) -> None:
+        """Write the generated examples of a seed. The seed of the generator is that of the runs."""
+        path = self.data_file(seed)
+        if self.plan.rows is None or path is None or path.exists():
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        options = [f"--{name}={value}" for name, value in self.plan.rows.items()]
+        part = path.with_suffix(".part")
+        subprocess.run([sys.executable, str(DATA_SCRIPT), str(part), f"--seed={seed}", *options], check=True)
+        part.replace(path)
+
+    def command(self, split: str, seed: int, arm: Arm) -> list[str]:
         """Return the command of one run."""
-        settings = [*self.datasets[dataset], f"seed={seed}", f"data.seed={seed}", *arm.settings]
-        if dataset in self.data_files:
-            settings.append(f"data.path={self.data_files[dataset].resolve()}")
-        return [
-            *(sys.executable, "-m", "spinlm", "run", str(self.recipe), *settings),
-            *("--run-dir", str(output / dataset / f"seed-{seed}" / arm.name)),
-            *(
-                ("--start-from", str(output / dataset / f"seed-{seed}" / self.arms[0].name))
-                if self.shares_start(arm)
-                else ()
-            ),
-        ]
+        target = ["--run-dir", str(self.run_folder(seed, arm.name))]
+        parents = self.plan.parents(arm, self.plan.played(split))
+        if arm.extrapolate:
+            source = str(self.run_folder(seed, parents[0]))
+            return [sys.executable, "-m", "spinlm", "extrapolate", source, "--factor", f"{arm.factor:g}", *target]
+        settings = [*self.plan.settings_of(split, arm), f"seed={seed}", f"data.seed={seed}", *self.settings]
+        if (data := self.data_file(seed)) is not None:
+            settings.append(f"data.path={data}")
+        program = [str(HERE / "sft_on_pairs.py")] if arm.only_pairs_of else ["-m", "spinlm", "run"]
+        start = arm.only_pairs_of or (parents[0] if parents else None)
+        source_options = ["--start-from", str(self.run_folder(seed, start))] if start else []
+        return [sys.executable, *program, str(self.plan.recipe), *settings, *target, *source_options]
 
-    def shares_start(self, arm: Arm) -> bool:
-        """Return whether an arm uses the start that the first arm made."""
-        return arm is not self.arms[0] and arm.start == "shared"
+    def has_ended(self, split: str, seed: int, arm: Arm) -> bool:
+        """Return whether a run has ended, with all iterations that the plan asks for."""
+        run = Run(RunDir(self.run_folder(seed, arm.name)))
+        wanted = self.plan.iterations[arm.name] if self.plan.plays_longer(split, arm) else 1
+        return run.ended and (run.stopped_early or len(run.players) > wanted)
 
-
-def play(plan: Plan, output: Path, jobs: int) -> bool:
-    """Play all runs, `jobs` at a time, each with its share of the cores. A failed run does not stop the others.
-
-    Returns:
-        Whether all runs succeeded.
-    """
-    cores = os.cpu_count() or 1
-    environment = os.environ | {"OMP_NUM_THREADS": str(max(cores // jobs, 1))}
-
-    def play_run(dataset: str, seed: int, arm: Arm) -> tuple[str, float, int]:
-        name = f"{dataset}/seed-{seed}/{arm.name}"
-        log = output / f"{name}.log"
-        log.parent.mkdir(parents=True, exist_ok=True)
+    def play_run(self, split: str, seed: int, arm: Arm, threads: int) -> int:
+        """Play one run to its end, unless it has ended. Return the exit code."""
+        folder = self.run_folder(seed, arm.name)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        paths = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])  # HERE for the scorers
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": paths}
         began = time.monotonic()
-        with log.open("w", encoding="utf-8") as file:
-            code = subprocess.run(
-                plan.command(output, dataset, seed, arm), env=environment, stdout=file, stderr=subprocess.STDOUT
-            ).returncode
-        return name, time.monotonic() - began, code
+        with folder.with_name(f"{arm.name}.log").open("a", encoding="utf-8") as log:
+            command = self.command(split, seed, arm)
+            code = subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT).returncode
+        seconds = round(time.monotonic() - began)
+        with (self.folder / "times.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"seed": seed, "arm": arm.name, "seconds": seconds, "exit_code": code}) + "\n")
+        note = "" if code == 0 else f" FAILED with exit code {code}: see {folder}.log"
+        print(f"seed {seed}, {arm.name}: {seconds} s{note}", flush=True)
+        return code
 
-    # Arm by arm: partial results then cover all seeds.
-    todo = [(dataset, seed, arm) for arm in plan.arms for seed in plan.seeds for dataset in plan.datasets]
-    started: set[tuple[str, int]] = set()  # data sets and seeds whose shared start is made
-    failed = 0
-    running: dict[Future[tuple[str, float, int]], tuple[str, int, Arm]] = {}
-    with ThreadPoolExecutor(jobs) as pool:
-        while todo or running:
-            ready = [run for run in todo if not plan.shares_start(run[2]) or run[:2] in started]
-            for run in ready[: jobs - len(running)]:
-                todo.remove(run)
-                running[pool.submit(play_run, *run)] = run
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                dataset, seed, arm = running.pop(future)
-                if arm is plan.arms[0]:
-                    started.add((dataset, seed))
-                name, seconds, code = future.result()
-                with (output / "times.jsonl").open("a", encoding="utf-8") as file:
-                    file.write(json.dumps({"run": name, "seconds": round(seconds)}) + "\n")
-                failed += code != 0
-                note = "" if code == 0 else f" FAILED with exit code {code}: see {output / name}.log"
-                print(f"{name}: {seconds:.0f} s{note}", flush=True)
-    return failed == 0
+    def play(self, split: str, jobs: int, minutes: float, seeds: list[int] | None = None) -> bool:
+        """Play the runs of a split, `jobs` at a time, each with its share of the cores, one seed after the other.
+
+        A failed run stops only the runs that are made from it.
+
+        Args:
+            split: dev or test.
+            jobs: number of runs at a time.
+            minutes: no run begins after this time.
+            seeds: the seeds to play; absent means all of the split.
+
+        Returns:
+            Whether all runs have ended.
+        """
+        threads = max((os.cpu_count() or 1) // jobs, 1)
+        arms = self.plan.played(split)
+        todo = [(seed, arm) for seed in seeds or self.plan.seeds[split] for arm in arms]
+        ended = {(seed, arm.name) for seed, arm in todo if self.has_ended(split, seed, arm)}
+        todo = [(seed, arm) for seed, arm in todo if (seed, arm.name) not in ended]
+        for seed in {seed for seed, _ in todo}:
+            self.write_data(seed)
+        running: dict[Future[int], tuple[int, Arm]] = {}
+        deadline = time.monotonic() + 60 * minutes
+        with ThreadPoolExecutor(jobs) as pool:
+            while True:
+                ready = [
+                    (seed, arm)
+                    for seed, arm in todo
+                    if all((seed, parent) in ended for parent in self.plan.parents(arm, arms))
+                ]
+                if time.monotonic() > deadline:
+                    ready = []
+                for seed, arm in ready[: jobs - len(running)]:
+                    todo.remove((seed, arm))
+                    running[pool.submit(self.play_run, split, seed, arm, threads)] = (seed, arm)
+                if not running:
+                    break
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    seed, arm = running.pop(future)
+                    if future.result() == 0:
+                        ended.add((seed, arm.name))
+        if todo:
+            print(f"{split}: {len(todo)} runs are left; run the same command again", flush=True)
+        return all((seed, arm.name) in ended for seed in seeds or self.plan.seeds[split] for arm in arms)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("plan", help="a file in this folder, or a path")
+    parser.add_argument("settings", nargs="*", metavar="FIELD=VALUE", help="changes to the recipe of every run")
+    parser.add_argument("--split", choices=("dev", "test"), help="the default is dev, then test if `report` is filled")
+    parser.add_argument("--seeds", type=int, nargs="+", help="play only these seeds of the split")
     parser.add_argument("--output", type=Path, default=Path("runs/replication"))
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time")
-    parser.add_argument("--data", action="append", default=[], help="NAME=FILE.jsonl: the file of a data set")
-    parser.add_argument("--report", type=Path, help="write the report here; the default is report.md in --output")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after this time")
+    parser.add_argument("--data", type=Path, help="file with the examples, for a plan that needs one")
     parser.add_argument("--only-report", action="store_true", help="play nothing, report on the existing runs")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     path = HERE / args.plan if (HERE / args.plan).exists() else Path(args.plan)
     if not path.exists():
-        parser.error(
-            f"{args.plan}: no such plan; there are {', '.join(sorted(file.name for file in HERE.glob('*.yaml')))}"
-        )
-    plan = Plan.read(path, {name: Path(file) for name, _, file in (option.partition("=") for option in args.data)})
-    folder = args.output / path.stem
-    succeeded = args.only_report or play(plan, folder, args.jobs)
-    print(write_report(plan, folder, args.report or folder / "report.md", args.jobs))
+        names = ", ".join(sorted(file.name for file in HERE.glob("*.yaml")))
+        parser.error(f"{args.plan}: no such plan; there are {names}")
+    plan = Plan.read(path)
+    if plan.needs_file and args.data is None and not args.only_report:
+        parser.error(f"{path.name} needs a file of examples: add --data FILE.jsonl")
+    player = Player(plan, args.output / path.stem, args.data, tuple(args.settings))
+    splits = [args.split] if args.split else ["dev", "test"] if plan.report and plan.seeds["test"] else ["dev"]
+    began, succeeded = time.monotonic(), True
+    for split in [split for split in splits if plan.seeds[split]]:
+        if args.seeds and (others := set(args.seeds) - set(plan.seeds[split])):
+            parser.error(f"--seeds {min(others)}: is no {split} seed of {path.name}; add --split")
+        if not args.only_report:
+            left = args.minutes - (time.monotonic() - began) / 60
+            succeeded = player.play(split, args.jobs, left, args.seeds) and succeeded
+        print(write_report(plan, split, player.folder, player.folder / f"{split}.md", args.jobs))
     sys.exit(0 if succeeded else 1)
 
 

@@ -1,46 +1,45 @@
-"""Write the results of a replication: paired comparisons with intervals, as Markdown and figures.
+"""Write the tables of a replication: means over seeds, and paired differences with intervals.
 
-Reads run folders only; a run that has not ended is left out. A run is measured by its last player, and by its selected
-player: one half of the held-out prompts selects the player by the run's own rule (without the guard), the other half
-measures it, and the halves then change places. So the selection cannot bias the result.
+All arms of a seed have the same start and held-out prompts, so the difference of two means is the mean of the paired
+differences. Reads run folders only; a run that has not ended is left out.
 """
 
 import math
 import platform
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import count, takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from spinlm.report.compare import player_values
+from plan import START as START_ARM
+from plan import Plan
+
+from spinlm.evals.scorers import get_scorer
 from spinlm.rundir.layout import RunDir
 from spinlm.rundir.provenance import read_recipe
 from spinlm.rundir.stage_graph import START, player_name
 from spinlm.utils.atomic import read_json, read_json_lines
-from spinlm.utils.statistics import significantly_better
-
-if TYPE_CHECKING:
-    from play import Plan
 
 T_95 = (math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 """Student's t at 97.5% for 1 … 10 degrees of freedom."""
 
 PACKAGES = ("torch", "transformers", "peft")
 
-COLUMNS = (
-    ("task_score", "task score", "{:.3f}"),
-    ("sampled_task_score", "task score, sampled", "{:.3f}"),
-    ("heldout_nll", "held-out NLL", "{:.3f}"),
-    ("pair_accuracy", "pair accuracy", "{:.2f}"),
-    ("truncated_rate", "truncated", "{:.1%}"),
-    ("repeated_4grams", "repeated 4-grams", "{:.1%}"),
-    ("probe_auc", "probe AUC", "{:.2f}"),
-    ("kl_from_start", "KL from start", "{:+.3f}"),
-)
-"""Columns of the table of players: metric, title, number format."""
+LOWER_IS_BETTER = ("heldout_nll", "truncated_rate", "repeated_4grams", "kl_from_start")
+
+COLUMNS = {
+    "task_score": ("task score", "{:.3f}"),
+    "heldout_nll": ("held-out NLL", "{:.3f}"),
+    "identical_rate": ("equal to real", "{:.1%}"),
+    "truncated_rate": ("truncated", "{:.1%}"),
+    "sampled_truncated_rate": ("truncated, T 1", "{:.1%}"),
+    "repeated_4grams": ("repeated 4-grams", "{:.1%}"),
+    "kl_from_start": ("KL from start", "{:+.3f}"),
+}
+"""Columns of the table of players after the task scores: title and number format by metric."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +47,7 @@ class Run:
     """A run folder, complete or not."""
 
     folder: RunDir
+    also: tuple[str, ...] = ()  # further scorers of greedy responses
 
     @cached_property
     def players(self) -> list[int]:
@@ -60,39 +60,59 @@ class Run:
 
     @property
     def ended(self) -> bool:
-        """Whether the run has played all iterations, or stopped early by its own rule."""
-        if not self.players or not (marker := self.folder.marker("promote", self.players[-1])).exists():
+        """Whether the run has played all iterations of its recipe, or stopped early by its own rule."""
+        if not self.players or not self.folder.marker("promote", self.players[-1]).exists():
             return False
-        return not read_json(marker)["go_on"] or len(self.players) == 1 + self.recipe["selfplay"]["iterations"]
+        return self.stopped_early or len(self.players) == 1 + self.recipe["selfplay"]["iterations"]
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether the run's own rule ended it after its last player."""
+        return not read_json(self.folder.marker("promote", self.players[-1]))["go_on"]
 
     def steps(self, player: int) -> int:
         """Return the optimizer steps from the start to a player."""
-        return sum(read_json(self.folder.marker("train", number))["steps"] for number in range(player + 1))
+        return sum(read_json(self.folder.marker("train", number)).get("steps", 0) for number in range(player + 1))
 
-    def metrics(self, player: int) -> dict[str, Any]:
-        return dict(read_json(self.folder.eval_metrics(player)))
+    def metrics(self, player: int) -> dict[str, float]:
+        """Return a player's metrics; `task_score@T` are the task scores at temperature T, and 0 is greedy."""
+        values = dict(read_json(self.folder.eval_metrics(player)))
+        by_temperature = {
+            "0": values.get("task_score"),
+            **values.get("task_score_by_temperature", {}),
+            "1": values.get("sampled_task_score"),
+        }
+        scores = {f"task_score@{name}": score for name, score in by_temperature.items() if score is not None}
+        return values | scores | self._further_scores(player)
 
-    def values(self, player: int, metric: str) -> dict[str, float]:
-        """Return the task score or NLL on each held-out prompt."""
-        return player_values(self.folder, player, metric)
+    def beta_margin(self, player: int) -> float | None:
+        """Return β times the mean margin over the last tenth of the steps that made a player; None without margins."""
+        rows = [
+            row
+            for row in read_json_lines(self.folder.train_log)
+            if (row["stage"], row["iteration"]) == ("train", player)
+        ]
+        margins = [row["margin"] for row in rows[-max(len(rows) // 10, 1) :] if "margin" in row]
+        beta = self.recipe["objective"].get("beta")
+        if not margins or beta is None:
+            return None
+        return float((beta[player] if isinstance(beta, list) else beta) * statistics.fmean(margins))
 
-    @cached_property
-    def selected_score(self) -> float:
-        """Mean task score of the selected player: one half of the prompts selects it, the other half measures it."""
-        scores = {player: self.values(player, "task_score") for player in self.players}
-        prompts = sorted(scores[START])
-        halves = prompts[::2], prompts[1::2]
-        threshold = self.recipe["selfplay"]["select"]["min_standard_errors"]
-        measured = []
-        for select_on, measure_on in (halves, halves[::-1]):
-            best = START
-            for player in self.players[1:]:
-                if significantly_better(
-                    [scores[player][prompt] - scores[best][prompt] for prompt in select_on], threshold
-                ):
-                    best = player
-            measured += [scores[best][prompt] for prompt in measure_on]
-        return statistics.fmean(measured)
+    def regime(self, player: int) -> dict[str, Any]:
+        """Return what was measured before the training that made a player; {} if nothing was."""
+        path = self.folder.iteration(player) / "regime.json"
+        return dict(read_json(path)) if path.exists() else {}
+
+    def _further_scores(self, player: int) -> dict[str, float]:
+        if not self.also:
+            return {}
+        references = {row["id"]: row["response"] for row in read_json_lines(self.folder.examples("heldout"))}
+        rows = list(read_json_lines(self.folder.heldout_greedy(player)))
+        return {
+            name.partition(":")[2]: statistics.fmean(scorer(row["text"], references[row["id"]]) for row in rows)
+            for name in self.also
+            for scorer in [get_scorer(name)]
+        }
 
 
 @dataclass(frozen=True)
@@ -113,6 +133,10 @@ class Difference:
             return math.inf
         return T_95[min(number - 1, len(T_95) - 1)] * statistics.stdev(self.seeds) / math.sqrt(number)
 
+    @property
+    def is_above_zero(self) -> bool:
+        return bool(self.seeds) and self.mean - self.half_width > 0
+
     def __str__(self) -> str:
         if not self.seeds:
             return "–"
@@ -120,56 +144,89 @@ class Difference:
         return f"{self.mean:+.3f}" + (f" [{low:+.3f}, {high:+.3f}]" if len(self.seeds) > 1 else "")
 
 
-def ended_runs(plan: "Plan", folder: Path, dataset: str, arm: str) -> dict[int, Run]:
+Values = dict[int, float]
+"""A metric by seed."""
+PlayerValues = dict[tuple[str, int], Values]
+"""A metric by arm, player and seed; higher is better."""
+
+
+def difference(values: Values, baseline: Values) -> Difference:
+    """Return the difference over the seeds that both have."""
+    return Difference([values[seed] - baseline[seed] for seed in sorted(values.keys() & baseline.keys())])
+
+
+def is_ahead(plan: Plan, arm: str, player: int, values: PlayerValues) -> bool:
+    """Return whether the intervals of a lead over tuned and over extrapolated fine-tuning are both above 0."""
+    return all(
+        difference(values[arm, player], baseline_values(values, baseline, player)).is_above_zero
+        for baseline in (plan.tuned, plan.extrapolated)
+    )
+
+
+def ended_runs(plan: Plan, split: str, folder: Path, arm: str) -> dict[int, Run]:
     """Return the runs of an arm that have ended, by seed."""
-    runs = {seed: Run(RunDir(folder / dataset / f"seed-{seed}" / arm)) for seed in plan.seeds}
+    runs = {seed: Run(RunDir(folder / f"seed-{seed}" / arm), plan.also) for seed in plan.seeds[split]}
     return {seed: run for seed, run in runs.items() if run.ended}
 
 
-def write_report(plan: "Plan", folder: Path, target: Path, jobs: int) -> str:
-    """Write the report and return its text."""
-    lines = [f"# {plan.title}", "", *_setup(plan, folder, jobs), ""]
-    target.parent.mkdir(parents=True, exist_ok=True)
-    for dataset in plan.datasets:
-        figure = draw(plan, folder, dataset, target.with_name(f"{target.stem}-{dataset}.svg"))
-        image = [f"![{dataset}: task score and held-out NLL by iteration]({figure.name})", ""] if figure else []
-        lines += [f"## {dataset}", "", *image]
-        lines += [*_players(plan, folder, dataset), "", *_comparisons(plan, folder, dataset), ""]
+def write_report(plan: Plan, split: str, folder: Path, target: Path, jobs: int) -> str:
+    """Write the report of a split and return its text.
+
+    Raises:
+        SystemExit: the split is test, and the plan names no arms to report.
+    """
+    runs = {arm: ended for arm in plan.reported(split) if (ended := ended_runs(plan, split, folder, arm))}
+    lines = [f"# {plan.title}: {split} seeds", ""]
+    if not runs:
+        return "\n".join([*lines, "No run has ended yet."])
+    tables = (_setup(plan, split, runs, folder, jobs), _players(plan, runs), _differences(plan, runs), _regimes(runs))
+    lines += [line for table in tables for line in (*table, "")]
+    if split == "dev":
+        lines += [*_suggestions(plan, runs), ""]
+    if figure := draw(plan, runs, target.with_suffix(".svg")):
+        lines += [f"![Difference to tuned fine-tuning]({figure.name})", ""]
     text = "\n".join(lines)
     target.write_text(text, encoding="utf-8")
     return text
 
 
-def _setup(plan: "Plan", folder: Path, jobs: int) -> list[str]:
+Runs = dict[str, dict[int, Run]]
+"""The runs that have ended, by arm and seed."""
+
+
+def _setup(plan: Plan, split: str, runs: Runs, folder: Path, jobs: int) -> Iterator[str]:
     """Describe when and on what the runs were made, and how to read the tables."""
-    runs = [
-        run
-        for dataset in plan.datasets
-        for arm in plan.arms
-        for run in ended_runs(plan, folder, dataset, arm.name).values()
-    ]
-    provenance = [read_json(run.folder.provenance) for run in runs]
+    provenance = [read_json(run.folder.provenance) for of_arm in runs.values() for run in of_arm.values()]
     days = sorted({item["started"][:10] for item in provenance})
     packages = sorted({f"{name} {item['packages'][name]}" for item in provenance for name in PACKAGES})
     commits, pythons, devices = (
         sorted({str(item[key]) for item in provenance}) for key in ("commit", "python", "device")
     )
-    log = folder / "times.jsonl"
-    times: dict[str, float] = {}  # the longest call of each run: later calls found it complete
-    for row in read_json_lines(log) if log.exists() else ():
-        times[row["run"]] = max(row["seconds"], times.get(row["run"], 0))
-    return [
+    hours = sum(_minutes(folder, plan.seeds[split]).values()) / 60
+    yield (
         f"Dates: {', '.join(days)}. spinlm commit: {', '.join(commits)}. Processor: {processor()}. Device of a run: "
-        f"{' and '.join(devices)}. Parallel runs: {jobs}. Python {', '.join(pythons)}, {', '.join(packages)}. Total "
-        f"time of the runs: {sum(times.values()) / 60:.0f} minutes. Seeds: {', '.join(map(str, plan.seeds))}. A seed "
-        "decides the sampled data, the supervised fine-tuning and every random number.",
-        "",
-        "Differences are paired, on the same held-out prompts. Brackets: 95% interval of Student's t over the seeds. "
-        "The selected player is selected by the run's own rule (without the guard) on one half of the prompts and "
-        "measured on the other half, both ways. Steps count the optimizer steps since the start. Self-play has fewer "
-        "steps than its control because a response that equals the real one makes no pair. The task score is that of "
-        "greedy responses; sampled responses have temperature 1.",
-    ]
+        f"{' and '.join(devices)}. Parallel runs: {jobs}. Python {', '.join(pythons)}, {', '.join(packages)}. Sum of "
+        f"the runs' times: {hours:.1f} hours. Seeds: {', '.join(map(str, plan.seeds[split]))}. A seed decides the "
+        "examples, the start and every random number."
+    )
+    yield ""
+    yield (
+        f"The metric, chosen before the runs: {plan.metric} of the last player. Differences are paired: same start, "
+        "same held-out prompts. Brackets: 95% interval of Student's t over the seeds. `ahead`: above 0 against tuned "
+        f"({plan.tuned or 'not chosen yet'}) and extrapolated ({plan.extrapolated or 'not chosen yet'}) fine-tuning. "
+        "T: temperature; 0 is greedy. Steps: optimizer steps since the start."
+    )
+
+
+def _minutes(folder: Path, seeds: Iterable[int]) -> dict[tuple[int, str], float]:
+    """Return the minutes that each run took, over all calls, by seed and arm."""
+    log = folder / "times.jsonl"
+    times: dict[tuple[int, str], float] = {}
+    for row in read_json_lines(log) if log.exists() else ():
+        if row["seed"] in seeds:
+            key = (row["seed"], row["arm"])
+            times[key] = times.get(key, 0.0) + row["seconds"] / 60
+    return times
 
 
 def processor() -> str:
@@ -180,92 +237,139 @@ def processor() -> str:
     return ", ".join(names) or platform.processor() or platform.machine()
 
 
-def _players(plan: "Plan", folder: Path, dataset: str) -> Iterator[str]:
+def _players(plan: Plan, runs: Runs) -> Iterator[str]:
     """Yield a table with a row for each arm and player: means over the seeds."""
-    titles = ["arm", "player", "seeds", "steps", *(title for _, title, _ in COLUMNS)]
-    yield f"| {' | '.join(titles)} |"
-    yield "|---" * len(titles) + "|"
-    for number, arm in enumerate(plan.arms):
-        runs = ended_runs(plan, folder, dataset, arm.name)
-        for player in sorted({player for run in runs.values() for player in run.players}):
-            if player == START and number > 0 and arm.start == "shared":
-                continue
-            with_player = [run for run in runs.values() if player in run.players]
-            metrics = [run.metrics(player) for run in with_player]
-            name = "all" if player == START and arm.start == "shared" else arm.name
-            steps = statistics.fmean(run.steps(player) for run in with_player)
-            cells = [name, player_name(player), str(len(metrics)), f"{steps:.1f}"]
-            cells += [_mean(metrics, key, form) for key, _, form in COLUMNS]
-            yield f"| {' | '.join(cells)} |"
+    start = {seed: run for of_arm in runs.values() for seed, run in of_arm.items()}
+    players = [(START_ARM, START, start)] + [
+        (arm, player, {seed: run for seed, run in of_arm.items() if player in run.players})
+        for arm, of_arm in runs.items()
+        for player in sorted({player for run in of_arm.values() for player in run.players if player != START})
+    ]
+    metrics = [[run.metrics(player) for run in of_arm.values()] for _, player, of_arm in players]
+    keys = {key for of_player in metrics for values in of_player for key in values}
+    temperatures = sorted((key for key in keys if "@" in key), key=lambda key: float(key.partition("@")[2]))
+    columns = {key: (f"score, T {key.partition('@')[2]}", "{:.3f}") for key in temperatures}
+    columns |= {name: (name.replace("_", " "), "{:.3f}") for name in (also.partition(":")[2] for also in plan.also)}
+    columns |= {key: value for key, value in COLUMNS.items() if key in keys and key != "task_score"}
+    yield f"| arm | player | seeds | steps | {' | '.join(title for title, _ in columns.values())} |"
+    yield "|---" * (4 + len(columns)) + "|"
+    for (arm, player, of_arm), of_player in zip(players, metrics, strict=True):
+        steps = statistics.fmean(run.steps(player) for run in of_arm.values())
+        cells = [arm, player_name(player), str(len(of_arm)), f"{steps:.0f}"]
+        cells += [_mean((values.get(key) for values in of_player), form) for key, (_, form) in columns.items()]
+        yield f"| {' | '.join(cells)} |"
 
 
-def _mean(metrics: list[dict[str, Any]], key: str, form: str) -> str:
-    values = [values[key] for values in metrics if key in values]
-    return form.format(statistics.fmean(values)) if values else "–"
+def _mean(values: Iterable[float | None], form: str) -> str:
+    known = [value for value in values if value is not None]
+    return form.format(statistics.fmean(known)) if known else "–"
 
 
-def _comparisons(plan: "Plan", folder: Path, dataset: str) -> Iterator[str]:
-    """Yield a table with a row for each question: the difference between two arms from the same starts."""
-    yield "| question | seeds | task score, last player | each seed | task score, selected player | NLL, last player |"
-    yield "|---|---|---|---|---|---|"
-    for question, arm, baseline in plan.questions:
-        runs = ended_runs(plan, folder, dataset, arm)
-        baseline_runs = runs if baseline == "start" else ended_runs(plan, folder, dataset, baseline)
-        seeds = sorted(runs.keys() & baseline_runs.keys())
-        if not seeds:
+def values_by_player(runs: Runs, metric: str) -> PlayerValues:
+    """Return a metric of all players by arm and player, with the sign that makes higher better."""
+    sign = -1 if metric in LOWER_IS_BETTER else 1
+    values: PlayerValues = {}
+    for arm, of_arm in runs.items():
+        for seed, run in of_arm.items():
+            for player in run.players:
+                if (value := run.metrics(player).get(metric)) is not None:
+                    key = (START_ARM if player == START else arm, player)
+                    values.setdefault(key, {})[seed] = sign * value
+    return values
+
+
+def baseline_values(values: PlayerValues, arm: str | None, player: int) -> Values:
+    """Return the values of a baseline's player after the same iteration, or of its last player."""
+    players = [number for name, number in values if name == arm and number <= player]
+    return values[arm, max(players)] if arm and players else {}
+
+
+def _differences(plan: Plan, runs: Runs) -> Iterator[str]:
+    """Yield a table with a row for each arm and player: the difference to the start and to the baselines."""
+    values, tuned = values_by_player(runs, plan.metric), plan.tuned or plan.first
+    further = [metric for metric in ("task_score@1", "heldout_nll") if metric != plan.metric]
+    of_metric = {metric: values_by_player(runs, metric) for metric in further}
+    titles = ["arm", "player", "seeds", f"{plan.metric} vs start", f"vs {tuned}", "each seed"]
+    titles += [f"vs {plan.extrapolated or '–'}", *(f"{metric} vs {tuned}" for metric in further)]
+    yield f"Differences to the start, to {tuned} and to {plan.extrapolated or 'extrapolated fine-tuning'}; positive is "
+    yield "better, also for the NLL."
+    yield ""
+    yield f"| {' | '.join([*titles, ''])} |"
+    yield "|---" * (len(titles) + 1) + "|"
+    for arm, player in values:
+        if arm in (START_ARM, tuned):
             continue
-        score, nll, selected = [], [], []
-        for seed in seeds:
-            run, other = runs[seed], baseline_runs[seed]
-            player, baseline_player = run.players[-1], START if baseline == "start" else other.players[-1]
-            score.append(_paired(run.values(player, "task_score"), other.values(baseline_player, "task_score")))
-            nll.append(_paired(run.values(player, "heldout_nll"), other.values(baseline_player, "heldout_nll")))
-            start = statistics.fmean(other.values(START, "task_score").values())
-            selected.append(run.selected_score - (start if baseline == "start" else other.selected_score))
-        each = ", ".join(f"{value:+.3f}" for value in score)
-        cells = (str(Difference(score)), each, str(Difference(selected)), str(Difference(nll)))
-        yield f"| {question} | {len(seeds)} | " + " | ".join(cells) + " |"
+        own = values[arm, player]
+        to_tuned = difference(own, baseline_values(values, tuned, player))
+        cells = [arm, player_name(player), str(len(own)), str(difference(own, values[START_ARM, START])), str(to_tuned)]
+        cells += [", ".join(f"{value:+.3f}" for value in to_tuned.seeds)]
+        cells += [str(difference(own, baseline_values(values, plan.extrapolated, player)))]
+        for metric in further:
+            others = of_metric[metric]
+            cells += [str(difference(others.get((arm, player), {}), baseline_values(others, tuned, player)))]
+        yield f"| {' | '.join([*cells, 'ahead' if is_ahead(plan, arm, player, values) else ''])} |"
 
 
-def draw(plan: "Plan", folder: Path, dataset: str, target: Path) -> Path | None:
-    """Draw task score and held-out NLL by iteration: a line for the mean over an arm's seeds, a dot for each seed."""
+def _regimes(runs: Runs) -> Iterator[str]:
+    """Yield a table with a row for each arm and iteration that has pairs: the regime before and after training."""
+    yield "Regime: cosine with the gradient of fine-tuning without noise, noise of a step relative to fine-tuning's, "
+    yield "share of the NLL term in the pull on the real responses, and β·margin forecast and measured at the end."
+    yield ""
+    yield "| arm | iteration | cosine | noise | NLL share | β·margin, forecast | β·margin, measured |"
+    yield "|---" * 7 + "|"
+    for arm, of_arm in runs.items():
+        for player in sorted({player for run in of_arm.values() for player in run.players if player != START}):
+            with_player = [run for run in of_arm.values() if player in run.players]
+            measured = [run.beta_margin(player) for run in with_player]
+            if all(value is None for value in measured):
+                continue
+            regimes = [run.regime(player) for run in with_player]
+            cells = [arm, str(player)]
+            cells += [
+                _mean((regime.get(key) for regime in regimes), "{:.2f}")
+                for key in ("cosine_corrected", "noise_ratio", "nll_share")
+            ]
+            cells += [_mean(((regime.get("forecast") or {}).get("beta_margin_train") for regime in regimes), "{:.2f}")]
+            yield f"| {' | '.join([*cells, _mean(measured, '{:.2f}')])} |"
+
+
+def _suggestions(plan: Plan, runs: Runs) -> Iterator[str]:
+    """Yield the arms with the best mean on the dev seeds that have all of them, for a person to write into the plan."""
+    values = {arm: by_seed for (arm, _), by_seed in values_by_player(runs, plan.metric).items() if arm != START_ARM}
+    most = max(map(len, values.values()))
+    means = {arm: statistics.fmean(by_seed.values()) for arm, by_seed in values.items() if len(by_seed) == most}
+    kinds: dict[str, list[str]] = {"tuned": [], "extrapolated": [], "report": []}
+    for arm in sorted(means, key=means.__getitem__, reverse=True):
+        is_sft = next(iter(runs[arm].values())).recipe["objective"]["name"] == "sft"
+        is_control = is_sft and plan.arms[arm].only_pairs_of is None
+        kinds["extrapolated" if plan.arms[arm].extrapolate else "tuned" if is_control else "report"].append(arm)
+    yield f"Highest mean {plan.metric} on these seeds, best first:"
+    for kind, arms in kinds.items():
+        yield f"- {kind}: " + (", ".join(f"{arm} {means[arm]:.3f}" for arm in arms) or "–")
+
+
+def draw(plan: Plan, runs: Runs, target: Path) -> Path | None:
+    """Draw each arm's difference to tuned fine-tuning: a dot for each seed, a bar for the interval of the mean."""
     try:
-        from matplotlib import colormaps, rcParams
+        from matplotlib import rcParams
         from matplotlib.figure import Figure
     except ImportError:
         print("Figures need matplotlib: pip install -e '.[bench]'", flush=True)
         return None
     rcParams["svg.hashsalt"] = "spinlm"  # equal numbers give an equal file
-    figure = Figure(figsize=(12, 4), layout="constrained")
-    arms = [arm for arm in plan.arms if ended_runs(plan, folder, dataset, arm.name)]
-    for axes, metric, title in zip(
-        figure.subplots(1, 2),
-        ("task_score", "heldout_nll"),
-        ("task score", "held-out NLL, nats per token"),
-        strict=True,
-    ):
-        for number, arm in enumerate(arms):
-            color = colormaps["tab20"](number)
-            curves = [
-                [run.metrics(player)[metric] for player in run.players]
-                for run in ended_runs(plan, folder, dataset, arm.name).values()
-                if all(run.metrics(player).get(metric) is not None for player in run.players)
-            ]
-            longest = max(map(len, curves), default=0)
-            means = [statistics.fmean(curve[at] for curve in curves if len(curve) > at) for at in range(longest)]
-            axes.plot(range(longest), means, color=color, label=arm.name)
-            for curve in curves:
-                axes.plot(range(len(curve)), curve, ".", color=color, markersize=4, alpha=0.6)
-        axes.set(title=title, xlabel="iterations played (0 is the start)")
-        axes.xaxis.get_major_locator().set_params(integer=True)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside right", fontsize="small")
+    tuned = plan.tuned or plan.first
+    figure = Figure(figsize=(10, 1.2 + 0.3 * len(runs)), layout="constrained")
+    metrics = dict.fromkeys((plan.metric, "heldout_nll", "task_score@1"))
+    for axes, metric in zip(figure.subplots(1, 2, sharey=True), metrics, strict=False):
+        values = values_by_player(runs, metric)
+        shown = [key for key in values if key[0] != tuned]
+        for place, key in enumerate(shown):
+            found = difference(values[key], baseline_values(values, tuned, max(key[1], 0)))
+            axes.plot(found.seeds, [place] * len(found.seeds), ".", color="0.6")
+            if len(found.seeds) > 2:
+                axes.errorbar(found.mean, place, xerr=found.half_width, fmt="o", color="tab:blue", capsize=3)
+        names = [arm if player < 1 else f"{arm}, {player_name(player)}" for arm, player in shown]
+        axes.axvline(0, color="0.8", zorder=0)
+        axes.set(title=f"{metric} minus {tuned}; right is better", yticks=range(len(shown)), yticklabels=names)
     figure.savefig(target, metadata={"Date": None})
     return target
-
-
-def _paired(values: dict[str, float], baseline: dict[str, float]) -> float:
-    """Return the mean difference over shared held-out prompts; runs with different starts may share none."""
-    shared = values.keys() & baseline.keys()
-    if not shared:
-        return statistics.fmean(values.values()) - statistics.fmean(baseline.values())
-    return statistics.fmean(values[prompt] - baseline[prompt] for prompt in shared)

@@ -228,3 +228,21 @@ def test_rows_and_seed_choose_the_start_of_a_stream(tmp_path):
     quickstart.write_rows(tmp_path / "some.jsonl", count=7, seed=3)
     written = [json.loads(line) for line in (tmp_path / "some.jsonl").read_text(encoding="utf-8").splitlines()]
     assert written == list(islice(quickstart.rows(seed=3), 7))
+
+
+def test_long_rows_join_notes_and_their_records_in_the_same_order():
+    """Eight rows of eight notes hold the first 64 notes once, and line n of a response is the record of note n."""
+    short = {row["prompt"]: row for row in islice(quickstart.rows(seed=2), 64)}
+    long = list(islice(quickstart.long_rows(seed=2, notes=8), 8))
+    notes, records = ([line for row in long for line in row[key].split("\n")] for key in ("prompt", "response"))
+    assert [len(row["prompt"].split("\n")) for row in long] == [8] * 8
+    assert sorted(notes) == sorted(short)
+    assert records == [short[note]["response"] for note in notes]
+    assert notes[:8] != list(short)[:8]  # in a random order, so that the skill does not follow from the place
+
+
+def test_4096_long_rows_share_no_record():
+    records = [
+        line for row in islice(quickstart.long_rows(seed=0, notes=8), 512) for line in row["response"].split("\n")
+    ]
+    assert len(set(records)) == len(records) == 4096
