@@ -24,6 +24,7 @@ from spinlm.model.prefix_trees import PrefixTree, micro_batches
 from spinlm.model.run import Run
 from spinlm.recipe.objective import TSpin
 from spinlm.rundir.fork import prompt_splits
+from spinlm.rundir.layout import RunDir
 from spinlm.rundir.records import (
     PAIR_SPLITS,
     Example,
@@ -76,13 +77,9 @@ def reference_logprobs(run: Run, t: int) -> None:
             for split, shard in processes.claim_work(shards):
                 chosen = examples[split].shard(shard, size)
                 is_train = split == "train"
-                generations = [
-                    generation
-                    for iteration in ((t, *reversed(replayed)) if is_train else (t,))
-                    for generation in read_lines(folder.generations(iteration, split, shard), Generation)
-                ]
-                first = folder.generations(0, split, shard)
-                initial = list(read_lines(first, Generation)) if needs_initial and is_train else []
+                sources = (t, *reversed(replayed)) if is_train else (t,)
+                generations = [row for source in sources for row in _generations(folder, source, split, shard)]
+                initial = _generations(folder, 0, split, shard) if needs_initial and is_train else []
                 correct = None if scorer is None else _correct_responses(scorer, chosen, [*generations, *initial])
                 path = folder.pairs(t, split, shard)
                 if folder.is_verified(path):
@@ -93,11 +90,7 @@ def reference_logprobs(run: Run, t: int) -> None:
                         pairs = choose_train_pairs(recipe, chosen, generations, correct or (), initial)
                     else:
                         pairs = choose_heldout_pairs(chosen, generations)
-                    logprobs = _pair_logprobs(players, pairs, advance)
-                    pairs = [
-                        replace(pair, opponent_real=real, opponent_synthetic=synthetic)
-                        for pair, (real, synthetic) in zip(pairs, logprobs, strict=True)
-                    ]
+                    pairs = _with_opponent_logprobs(players, pairs, advance)
                     advance(len(chosen) - len({pair.id for pair in pairs if pair.contrast}))
                     with atomic_path(path) as temporary:
                         write_pairs(temporary, pairs)
@@ -115,6 +108,10 @@ def reference_logprobs(run: Run, t: int) -> None:
         _check_mismatch(run, t, tally)
         stage.outputs = [folder.pairs(t, *shard) for shard in shards]
         stage.metadata = dict(tally.rates())
+
+
+def _generations(folder: RunDir, t: int, split: str, shard: int) -> list[Generation]:
+    return list(read_lines(folder.generations(t, split, shard), Generation))
 
 
 def _check_mismatch(run: Run, t: int, tally: "_Tally") -> None:
@@ -179,6 +176,14 @@ def _pair_logprobs(
         if advance is not None:
             advance(len(chosen), sum(len(trees[index]) for index in chosen))
     return values
+
+
+def _with_opponent_logprobs(players: Players, pairs: Sequence[Pair], advance: Advance) -> list[Pair]:
+    logprobs = _pair_logprobs(players, pairs, advance)
+    return [
+        replace(pair, opponent_real=real, opponent_synthetic=synthetic)
+        for pair, (real, synthetic) in zip(pairs, logprobs, strict=True)
+    ]
 
 
 def _add_start_logprobs(run: Run, path: Path) -> None:
