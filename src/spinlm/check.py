@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from spinlm.errors import DataError, ModelError
-from spinlm.evals.regime import check_regime
+from spinlm.evals.regime import check_regime, describe_regime
 from spinlm.evals.scorers import get_scorer
 from spinlm.generation import local_engine, open_engine
 from spinlm.generation.base import Engine, Sampling
@@ -28,12 +28,14 @@ from spinlm.plan import make_plan
 from spinlm.recipe.adapter import with_adapter
 from spinlm.recipe.objective import Spin
 from spinlm.recipe.schema import Recipe
+from spinlm.rundir.fork import borrow_start, check_source
 from spinlm.rundir.layout import RunDir
-from spinlm.rundir.records import Example, Generation, read_lines
+from spinlm.rundir.records import Example, Generation, count_records, read_lines
 from spinlm.rundir.stage_graph import START
 from spinlm.stages.generate import generate
 from spinlm.stages.prepare import prepare
 from spinlm.stages.reference_logprobs import MAX_LOGPROB_MISMATCH, MISMATCH_CAUSE, reference_logprobs
+from spinlm.stages.regime import is_measured, measure_regime
 from spinlm.stages.sft import sft
 from spinlm.training.activation_checkpointing import free_bytes, set_activation_checkpointing
 from spinlm.training.batches import PairDataset, PromptGroup, pair_loss
@@ -45,19 +47,31 @@ EXAMPLES = 8
 MAX_ROUNDING_GAP = 0.1  # nats between two tokens whose order rounding can change
 
 
-def check(recipe: Recipe) -> Iterator[str]:
+def check(recipe: Recipe, start_from: Path | None = None) -> Iterator[str]:
     """Try a recipe on a few examples, without its SFT; yield each finding as a line or a paragraph.
+
+    Args:
+        recipe: the recipe.
+        start_from: the folder of another run, whose examples and starting player are used. Nothing is written to it.
 
     Raises:
         SpinError: the first thing that is wrong.
     """
-    for reason in make_plan(recipe).refusals:
+    plan = make_plan(recipe)
+    for reason in plan.refusals:
         raise DataError(reason)
     recipe = with_adapter(recipe, download=True)
-    small = _small_recipe(recipe)
+    source = None if start_from is None else RunDir(start_from)
+    has_start = recipe.sft is None or source is not None
+    measured = has_start and is_measured(recipe)
+    examples = max(EXAMPLES, recipe.evaluate.regime_prompts) if measured else EXAMPLES
+    small = _small_recipe(recipe, examples)
     with tempfile.TemporaryDirectory(prefix="spinlm-check-") as folder, Run(small, RunDir(Path(folder))) as run:
         began = time.monotonic()
         check_trackers(recipe.report_to)
+        if source is not None:
+            check_source(recipe, run.folder, source)
+            borrow_start(run.folder, source, {"train": examples, "heldout": EXAMPLES, "sft": 0})
         prepare(run)
         _check_scorer(run)
         yield from _check_text(run)
@@ -78,7 +92,7 @@ def check(recipe: Recipe) -> Iterator[str]:
             reference_logprobs(run, 0)
         rates = run.folder.metadata("reference_logprobs", 0)["train"]
         yield from _check_rates(rates, exclude_correct=recipe.opponent.exclude_correct)
-        regime, advice = check_regime(run, has_sft=recipe.sft is not None)
+        regime, advice = check_regime(run, has_sft=not has_start)
         yield regime
         yield from (f"  {line}" for line in advice)
         pairs = PairDataset([run.folder.pairs(0, "train", 0)], recipe.train.batch_size)
@@ -88,6 +102,9 @@ def check(recipe: Recipe) -> Iterator[str]:
             yield f"every response {cause}: self-play has nothing to learn from these prompts"
             return
         yield _check_first_step(run, groups)
+        if measured:
+            prompts = plan.prompts if source is None else count_records(source.examples("train"))
+            yield from (f"regime: {line}" for line in describe_regime(measure_regime(run, 0, prompts), recipe, 0))
         if small.model.load_in_4bit:
             yield _check_4bit(run, groups)
         yield _check_memory(run, groups)
@@ -96,10 +113,10 @@ def check(recipe: Recipe) -> Iterator[str]:
         yield 'Ready, with warnings: see "regime" above.' if advice else "Ready: `spinlm run` can start."
 
 
-def _small_recipe(recipe: Recipe) -> Recipe:
+def _small_recipe(recipe: Recipe, examples: int) -> Recipe:
     """Return the recipe with a few examples, self-play in place of the control, no SFT, and no trackers."""
     data = recipe.data
-    sizes = {"prompts": min(EXAMPLES, data.prompts or EXAMPLES), "heldout": min(EXAMPLES, data.heldout)}
+    sizes = {"prompts": min(examples, data.prompts or examples), "heldout": min(EXAMPLES, data.heldout)}
     update: dict[str, Any] = {
         "data": data.model_copy(update=sizes),
         "sft": None,

@@ -15,6 +15,7 @@ from spinlm.stages.generate import generate
 from spinlm.stages.prepare import prepare
 from spinlm.stages.promote import promote
 from spinlm.stages.reference_logprobs import reference_logprobs
+from spinlm.stages.regime import regime
 from spinlm.stages.sft import sft
 from spinlm.stages.train import train
 
@@ -45,6 +46,7 @@ def play(run: Run) -> None:
     for t in range(run.recipe.selfplay.iterations):
         generate(run, t)  # the opponent θ_t responds to every prompt
         reference_logprobs(run, t)  # log p_θt of the real and the synthetic responses
+        regime(run, t)  # is the gradient another one than that of fine-tuning?
         train(run, t)  # the main player becomes θ_{t+1}
         evaluate(run, t)
         if not promote(run, t):

@@ -94,14 +94,14 @@ def rewind(tmp_path) -> Callable[..., Path]:
         for later in range(iteration + 1, ITERATIONS):
             shutil.rmtree(run / f"iteration-{later}")
             shutil.rmtree(run / ".spinlm" / f"iteration-{later}")
-        stages = ("generate", "reference_logprobs", "train", "evaluate", "promote")
+        stages = ("generate", "reference_logprobs", "regime", "train", "evaluate", "promote")
         for undone in stages[stages.index(stage) :]:
             (run / ".spinlm" / f"iteration-{iteration}" / f"{undone}.done").unlink()
             for name in UNDO[undone]:
                 path = run / f"iteration-{iteration}" / name
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         before = [line for line in steps(run) if line["stage"] != "train" or line["iteration"] < iteration]
-        kept = [line for line in steps(run) if line["iteration"] == iteration] if stage in stages[3:] else []
+        kept = [line for line in steps(run) if line["iteration"] == iteration] if stage in stages[4:] else []
         write_rows(run / "train_log.jsonl", before + kept)
         (run / "best").unlink()
         if iteration > 0:
@@ -136,6 +136,7 @@ def stopped_in_training(world, cli, rewound) -> Path:
 UNDO = {
     "generate": ("generations",),
     "reference_logprobs": ("pairs",),
+    "regime": ("regime.json",),
     "train": ("player",),
     "evaluate": ("heldout_greedy.jsonl", "heldout_sampled.jsonl", "eval.json"),
     "promote": ("selection.json",),

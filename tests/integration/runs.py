@@ -106,7 +106,7 @@ def rewrite_markers(run: Path) -> None:
     """Rewrite all markers so that they match the files in the run folder."""
     folder = RunDir(run)
     players = [("prepare", START), ("sft", START), ("evaluate", START)]
-    stages = ("generate", "reference_logprobs", "train", "evaluate", "promote")
+    stages = ("generate", "reference_logprobs", "regime", "train", "evaluate", "promote")
     for stage, iteration in [*players, *((stage, iteration) for iteration in range(ITERATIONS) for stage in stages)]:
         if (marker := folder.marker(stage, iteration)).exists():
             marker_values = json.loads(marker.read_text(encoding="utf-8"))

@@ -97,7 +97,7 @@ def test_run_folder(reference):
         *(
             f".spinlm/iteration-{iteration}/{stage}.done"
             for iteration in range(2)
-            for stage in ("generate", "reference_logprobs", "train", "evaluate", "promote")
+            for stage in ("generate", "reference_logprobs", "regime", "train", "evaluate", "promote")
         ),
         *(f"iteration-{i}/generations/train-{shard:05d}.jsonl" for i in range(2) for shard in range(SHARDS)),
         *(f"iteration-{i}/pairs/train-{shard:05d}.arrow" for i in range(2) for shard in range(SHARDS)),
@@ -145,7 +145,7 @@ def test_second_run_changes_nothing(world, cli, reference, tmp_path):
 def test_stages_by_hand_give_what_run_gives(world, cli, reference, rewound):
     run = rewound(iteration=0)
     for iteration in range(2):
-        for stage in ("generate", "reference_logprobs", "train", "evaluate"):
+        for stage in ("generate", "reference_logprobs", "regime", "train", "evaluate"):
             said = cli(stage.replace("_", "-"), run, "--iteration", str(iteration), folder=world.folder)
             assert said.out == f"{stage} of iteration {iteration}: complete\n"
     again = cli("train", run, "--iteration", "1", folder=world.folder)

@@ -111,7 +111,7 @@ def test_the_page_loads_nothing(run, cli, tmp_path):
     assert "default-src 'none'" in (tmp_path / "page.html").read_text()
 
 
-@pytest.mark.parametrize("stage", ["generate", "reference_logprobs", "train", "evaluate", "promote"])
+@pytest.mark.parametrize("stage", ["generate", "reference_logprobs", "regime", "train", "evaluate", "promote"])
 def test_a_run_that_stopped(rewound, cli, tmp_path, stage):
     run = rewound(1, stage)
     cli("report", run, folder=tmp_path)

@@ -22,7 +22,7 @@ def test_a_finished_run(reference, cli, tmp_path):
     assert values["seconds"] == pytest.approx(sum(marker["seconds"] for marker in markers))
 
 
-@pytest.mark.parametrize("stage", ["generate", "reference_logprobs", "train", "evaluate", "promote"])
+@pytest.mark.parametrize("stage", ["generate", "reference_logprobs", "regime", "train", "evaluate", "promote"])
 def test_a_run_that_stopped(rewound, cli, tmp_path, stage):
     run = rewound(1, stage)
     assert f"{stage} of iteration 1 is not complete" in cli("status", run, folder=tmp_path).out

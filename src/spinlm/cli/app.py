@@ -51,6 +51,7 @@ app.command()(benchmark.mt_bench)
 app.command()(run.extrapolate)
 app.command()(run.generate)
 app.command()(run.reference_logprobs)
+app.command()(run.regime)
 app.command()(run.train)
 app.command()(run.evaluate)
 

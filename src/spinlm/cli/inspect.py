@@ -21,6 +21,7 @@ from spinlm.utils.console import console, printable
 def status(run: RunPath, baseline: Baseline = None, as_json: AsJson = False) -> None:
     """Show the progress and the players of a run."""
     from spinlm.report import compare, summary
+    from spinlm.report.regimes import regimes
     from spinlm.report.status import last_error, run_status, stage_progress
 
     folder, _ = read_run(run)
@@ -36,6 +37,8 @@ def status(run: RunPath, baseline: Baseline = None, as_json: AsJson = False) -> 
         out.print(printable(f"The last attempt ended with: {error}"))
     if summary.player_rows(folder):
         out.print(summary.table(folder))
+    for regime in regimes(folder):
+        out.print(f"Iteration {regime.iteration}: {regime.text}")
     so_far = "So far: " if state.stage and summary.promotions(folder) else ""
     out.print(so_far + summary.verdict(folder))
     if baseline is not None:

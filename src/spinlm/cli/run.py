@@ -105,7 +105,14 @@ def plan(
         raise typer.Exit(RunError.exit_code)
 
 
-def check(recipe: RecipePath, overrides: Overrides = None, quiet: Quiet = False) -> None:
+def check(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    start_from: Annotated[
+        Path | None, typer.Option(help="Check with the examples and the starting player of this run.")
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
     """Test a recipe on a few prompts.
 
     Checks the model, the chat template, the loss and the memory with the code of a run.
@@ -114,7 +121,7 @@ def check(recipe: RecipePath, overrides: Overrides = None, quiet: Quiet = False)
 
     from spinlm.check import check as check_recipe
 
-    for line in check_recipe(loaded):
+    for line in check_recipe(loaded, start_from):
         print(printable(line), flush=True)
 
 
@@ -129,6 +136,11 @@ def reference_logprobs(run: RunPath, iteration: Iteration, quiet: Quiet = False)
     Scores the real and the generated responses, and writes the pairs for training.
     """
     run_stage("reference_logprobs", run, iteration)
+
+
+def regime(run: RunPath, iteration: Iteration, quiet: Quiet = False) -> None:
+    """Compare the gradient with that of fine-tuning."""
+    run_stage("regime", run, iteration)
 
 
 def train(run: RunPath, iteration: Iteration, quiet: Quiet = False) -> None:

@@ -44,6 +44,7 @@ MUTABLE_FIELDS = (
     "train.gradient_checkpointing",
     "train.fsdp",
     "train.save_steps",
+    "evaluate.regime_prompts",
     "report_to",
 )
 """Fields that a resumed run may change: they affect speed, memory and reports, not the method."""
@@ -141,6 +142,8 @@ class Evaluate(Section):
     """Maximum tokens of a held-out response; absent means opponent.max_new_tokens."""
     temperatures: list[Annotated[float, Field(gt=0, le=2)]] = []
     """Further temperatures at which held-out responses are sampled and scored. Needs `scorer`."""
+    regime_prompts: Annotated[int, Field(ge=0)] = 32
+    """Training prompts whose gradients are compared with those of fine-tuning before each training; 0 measures none."""
 
     @model_validator(mode="after")
     def _check_temperatures(self) -> "Evaluate":

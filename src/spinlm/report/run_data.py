@@ -12,6 +12,7 @@ from typing import Any
 
 from spinlm.evals.scores import ScoreTable, read_scores, score_table
 from spinlm.recipe.fingerprint import with_defaults
+from spinlm.report.regimes import IterationRegime, regimes
 from spinlm.report.status import is_step, own_stages, run_status
 from spinlm.report.summary import COLUMNS, PlayerRow, compared_player, display_text, player_rows, verdict
 from spinlm.rundir.layout import RunDir
@@ -102,6 +103,11 @@ class RunData:
             metadata = self.folder.metadata("reference_logprobs", iteration)
             recorded.append((iteration, metadata.get("train") or metadata["heldout"]))
         return recorded
+
+    @cached_property
+    def regimes(self) -> list[IterationRegime]:
+        """The regime of each iteration in which it was measured."""
+        return regimes(self.folder)
 
     @cached_property
     def benchmarks(self) -> list[ScoreTable]:

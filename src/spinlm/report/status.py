@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from spinlm.errors import SpinError
+from spinlm.report.regimes import regimes
 from spinlm.report.summary import is_control, outcome, player_rows, promotions, start_from, verdict
 from spinlm.rundir.layout import RunDir
 from spinlm.rundir.provenance import read_recipe
@@ -61,6 +62,7 @@ def status_json(folder: RunDir) -> dict[str, Any]:
         "best": folder.best(),
         "verdict": verdict(folder),
         "outcome": outcome(folder),
+        "regimes": [regime.as_json() for regime in regimes(folder)],
         "players": [
             {"iteration": player.iteration, "name": player.name, **player.metrics} for player in player_rows(folder)
         ],

@@ -6,6 +6,7 @@ from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from spinlm.errors import RunError
+from spinlm.report.regimes import regime_verdict
 from spinlm.rundir.layout import RunDir
 from spinlm.rundir.provenance import read_recipe
 from spinlm.rundir.stage_graph import START, player_name
@@ -136,6 +137,8 @@ def verdict(folder: RunDir) -> str:
             f"Iteration {last['iteration']} collapsed and ended the run: {collapse}.",
             "Lower train.learning_rate, in another --run-dir.",
         ]
+    if regime := regime_verdict(folder):
+        sentences.append(regime)
     return " ".join(sentences)
 
 

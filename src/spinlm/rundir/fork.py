@@ -1,6 +1,7 @@
 """Fork: copy the starting player of another run, and the responses to it, so that both runs can be compared."""
 
 import contextlib
+import itertools
 import logging
 import os
 import shutil
@@ -94,6 +95,29 @@ def _copy_responses(recipe: Recipe, folder: RunDir, source: RunDir) -> None:
     if copied:
         write_json(folder.provenance, read_json(folder.provenance) | {"responses_from": str(source.root.absolute())})
         log.info("copied the responses of iteration 0 from %s (%d files)", source.root, copied)
+
+
+def borrow_start(folder: RunDir, source: RunDir, examples: dict[str, int]) -> None:
+    """Give a temporary folder the start of another run, with its first examples only. The weights are linked.
+
+    Args:
+        folder: the folder, which is empty.
+        source: the other run.
+        examples: number of examples to take of each split.
+    """
+    for split, number in examples.items():
+        folder.examples(split).parent.mkdir(parents=True, exist_ok=True)
+        with source.examples(split).open("rb") as lines:
+            folder.examples(split).write_bytes(b"".join(itertools.islice(lines, number)))
+    for path in (source.prefix_sharing, source.skipped_rows):
+        _copy_or_link(path, folder.root / path.relative_to(source.root))
+    folder.iteration(START).mkdir()
+    for path in (source.base, source.player(START)):
+        if path.exists():
+            (folder.root / path.relative_to(source.root)).symlink_to(path.resolve())
+    write_json(folder.provenance, {"inputs": read_json(source.provenance)["inputs"], **current_provenance()})
+    folder.complete("prepare", START, [folder.examples(split) for split in examples], counts=examples)
+    folder.complete("sft", START, [], prefix_sharing=source.metadata("sft", START)["prefix_sharing"])
 
 
 def check_source(recipe: Recipe, folder: RunDir, source: RunDir) -> None:

@@ -8,8 +8,8 @@
     examples/        train.jsonl  heldout.jsonl  sft.jsonl  skipped_rows.json
     base/            the model, if the recipe names a .gguf file or an adapter that is merged
     start/           player/ (θ_0)  heldout_greedy.jsonl  heldout_sampled.jsonl  eval.json
-    iteration-t/     generations/  pairs/  checkpoints/  player/ (θ_{t+1})  heldout_greedy.jsonl  heldout_sampled.jsonl
-                     eval.json  selection.json
+    iteration-t/     generations/  pairs/  regime.json  checkpoints/  player/ (θ_{t+1})  heldout_greedy.jsonl
+                     heldout_sampled.jsonl  eval.json  selection.json
     .spinlm/         what only spinlm reads: lock  prefix_sharing.json  digests/  start/*.done  iteration-t/*.done
 
 A file appears under its name only when the file is complete.
@@ -78,6 +78,10 @@ class RunDir(MarkedFolder):
         first = (self.generations if stage == "generate" else self.pairs)(t, "train", 0)
         names = [path.stem.rpartition("-") for path in first.parent.glob(f"*-*{first.suffix}")]
         return [(split, int(shard)) for split, _, shard in names if shard.isdecimal()]
+
+    def regime(self, t: int) -> Path:
+        """Gradient statistics at the start of an iteration's training."""
+        return self.iteration(t) / "regime.json"
 
     def checkpoints(self, t: int) -> Path:
         """Checkpoints of an unfinished training."""

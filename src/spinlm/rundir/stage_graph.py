@@ -10,7 +10,7 @@ START = -1
 START_STAGES = ("prepare", "sft", "evaluate")
 """The stages that make and measure the starting player."""
 
-STAGES = ("generate", "reference_logprobs", "train", "evaluate", "promote")
+STAGES = ("generate", "reference_logprobs", "regime", "train", "evaluate", "promote")
 """The stages of an iteration."""
 
 
@@ -46,7 +46,7 @@ def parent_stage(stage: str, t: int) -> StageKey | None:
             return player_stage(t - 1)
         case "reference_logprobs":
             return ("generate", t)
-        case "train":
+        case "regime" | "train":  # training does not depend on what was measured before it
             return ("reference_logprobs", t)
         case "evaluate":
             return player_stage(t)
@@ -61,7 +61,7 @@ def inputs_of(stage: str, t: int) -> list[StageKey]:
     match stage:
         case "generate":
             inputs += [player_stage(t - 1)]
-        case "reference_logprobs" | "train":
+        case "reference_logprobs" | "regime" | "train":
             inputs += [player_stage(t - 1), player_stage(START)]
         case "evaluate":
             inputs += [player_stage(t), player_stage(START)]

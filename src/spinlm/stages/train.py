@@ -13,7 +13,7 @@ from spinlm.rundir.records import Example, RecordFile
 from spinlm.rundir.stage_graph import START
 from spinlm.stages.extrapolate import write_extrapolated
 from spinlm.training.batches import PairDataset, SftDataset, TrainDataset, pair_loss, sft_loss
-from spinlm.training.step_log import step_recorder
+from spinlm.training.step_log import means_by_epoch, step_recorder
 from spinlm.training.trainer import LossFunction, TrainConfig, Trainer
 from spinlm.utils.atomic import read_json
 from spinlm.utils.seeds import derive_seed
@@ -50,6 +50,8 @@ def train(run: Run, t: int) -> None:
         stage.outputs = [run.folder.player(t)]
         values = heldout_nll.values
         stage.metadata = {"steps": steps, "pairs": dataset.num_pairs, "heldout_nll_by_epoch": values}
+        margins = on_rank_zero(means_by_epoch, run.folder, "train", t, "margin")
+        stage.metadata |= {"margin_by_epoch": margins} if margins else {}
 
 
 def _dataset_and_loss(run: Run, t: int) -> tuple[TrainDataset, LossFunction]:

@@ -106,6 +106,12 @@ class PairDataset:
         self.batch_cost = self.loss_weight = self._bounds[:, 1] - self._bounds[:, 0]  # rows
         self.num_pairs = int(np.sum(self._table.column("contrast").to_numpy()))
 
+    @property
+    def ids(self) -> list[str]:
+        """The id of each group's example."""
+        ids: list[str] = self._table.column("id").take(self._bounds[:, 0]).to_pylist()
+        return ids
+
     def __getitem__(self, index: int) -> PromptGroup:
         begin, end = self._bounds[index]
         rows = self._table.slice(begin, end - begin).to_pylist()

@@ -1,7 +1,8 @@
 """The training log: one line in train_log.jsonl per optimizer step, and the same numbers for the trackers."""
 
+import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from spinlm.distributed import processes
@@ -86,19 +87,38 @@ def check_trackers(names: list[str]) -> None:
             )
 
 
+def means_by_epoch(folder: RunDir, stage: str, t: int, name: str) -> list[float]:
+    """Return the mean of a measurement over the steps of each epoch, from the lines of a stage in train_log.jsonl.
+
+    Damaged lines are left out.
+    """
+    values: dict[int, list[float]] = {}
+    for _, line in _lines(folder):
+        if (line["stage"], line["iteration"]) == (stage, t) and name in line:
+            values.setdefault(line["epoch"], []).append(line[name])
+    return [sum(epoch) / len(epoch) for epoch in values.values()]
+
+
 def _remove_repeated(folder: RunDir, stage: str, t: int, step: int) -> int:
     """Remove the stage's lines of this step and later ones, and damaged lines. Return the number of lines left."""
     if not folder.train_log.exists():
         return 0
-    kept = []
-    for text in folder.train_log.read_text(encoding="utf-8", errors="replace").split("\n"):
-        try:
-            line = json.loads(text)
-            is_repeated = (line["stage"], line["iteration"]) == (stage, t) and line["step"] >= step
-        except (ValueError, KeyError, TypeError):  # truncated or damaged
-            continue
-        if not is_repeated:
-            kept.append(text + "\n")
+    kept = [
+        text + "\n"
+        for text, line in _lines(folder)
+        if (line["stage"], line["iteration"]) != (stage, t) or line["step"] < step
+    ]
     with atomic_file(folder.train_log, "w") as file:
         file.writelines(kept)
     return len(kept)
+
+
+def _lines(folder: RunDir) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield each line of train_log.jsonl as text and as a value. Damaged lines are left out."""
+    if not folder.train_log.exists():
+        return
+    for text in folder.train_log.read_text(encoding="utf-8", errors="replace").split("\n"):
+        with contextlib.suppress(ValueError):  # truncated or damaged
+            line = json.loads(text)
+            if isinstance(line, dict) and {"stage", "iteration", "step"} <= line.keys():
+                yield text, line
