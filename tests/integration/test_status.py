@@ -5,7 +5,7 @@ import json
 import shutil
 
 import pytest
-from runs import change_marker, change_recipe, read_jsons
+from runs import change_marker, change_recipe, contents, read_jsons
 
 
 def test_a_finished_run(reference, cli, tmp_path):
@@ -130,3 +130,21 @@ def test_a_list_of_runs(reference, rewound, cli, tmp_path):
         assert cli("list", folder=tmp_path, COLUMNS=odd).out == output
     values = [json.loads(line) for line in cli("list", "--json", folder=tmp_path).out.splitlines()]
     assert [(run["run"], run["state"]) for run in values] == [("runs/part", "stopped"), ("runs/whole", "finished")]
+
+
+def test_regimes(reference, world, cli, tmp_path):
+    """Status and report show the regime of each iteration, and so does check, which writes nothing into the run."""
+    (first, second) = json.loads(cli("status", reference, "--json", folder=tmp_path).out)["regimes"]
+    stored = json.loads((reference / "iteration-0" / "regime.json").read_text())
+    assert stored.items() <= first.items() and second["iteration"] == 1
+    marker = json.loads((reference / ".spinlm" / "iteration-0" / "train.done").read_text())
+    assert first["measured"]["beta_margin_by_epoch"] == pytest.approx(
+        [0.1 * margin for margin in marker["margin_by_epoch"]]
+    )
+    assert len(first["forecast"]["beta_margin_by_epoch"]) == 2
+    text = " ".join(cli("status", reference, folder=tmp_path).out.split())
+    assert f"Iteration 1: {second['sentences'][0]}" in text
+    before = contents(reference)
+    checked = cli("check", world.recipe, "--start-from", reference, folder=world.folder)
+    assert "regime: β = 0.1 on responses of" in checked.out and "Forecast" in checked.out
+    assert contents(reference) == before

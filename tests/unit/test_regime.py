@@ -133,6 +133,10 @@ def test_forecast_by_hand():
     sizes = [rate / math.sqrt(1 - 0.99 ** (step + 1)) for step, rate in enumerate([1, 2, 3, 4])]
     assert forecast("rmsprop").heldout == pytest.approx(1.5 * sum(sizes), rel=1e-6)
     assert forecast("adagrad") is None
+    # With fair samples SFT's gradients 1 and 2 tell both expectations: a (1.5² − 0.5/2) = 2 a, here 1.
+    schedule = Schedule("sgd", 1e9, 4, 2, epochs=[0], learning_rates=[1])
+    fair = forecast_margin(sample([[1.0], [3.0]], [[1.0], [2.0]]), schedule, 1.0, 1.0, fair_weight=0.5)
+    assert (fair.heldout, fair.train) == pytest.approx((1, 1.5))
 
 
 def tiny_run(folder: Path, data: Path, **sections) -> Run:

@@ -174,7 +174,11 @@ class Forecast:
 
 
 def forecast_margin(
-    sample: GradientSample, schedule: Schedule, objective_scale: float, margin_scale: float
+    sample: GradientSample,
+    schedule: Schedule,
+    objective_scale: float,
+    margin_scale: float,
+    fair_weight: float | None = None,
 ) -> Forecast | None:
     """Forecast the mean margin of the pairs, to first order around θ_t.
 
@@ -190,6 +194,8 @@ def forecast_margin(
         objective_scale: the mean of the loss is over pairs that exist; this factor turns the mean over all prompts of
             `sample.objective` into it.
         margin_scale: the same for `sample.contrast` and the mean of the margin.
+        fair_weight: a of `noise_ratio`, if all synthetic responses are fair samples. Then E o = a E g and E m = E g,
+            and the gradients g of SFT tell both with less noise.
 
     Returns:
         The forecast, or None if the optimizer is not one of `FORECAST_OPTIMIZERS`.
@@ -197,7 +203,7 @@ def forecast_margin(
     optimizer = schedule.optimizer.lower()
     if optimizer not in FORECAST_OPTIMIZERS:
         return None
-    fresh, own = _gains(sample, schedule, objective_scale)  # for each unit of Σ lr
+    fresh, own = _gains(sample, schedule, objective_scale, fair_weight)  # for each unit of Σ lr
     fresh, own = fresh * margin_scale, own * margin_scale / schedule.prompts
     # torch's RMSprop starts its mean of squares at 0 and does not correct that: the first steps are larger.
     progress, epoch_start, before = 0.0, 0.0, 0
@@ -211,7 +217,9 @@ def forecast_margin(
     return Forecast(means, train=(fresh + own) * progress, heldout=fresh * progress)
 
 
-def _gains(sample: GradientSample, schedule: Schedule, objective_scale: float) -> tuple[float, float]:
+def _gains(
+    sample: GradientSample, schedule: Schedule, objective_scale: float, fair_weight: float | None
+) -> tuple[float, float]:
     """Return Σ_c d_c E[m_c] E[o_c] and Σ_c d_c cov(m_c, o_c), where d_c E[o_c] is the move of c at learning rate 1."""
     n, b = len(sample.objective), schedule.prompts_per_step
     adaptive = schedule.optimizer.lower() in ADAPTIVE_OPTIMIZERS
@@ -224,7 +232,11 @@ def _gains(sample: GradientSample, schedule: Schedule, objective_scale: float) -
         covariance = ((contrast * objective).mean(0) - product) * n / (n - 1)
         second = (mean**2 - variance / n).clamp_(min=0) + variance / b  # E[G_c²]
         step = 1 / (second.sqrt() + OPTIMIZER_EPSILON / objective_scale) if adaptive else torch.ones_like(second)
-        fresh += float((step * (product - covariance / n)).sum())
+        expected = product - covariance / n  # E[m_c] E[o_c]
+        if fair_weight is not None:
+            sft = sample.sft[:, block].double()
+            expected = fair_weight * (sft.mean(0) ** 2 - sft.var(0) / n)
+        fresh += float((step * expected).sum())
         own += float((step * covariance).sum())
         square += float(second.sum())
     norm = objective_scale * math.sqrt(square * sample.scale)  # of a step's gradient

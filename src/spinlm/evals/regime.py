@@ -67,7 +67,7 @@ def _direction(values: Values, recipe: Section | Mapping[str, Any], t: int) -> s
     times = "" if noise is None else f" with {noise:.1f} times the noise"
     if cosine is None or error is None or error > MAX_COSINE_ERROR:
         mean = "" if values["cosine"] is None else f", cosine of the means {values['cosine']:.2f}"
-        if has_fair_samples(recipe, t):
+        if has_fair_samples(recipe, t) and has_fixed_weights(recipe):
             return (
                 f"To first order, this is fine-tuning{times}, because the responses are fair samples of the opponent "
                 f"({prompts} prompts are too few to measure it{mean}{details})."
@@ -92,6 +92,13 @@ def has_fair_samples(recipe: Section | Mapping[str, Any], t: int) -> bool:
     replayed = min(t, get_path(recipe, "selfplay.replay"))
     unchanged = get_path(recipe, "opponent.temperature") == 1 and get_path(recipe, "opponent.top_p") == 1
     return bool(unchanged and not replayed and not get_path(recipe, "opponent.exclude_correct"))
+
+
+def has_fixed_weights(recipe: Section | Mapping[str, Any]) -> bool:
+    """Return whether all pairs weigh the same at the start of an iteration, whatever their synthetic response is."""
+    return get_path(recipe, "objective.name") in ("spin", "space") and not get_path(
+        recipe, "objective.length_normalize"
+    )
 
 
 def _beta_sentence(values: Values, recipe: Section | Mapping[str, Any], t: int) -> str | None:

@@ -4,7 +4,13 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
-from spinlm.evals.regime import LINEAR_BETA_MARGIN, describe_regime, has_fair_samples, is_fine_tuning
+from spinlm.evals.regime import (
+    LINEAR_BETA_MARGIN,
+    describe_regime,
+    has_fair_samples,
+    has_fixed_weights,
+    is_fine_tuning,
+)
 from spinlm.rundir.layout import RunDir
 from spinlm.rundir.provenance import read_recipe
 from spinlm.utils.atomic import read_json
@@ -58,7 +64,7 @@ def regimes(folder: RunDir) -> list[IterationRegime]:
 
 def _is_expected(values: dict[str, Any], recipe: dict[str, Any], t: int) -> bool:
     """Whether the gradient is that of fine-tuning: by the measurement, or because all responses are fair samples."""
-    return is_fine_tuning(values) or (has_fair_samples(recipe, t) and recipe["objective"]["name"] == "spin")
+    return is_fine_tuning(values) or (has_fair_samples(recipe, t) and has_fixed_weights(recipe))
 
 
 def regime_verdict(folder: RunDir) -> str | None:

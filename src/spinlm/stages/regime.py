@@ -17,7 +17,7 @@ from spinlm.distributed.progress import track
 from spinlm.errors import is_out_of_memory
 from spinlm.evals import gradients
 from spinlm.evals.gradients import Forecast, GradientSample, Moments, Schedule
-from spinlm.evals.regime import describe_regime, link_scale
+from spinlm.evals.regime import describe_regime, has_fair_samples, has_fixed_weights, link_scale
 from spinlm.model.players import Players
 from spinlm.model.prefix_trees import PrefixTree, pack_batch
 from spinlm.model.run import Run
@@ -109,8 +109,10 @@ def measure_regime(run: Run, t: int, total_prompts: int | None = None) -> dict[s
     if not weights.pairs:
         return values
     schedule = _schedule(run, t, rows / len(groups), total_prompts)
-    scales = [len(groups) * weights.per_prompt / count for count in (rows, weights.pairs)]
-    forecast = gradients.forecast_margin(sample, schedule, *scales)
+    step_scale, margin_scale = (len(groups) * weights.per_prompt / count for count in (rows, weights.pairs))
+    fair = has_fair_samples(recipe, t) and has_fixed_weights(recipe)
+    fair_weight = weights.real if fair else None
+    forecast = gradients.forecast_margin(sample, schedule, step_scale, margin_scale, fair_weight)
     moments = Moments.from_sample(sample)
     measured = {
         "cosine": gradients.cosine(moments),
