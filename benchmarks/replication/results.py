@@ -87,11 +87,8 @@ class Run:
 
     def beta_margin(self, player: int) -> float | None:
         """Return β times the mean margin over the last tenth of the steps that made a player; None without margins."""
-        rows = [
-            row
-            for row in read_json_lines(self.folder.train_log)
-            if (row["stage"], row["iteration"]) == ("train", player)
-        ]
+        log, key = self.folder.train_log, ("train", player)
+        rows = [row for row in read_json_lines(log) if (row["stage"], row["iteration"]) == key] if log.exists() else []
         margins = [row["margin"] for row in rows[-max(len(rows) // 10, 1) :] if "margin" in row]
         beta = self.recipe["objective"].get("beta")
         if not margins or beta is None:
