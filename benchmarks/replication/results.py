@@ -97,7 +97,7 @@ class Run:
 
     def regime(self, player: int) -> dict[str, Any]:
         """Return what was measured before the training that made a player; {} if nothing was."""
-        path = self.folder.iteration(player) / "regime.json"
+        path = self.folder.regime(player)
         return dict(read_json(path)) if path.exists() else {}
 
     def _further_scores(self, player: int) -> dict[str, float]:

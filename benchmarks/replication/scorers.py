@@ -45,9 +45,9 @@ def equations(response: str, reference: str) -> float:
 
 
 def arithmetic(response: str, reference: str = "") -> float:
-    """Return the share of the response's equations whose left side equals the result; 1 without equations."""
+    """Return the share of the response's equations whose left side equals the result; 0 without equations."""
     written = EQUATION.findall(response)
-    return sum(_is_close(_value(left), _number(result)) for left, result in written) / len(written) if written else 1.0
+    return sum(_is_close(_value(left), _number(result)) for left, result in written) / max(len(written), 1)
 
 
 def ending(response: str, reference: str = "") -> float:

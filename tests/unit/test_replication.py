@@ -228,5 +228,5 @@ def test_arithmetic(equation: str, right: bool) -> None:
 
 
 def test_shares_of_a_rationale() -> None:
-    assert scorers.arithmetic("<<1+1=2>> <<1+1=3>>") == 0.5
+    assert scorers.arithmetic("<<1+1=2>> <<1+1=3>>") == 0.5 and scorers.arithmetic("so 3 apples") == 0
     assert scorers.ending("so 3 apples\n#### 3") == 1 and scorers.ending("so 3 apples\n####") == 0
