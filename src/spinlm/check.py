@@ -8,11 +8,12 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 import torch
 
-from spinlm.errors import DataError, ModelError
+from spinlm.errors import DataError, ModelError, shortened
 from spinlm.evals.regime import check_regime, describe_regime
 from spinlm.evals.scorers import get_scorer
 from spinlm.generation import local_engine, open_engine
@@ -40,6 +41,7 @@ from spinlm.stages.sft import sft
 from spinlm.training.activation_checkpointing import free_bytes, set_activation_checkpointing
 from spinlm.training.batches import PairDataset, PromptGroup, pair_loss
 from spinlm.training.memory import MEMORY_MARGIN
+from spinlm.training.pairs import no_pairs_reason
 from spinlm.training.step_log import check_trackers
 from spinlm.utils.atomic import read_json
 
@@ -50,9 +52,7 @@ MAX_ROUNDING_GAP = 0.1  # nats between two tokens whose order rounding can chang
 def check(recipe: Recipe, start_from: Path | None = None) -> Iterator[str]:
     """Try a recipe on a few examples, without its SFT; yield each finding as a line or a paragraph.
 
-    Args:
-        recipe: the recipe.
-        start_from: the folder of another run, whose examples and starting player are used. Nothing is written to it.
+    With `start_from`, the examples and the starting player of another run are used. Nothing is written to that run.
 
     Raises:
         SpinError: the first thing that is wrong.
@@ -81,25 +81,18 @@ def check(recipe: Recipe, start_from: Path | None = None) -> Iterator[str]:
         yield describe_trained(run.players.model)
         with _without_log():
             sft(run)
-        gaps = read_json(run.folder.prefix_sharing)["nats_per_token"]
-        yield (
-            f"prefix sharing: {'on' if run.players.prefix_sharing else 'off'}; difference from the model's own "
-            "log-probabilities, in nats per token: " + ", ".join(f"{gap:.1e} with {name}" for name, gap in gaps.items())
-        )
+        yield _describe_prefix_sharing(run)
         yield from _check_responses(run)
         yield from _check_engine(run)
         with _without_log():
             reference_logprobs(run, 0)
-        rates = run.folder.metadata("reference_logprobs", 0)["train"]
-        yield from _check_rates(rates, exclude_correct=recipe.opponent.exclude_correct)
+        yield from _check_rates(run.folder.metadata("reference_logprobs", 0)["train"])
         regime, advice = check_regime(run, has_sft=not has_start)
-        yield regime
-        yield from (f"  {line}" for line in advice)
+        yield from (regime, *(f"  {line}" for line in advice))
         pairs = PairDataset([run.folder.pairs(0, "train", 0)], recipe.train.batch_size)
         groups = [pairs[index] for index in range(len(pairs.batch_cost))]
         if not pairs.num_pairs:
-            cause = "equals the real one" + (" or is correct" if recipe.opponent.exclude_correct else "")
-            yield f"every response {cause}: self-play has nothing to learn from these prompts"
+            yield f"{no_pairs_reason(recipe)}: self-play has nothing to learn from these prompts"
             return
         yield _check_first_step(run, groups)
         if measured:
@@ -109,16 +102,17 @@ def check(recipe: Recipe, start_from: Path | None = None) -> Iterator[str]:
             yield _check_4bit(run, groups)
         yield _check_memory(run, groups)
         if recipe.is_control:
-            yield "note: the sft control was checked as self-play, which takes more memory and time"
+            yield "note: the control was checked as self-play, which takes more memory and time"
         yield 'Ready, with warnings: see "regime" above.' if advice else "Ready: `spinlm run` can start."
 
 
 def _small_recipe(recipe: Recipe, examples: int) -> Recipe:
-    """Return the recipe with a few examples, self-play in place of the control, no SFT, and no trackers."""
+    """Return the recipe with a few examples in one shard, self-play in place of a control, no SFT and no trackers."""
     data = recipe.data
     sizes = {"prompts": min(examples, data.prompts or examples), "heldout": min(EXAMPLES, data.heldout)}
     update: dict[str, Any] = {
         "data": data.model_copy(update=sizes),
+        "opponent": recipe.opponent.model_copy(update={"shard_size": examples}),
         "sft": None,
         "objective": Spin() if recipe.is_control else recipe.objective,
         "report_to": [],
@@ -134,11 +128,12 @@ def _check_scorer(run: Run) -> None:
     """
     if run.recipe.evaluate.scorer is not None:
         scorer = get_scorer(run.recipe.evaluate.scorer)
-        for example in read_lines(run.folder.examples("heldout"), Example):
-            scorer(example.response, example.response)
+        for split in ("heldout", "train") if run.recipe.opponent.exclude_correct else ("heldout",):
+            for example in read_lines(run.folder.examples(split), Example):
+                scorer(example.response, example.response)
 
 
-def _check_rates(rates: dict[str, float], *, exclude_correct: bool) -> Iterator[str]:
+def _check_rates(rates: dict[str, float]) -> Iterator[str]:
     """Say how far the engine's log-probabilities are from ours, and how many responses are identical or truncated."""
     if "logprob_mismatch_mean" in rates:
         yield (
@@ -147,7 +142,7 @@ def _check_rates(rates: dict[str, float], *, exclude_correct: bool) -> Iterator[
         )
         if rates["logprob_mismatch_mean"] > MAX_LOGPROB_MISMATCH[torch.bfloat16]:
             yield f"warning: rounding does not explain that. {MISMATCH_CAUSE}"
-    correct = f"{rates['correct_rate']:.0%} are correct and make no pair, " if exclude_correct else ""
+    correct = f"{rates['correct_rate']:.0%} are correct and make no pair, " if "correct_rate" in rates else ""
     yield (
         f"synthetic responses: {rates['identical_rate']:.0%} equal the real one, {correct}"
         f"{rates['truncated_rate']:.0%} are truncated"
@@ -169,8 +164,9 @@ def _without_log() -> Iterator[None]:
 def _check_text(run: Run) -> Iterator[str]:
     tokenizer, renderer = run.players.tokenizer, run.players.renderer
     example = next(read_lines(run.folder.examples("train"), Example))
-    yield f"prompt, as the opponent reads it:\n{_indent(tokenizer.decode(example.prompt_ids))}"
-    yield f"real response, as the main player learns it:\n{_indent(tokenizer.decode(example.response_ids))}"
+    prompt, response = (indent(tokenizer.decode(ids), "  ") for ids in (example.prompt_ids, example.response_ids))
+    yield f"prompt, as the opponent reads it:\n{prompt}"
+    yield f"real response, as the main player learns it:\n{response}"
     stop_tokens = ", ".join(repr(tokenizer.convert_ids_to_tokens(i)) for i in renderer.stop_ids)
     end = tokenizer.convert_ids_to_tokens(renderer.end_id)
     yield f"end of turn: {end!r}; a response stops at {stop_tokens}"
@@ -194,6 +190,14 @@ def _check_model(run: Run, began: float) -> str:
         f"model: {count_parameters(parameters):,} parameters, {trained:,} of them trained, on {players.device} in "
         f"{players.dtype}{f' and {quantized:,} in 4 bits' if quantized else ''}; "
         f"loaded in {time.monotonic() - began:.0f} s"
+    )
+
+
+def _describe_prefix_sharing(run: Run) -> str:
+    gaps = read_json(run.folder.prefix_sharing)["nats_per_token"]
+    return (
+        f"prefix sharing: {'on' if run.players.prefix_sharing else 'off'}; difference from the model's own "
+        "log-probabilities, in nats per token: " + ", ".join(f"{gap:.1e} with {name}" for name, gap in gaps.items())
     )
 
 
@@ -239,9 +243,8 @@ def _check_engine(run: Run) -> Iterator[str]:
     players.load(START)
     local = greedy(local_engine(players))
     differing = [index for index, ids in enumerate(local) if ids != external[index]]
-    line = (
-        f"engine: {len(local) - len(differing)}/{len(local)} greedy responses of {name} equal those of the local engine"
-    )
+    equal = f"{len(local) - len(differing)}/{len(local)}"
+    line = f"engine: {equal} greedy responses of {name} equal those of the local engine"
     if differing:
         index = differing[0]
         difference = _first_difference(players, prompts[index], local[index], external[index])
@@ -264,11 +267,9 @@ def _first_difference(players: Players, prompt: list[int], local: list[int], ext
     tree = PrefixTree(prompt + local[:same], ([local[same]], [external[same]]))
     likely, unlikely = players.response_logprobs([tree])
     there, here = (repr(players.tokenizer.decode([ids[same]])) for ids in (external, local))
-    cause = (
-        "rounding explains that"
-        if likely - unlikely < MAX_ROUNDING_GAP
-        else "rounding does not explain that: look for another model, prompt or precision"
-    )
+    cause = "rounding explains that"
+    if likely - unlikely >= MAX_ROUNDING_GAP:
+        cause = "rounding does not explain that: look for another model, prompt or precision"
     return (
         f"differs at token {same + 1}, {there} there and {here} here, {likely - unlikely:.2g} nats apart under the "
         f"model: {cause}"
@@ -338,20 +339,14 @@ def _check_memory(run: Run, groups: Sequence[PromptGroup]) -> str:
     pair_loss(run.recipe, 0)(players.logprobs(batch), part).loss.backward()
     seconds = time.monotonic() - began
     players.model.zero_grad()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if players.device.type == "cuda":
         peak = torch.cuda.max_memory_allocated()
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return (
         f"training: a micro-batch of {batch.input_ids.numel()} tokens took {seconds:.1f} s with gradient checkpointing "
         f"{checkpointing}; peak memory {peak / 1e9:.1f} GB"
     )
 
 
-def _indent(text: str) -> str:
-    return "\n".join("  " + line for line in text.splitlines())
-
-
-def _one_line(text: str, width: int = 100) -> str:
-    folded = " ".join(text.split())
-    return folded if len(folded) <= width else folded[: width - 1] + "…"
+def _one_line(text: str) -> str:
+    return shortened(" ".join(text.split()), 100)

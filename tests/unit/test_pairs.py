@@ -173,7 +173,7 @@ def test_counts_of_a_shard(tmp_path):
             **{"pairs": 2, "responses": 3, "identical_rate": 1 / 3, "truncated_rate": 0.0, "mean_tokens": 2.0},
         },
     }
-    assert tally.summary(exclude_correct=True) == (
+    assert tally.summary() == (
         "1 pairs; 3 rows with the NLL term alone; 33.3% of the responses equal the real one, 66.7% are correct and "
         "make no pair, 0.0% are truncated"
     )

@@ -148,10 +148,7 @@ class Evaluate(Section):
     @model_validator(mode="after")
     def _check_temperatures(self) -> "Evaluate":
         if self.temperatures and self.scorer is None:
-            raise ValueError(
-                "temperatures: responses are sampled to be scored, but there is no scorer. Set scorer, or remove "
-                "temperatures"
-            )
+            raise ValueError("temperatures: need a scorer. Set scorer, or remove temperatures")
         if len({*self.temperatures}) < len(self.temperatures):
             raise ValueError("temperatures: a temperature appears twice. Remove one of them")
         return self

@@ -1,5 +1,6 @@
 """The regime of each iteration of a run. Reads the run folder only; imports no torch."""
 
+import math
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -25,11 +26,17 @@ class IterationRegime:
     beta_margin_by_epoch: list[float]  # mean over each epoch's steps; empty before training ends
     beta_margin_heldout: float | None  # of the held-out pairs after training
     sentences: list[str]
-    fine_tuning: bool  # the gradient is that of fine-tuning in expectation, and β·margin stayed small
+    is_fine_tuning: bool  # in expectation, the gradient is that of fine-tuning
 
     @property
     def text(self) -> str:
         return " ".join(self.sentences)
+
+    @property
+    def beta_margin(self) -> float | None:
+        """The largest |β·margin| when training ended, of training and held-out pairs; None before that."""
+        ends = [*self.beta_margin_by_epoch[-1:], self.beta_margin_heldout]
+        return max((abs(value) for value in ends if value is not None), default=None)
 
     def as_json(self) -> dict[str, Any]:
         measured = {"beta_margin_by_epoch": self.beta_margin_by_epoch, "beta_margin_heldout": self.beta_margin_heldout}
@@ -49,35 +56,23 @@ def regimes(folder: RunDir) -> list[IterationRegime]:
         folder.check_outputs("regime", t, path)
         values = read_json(path)
         trained = folder.metadata("train", t) if folder.marker("train", t).exists() else {}
-        margins, beta = trained.get("margin_by_epoch", []), values.get("beta", 1.0)
-        heldout = None
-        if folder.marker("evaluate", t).exists():
-            heldout = read_json(folder.eval_metrics(t)).get("margin")
-        heldout = None if heldout is None else beta * heldout
-        measured = [beta * margin for margin in margins]
-        reached = [value for value in (*measured[-1:], heldout) if value is not None]
-        fine_tuning = bool(reached) and max(map(abs, reached)) < LINEAR_BETA_MARGIN and _is_expected(values, recipe, t)
+        margins, beta = trained.get("margin_by_epoch", []), values.get("beta")  # None where nothing was measured
+        evaluated = read_json(folder.eval_metrics(t)) if folder.marker("evaluate", t).exists() else {}
+        heldout = None if beta is None or "margin" not in evaluated else beta * evaluated["margin"]
+        measured = [] if beta is None else [beta * margin for margin in margins]
         sentences = describe_regime(values, recipe, t, margins)
-        found.append(IterationRegime(t, values, measured, heldout, sentences, fine_tuning))
+        by_design = has_fair_samples(recipe, t) and has_fixed_weights(recipe)
+        found.append(IterationRegime(t, values, measured, heldout, sentences, by_design or is_fine_tuning(values)))
     return found
-
-
-def _is_expected(values: dict[str, Any], recipe: dict[str, Any], t: int) -> bool:
-    """Whether the gradient is that of fine-tuning: by the measurement, or because all responses are fair samples."""
-    return is_fine_tuning(values) or (has_fair_samples(recipe, t) and has_fixed_weights(recipe))
 
 
 def regime_verdict(folder: RunDir) -> str | None:
     """Say so if no iteration has tried anything but fine-tuning; None otherwise, or if nothing was measured."""
-    measured = [regime for regime in regimes(folder) if regime.beta_margin_by_epoch]
-    if not measured or not all(regime.fine_tuning for regime in measured):
+    trained = [regime for regime in regimes(folder) if folder.marker("train", regime.iteration).exists()]
+    margins = [regime.beta_margin for regime in trained if regime.is_fine_tuning]
+    highest = max((margin for margin in margins if margin is not None), default=math.inf)
+    if len(margins) < len(trained) or None in margins or highest >= LINEAR_BETA_MARGIN:
         return None
-    highest = max(
-        value
-        for regime in measured
-        for value in (regime.beta_margin_by_epoch[-1], regime.beta_margin_heldout)
-        if value is not None
-    )
     return (
         f"β·margin ended at {highest:.2f}, below {LINEAR_BETA_MARGIN}, and the gradient was that of fine-tuning with "
         "noise: nothing but fine-tuning has been tried."

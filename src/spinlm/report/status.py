@@ -11,6 +11,7 @@ from spinlm.report.regimes import regimes
 from spinlm.report.summary import is_control, outcome, player_rows, promotions, start_from, verdict
 from spinlm.rundir.layout import RunDir
 from spinlm.rundir.provenance import read_recipe
+from spinlm.rundir.records import response_splits
 from spinlm.rundir.stage_graph import START, StageKey, stage_label, stages
 from spinlm.utils.atomic import finite
 
@@ -77,7 +78,7 @@ def stage_progress(folder: RunDir, status: RunStatus) -> str | None:
     if status.stage in ("generate", "reference_logprobs") and folder.marker("prepare", START).exists():
         prompts = folder.metadata("prepare", START)["counts"]
         shard_size = read_recipe(folder)["opponent"]["shard_size"]
-        splits = ("heldout",) if is_control(folder) else ("train", "heldout")
+        splits = response_splits(is_control=is_control(folder))
         shards = [shard for shard in folder.shards_on_disk(status.stage, status.iteration) if shard[0] in splits]
         done = sum(max(0, min(shard_size, prompts[split] - number * shard_size)) for split, number in shards)
         return f"{done}/{sum(prompts[split] for split in splits)} prompts done (shard size {shard_size})."

@@ -12,7 +12,7 @@ from spinlm.recipe.fingerprint import differences, recipe_fingerprint, with_defa
 from spinlm.recipe.schema import MUTABLE_FIELDS, Recipe
 from spinlm.rundir.layout import RunDir
 from spinlm.rundir.provenance import current_provenance, read_recipe
-from spinlm.rundir.records import PAIR_SPLITS
+from spinlm.rundir.records import response_splits
 from spinlm.rundir.stage_graph import START, START_STAGES
 from spinlm.utils.atomic import atomic_path, read_json, write_json
 
@@ -56,11 +56,6 @@ def fork_from(recipe: Recipe, folder: RunDir, source: RunDir) -> None:
         _copy_responses(recipe, folder, source)
 
 
-def prompt_splits(recipe: Recipe) -> tuple[str, ...]:
-    """Return the splits that the opponent responds to. A control does not train on responses: held-out prompts only."""
-    return ("heldout",) if recipe.is_control else PAIR_SPLITS
-
-
 def _copy_start(folder: RunDir, source: RunDir) -> None:
     for part in (source.base, source.prefix_sharing, source.examples("train").parent, source.iteration(START)):
         for path in (path for path in [part, *part.rglob("*")] if path.is_file()):
@@ -77,8 +72,8 @@ def _copy_responses(recipe: Recipe, folder: RunDir, source: RunDir) -> None:
     """Copy the responses of iteration 0 that the other run has and this one needs; `generate` writes the others."""
     if not source.done("generate", 0):
         return
-    theirs, ours = with_defaults(read_recipe(source))["opponent"], recipe.opponent.model_dump(mode="json")
-    changes = _other_than(FIELDS_AFTER_GENERATE, differences(theirs, ours, "opponent"))
+    settings = (with_defaults(read_recipe(source))["opponent"], recipe.opponent.model_dump(mode="json"))
+    changes = _other_than(FIELDS_AFTER_GENERATE, differences(*settings, "opponent"))
     if changes:
         log.info("not copied: the responses of %s, which has other settings: %s", source.root, "; ".join(changes))
         return
@@ -86,7 +81,7 @@ def _copy_responses(recipe: Recipe, folder: RunDir, source: RunDir) -> None:
     folder.begin("generate", 0, recipe_fingerprint(recipe, 0))  # so that the stage keeps what it finds
     outputs = [source.root / name for name in source.metadata("generate", 0)["outputs"]]
     copied = 0
-    for path in (path for path in outputs if path.name.startswith(prompt_splits(recipe))):
+    for path in (path for path in outputs if path.name.startswith(response_splits(is_control=recipe.is_control))):
         target = folder.root / path.relative_to(source.root)
         if not folder.is_verified(target):
             _copy_or_link(path, target)

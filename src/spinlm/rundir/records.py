@@ -24,7 +24,12 @@ SPLITS = ("heldout", "sft", "train")
 """The splits of a run's examples, in the order in which they are drawn."""
 
 PAIR_SPLITS = ("train", "heldout")
-"""The splits that the opponent responds to."""
+"""The splits whose responses make pairs."""
+
+
+def response_splits(*, is_control: bool) -> tuple[str, ...]:
+    """Return the splits that the opponent responds to. A control does not train on responses: held-out prompts only."""
+    return ("heldout",) if is_control else PAIR_SPLITS
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,9 +13,8 @@ from spinlm.generation import open_engine
 from spinlm.generation.base import Engine, Sampling
 from spinlm.model.players import Players
 from spinlm.model.run import Run
-from spinlm.rundir.fork import prompt_splits
 from spinlm.rundir.layout import RunDir
-from spinlm.rundir.records import Example, Generation, RecordFile, to_line
+from spinlm.rundir.records import Example, Generation, RecordFile, response_splits, to_line
 from spinlm.utils.atomic import atomic_file
 from spinlm.utils.seeds import derive_seed
 
@@ -29,7 +28,8 @@ def generate(run: Run, t: int) -> None:
             return
         recipe, folder, players = run.recipe, run.folder, run.players
         size = recipe.opponent.shard_size
-        examples = {split: RecordFile(folder.examples(split), Example) for split in prompt_splits(recipe)}
+        splits = response_splits(is_control=recipe.is_control)
+        examples = {split: RecordFile(folder.examples(split), Example) for split in splits}
         shards = [(split, shard) for split, records in examples.items() for shard in range(records.num_shards(size))]
         missing = processes.on_rank_zero(_missing, folder, t, shards)
         participates = processes.is_main_process() or recipe.opponent.engine == "local" or recipe.preferences

@@ -23,7 +23,6 @@ from spinlm.model.players import Players
 from spinlm.model.prefix_trees import PrefixTree, micro_batches
 from spinlm.model.run import Run
 from spinlm.recipe.objective import TSpin
-from spinlm.rundir.fork import prompt_splits
 from spinlm.rundir.layout import RunDir
 from spinlm.rundir.records import (
     PAIR_SPLITS,
@@ -33,6 +32,7 @@ from spinlm.rundir.records import (
     RecordFile,
     read_lines,
     read_pairs,
+    response_splits,
     write_pairs,
 )
 from spinlm.rundir.stage_graph import START
@@ -62,13 +62,15 @@ def reference_logprobs(run: Run, t: int) -> None:
             return
         recipe, folder, players = run.recipe, run.folder, run.players
         needs_initial = isinstance(recipe.objective, TSpin)
-        scorer = get_scorer(recipe.evaluate.scorer) if recipe.evaluate.scorer else None
+        name = recipe.evaluate.scorer if recipe.opponent.exclude_correct else None
+        scorer = get_scorer(name) if name else None
         replayed = range(max(0, t - recipe.selfplay.replay), t)
         for iteration in {*replayed, *((0,) if needs_initial and t else ())}:
             processes.on_rank_zero(folder.require, "generate", iteration)
         players.load(t - 1)  # θ_t
         size = recipe.opponent.shard_size
-        examples = {split: RecordFile(folder.examples(split), Example) for split in prompt_splits(recipe)}
+        splits = response_splits(is_control=recipe.is_control)
+        examples = {split: RecordFile(folder.examples(split), Example) for split in splits}
         shards = [(split, shard) for split, records in examples.items() for shard in range(records.num_shards(size))]
         tally = _Tally()
         mixed: dict[Path, int] = {}  # this process's files that also need log p_θ0, with their prompts
@@ -104,7 +106,7 @@ def reference_logprobs(run: Run, t: int) -> None:
                 advance(prompts)
         tally = _Tally.sum(processes.all_gather(tally.counts))
         if processes.is_main_process():
-            log.info("iteration %d: %s", t, tally.summary(recipe.opponent.exclude_correct))
+            log.info("iteration %d: %s", t, tally.summary())
         _check_mismatch(run, t, tally)
         stage.outputs = [folder.pairs(t, *shard) for shard in shards]
         stage.metadata = dict(tally.rates())
@@ -238,7 +240,7 @@ class _Tally:
             split: the split of the shard.
             examples: the examples.
             generations: the responses of this iteration to them.
-            correct: keys of the responses that the scorer rates 1; None without a scorer.
+            correct: keys of the responses that the scorer rates 1; None without `opponent.exclude_correct`.
             pairs: all rows of the pair file.
         """
         real = {example.id: example.response_ids for example in examples}
@@ -281,7 +283,7 @@ class _Tally:
                 rates[split]["logprob_mismatch_max"] = count["mismatch_max"]
         return rates
 
-    def summary(self, exclude_correct: bool) -> str:
+    def summary(self) -> str:
         """Describe the training split, or the held-out split if there is no training split, in one line."""
         split, rates = next(iter(self.rates().items()))
         is_train = split == "train"
@@ -289,7 +291,7 @@ class _Tally:
         if "nll_only" in rates:
             parts.append(f"{rates['nll_only']} rows with the NLL term alone")
         shares = f"{rates['identical_rate']:.1%} of the responses equal the real one"
-        if exclude_correct and is_train:
+        if "correct_rate" in rates and is_train:
             shares += f", {rates['correct_rate']:.1%} are correct and make no pair"
         parts.append(f"{shares}, {rates['truncated_rate']:.1%} are truncated")
         if (mismatch := rates.get("logprob_mismatch_mean")) is not None:

@@ -13,6 +13,7 @@ from spinlm.rundir.records import Example, RecordFile
 from spinlm.rundir.stage_graph import START
 from spinlm.stages.extrapolate import write_extrapolated
 from spinlm.training.batches import PairDataset, SftDataset, TrainDataset, pair_loss, sft_loss
+from spinlm.training.pairs import no_pairs_reason
 from spinlm.training.step_log import means_by_epoch, step_recorder
 from spinlm.training.trainer import LossFunction, TrainConfig, Trainer
 from spinlm.utils.atomic import read_json
@@ -37,8 +38,7 @@ def train(run: Run, t: int) -> None:
         run.players.load(t - 1)  # θ_t
         dataset, loss_fn = _dataset_and_loss(run, t)
         if len(dataset.batch_cost) == 0:
-            cause = "equals the real one" + (" or is correct" if run.recipe.opponent.exclude_correct else "")
-            log.warning("iteration %d: every synthetic response %s; there is nothing to learn", t, cause)
+            log.warning("iteration %d: %s; there is nothing to learn", t, no_pairs_reason(run.recipe))
         settings = run.recipe.train
         rate, seed = value_at(settings.learning_rate, t), derive_seed(run.recipe.seed, "train", t)
         config = TrainConfig.from_recipe(settings, learning_rate=rate, seed=seed)

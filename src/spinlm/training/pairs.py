@@ -17,6 +17,11 @@ def response_key(generation: Generation) -> ResponseKey:
     return generation.iteration, generation.id, generation.sample
 
 
+def no_pairs_reason(recipe: Recipe) -> str:
+    """Say why no synthetic response makes a training pair."""
+    return f"every synthetic response equals the real one{' or is correct' if recipe.opponent.exclude_correct else ''}"
+
+
 def choose_heldout_pairs(examples: Sequence[Example], generations: Iterable[Generation]) -> list[Pair]:
     """Pair the real response of each example with each synthetic one that differs from it.
 
