@@ -80,7 +80,7 @@ def flip(path: Path, chance: random.Random) -> bytes:
     return bytes(content)
 
 
-@pytest.mark.parametrize("stage", ["generate", "reference_logprobs", "train", "evaluate", "promote"])
+@pytest.mark.parametrize("stage", ["generate", "reference_logprobs", "regime", "train", "evaluate", "promote"])
 def test_a_flipped_bit_in_any_file(start, reference, rewound, stage):
     """One bit of one file, before a stage of the last iteration: the run refuses it, or gives the same result."""
     run, chance = rewound(1, stage), random.Random(stage)
@@ -213,7 +213,7 @@ def test_nan_weight_of_a_player(cli, world, rewind, tmp_path, kind):
     reference, chance = tmp_path / "reference", random.Random(kind)
     cli("run", world.recipe, *changes, "--run-dir", reference, folder=world.folder)
     refused = silent = 0
-    for stage in ("generate", "reference_logprobs", "train", "evaluate"):
+    for stage in ("generate", "reference_logprobs", "regime", "train", "evaluate"):
         for player in ("start", "iteration-0", *(["iteration-1"] if stage == "evaluate" else [])):
             for _ in range(3):
                 run = rewind(reference, 1, stage)

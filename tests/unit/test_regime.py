@@ -8,14 +8,13 @@ import pytest
 import torch
 
 from models import naive_logprob, save_tiny_model
+from spinlm.evals.forecast import Schedule, forecast_margin
 from spinlm.evals.gradients import (
     GradientSample,
     Moments,
-    Schedule,
     coordinates,
     cosine,
     cosine_corrected,
-    forecast_margin,
     jackknife,
     mean_product,
     noise_ratio,
@@ -109,34 +108,69 @@ def test_an_enumerable_model(temperature, expected):
         assert synthetic_noise_share(moments, 1.0, 10) == pytest.approx(0.062 / 0.304, abs=0.02)
 
 
+def schedule(optimizer="sgd", norm=1e9, rates=(1, 1), epochs=(0, 0), prompts_per_step=1) -> Schedule:
+    return Schedule(optimizer, norm, 4, prompts_per_step, epochs, rates)
+
+
 def test_forecast_by_hand():
-    """One coordinate, o = m = 1 and 3: mean 2, variance 2, E m E o = 4 − 2/2 = 3, cov = 2. N = 4, b = 2.
+    """One coordinate, o = m = 1, 2, 3, 6, N = 4, two steps of SGD with one prompt each at rate 1.
 
-    E[G²] = 4 − 1 + 1 = 4. Two epochs of two steps at rates 1, 2, 3, 4.
+    With prompts j and k held out, the steps move the weight by 12 − o_j − o_k, and the margin of k is
+    o_k (12 − o_j − o_k). Without j its mean over k is 24, 18, 40/3 and 22/3 for o_j = 1, 2, 3, 6: on average 47/3, or
+    twice the mean of o_j o_k. On the two prompts that took part the margin is (12 − o_j − o_k)² / 2, on average 61/3:
+    14/3 more. A training pair has 2/4 of it, since N = 4.
     """
-    gradients = sample([[1.0], [3.0]], [[1.0], [3.0]])
+    values = [[1.0], [2.0], [3.0], [6.0]]
+    gradients = sample(values, values)
+    forecast = forecast_margin(gradients, schedule(), 1.0, 1.0)
+    assert (forecast.heldout, forecast.train) == pytest.approx((47 / 3, 47 / 3 + 14 / 3 / 2), rel=1e-5)
+    # √(3/4 Σ (v_j − mean)²), with differences 25/3, 7/3, −7/3 and −25/3 from the mean.
+    assert forecast.heldout_error == pytest.approx(math.sqrt(3 / 4 * 2 * (625 + 49) / 9), rel=1e-5)
+    # Scales: the objective's makes steps of SGD larger, the margin's counts directly.
+    assert forecast_margin(gradients, schedule(), 2.0, 3.0).heldout == pytest.approx(6 * 47 / 3, rel=1e-5)
+    # Every gradient is clipped to norm 0.1, so every move is 0.2. The mean of o is 3.
+    assert forecast_margin(gradients, schedule(norm=0.1), 1.0, 1.0).heldout == pytest.approx(0.6, rel=1e-4)
+    # With fair samples, SFT's gradients g = 2 o tell the margin of held-out prompts.
+    fair = sample(values, [[2.0], [4.0], [6.0], [12.0]], contrast=values)
+    assert forecast_margin(fair, schedule(), 1.0, 1.0, fair=True).heldout == pytest.approx(2 * 47 / 3, rel=1e-5)
 
-    def forecast(optimizer, norm=1e9):
-        schedule = Schedule(
-            optimizer, norm, prompts=4, prompts_per_step=2, epochs=[0, 0, 1, 1], learning_rates=[1, 2, 3, 4]
-        )
-        return forecast_margin(gradients, schedule, 1.0, 1.0)
 
-    sgd = forecast("sgd")  # 3 for each unit of Σ lr for a new pair, and 2/4 more for a training pair
-    # Before each step, Σ lr is 0, 1 | 3, 6; a training pair of the second epoch was trained on with Σ lr = 3.
-    assert sgd.by_epoch == pytest.approx([3 * 0.5, 3 * 4.5 + 0.5 * 3])
-    assert (sgd.heldout, sgd.train) == pytest.approx((30, 35))
-    adam = forecast("AdamW")  # divided by √4
-    assert adam.by_epoch == pytest.approx([0.75, 7.5], rel=1e-6)
-    assert forecast("sgd", norm=0.5).heldout == pytest.approx(30 / 4)  # the norm 2 is clipped to 0.5
-    # RMSProp's mean of squares starts at 0: the first step is 10 times as large.
-    sizes = [rate / math.sqrt(1 - 0.99 ** (step + 1)) for step, rate in enumerate([1, 2, 3, 4])]
-    assert forecast("rmsprop").heldout == pytest.approx(1.5 * sum(sizes), rel=1e-6)
-    assert forecast("adagrad") is None
-    # With fair samples SFT's gradients 1 and 2 tell both expectations: a (1.5² − 0.5/2) = 2 a, here 1.
-    schedule = Schedule("sgd", 1e9, 4, 2, epochs=[0], learning_rates=[1])
-    fair = forecast_margin(sample([[1.0], [3.0]], [[1.0], [2.0]]), schedule, 1.0, 1.0, fair_weight=0.5)
-    assert (fair.heldout, fair.train) == pytest.approx((1, 1.5))
+def test_forecast_of_equal_gradients():
+    """All o = m = 2. Adam moves by its learning rate; a training pair gains no more than a held-out one."""
+    gradients = sample([[2.0]] * 8, [[2.0]] * 8)
+    adam = forecast_margin(gradients, schedule("AdamW", rates=(1, 2, 3, 4), epochs=(0, 0, 1, 1)), 1.0, 1.0)
+    assert (adam.heldout, adam.train) == pytest.approx((20, 20), rel=1e-5)
+    assert adam.by_epoch == pytest.approx([1, 9], rel=1e-5)  # before the steps: 0, 2 | 6, 12
+    assert adam.heldout_error == pytest.approx(0, abs=1e-5)
+    # Of 8 prompts in 6 blocks, at most 2 · 2 are held out: 4 to 6 simulate a step of 18 with 2 or 3 prompts. Steps grow
+    # by √9 or √6.
+    large = forecast_margin(gradients, schedule("adam", prompts_per_step=18), 1.0, 1.0)
+    assert 4 * math.sqrt(6) < large.heldout < 4 * math.sqrt(9)
+    # Torch's RMSProp starts its mean of squares at 0: step s is lr / √(1 − 0.99^s). 200 steps are simulated as 50.
+    exact = 2 * sum(0.1 / math.sqrt(1 - 0.99**step) for step in range(1, 201))
+    long = schedule("rmsprop", rates=[0.1] * 200, epochs=[0] * 200)
+    assert forecast_margin(gradients, long, 1.0, 1.0).heldout == pytest.approx(exact, rel=0.05)
+    assert forecast_margin(gradients, schedule("lbfgs"), 1.0, 1.0) is None
+    assert forecast_margin(sample([[2.0]] * 3, [[2.0]] * 3), schedule(), 1.0, 1.0) is None
+
+
+def test_steps_of_adam_on_heavy_tails():
+    """Simulated steps on 32 prompts tell the margin after AdamW's steps on 64 others.
+
+    3000 coordinates, g = 0.1 + Student's t with 3 degrees of freedom; 8 steps of 8 prompts.
+    """
+    torch.manual_seed(0)
+    g = 0.1 + torch.distributions.StudentT(3.0).sample((64 + 32 + 2000, 3000))
+    weights = torch.nn.Parameter(torch.zeros(3000))
+    optimizer = torch.optim.AdamW([weights], lr=0.01, weight_decay=0.0)
+    for batch in g[:64].split(8):
+        weights.grad = -batch.mean(0)
+        optimizer.step()
+    movement = weights.detach()
+    steps = Schedule("adamw", 1e9, 64, 8, [0] * 8, [0.01] * 8)
+    forecast = forecast_margin(GradientSample(g[64:96], g[64:96], g[64:96], 1.0), steps, 1.0, 1.0)
+    assert forecast.train == pytest.approx(float((g[:64] @ movement).mean()), rel=0.15)
+    assert forecast.heldout == pytest.approx(float((g[96:] @ movement).mean()), rel=0.25)
 
 
 def tiny_run(folder: Path, data: Path, **sections) -> Run:
@@ -298,7 +332,13 @@ def values_of(**changes) -> dict:
         "noise_ratio": 2.3,
         "synthetic_noise_share": 0.38,
         "nll_share": 0.02,
-        "forecast": {"beta_margin_by_epoch": [0.05], "beta_margin_train": 0.12, "beta_margin_heldout": 0.09},
+        "forecast": {
+            "beta_margin_by_epoch": [0.05],
+            "beta_margin_train": 0.12,
+            "beta_margin_train_error": 0.03,
+            "beta_margin_heldout": 0.01,
+            "beta_margin_heldout_error": 0.02,
+        },
     }
     return measured | changes
 
@@ -313,11 +353,15 @@ def test_sentences():
     assert "this is fine-tuning with 2.3 times the noise (cosine 0.97 ± 0.04" in first and "38%" in first
     # ln 3 / (2 · 0.1 · 25) = 0.22 nats; 25 / 25 = 1.
     assert "0.22 nats" in beta and "corresponds to β = 1 here" in beta
-    assert "0.12 on the training pairs" in forecast and "0.09 on held-out" in forecast and "below 0.3" in forecast
+    assert "0.12 ± 0.03 on the training pairs" in forecast and "below 0.3" in forecast
+    assert "0.01 ± 0.02 (too few prompts to tell) on held-out" in forecast
     different = values_of(cosine_corrected=0.41, cosine_corrected_error=0.06)
     assert describe_regime(different, greedy, 0)[0].startswith("The pairs ask for something other than fine-tuning")
     unclear = values_of(cosine_corrected_error=0.4)
-    assert "fair samples" in describe_regime(unclear, fair, 0)[0]
+    assert (
+        "fair samples of the opponent (32 prompts are too few to measure it: cosine 0.97 ± 0.40"
+        in (describe_regime(unclear, fair, 0)[0])
+    )
     assert "too few to compare" in describe_regime(unclear, greedy, 0)[0]
     assert describe_regime(values_of(real_tokens=250.0), fair, 0)[1].startswith("Forecast")  # the paper's β and length
     assert "stopped pulling" in describe_regime(values_of(), fair, 0, [20.0, 41.0])[-1]  # 2σ(−4.1) = 3%

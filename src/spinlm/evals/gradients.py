@@ -1,4 +1,4 @@
-"""Statistics of gradients at the start of an iteration: is self-play fine-tuning with noise, and how far will it go?
+"""Statistics of gradients at the start of an iteration: is self-play fine-tuning with noise?
 
 Every gradient points uphill: it is that of log p(y|x), or that of the loss times −1. An iteration begins at θ = θ_t.
 With fair samples y' ~ p_θt(.|x) the expected gradient of log p_θt(y'|x) is 0, so the expected gradient of the SPIN
@@ -8,18 +8,13 @@ Shapes: n prompts drawn from the training prompts, C coordinates drawn from the 
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 COLUMNS = 1 << 16  # coordinates in one block of float64
-ADAPTIVE_OPTIMIZERS = ("adam", "adamw", "rmsprop")
-FORECAST_OPTIMIZERS = (*ADAPTIVE_OPTIMIZERS, "sgd")
-"""Optimizers whose steps the forecast knows, with the settings of torch.optim."""
-
-RMSPROP_ALPHA, OPTIMIZER_EPSILON = 0.99, 1e-8
 
 
 @dataclass(frozen=True)
@@ -150,95 +145,3 @@ def synthetic_noise_share(moments: Moments, real_weight: float, prompts_per_step
     square = max(mean_product(moments.objective), 0.0) + variance / prompts_per_step
     excess = max(variance - real_weight**2 * total_variance(moments.sft), 0.0)
     return excess / prompts_per_step / square if square > 0 else None
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """The steps of an iteration."""
-
-    optimizer: str  # name in torch.optim
-    max_grad_norm: float
-    prompts: int  # N, that are trained on in an epoch
-    prompts_per_step: float  # b, on average; prompts without pairs count
-    epochs: Sequence[int]  # [S] epoch of each step, from 0
-    learning_rates: Sequence[float]  # [S]
-
-
-@dataclass(frozen=True)
-class Forecast:
-    """The margin r(y) − r(y') that training should reach, in nats, to first order."""
-
-    by_epoch: list[float]  # mean over each epoch's steps, each before its update: what train_log.jsonl will hold
-    train: float  # of the training pairs when training ends
-    heldout: float  # of held-out pairs when training ends
-
-
-def forecast_margin(
-    sample: GradientSample,
-    schedule: Schedule,
-    objective_scale: float,
-    margin_scale: float,
-    fair_weight: float | None = None,
-) -> Forecast | None:
-    """Forecast the mean margin of the pairs, to first order around θ_t.
-
-    A step moves coordinate c by lr · E[G_c] / √E[G_c²] with Adam and RMSProp, and by lr · E[G_c] with SGD, for the step
-    gradient G: the mean over b prompts. With μ and σ² for one prompt, E[G_c] = μ_c and E[G_c²] = μ_c² + σ_c² / b. A
-    pair that was never trained on gains ⟨E m, step⟩ for the gradient m of its margin. A training pair gains more, since
-    its prompt is one of the N that make the steps: cov(m, o) / N for each unit of Σ lr. Momentum only delays. Weight
-    decay does not count.
-
-    Args:
-        sample: gradients of n prompts.
-        schedule: the steps.
-        objective_scale: the mean of the loss is over pairs that exist; this factor turns the mean over all prompts of
-            `sample.objective` into it.
-        margin_scale: the same for `sample.contrast` and the mean of the margin.
-        fair_weight: a of `noise_ratio`, if all synthetic responses are fair samples. Then E o = a E g and E m = E g,
-            and the gradients g of SFT tell both with less noise.
-
-    Returns:
-        The forecast, or None if the optimizer is not one of `FORECAST_OPTIMIZERS`.
-    """
-    optimizer = schedule.optimizer.lower()
-    if optimizer not in FORECAST_OPTIMIZERS:
-        return None
-    fresh, own = _gains(sample, schedule, objective_scale, fair_weight)  # for each unit of Σ lr
-    fresh, own = fresh * margin_scale, own * margin_scale / schedule.prompts
-    # torch's RMSprop starts its mean of squares at 0 and does not correct that: the first steps are larger.
-    progress, epoch_start, before = 0.0, 0.0, 0
-    margins: dict[int, list[float]] = {}
-    for step, (epoch, rate) in enumerate(zip(schedule.epochs, schedule.learning_rates, strict=True), start=1):
-        if epoch != before:
-            epoch_start, before = progress, epoch
-        margins.setdefault(epoch, []).append(fresh * progress + own * epoch_start)
-        progress += rate / math.sqrt(1 - RMSPROP_ALPHA**step) if optimizer == "rmsprop" else rate
-    means = [sum(values) / len(values) for values in margins.values()]
-    return Forecast(means, train=(fresh + own) * progress, heldout=fresh * progress)
-
-
-def _gains(
-    sample: GradientSample, schedule: Schedule, objective_scale: float, fair_weight: float | None
-) -> tuple[float, float]:
-    """Return Σ_c d_c E[m_c] E[o_c] and Σ_c d_c cov(m_c, o_c), where d_c E[o_c] is the move of c at learning rate 1."""
-    n, b = len(sample.objective), schedule.prompts_per_step
-    adaptive = schedule.optimizer.lower() in ADAPTIVE_OPTIMIZERS
-    fresh = own = square = 0.0
-    blocks = [slice(start, start + COLUMNS) for start in range(0, sample.objective.shape[1], COLUMNS)]
-    for block in blocks:
-        objective, contrast = sample.objective[:, block].double(), sample.contrast[:, block].double()
-        mean, product = objective.mean(0), contrast.mean(0) * objective.mean(0)
-        variance = objective.var(0)
-        covariance = ((contrast * objective).mean(0) - product) * n / (n - 1)
-        second = (mean**2 - variance / n).clamp_(min=0) + variance / b  # E[G_c²]
-        step = 1 / (second.sqrt() + OPTIMIZER_EPSILON / objective_scale) if adaptive else torch.ones_like(second)
-        expected = product - covariance / n  # E[m_c] E[o_c]
-        if fair_weight is not None:
-            sft = sample.sft[:, block].double()
-            expected = fair_weight * (sft.mean(0) ** 2 - sft.var(0) / n)
-        fresh += float((step * expected).sum())
-        own += float((step * covariance).sum())
-        square += float(second.sum())
-    norm = objective_scale * math.sqrt(square * sample.scale)  # of a step's gradient
-    factor = 1.0 if adaptive else objective_scale * min(1.0, schedule.max_grad_norm / norm if norm > 0 else 1.0)
-    return fresh * sample.scale * factor, own * sample.scale * factor

@@ -66,13 +66,13 @@ def _direction(values: Values, recipe: Section | Mapping[str, Any], t: int) -> s
         details += f"; the NLL term has {values['nll_share']:.1%} of the pull on the real responses"
     times = "" if noise is None else f" with {noise:.1f} times the noise"
     if cosine is None or error is None or error > MAX_COSINE_ERROR:
-        mean = "" if values["cosine"] is None else f", cosine of the means {values['cosine']:.2f}"
+        unclear = "" if cosine is None or error is None else f": cosine {cosine:.2f} ± {error:.2f}"
         if has_fair_samples(recipe, t) and has_fixed_weights(recipe):
             return (
                 f"To first order, this is fine-tuning{times}, because the responses are fair samples of the opponent "
-                f"({prompts} prompts are too few to measure it{mean}{details})."
+                f"({prompts} prompts are too few to measure it{unclear}{details})."
             )
-        return f"{prompts} prompts are too few to compare the gradient with that of fine-tuning ({mean[2:]}{details})."
+        return f"{prompts} prompts are too few to compare the gradient with that of fine-tuning{unclear}{details}."
     measured = f"cosine {cosine:.2f} ± {error:.2f} after noise is removed{details}"
     if is_fine_tuning(values):
         return f"To first order, this is fine-tuning{times} ({measured})."
@@ -135,14 +135,21 @@ def _margin_sentences(
         if _is_logistic(recipe) and pull < MIN_PULL:
             yield f"The pairs are told apart (β·margin {measured[-1]:.1f}): the objective has stopped pulling."
     elif forecast:
+        train, heldout = (_with_error(forecast, key) for key in ("beta_margin_train", "beta_margin_heldout"))
         end = max(forecast["beta_margin_train"], forecast["beta_margin_heldout"])
         limit = (
             f"; below {LINEAR_BETA_MARGIN}, the pairs keep their initial weights" if end < LINEAR_BETA_MARGIN else ""
         )
         yield (
-            f"Forecast: β·margin {forecast['beta_margin_train']:.2f} on the training pairs when the iteration ends, "
-            f"{forecast['beta_margin_heldout']:.2f} on held-out ones{limit}."
+            f"Forecast: β·margin {train} on the training pairs when the iteration ends, {heldout} on held-out "
+            f"ones{limit}."
         )
+
+
+def _with_error(forecast: Values, key: str) -> str:
+    value, error = forecast[key], forecast[f"{key}_error"]
+    unclear = " (too few prompts to tell)" if error > abs(value) else ""
+    return f"{value:.2f} ± {error:.2f}{unclear}"
 
 
 def _numbers(values: Sequence[float]) -> str:

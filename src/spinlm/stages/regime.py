@@ -16,7 +16,8 @@ from spinlm.distributed import processes
 from spinlm.distributed.progress import track
 from spinlm.errors import is_out_of_memory
 from spinlm.evals import gradients
-from spinlm.evals.gradients import Forecast, GradientSample, Moments, Schedule
+from spinlm.evals.forecast import Forecast, Schedule, forecast_margin
+from spinlm.evals.gradients import GradientSample, Moments
 from spinlm.evals.regime import describe_regime, has_fair_samples, has_fixed_weights, link_scale
 from spinlm.model.players import Players
 from spinlm.model.prefix_trees import PrefixTree, pack_batch
@@ -111,8 +112,8 @@ def measure_regime(run: Run, t: int, total_prompts: int | None = None) -> dict[s
     schedule = _schedule(run, t, rows / len(groups), total_prompts)
     step_scale, margin_scale = (len(groups) * weights.per_prompt / count for count in (rows, weights.pairs))
     fair = has_fair_samples(recipe, t) and has_fixed_weights(recipe)
-    fair_weight = weights.real if fair else None
-    forecast = gradients.forecast_margin(sample, schedule, step_scale, margin_scale, fair_weight)
+    seed = derive_seed(recipe.seed, "regime forecast", t)
+    forecast = forecast_margin(sample, schedule, step_scale, margin_scale, fair, seed)
     moments = Moments.from_sample(sample)
     measured = {
         "cosine": gradients.cosine(moments),
@@ -132,7 +133,9 @@ def _in_link_units(forecast: Forecast, beta: float) -> dict[str, Any]:
     return {
         "beta_margin_by_epoch": [beta * margin for margin in forecast.by_epoch],
         "beta_margin_train": beta * forecast.train,
+        "beta_margin_train_error": beta * forecast.train_error,
         "beta_margin_heldout": beta * forecast.heldout,
+        "beta_margin_heldout_error": beta * forecast.heldout_error,
     }
 
 
