@@ -32,7 +32,7 @@ def extrapolate(start: Path, trained: Path, factor: float, target: Path) -> None
         target: the folder to write.
 
     Raises:
-        ModelError: a weight exists in one of the players only, or has another shape.
+        ModelError: θ_0 lacks a weight of θ, or has it in another shape.
     """
     shutil.copytree(trained, target, ignore=shutil.ignore_patterns("*.safetensors"), dirs_exist_ok=True)
     places = {name: path for path in sorted(start.glob("*.safetensors")) for name in _names(path)}

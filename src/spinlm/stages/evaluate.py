@@ -21,7 +21,7 @@ from spinlm.evals.heldout import (
     summarize_sampled,
     summarize_temperatures,
 )
-from spinlm.evals.scorers import get_scorer
+from spinlm.evals.scorers import Scorer, get_scorer
 from spinlm.generation import local_engine
 from spinlm.generation.base import Response, Sampling
 from spinlm.model.run import Run
@@ -134,7 +134,7 @@ def _write_results(run: Run, t: int, shards: list[tuple[_ShardResults, ResponseF
     scorer = get_scorer(run.recipe.evaluate.scorer) if run.recipe.evaluate.scorer else None
     decode = run.players.renderer.decode
     greedy_rows, sampled_rows = [], []
-    temperature_rows = _temperature_rows(run, [shard for shard, _ in shards])
+    temperature_rows = _temperature_rows(run, scorer, [shard for shard, _ in shards])
     for shard, features in shards:
         for number, example in enumerate(shard.examples):
             greedy, sampled = shard.greedy[number], shard.sampled[number]
@@ -179,12 +179,11 @@ def _write_results(run: Run, t: int, shards: list[tuple[_ShardResults, ResponseF
     return metrics
 
 
-def _temperature_rows(run: Run, shards: Sequence[_ShardResults]) -> list[HeldoutAtTemperature]:
+def _temperature_rows(run: Run, scorer: Scorer | None, shards: Sequence[_ShardResults]) -> list[HeldoutAtTemperature]:
     """Score the responses at `evaluate.temperatures`."""
     decode, rows = run.players.renderer.decode, []
     for temperature in run.recipe.evaluate.temperatures:
-        assert run.recipe.evaluate.scorer is not None, "the recipe refuses temperatures without a scorer"
-        scorer = get_scorer(run.recipe.evaluate.scorer)
+        assert scorer is not None, "the recipe refuses temperatures without a scorer"
         for shard in shards:
             for example, response in zip(shard.examples, shard.at_temperatures[temperature], strict=True):
                 ids, text = response.token_ids, decode(response.token_ids)

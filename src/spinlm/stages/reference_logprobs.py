@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -92,7 +93,7 @@ def reference_logprobs(run: Run, t: int) -> None:
                         pairs = choose_train_pairs(recipe, chosen, generations, correct or (), initial)
                     else:
                         pairs = choose_heldout_pairs(chosen, generations)
-                    pairs = _with_opponent_logprobs(players, pairs, advance)
+                    pairs = _with_logprobs(players, pairs, "opponent", advance)
                     advance(len(chosen) - len({pair.id for pair in pairs if pair.contrast}))
                     with atomic_path(path) as temporary:
                         write_pairs(temporary, pairs)
@@ -152,12 +153,12 @@ def _correct_responses(
     }
 
 
-def _pair_logprobs(
-    players: Players, pairs: Sequence[Pair], advance: Advance | None = None
-) -> list[tuple[float, float]]:
-    """Compute log p(y|x) and log p(y'|x) of each pair under the loaded player; NaN for rows without contrast.
+def _with_logprobs(
+    players: Players, pairs: Sequence[Pair], player: Literal["opponent", "start"], advance: Advance | None = None
+) -> list[Pair]:
+    """Return the pairs with log p(y|x) and log p(y'|x) under the loaded player; NaN for rows without contrast.
 
-    Equal responses to a prompt are computed once.
+    Equal responses to a prompt are computed once. `player` names the fields of `Pair` to write.
     """
     contrasts = [number for number, pair in enumerate(pairs) if pair.contrast]
     prompts = [list(numbers) for _, numbers in groupby(contrasts, key=lambda number: pairs[number].id)]
@@ -177,14 +178,9 @@ def _pair_logprobs(
                 values[number] = of_response[real], of_response[synthetic]
         if advance is not None:
             advance(len(chosen), sum(len(trees[index]) for index in chosen))
-    return values
-
-
-def _with_opponent_logprobs(players: Players, pairs: Sequence[Pair], advance: Advance) -> list[Pair]:
-    logprobs = _pair_logprobs(players, pairs, advance)
     return [
-        replace(pair, opponent_real=real, opponent_synthetic=synthetic)
-        for pair, (real, synthetic) in zip(pairs, logprobs, strict=True)
+        replace(pair, **{f"{player}_real": real, f"{player}_synthetic": synthetic})
+        for pair, (real, synthetic) in zip(pairs, values, strict=True)
     ]
 
 
@@ -198,11 +194,7 @@ def _add_start_logprobs(run: Run, path: Path) -> None:
         return
     players, folder = run.players, run.folder
     players.load(START)
-    logprobs = _pair_logprobs(players, pairs)
-    with_start = [
-        replace(pair, start_real=real, start_synthetic=synthetic)
-        for pair, (real, synthetic) in zip(pairs, logprobs, strict=True)
-    ]
+    with_start = _with_logprobs(players, pairs, "start")
     # Without the old digest, a file that was replaced just before a kill is unfinished work, and not a changed file.
     folder.digest_file(path).unlink(missing_ok=True)
     with atomic_path(path) as temporary:

@@ -6,7 +6,7 @@ Shapes: B pairs, R rows without contrast, S responses in a micro-batch.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Protocol
 
@@ -119,10 +119,10 @@ class PairDataset:
         first = (contrasts or rows)[0]
         responses, logprobs, pairs = [first["real_ids"]], [(first["opponent_real"], first["start_real"])], []
         for row in contrasts:
-            index = _index_of(row["synthetic_ids"], responses)
-            if index == len(logprobs):
+            synthetic = _index_of(row["synthetic_ids"], responses)
+            if synthetic == len(logprobs):
                 logprobs.append((row["opponent_synthetic"], row["start_synthetic"]))
-            pairs.append((0, index))
+            pairs.append((0, synthetic))
         initial = tuple(_index_of(row["initial_ids"], responses) for row in contrasts if row["initial_ids"])
         logprobs += [(math.nan, None)] * (len(responses) - len(logprobs))  # θ_0's responses, which need no reference
         reference, start = zip(*logprobs, strict=True)
@@ -181,7 +181,8 @@ def pair_loss(recipe: Recipe, t: int) -> Callable[[Tensor, Sequence[PromptGroup]
         nll = objectives.mean_nll(logprobs[real], lengths[real])  # [B]
         if settings.nll_weight:
             loss = loss + settings.nll_weight * nll
-        alone = _nll_only_indices(groups).to(device)  # [R]
+        repeats = torch.tensor([group.nll_only for group in groups])
+        alone = torch.tensor(_first_responses(groups)).repeat_interleave(repeats).to(device)  # [R]
         alone_nll = objectives.mean_nll(logprobs[alone], lengths[alone])  # [R]
         differing = real != synthetic  # [B]
         metrics = {
@@ -190,7 +191,7 @@ def pair_loss(recipe: Recipe, t: int) -> Callable[[Tensor, Sequence[PromptGroup]
             "real_nll": nll.sum().item() + alone_nll.sum().item(),
         }
         rows = int(differing.sum().item())
-        total = loss.sum() + settings.nll_weight * alone_nll.sum() if len(alone) else loss.sum()
+        total = loss.sum() + settings.nll_weight * alone_nll.sum()
         return LossOutput(total, metrics, {"margin": rows, "accuracy": rows})
 
     return loss_fn
@@ -211,25 +212,18 @@ def pair_indices(groups: Sequence[PromptGroup]) -> Tensor:
     If the loss needs no response of θ_0, the third row repeats the second.
     """
     indices = []
-    offset = 0
-    for group in groups:
+    for first, group in zip(_first_responses(groups), groups, strict=True):
         initial = group.initial or [synthetic for _, synthetic in group.pairs]
         indices += [
-            (offset + real, offset + synthetic, offset + start)
+            (first + real, first + synthetic, first + start)
             for (real, synthetic), start in zip(group.pairs, initial, strict=True)
         ]
-        offset += len(group.tree.responses)
     return torch.tensor(indices, dtype=torch.long).reshape(-1, 3).T
 
 
-def _nll_only_indices(groups: Sequence[PromptGroup]) -> Tensor:
-    """Return the index of the real response of each row without contrast among all responses: [R]."""
-    indices: list[int] = []
-    offset = 0
-    for group in groups:
-        indices += [offset] * group.nll_only
-        offset += len(group.tree.responses)
-    return torch.tensor(indices, dtype=torch.long)
+def _first_responses(groups: Sequence[PromptGroup]) -> list[int]:
+    """Return the index of each group's first response, the real one, among all responses."""
+    return [0, *accumulate(len(group.tree.responses) for group in groups[:-1])]
 
 
 def plan_steps(batch_cost: np.ndarray, batch_size: int, epochs: int, seed: int) -> list[tuple[int, np.ndarray]]:
