@@ -119,9 +119,7 @@ def main() -> None:
                 recipe = parse_recipe(read_recipe(folder), str(folder.recipe))
                 with Run(recipe, folder) as run:
                     write_json(target, measure(run, player, args.data, args.max_new_tokens))
-            task = {
-                f"{name}": read_json(folder.eval_metrics(player)).get(name) for name in ("task_score", "heldout_nll")
-            }
+            task = {name: read_json(folder.eval_metrics(player)).get(name) for name in ("task_score", "heldout_nll")}
             values: dict[str, Any] = task | read_json(target)
             name = path.parent / "start" if player == START else path
             cells = ["–" if values[key] is None else form.format(values[key]) for key, form in COLUMNS.items()]

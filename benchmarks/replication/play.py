@@ -17,8 +17,9 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
+from measurements import Run
 from plan import HERE, Arm, Plan
-from results import Run, write_report
+from results import write_report
 
 from spinlm.rundir.layout import RunDir
 

@@ -16,9 +16,10 @@ HERE = Path(__file__).resolve().parents[2] / "benchmarks" / "replication"
 sys.path.insert(0, str(HERE))
 
 import scorers  # noqa: E402  (modules beside the script, on the path above)
+from measurements import Difference, Run, difference, ended_runs, is_ahead  # noqa: E402
 from plan import Arm, Plan  # noqa: E402
 from play import Player  # noqa: E402
-from results import Difference, Run, difference, ended_runs, is_ahead, write_report  # noqa: E402
+from results import write_report  # noqa: E402
 
 PLANS = sorted(HERE.glob("*.yaml"))
 
