@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from models import naive_logprob, save_tiny_model, tiny_recipe
+from spinlm.errors import DataError
 from spinlm.model.prefix_trees import PrefixTree
 from spinlm.model.run import Run
 from spinlm.recipe.objective import Space
@@ -341,3 +342,27 @@ def test_space_ends_on_the_data_because_equal_pairs_stay(start, tmp_path, monkey
         assert probabilities(run, 0) == pytest.approx(expected, abs=0.05)
     table = read_pairs([run.folder.pairs(0, "heldout", 0)]).to_pylist()
     assert all(row["real_ids"] != row["synthetic_ids"] for row in table)
+
+
+@pytest.mark.parametrize("exclude", [False, True])
+def test_training_responses_are_scored_only_to_exclude_correct_ones(start, tmp_path, exclude):
+    """A real response that the scorer cannot read does not end a run that does not need its score."""
+    (tmp_path / "data.jsonl").write_text(
+        "".join(json.dumps({"prompt": f"{n}?", "response": "no"}) + "\n" for n in "12")
+    )
+    chosen = tiny_recipe(
+        start / "model",
+        data={"path": str(tmp_path / "data.jsonl"), "heldout": 1},
+        opponent={"max_new_tokens": 2, "exclude_correct": exclude},
+        evaluate={"scorer": "gsm8k"},
+    )
+    with Run(chosen, RunDir(tmp_path / "run")) as run:
+        for stage in (prepare, sft):
+            stage(run)
+        generate(run, 0)
+        if exclude:
+            with pytest.raises(DataError, match="gsm8k"):
+                reference_logprobs(run, 0)
+        else:
+            reference_logprobs(run, 0)
+            assert "correct_rate" not in run.folder.metadata("reference_logprobs", 0)["train"]
