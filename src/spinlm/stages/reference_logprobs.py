@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -178,10 +178,8 @@ def _with_logprobs(
                 values[number] = of_response[real], of_response[synthetic]
         if advance is not None:
             advance(len(chosen), sum(len(trees[index]) for index in chosen))
-    return [
-        replace(pair, **{f"{player}_real": real, f"{player}_synthetic": synthetic})
-        for pair, (real, synthetic) in zip(pairs, values, strict=True)
-    ]
+    fields: list[dict[str, Any]] = [{f"{player}_real": real, f"{player}_synthetic": other} for real, other in values]
+    return [replace(pair, **changed) for pair, changed in zip(pairs, fields, strict=True)]
 
 
 def _add_start_logprobs(run: Run, path: Path) -> None:
