@@ -27,7 +27,7 @@ def run(recipe: Recipe, run_dir: Path, *, overwrite: bool = False, start_from: P
         recipe: the recipe.
         run_dir: the run folder; it is created if it does not exist.
         overwrite: delete the results of an earlier run in the folder.
-        start_from: the folder of another run; its examples and its starting player are copied.
+        start_from: the folder of another run; its start is copied, and with equal settings its first responses.
 
     Raises:
         SpinError: what went wrong, where, and what to do. Completed work is kept.

@@ -153,6 +153,23 @@ def test_generations_of_the_same_opponent_are_identical(plain, world, play, tmp_
             assert found == expected
 
 
+def test_means_over_rows_without_contrast_in_two_processes(plain, world, cli, play, tmp_path):
+    """Margin and accuracy are means over the pairs of both processes, whatever share of them each process has."""
+    recipe = world.folder / "plain.yaml"
+    settings = ("objective.nll_weight=0.2", "opponent.exclude_correct=true", "selfplay.iterations=1", "train.epochs=1")
+    command = (*settings, "--start-from", plain)
+    cli("run", recipe, *command, "--run-dir", tmp_path / "one", folder=world.folder)
+    for process in play(tmp_path / "two", *command, recipe=recipe):
+        assert process.wait().code == 0
+    assert {pair["contrast"] for pair in read_pairs(tmp_path / "one", 0, "train")} == {True, False}
+    trained = [[line for line in steps(tmp_path / name) if line["stage"] == "train"] for name in ("one", "two")]
+    assert len(trained[0]) > 2
+    for one, two in zip(*trained, strict=True):
+        assert one.keys() == two.keys()
+        for key in one.keys() & {"loss", "margin", "accuracy", "real_nll"}:
+            assert one[key] == pytest.approx(two[key], rel=1e-3, abs=TOLERANCE)
+
+
 @pytest.fixture(scope="session")
 def full(world: World, session_cli: Cli, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of one process that trains all weights. Its recipe is next to the run folder."""

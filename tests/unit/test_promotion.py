@@ -11,7 +11,7 @@ from spinlm.errors import RunError
 from spinlm.evals.heldout import summarize_greedy
 from spinlm.model.run import Run
 from spinlm.recipe.schema import Recipe
-from spinlm.report.compare import compare_runs
+from spinlm.report.compare import compare_runs, last_player
 from spinlm.report.run_data import run_data
 from spinlm.report.summary import outcome, player_rows, verdict
 from spinlm.rundir.layout import RunDir
@@ -336,6 +336,7 @@ def test_players_that_collapsed_are_not_compared(runs):
     }
     control.complete("promote", 1, [], **decision, collapse="it repeats itself")
     assert compare_runs(ours, control).iteration == 0
+    assert (last_player(ours), last_player(control)) == (1, 0)
 
 
 def test_runs_that_cannot_be_compared(runs, tmp_path):

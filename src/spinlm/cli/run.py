@@ -61,7 +61,8 @@ def extrapolate(
     ],
     run_dir: Annotated[Path, typer.Option(help="Make this run folder.", show_default=False)],
     iteration: Annotated[
-        int | None, typer.Option(min=0, help="Choose the iteration that made the player. The default is the last one.")
+        int | None,
+        typer.Option(min=0, help="Choose the player of this iteration. The default is the last one not collapsed."),
     ] = None,
     quiet: Quiet = False,
 ) -> None:

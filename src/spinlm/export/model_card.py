@@ -169,7 +169,7 @@ def _card_license(card: Path) -> License:
 def _origin(recipe: Recipe, iteration: int) -> str:
     method = "self-play fine-tuning (SPIN, arXiv 2401.01335)"
     if recipe.extrapolates:
-        method = "extrapolating the weights of a fine-tuned model (ExPO, arXiv 2404.16792)"
+        method = "extrapolating the weights of a trained model (ExPO, arXiv 2404.16792)"
     elif recipe.is_control:
         method = "more supervised fine-tuning"
     elif recipe.preferences:

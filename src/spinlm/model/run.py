@@ -98,7 +98,7 @@ def open_run(
         recipe: the recipe to play.
         folder: the run folder; it is created if it does not exist.
         overwrite: delete the results of an earlier run in the folder.
-        start_from: another run; its examples and its starting player are copied.
+        start_from: another run; its start is copied, and with equal settings its first responses.
 
     Raises:
         SpinError: what went wrong, where, and what to do. The error is also written to error.txt.

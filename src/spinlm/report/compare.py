@@ -176,6 +176,13 @@ def collapsed_iterations(folder: RunDir) -> set[int]:
     return {item["iteration"] for item in promotions(folder) if item.get("collapse")}
 
 
+def last_player(folder: RunDir) -> int | None:
+    """Return the last evaluated iteration that has not collapsed; the last one if all have; None before the first."""
+    later = [row.iteration for row in player_rows(folder) if row.iteration != START]
+    kept = [t for t in later if t not in collapsed_iterations(folder)]
+    return next(reversed(kept or later), None)
+
+
 def _last_common_iteration(run: RunDir, baseline: RunDir) -> int:
     """Return the last iteration that both runs have evaluated and that collapsed in neither."""
     evaluated = []

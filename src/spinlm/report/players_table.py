@@ -16,6 +16,7 @@ from spinlm.report.compare import (
     Difference,
     check_same_scoring,
     collapsed_iterations,
+    last_player,
     paired_difference,
     player_values,
     run_names,
@@ -158,13 +159,8 @@ def _parse(name: str, opened: dict[Path, RunDir]) -> tuple[RunDir, int]:
     folder = opened.setdefault(Path(path).resolve(), RunDir(Path(path)))
     read_recipe(folder)  # raises if there is no run
     evaluated = [row.iteration for row in player_rows(folder)]
-    if player:
-        iteration = parse_player(folder, player)
-    else:
-        later = [t for t in evaluated if t != START]
-        kept = [t for t in later if t not in collapsed_iterations(folder)]
-        iteration = (kept or later or [0])[-1]
-    if iteration not in evaluated:
+    iteration = parse_player(folder, player) if player else last_player(folder)
+    if iteration is None or iteration not in evaluated:
         raise RunError(f"{name}: has no evaluated player to compare yet. `spinlm status {path}` shows the progress")
     return folder, iteration
 

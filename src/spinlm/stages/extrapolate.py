@@ -9,6 +9,7 @@ from spinlm.recipe.fields import value_at
 from spinlm.recipe.load import parse_recipe
 from spinlm.recipe.objective import Extrapolation
 from spinlm.recipe.schema import Recipe
+from spinlm.report.compare import last_player
 from spinlm.report.summary import player_rows
 from spinlm.rundir.layout import RunDir
 from spinlm.rundir.provenance import read_recipe
@@ -23,7 +24,7 @@ def extrapolation_recipe(source: RunDir, recipe: Recipe, factor: float, iteratio
         source: the other run.
         recipe: the recipe of the other run.
         factor: W. 1 gives the player itself, 0 the start.
-        iteration: the iteration that made the player; None means the last one evaluated.
+        iteration: the iteration that made the player; None means the last one that has not collapsed.
 
     Raises:
         RunError: the run has no such player, or was itself extrapolated.
@@ -35,15 +36,15 @@ def extrapolation_recipe(source: RunDir, recipe: Recipe, factor: float, iteratio
             f"{source.root}: was itself extrapolated from {made_from.run}. Extrapolate that run, with --iteration "
             f"{made_from.iteration} --factor {made_from.factor * factor:g}"
         )
-    evaluated = [row.iteration for row in player_rows(source) if row.iteration != START]
-    if not evaluated or (iteration is not None and iteration not in evaluated):
+    chosen = last_player(source) if iteration is None else iteration
+    if chosen is None or chosen not in {row.iteration for row in player_rows(source)}:
         missing = "iteration" if iteration is None else f"iteration {iteration}"
         raise RunError(f"{source.root}: has no evaluated {missing} to extrapolate. `spinlm status` shows its players")
     values = recipe.model_dump(mode="json")
     values["objective"] = {
         "name": "extrapolate",
         "run": str(source.root.resolve()),
-        "iteration": evaluated[-1] if iteration is None else iteration,
+        "iteration": chosen,
         "factor": factor,
     }
     values["selfplay"]["iterations"] = 1
