@@ -77,7 +77,7 @@ def catch(
     [
         ("generate", "generations/.train-00003.jsonl.tmp", "generations/train-00002.jsonl"),
         ("reference_logprobs", "pairs/.train-00003.arrow.tmp", "pairs/train-00002.arrow"),
-        ("regime", ".regime.json.tmp", "pairs"),
+        ("regime", ".regime.json.tmp", f"../.spinlm/{LAST}/reference_logprobs.done"),
         ("evaluate", ".heldout_greedy.jsonl.tmp", "player"),
         ("evaluate", MARKER.format("evaluate"), "eval.json"),
         ("train", MARKER.format("train"), "player"),  # the player is in place, the marker is not

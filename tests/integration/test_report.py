@@ -98,6 +98,10 @@ def test_a_finished_run(run, cli, tmp_path):
     ]
     for answer in read_jsons(run / "iteration-1", "heldout_greedy.jsonl"):
         assert " ".join(answer["text"].replace("\0", "�").split()) in page.text
+    for iteration in (0, 1):
+        margins = json.loads((run / ".spinlm" / f"iteration-{iteration}" / "train.done").read_text())["margin_by_epoch"]
+        reached = ", ".join(f"{0.1 * margin:.2f}" for margin in margins)  # β = 0.1
+        assert re.search(rf"Iteration {iteration}: .{{20,1000}} β·margin by epoch: {reached} \(forecast ", page.text)
     assert "prompt in heldout" in page.text and "data.jsonl:43" in page.text
     assert "tokens_per_micro_batch: 128" in page.text
 

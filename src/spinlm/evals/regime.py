@@ -136,10 +136,9 @@ def _margin_sentences(
             yield f"The pairs are told apart (β·margin {measured[-1]:.1f}): the objective has stopped pulling."
     elif forecast:
         train, heldout = (_with_error(forecast, key) for key in ("beta_margin_train", "beta_margin_heldout"))
-        end = max(forecast["beta_margin_train"], forecast["beta_margin_heldout"])
-        limit = (
-            f"; below {LINEAR_BETA_MARGIN}, the pairs keep their initial weights" if end < LINEAR_BETA_MARGIN else ""
-        )
+        highest = forecast["beta_margin_train"] + forecast["beta_margin_train_error"]
+        linear = highest < LINEAR_BETA_MARGIN
+        limit = f"; below {LINEAR_BETA_MARGIN}, the pairs keep their initial weights" if linear else ""
         yield (
             f"Forecast: β·margin {train} on the training pairs when the iteration ends, {heldout} on held-out "
             f"ones{limit}."
