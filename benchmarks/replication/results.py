@@ -129,8 +129,10 @@ def _differences(plan: Plan, runs: Runs) -> Iterator[str]:
     of_metric = {metric: values_by_player(runs, metric) for metric in further}
     titles = ["arm", "player", "seeds", f"{plan.metric} vs start", f"vs {tuned}", "each seed"]
     titles += [f"vs {plan.extrapolated or '–'}", *(f"{metric} vs {tuned}" for metric in further)]
-    yield f"Differences to the start, to {tuned} and to {plan.extrapolated or 'extrapolated fine-tuning'}; positive is "
-    yield "better, also for the NLL."
+    yield (
+        f"Differences to the start, to {tuned} and to {plan.extrapolated or 'extrapolated fine-tuning'}. Positive is "
+        "better, also for the NLL."
+    )
     yield ""
     yield f"| {' | '.join([*titles, ''])} |"
     yield "|---" * (len(titles) + 1) + "|"
@@ -150,8 +152,11 @@ def _differences(plan: Plan, runs: Runs) -> Iterator[str]:
 
 def _regimes(runs: Runs) -> Iterator[str]:
     """Yield a table with a row for each arm and iteration that has pairs: the regime before and after training."""
-    yield "Regime: cosine with the gradient of fine-tuning without noise, noise of a step relative to fine-tuning's, "
-    yield "share of the NLL term in the pull on the real responses, and β·margin forecast and measured at the end."
+    yield (
+        "Regime before training: cosine with the gradient of fine-tuning after noise is removed, noise of a step "
+        "relative to fine-tuning's, and share of the NLL term in the pull on the real responses. β·margin: as forecast "
+        "for the end of training, and as measured there."
+    )
     yield ""
     yield "| arm | iteration | cosine | noise | NLL share | β·margin, forecast | β·margin, measured |"
     yield "|---" * 7 + "|"

@@ -125,6 +125,19 @@ def test_a_run_that_has_not_ended_is_left_out(tmp_path: Path) -> None:
     assert [runs[0].steps(player) for player in runs[0].players] == [0, 3, 6]
 
 
+def test_a_run_that_the_plan_plays_for_longer_has_not_ended(tmp_path: Path) -> None:
+    """One iteration is all that the dev seeds ask for; the test seeds ask for three."""
+    plan = make_plan(iterations={"spin": 3}, settings={"dev": ("a=1",), "test": ("a=2",)})
+    player = Player(plan, tmp_path)
+    arm = plan.arms["spin"]
+    write_run(player.run_folder(2, "spin"), [0.1, 0.2])
+    assert player.has_ended("dev", 2, arm) and not player.has_ended("test", 2, arm)
+    write_run(player.run_folder(3, "spin"), [0.1, 0.2, 0.3, 0.4])
+    assert player.has_ended("test", 3, arm)
+    assert plan.settings_of("dev", arm) == ["a=1"]
+    assert plan.settings_of("test", arm) == ["a=2", "selfplay.iterations=3"]
+
+
 def test_task_scores_by_temperature(tmp_path: Path) -> None:
     write_run(tmp_path, [0.5])
     sampled = {"sampled_task_score": 0.3, "task_score_by_temperature": {"0.7": 0.4}}
