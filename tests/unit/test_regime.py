@@ -369,8 +369,14 @@ def test_sentences():
         in (describe_regime(unclear, fair, 0)[0])
     )
     assert "too few to compare" in describe_regime(unclear, greedy, 0)[0]
+    within = values_of(cosine_corrected=0.8, cosine_corrected_error=0.11)  # 1 is within two standard errors
+    assert "too few to compare" in describe_regime(within, greedy, 0)[0]
+    mixed = recipe_of(objective={"reference_mix": 0.5}, selfplay={"replay": 0})  # weights differ from iteration 1 on
+    assert "fair samples" in describe_regime(within, mixed, 0)[0]
+    assert "too few to compare" in describe_regime(within, mixed, 1)[0]
     assert describe_regime(values_of(real_tokens=250.0), fair, 0)[1].startswith("Forecast")  # the paper's β and length
     assert "stopped pulling" in describe_regime(values_of(), fair, 0, [20.0, 41.0])[-1]  # 2σ(−4.1) = 3%
+    assert "stopped pulling" in describe_regime(values_of(), fair, 0, [9000.0])[-1]  # e^900 is no float
     assert "0.05, 0.10 (forecast 0.05)" in describe_regime(values_of(), fair, 0, [0.5, 1.0])[-1]
     assert "too little memory" in describe_regime({"not_measured": "too little memory"}, fair, 0)[0]
     assert "has a pair" in describe_regime({"pairs": 0, "prompts": 4}, fair, 0)[0]
@@ -378,8 +384,10 @@ def test_sentences():
 
 def test_thresholds():
     assert is_fine_tuning(values_of())
-    assert is_fine_tuning(values_of(cosine_corrected=0.8, cosine_corrected_error=0.11))  # 1 is within two errors
-    assert not is_fine_tuning(values_of(cosine_corrected=0.8, cosine_corrected_error=0.05))
+    assert is_fine_tuning(values_of(cosine_corrected=0.91, cosine_corrected_error=0.2))
+    assert not is_fine_tuning(
+        values_of(cosine_corrected=0.8, cosine_corrected_error=0.11)
+    )  # but 1 is within two errors
     assert not is_fine_tuning(values_of(cosine_corrected=0.95, cosine_corrected_error=0.5))
     assert has_fair_samples(recipe_of(), 0)
     assert not has_fair_samples(recipe_of(), 1)  # replays iteration 0

@@ -17,7 +17,7 @@ MAX_NLL_RATIO = 2.0  # NLL of real responses over the NLL of the model's own sam
 
 LINEAR_BETA_MARGIN = 0.3
 """β·margin below which the weights of the pairs have hardly changed: 2σ(−0.3) = 85% of those at the start."""
-MIN_PULL = 0.1  # of a pair, relative to the start of the iteration, below which the objective has stopped pulling
+MAX_BETA_MARGIN = math.log(19)  # where a pair's pull 2σ(−z) is a tenth of that at the start of the iteration
 MIN_COSINE = 0.9  # with SFT's expected gradient, from which on the two directions count as the same
 MAX_COSINE_ERROR = 0.25  # standard error of the cosine above which it says nothing
 PAPER_TOKENS = 25.0  # β times the mean tokens of a real response in the SPIN paper: 0.1 · 250
@@ -65,26 +65,35 @@ def _direction(values: Values, recipe: Section | Mapping[str, Any], t: int) -> s
     if get_path(recipe, "objective.nll_weight"):
         details += f"; the NLL term has {values['nll_share']:.1%} of the pull on the real responses"
     times = "" if noise is None else f" with {noise:.1f} times the noise"
-    if cosine is None or error is None or error > MAX_COSINE_ERROR:
-        unclear = "" if cosine is None or error is None else f": cosine {cosine:.2f} ± {error:.2f}"
-        if has_fair_samples(recipe, t) and has_fixed_weights(recipe):
-            return (
-                f"To first order, this is fine-tuning{times}, because the responses are fair samples of the opponent "
-                f"({prompts} prompts are too few to measure it{unclear}{details})."
-            )
-        return f"{prompts} prompts are too few to compare the gradient with that of fine-tuning{unclear}{details}."
-    measured = f"cosine {cosine:.2f} ± {error:.2f} after noise is removed{details}"
     if is_fine_tuning(values):
-        return f"To first order, this is fine-tuning{times} ({measured})."
-    return f"The pairs ask for something other than fine-tuning ({measured})."
+        return f"To first order, this is fine-tuning{times} ({_cosine(values)} after noise is removed{details})."
+    if _differs_from_fine_tuning(values):
+        return (
+            f"The pairs ask for something other than fine-tuning ({_cosine(values)} after noise is removed{details})."
+        )
+    unclear = "" if cosine is None or error is None else f": {_cosine(values)}"
+    if has_fair_samples(recipe, t) and has_fixed_weights(recipe, t):
+        return (
+            f"To first order, this is fine-tuning{times}, because the responses are fair samples of the opponent "
+            f"({prompts} prompts are too few to measure it{unclear}{details})."
+        )
+    return f"{prompts} prompts are too few to compare the gradient with that of fine-tuning{unclear}{details}."
+
+
+def _cosine(values: Values) -> str:
+    return f"cosine {values['cosine_corrected']:.2f} ± {values['cosine_corrected_error']:.2f}"
 
 
 def is_fine_tuning(values: Values) -> bool:
-    """Return whether the expected gradient agrees with that of fine-tuning, as far as it could be measured."""
+    """Return whether the expected gradient was measured to agree with that of fine-tuning."""
     cosine, error = values.get("cosine_corrected"), values.get("cosine_corrected_error")
-    if cosine is None or error is None or error > MAX_COSINE_ERROR:
-        return False
-    return bool(cosine >= MIN_COSINE or cosine + 2 * error >= 1)
+    return cosine is not None and error is not None and error <= MAX_COSINE_ERROR and cosine >= MIN_COSINE
+
+
+def _differs_from_fine_tuning(values: Values) -> bool:
+    """Return whether the cosine is below that of equal directions by more than two standard errors."""
+    cosine, error = values["cosine_corrected"], values["cosine_corrected_error"]
+    return cosine is not None and error is not None and cosine < MIN_COSINE and cosine + 2 * error < 1
 
 
 def has_fair_samples(recipe: Section | Mapping[str, Any], t: int) -> bool:
@@ -94,10 +103,13 @@ def has_fair_samples(recipe: Section | Mapping[str, Any], t: int) -> bool:
     return bool(unchanged and not replayed and not get_path(recipe, "opponent.exclude_correct"))
 
 
-def has_fixed_weights(recipe: Section | Mapping[str, Any]) -> bool:
-    """Return whether all pairs weigh the same at the start of an iteration, whatever their synthetic response is."""
-    return get_path(recipe, "objective.name") in ("spin", "space") and not get_path(
-        recipe, "objective.length_normalize"
+def has_fixed_weights(recipe: Section | Mapping[str, Any], t: int) -> bool:
+    """Return whether all pairs weigh the same at the start of iteration `t`, whatever their synthetic response is."""
+    mixes_start = t > 0 and get_path(recipe, "objective.reference_mix") not in (None, 1)
+    return (
+        get_path(recipe, "objective.name") in ("spin", "space")
+        and not get_path(recipe, "objective.length_normalize")
+        and not mixes_start
     )
 
 
@@ -131,8 +143,7 @@ def _margin_sentences(
     if measured:
         expected = f" (forecast {_numbers(forecast['beta_margin_by_epoch'])})" if forecast else ""
         yield f"β·margin by epoch: {_numbers(measured)}{expected}."
-        pull = 2 / (1 + math.exp(measured[-1]))
-        if _is_logistic(recipe) and pull < MIN_PULL:
+        if _is_logistic(recipe) and measured[-1] > MAX_BETA_MARGIN:
             yield f"The pairs are told apart (β·margin {measured[-1]:.1f}): the objective has stopped pulling."
     elif forecast:
         train, heldout = (_with_error(forecast, key) for key in ("beta_margin_train", "beta_margin_heldout"))

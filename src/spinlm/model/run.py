@@ -16,6 +16,7 @@ from spinlm.recipe.fingerprint import differences, recipe_fingerprint
 from spinlm.recipe.schema import Recipe
 from spinlm.rundir.fork import check_source, fork_from
 from spinlm.rundir.layout import RunDir
+from spinlm.rundir.records import Example, RecordFile
 from spinlm.rundir.resume import claim_recipe
 from spinlm.rundir.stage_graph import START
 from spinlm.utils.signals import graceful_shutdown
@@ -70,6 +71,12 @@ class Run:
             on_rank_zero(self.folder.complete, name, t, stage.outputs, **stage.metadata)
         if name in ("sft", "train"):
             on_rank_zero(self.folder.remove_checkpoints, name, t)
+
+    def train_pairs(self, t: int) -> list[Path]:
+        """Return the files with the training pairs of iteration `t`, in the order of the examples."""
+        examples = RecordFile(self.folder.examples("train"), Example)
+        shards = range(examples.num_shards(self.recipe.opponent.shard_size))
+        return [self.folder.pairs(t, "train", shard) for shard in shards]
 
     def close(self) -> None:
         """Free the model and close the trackers. The run can be used again: the model is then loaded again."""

@@ -61,7 +61,7 @@ def regimes(folder: RunDir) -> list[IterationRegime]:
         heldout = None if beta is None or "margin" not in evaluated else beta * evaluated["margin"]
         measured = [] if beta is None else [beta * margin for margin in margins]
         sentences = describe_regime(values, recipe, t, margins)
-        by_design = has_fair_samples(recipe, t) and has_fixed_weights(recipe)
+        by_design = has_fair_samples(recipe, t) and has_fixed_weights(recipe, t)
         found.append(IterationRegime(t, values, measured, heldout, sentences, by_design or is_fine_tuning(values)))
     return found
 

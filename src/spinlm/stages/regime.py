@@ -111,7 +111,7 @@ def measure_regime(run: Run, t: int, total_prompts: int | None = None) -> dict[s
         return values
     schedule = _schedule(run, t, rows / len(groups), total_prompts)
     step_scale, margin_scale = (len(groups) * weights.per_prompt / count for count in (rows, weights.pairs))
-    fair = has_fair_samples(recipe, t) and has_fixed_weights(recipe)
+    fair = has_fair_samples(recipe, t) and has_fixed_weights(recipe, t)
     seed = derive_seed(recipe.seed, "regime forecast", t)
     forecast = forecast_margin(sample, schedule, step_scale, margin_scale, fair, seed)
     moments = Moments.from_sample(sample)
@@ -145,14 +145,13 @@ def _draw_groups(run: Run, t: int) -> list[PromptGroup]:
     The number of prompts is limited so that there are at most `RESPONSES_PER_PROMPT` responses for each prompt of
     `evaluate.regime_prompts`.
     """
-    recipe, folder = run.recipe, run.folder
-    examples = RecordFile(folder.examples("train"), Example)
+    recipe = run.recipe
+    examples = RecordFile(run.folder.examples("train"), Example)
     responses = RESPONSES_PER_PROMPT * recipe.evaluate.regime_prompts
     limit = max(2, responses // (1 + recipe.other_responses_per_prompt(t)))
     count = min(len(examples), recipe.evaluate.regime_prompts, limit)
     chosen = random.Random(derive_seed(recipe.seed, "regime prompts", t)).sample(range(len(examples)), count)
-    shards = examples.num_shards(recipe.opponent.shard_size)
-    pairs = PairDataset([folder.pairs(t, "train", shard) for shard in range(shards)], sys.maxsize)
+    pairs = PairDataset(run.train_pairs(t), sys.maxsize)
     index = {identifier: number for number, identifier in enumerate(pairs.ids)}
     return [
         pairs[index[example.id]]
@@ -301,15 +300,16 @@ def _reading_gradients(parameters: Sequence[nn.Parameter], chosen: Tensor) -> It
     finally:
         for handle in handles:
             handle.remove()
+        for parameter in parameters:
+            parameter.grad = None  # one may be left if memory ran out in the backward pass
 
 
 def _schedule(run: Run, t: int, rows_per_prompt: float, total_prompts: int | None) -> Schedule:
     """Return the steps that training will take; with `total_prompts`, as far as these pairs tell."""
     recipe, train = run.recipe, run.recipe.train
     if total_prompts is None:
-        examples = RecordFile(run.folder.examples("train"), Example)
-        prompts, shards = len(examples), examples.num_shards(recipe.opponent.shard_size)
-        dataset = PairDataset([run.folder.pairs(t, "train", shard) for shard in range(shards)], train.batch_size)
+        prompts = len(RecordFile(run.folder.examples("train"), Example))
+        dataset = PairDataset(run.train_pairs(t), train.batch_size)
         seed = derive_seed(recipe.seed, "train", t)
         epochs = [epoch for epoch, _ in plan_steps(dataset.batch_cost, train.batch_size, train.epochs, seed)]
     else:

@@ -9,7 +9,6 @@ from spinlm.evals.heldout import HeldoutNLL
 from spinlm.model.run import Run
 from spinlm.recipe.fields import value_at
 from spinlm.recipe.objective import Extrapolation
-from spinlm.rundir.records import Example, RecordFile
 from spinlm.rundir.stage_graph import START
 from spinlm.stages.extrapolate import write_extrapolated
 from spinlm.training.batches import PairDataset, SftDataset, TrainDataset, pair_loss, sft_loss
@@ -55,12 +54,10 @@ def train(run: Run, t: int) -> None:
 
 
 def _dataset_and_loss(run: Run, t: int) -> tuple[TrainDataset, LossFunction]:
-    recipe, folder = run.recipe, run.folder
+    recipe = run.recipe
     if recipe.is_control:  # a step has as many examples as a step of self-play has prompts
-        return SftDataset(folder.examples("train"), batch_cost=recipe.synthetic_per_prompt(t)), sft_loss
-    shards = RecordFile(folder.examples("train"), Example).num_shards(recipe.opponent.shard_size)
-    paths = [folder.pairs(t, "train", shard) for shard in range(shards)]
-    return PairDataset(paths, recipe.train.batch_size), pair_loss(recipe, t)
+        return SftDataset(run.folder.examples("train"), batch_cost=recipe.synthetic_per_prompt(t)), sft_loss
+    return PairDataset(run.train_pairs(t), recipe.train.batch_size), pair_loss(recipe, t)
 
 
 def _collapse_guard(run: Run, t: int, heldout_nll: HeldoutNLL) -> Callable[[int], bool]:
