@@ -86,7 +86,7 @@ def test_a_response_of_a_stateful_model_does_not_depend_on_its_batch(family: str
 
 def mismatch_tally(mismatch: float) -> _Tally:
     tally = _Tally()
-    counts = {"pairs": 4, "responses": 4, "identical": 0, "truncated": 0, "tokens": 40}
+    counts = {"pairs": 4, "nll_only": 0, "responses": 4, "identical": 0, "truncated": 0, "tokens": 40, "scored": 0}
     tally.counts["train"] = counts | {"mismatch": 4 * mismatch, "mismatches": 4, "mismatch_max": 2 * mismatch}
     return tally
 
