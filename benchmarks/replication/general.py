@@ -22,7 +22,7 @@ from spinlm.rundir.layout import RunDir
 from spinlm.rundir.provenance import read_recipe
 from spinlm.rundir.records import Example
 from spinlm.rundir.stage_graph import START
-from spinlm.utils.atomic import read_json, read_json_lines, write_json
+from spinlm.utils.atomic import file_digest, read_json, read_json_lines, write_json
 
 HERE = Path(__file__).resolve().parent
 
@@ -115,10 +115,16 @@ def main() -> None:
             if player == START and target in starts:  # all runs of a seed have one start
                 continue
             starts.add(target)
-            if not target.exists():
+            made_from = {
+                "player": folder.player_digest(player),
+                "data": file_digest(args.data),
+                "max_new_tokens": args.max_new_tokens,
+            }
+            if not target.exists() or read_json(target)["made_from"] != made_from:
                 recipe = parse_recipe(read_recipe(folder), str(folder.recipe))
                 with Run(recipe, folder) as run:
-                    write_json(target, measure(run, player, args.data, args.max_new_tokens))
+                    measured = measure(run, player, args.data, args.max_new_tokens)
+                write_json(target, measured | {"made_from": made_from})
             task = {name: read_json(folder.eval_metrics(player)).get(name) for name in ("task_score", "heldout_nll")}
             values: dict[str, Any] = task | read_json(target)
             name = path.parent / "start" if player == START else path

@@ -15,6 +15,7 @@ from plan import START as START_ARM
 from plan import Plan
 
 from spinlm.evals.scorers import get_scorer
+from spinlm.report.regimes import IterationRegime, regimes
 from spinlm.rundir.layout import RunDir
 from spinlm.rundir.provenance import read_recipe
 from spinlm.rundir.stage_graph import START
@@ -69,20 +70,10 @@ class Run:
         scores = {f"task_score@{name}": score for name, score in by_temperature.items() if score is not None}
         return values | scores | self._further_scores(player)
 
-    def beta_margin(self, player: int) -> float | None:
-        """Return β times the mean margin over the last tenth of the steps that made a player; None without margins."""
-        log, key = self.folder.train_log, ("train", player)
-        rows = [row for row in read_json_lines(log) if (row["stage"], row["iteration"]) == key] if log.exists() else []
-        margins = [row["margin"] for row in rows[-max(len(rows) // 10, 1) :] if "margin" in row]
-        beta = self.recipe["objective"].get("beta")
-        if not margins or beta is None:
-            return None
-        return float((beta[player] if isinstance(beta, list) else beta) * statistics.fmean(margins))
-
-    def regime(self, player: int) -> dict[str, Any]:
-        """Return what was measured before the training that made a player; {} if nothing was."""
-        path = self.folder.regime(player)
-        return dict(read_json(path)) if path.exists() else {}
+    @cached_property
+    def regimes(self) -> dict[int, IterationRegime]:
+        """The regime of each iteration that measured one."""
+        return {regime.iteration: regime for regime in regimes(self.folder)}
 
     def _further_scores(self, player: int) -> dict[str, float]:
         if not self.also:

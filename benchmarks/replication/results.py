@@ -154,26 +154,24 @@ def _regimes(runs: Runs) -> Iterator[str]:
     """Yield a table with a row for each arm and iteration that has pairs: the regime before and after training."""
     yield (
         "Regime before training: cosine with the gradient of fine-tuning after noise is removed, noise of a step "
-        "relative to fine-tuning's, and share of the NLL term in the pull on the real responses. β·margin: as forecast "
-        "for the end of training, and as measured there."
+        "relative to fine-tuning's, and share of the NLL term in the pull on the real responses. β·margin: mean over "
+        "the last epoch, as forecast and as measured."
     )
     yield ""
     yield "| arm | iteration | cosine | noise | NLL share | β·margin, forecast | β·margin, measured |"
     yield "|---" * 7 + "|"
     for arm, of_arm in runs.items():
         for player in sorted({player for run in of_arm.values() for player in run.players if player != START}):
-            with_player = [run for run in of_arm.values() if player in run.players]
-            measured = [run.beta_margin(player) for run in with_player]
-            if all(value is None for value in measured):
+            regimes = [run.regimes[player] for run in of_arm.values() if player in run.regimes]
+            if not regimes:
                 continue
-            regimes = [run.regime(player) for run in with_player]
-            cells = [arm, str(player)]
-            cells += [
-                _mean((regime.get(key) for regime in regimes), "{:.2f}")
-                for key in ("cosine_corrected", "noise_ratio", "nll_share")
+            values = [regime.values for regime in regimes]
+            columns = [[value.get(key) for value in values] for key in ("cosine_corrected", "noise_ratio", "nll_share")]
+            columns += [
+                [forecast["beta_margin_by_epoch"][-1] for value in values if (forecast := value.get("forecast"))]
             ]
-            cells += [_mean(((regime.get("forecast") or {}).get("beta_margin_train") for regime in regimes), "{:.2f}")]
-            yield f"| {' | '.join([*cells, _mean(measured, '{:.2f}')])} |"
+            columns += [[margin for regime in regimes for margin in regime.beta_margin_by_epoch[-1:]]]
+            yield f"| {' | '.join([arm, str(player), *(_mean(column, '{:.2f}') for column in columns)])} |"
 
 
 def _suggestions(plan: Plan, runs: Runs) -> Iterator[str]:

@@ -38,7 +38,7 @@ def test_held_out_responses_at_further_temperatures(world, cli, tmp_path):
 
 
 def test_runs_in_one_table(world, cli, reference, tmp_path):
-    changes = {"control": ["objective={name: sft}"], "own": ["objective={beta: 1}", "train.learning_rate=1e-3"]}
+    changes = {"control": ["objective={name: sft}"], "own": ["objective={beta: 1}", "selfplay.guard=null"]}
     for name, settings in changes.items():
         command = ("run", world.recipe, *settings, "selfplay.iterations=1", "train.epochs=1")
         cli(*command, "--run-dir", tmp_path / name, "--start-from", reference, folder=world.folder)
@@ -48,7 +48,7 @@ def test_runs_in_one_table(world, cli, reference, tmp_path):
     shared = "train.epochs=1"
     assert settings == [
         *("", "spin", f"sft, {shared}"),
-        f"spin, objective.beta=1.0, {shared}, train.learning_rate=0.001",
+        f"spin, objective.beta=1.0, selfplay.guard=null, {shared}",
     ]
     # 24 prompts in steps of 4 pairs, 2 epochs, the second iteration with twice the pairs: 12 + 24. One epoch: 6.
     assert [(row["iteration"], row["steps"]) for row in values["players"]] == [(-1, 0), (1, 36), (0, 6), (0, 6)]

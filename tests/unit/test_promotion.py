@@ -183,6 +183,11 @@ def test_a_player_that_is_ahead_and_has_collapsed_is_not_called_behind(play, run
     assert promote(Run(recipe(), run), 0) is False and run.best() == START
     assert "had collapsed. Iteration 0 collapsed" in verdict(run)
     assert "Closest" not in verdict(run)
+    assert "Lower train.learning_rate" in verdict(run)
+    extrapolated = {"name": "extrapolate", "run": "run", "iteration": 0, "factor": 3.0}
+    write_json(run.recipe, json.loads(run.recipe.read_text()) | {"objective": extrapolated})
+    run.record_digest(run.recipe)
+    assert "Lower objective.factor" in verdict(run)
 
 
 def test_promotion_is_decided_once(play, run):

@@ -276,6 +276,11 @@ def test_preferences_last_one_iteration() -> None:
     assert two == message
 
 
+def test_several_greedy_responses_to_a_prompt_are_refused() -> None:
+    message = parse_error(opponent={"samples_per_prompt": 2, "temperature": 0})
+    assert message.startswith("recipe: opponent: samples_per_prompt: greedy responses to one prompt are all equal")
+
+
 @pytest.mark.parametrize(
     ("section", "message"),
     [

@@ -3,12 +3,13 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from models import naive_logprob, save_tiny_model
-from spinlm.evals.forecast import Schedule, forecast_margin
+from spinlm.evals.forecast import Pull, Schedule, forecast_margin, pair_pull
 from spinlm.evals.gradients import (
     GradientSample,
     Moments,
@@ -151,6 +152,31 @@ def test_forecast_of_equal_gradients():
     assert forecast_margin(gradients, long, 1.0, 1.0).heldout == pytest.approx(exact, rel=0.05)
     assert forecast_margin(gradients, schedule("lbfgs"), 1.0, 1.0) is None
     assert forecast_margin(sample([[2.0]] * 3, [[2.0]] * 3), schedule(), 1.0, 1.0) is None
+
+
+def test_forecast_of_pairs_that_stop_pulling():
+    """SGD, two steps at rate 1; all prompts have o = m = 2, and the pull at margin m is 1 / (1 + m).
+
+    Step 1 moves by 2, to margin 4. Step 2 moves by 2/5. With an NLL term of gradient 1, step 1 moves by 3, to margin 6,
+    and step 2 by 1 + 2/7.
+    """
+    pull = Pull(1.0, lambda margin: 1 / (1 + margin))
+    alone = forecast_margin(sample([[2.0]] * 8, [[2.0]] * 8), schedule(), 1.0, 1.0, pull=pull)
+    assert (alone.heldout, alone.train) == pytest.approx((4.8, 4.8))
+    gradients = sample([[3.0]] * 8, [[2.0]] * 8, contrast=[[2.0]] * 8)
+    assert forecast_margin(gradients, schedule(), 1.0, 1.0, pull=pull).heldout == pytest.approx(2 * (3 + 9 / 7))
+
+
+def test_pull_of_a_pair():
+    def pull(t: int = 0, **objective: Any) -> Pull | None:
+        return pair_pull(recipe_of(objective={"name": "spin", "beta": 0.5} | objective), t, 0.5, 0.25)
+
+    assert pull().relative(2.0) == pytest.approx(2 / (1 + math.e))
+    # (1 − ε) ℓ(z) + ε ℓ(−z) has its minimum at z = log((1 − ε) / ε) = log 3.
+    assert pull(label_smoothing=0.25).relative(2 * math.log(3)) == pytest.approx(0, abs=1e-9)
+    assert (pull(link="hinge").relative(1.9), pull(link="hinge").relative(2.1)) == (1, 0)
+    assert pull(1, reference_mix=0.5) is None and pull(0, reference_mix=0.5) is not None
+    assert pair_pull(recipe_of(objective={"name": "dpo-positive"}), 0, 0.1, 0.05) is None
 
 
 def test_steps_of_adam_on_heavy_tails():
@@ -361,6 +387,10 @@ def test_sentences():
     assert "0.01 ± 0.02 (too few prompts to tell) on held-out" in forecast
     unsure = values_of()["forecast"] | {"beta_margin_train_error": 0.19}  # 0.12 + 0.19 > 0.3
     assert "below 0.3" not in describe_regime(values_of(forecast=unsure), fair, 0)[2]
+    far = values_of()["forecast"] | {"beta_margin_train": 4.0, "beta_margin_train_error": 1.0}  # 3 > ln 19
+    assert "above 2.9, the pairs are told apart" in describe_regime(values_of(forecast=far), fair, 0)[2]
+    far["beta_margin_train_error"] = 1.1
+    assert "told apart" not in describe_regime(values_of(forecast=far), fair, 0)[2]
     different = values_of(cosine_corrected=0.41, cosine_corrected_error=0.06)
     assert describe_regime(different, greedy, 0)[0].startswith("The pairs ask for something other than fine-tuning")
     unclear = values_of(cosine_corrected_error=0.4)

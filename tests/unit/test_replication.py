@@ -35,15 +35,21 @@ def write_run(folder: Path, scores: list[float], *, iterations: int | None = Non
         if number:
             (markers / "train.done").write_text('{"steps": 3}')
             (markers / "promote.done").write_text(json.dumps({"go_on": go_on}))
-    play = {"iterations": iterations or len(scores) - 1}
+    play = {"iterations": iterations or len(scores) - 1, "replay": 0}
     run = RunDir(folder)
     write_json(run.recipe, {"selfplay": play, "objective": {"name": "spin", "beta": 0.5}})  # JSON is YAML
     run.record_digest(run.recipe)
     packages = dict.fromkeys(("torch", "transformers", "peft"), "1")
     values = {"started": "2026-01-01T", "packages": packages, "commit": "c", "python": "p", "device": "d"}
     write_json(run.provenance, values)
-    rows = [{"stage": "train", "iteration": 0, "margin": margin} for margin in (1.0, 2.0, 4.0)]
-    run.train_log.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    regime = {"prompts": 8, "pairs": 8, "real_tokens": 50, "beta": 0.5, "cosine": 0.2, "cosine_corrected": 0.25}
+    regime |= {"cosine_corrected_error": 0.1, "noise_ratio": 3.0, "synthetic_noise_share": 0.5, "nll_share": 0.0}
+    write_json(run.regime(0), regime | {"forecast": {"beta_margin_by_epoch": [0.5, 1.5]}})
+    for stage, iteration in (("prepare", -1), ("sft", -1), ("generate", 0), ("reference_logprobs", 0)):
+        run.complete(stage, iteration, [])
+    run.complete("regime", 0, [run.regime(0)])
+    if len(scores) > 1:
+        run.complete("train", 0, [], steps=3, margin_by_epoch=[1.0, 4.0])
 
 
 def make_plan(**values: object) -> Plan:
@@ -110,8 +116,8 @@ def test_the_report_of_the_test_seeds(tmp_path: Path) -> None:
     cells = "| +0.825 [+0.761, +0.889] | +0.300 [+0.300, +0.300] | +0.300, +0.300 | +0.250 [+0.250, +0.250] |"
     assert f"| later | iteration 0 | 2 {cells} – | +0.300 [+0.300, +0.300] | ahead |" in text
     assert "Seeds: 2, 3, 4." in text
-    # β·margin at the end: 0.5 times the margin of the last of three steps.
-    assert "| later | 0 | – | – | – | – | 2.00 |" in text
+    # β·margin of the last epoch: 0.5 times the margin.
+    assert "| later | 0 | 0.25 | 3.00 | 0.00 | 1.50 | 2.00 |" in text
 
 
 def test_a_run_that_has_not_ended_is_left_out(tmp_path: Path) -> None:

@@ -147,9 +147,12 @@ def _margin_sentences(
             yield f"The pairs are told apart (β·margin {measured[-1]:.1f}): the objective has stopped pulling."
     elif forecast:
         train, heldout = (_with_error(forecast, key) for key in ("beta_margin_train", "beta_margin_heldout"))
-        highest = forecast["beta_margin_train"] + forecast["beta_margin_train_error"]
-        linear = highest < LINEAR_BETA_MARGIN
-        limit = f"; below {LINEAR_BETA_MARGIN}, the pairs keep their initial weights" if linear else ""
+        margin, error = forecast["beta_margin_train"], forecast["beta_margin_train_error"]
+        limit = ""
+        if margin + error < LINEAR_BETA_MARGIN:
+            limit = f"; below {LINEAR_BETA_MARGIN}, the pairs keep their initial weights"
+        elif _is_logistic(recipe) and margin - error > MAX_BETA_MARGIN:
+            limit = f"; above {MAX_BETA_MARGIN:.1f}, the pairs are told apart and the objective stops pulling"
         yield (
             f"Forecast: β·margin {train} on the training pairs when the iteration ends, {heldout} on held-out "
             f"ones{limit}."

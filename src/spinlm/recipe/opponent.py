@@ -133,6 +133,15 @@ class Opponent(Section):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _check_samples(self) -> "Opponent":
+        if self.temperature == 0 and self.samples_per_prompt > 1:
+            raise ValueError(
+                "samples_per_prompt: greedy responses to one prompt are all equal. Set samples_per_prompt to 1, or "
+                "raise temperature above 0"
+            )
+        return self
+
 
 MUTABLE_FIELDS = (
     "opponent.batch_size",

@@ -85,7 +85,7 @@ class Train(Section):
     epochs: Count = 2
     """Passes over the pairs of an iteration."""
     batch_size: Count = 64
-    """Pairs per optimizer step, over all processes."""
+    """Pairs, or examples of fine-tuning, per optimizer step, over all processes."""
     learning_rate: PerIteration = 5e-7
     """Peak learning rate."""
     optimizer: str = "rmsprop"

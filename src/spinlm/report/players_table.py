@@ -3,7 +3,6 @@
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -200,9 +199,16 @@ def _settings(recipe: dict[str, Any], first: dict[str, Any]) -> str:
         recipe = recipe | {"objective": recipe["objective"] | {"run": Path(recipe["objective"]["run"]).name}}
     names = (name for name, field in iterate_fields(Recipe) if not subsections(field.annotation))
     skipped = (*MUTABLE_FIELDS, "objective.name", "selfplay.iterations")
-    changed = [
-        f"{name}={json.dumps(value)}"
-        for name in dict.fromkeys(names)
-        if name not in skipped and (value := get_path(recipe, name)) != get_path(reference, name) and value is not None
-    ]
-    return ", ".join(chain([objective], changed))
+    changed = (
+        _null_section(recipe, name)
+        for name in names
+        if name not in skipped and get_path(recipe, name) != get_path(reference, name)
+    )
+    return ", ".join([objective, *(f"{name}={json.dumps(get_path(recipe, name))}" for name in dict.fromkeys(changed))])
+
+
+def _null_section(recipe: dict[str, Any], name: str) -> str:
+    """Return the outermost section of a field that is null, such as `selfplay.guard`; the field if none is."""
+    keys = name.split(".")
+    sections = (".".join(keys[:depth]) for depth in range(1, len(keys)))
+    return next((section for section in sections if get_path(recipe, section) is None), name)

@@ -135,11 +135,17 @@ def verdict(folder: RunDir) -> str:
     if collapse := last.get("collapse"):
         sentences += [
             f"Iteration {last['iteration']} collapsed and ended the run: {collapse}.",
-            "Lower train.learning_rate, in another --run-dir.",
+            collapse_remedy(objective["name"]),
         ]
     if regime := regime_verdict(folder):
         sentences.append(regime)
     return " ".join(sentences)
+
+
+def collapse_remedy(objective: str) -> str:
+    """Return what to do after a collapse of a run with this objective."""
+    lower = "objective.factor" if objective == "extrapolate" else "train.learning_rate"
+    return f"Lower {lower}, in another --run-dir."
 
 
 def _improvement(folder: RunDir, method: str, judged: list[dict[str, Any]]) -> list[str]:

@@ -9,6 +9,7 @@ from spinlm.distributed.processes import on_rank_zero
 from spinlm.evals.collapse import detect_collapse
 from spinlm.model.run import Run
 from spinlm.report.compare import improvement, player_values, select_metric
+from spinlm.report.summary import collapse_remedy
 from spinlm.rundir.stage_graph import START, player_name
 from spinlm.utils.atomic import read_json, write_json
 from spinlm.utils.statistics import significantly_better, standard_error
@@ -66,10 +67,10 @@ def _select(run: Run, t: int) -> dict[str, Any]:
     )
     if collapse:
         log.warning(
-            "iteration %d: collapse: %s. The run stops; this player becomes neither the best nor the next opponent. "
-            "Lower train.learning_rate in another --run-dir",
+            "iteration %d: collapse: %s. The run stops; this player becomes neither the best nor the next opponent. %s",
             t,
             collapse,
+            collapse_remedy(run.recipe.objective.name),
         )
     elif not go_on and t + 1 < selfplay.iterations:
         log.info("no better player for %d iterations: the run stops", t - best)

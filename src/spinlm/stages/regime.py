@@ -16,7 +16,7 @@ from spinlm.distributed import processes
 from spinlm.distributed.progress import track
 from spinlm.errors import is_out_of_memory
 from spinlm.evals import gradients
-from spinlm.evals.forecast import Forecast, Schedule, forecast_margin
+from spinlm.evals.forecast import Forecast, Schedule, forecast_margin, pair_pull
 from spinlm.evals.gradients import GradientSample, Moments
 from spinlm.evals.regime import describe_regime, has_fair_samples, has_fixed_weights, link_scale
 from spinlm.model.players import Players
@@ -113,7 +113,8 @@ def measure_regime(run: Run, t: int, total_prompts: int | None = None) -> dict[s
     step_scale, margin_scale = (len(groups) * weights.per_prompt / count for count in (rows, weights.pairs))
     fair = has_fair_samples(recipe, t) and has_fixed_weights(recipe, t)
     seed = derive_seed(recipe.seed, "regime forecast", t)
-    forecast = forecast_margin(sample, schedule, step_scale, margin_scale, fair, seed)
+    pull = pair_pull(recipe, t, values["beta"], weights.real - weights.nll)
+    forecast = forecast_margin(sample, schedule, step_scale, margin_scale, fair, seed, pull)
     moments = Moments.from_sample(sample)
     measured = {
         "cosine": gradients.cosine(moments),
