@@ -38,7 +38,10 @@ def test_held_out_responses_at_further_temperatures(world, cli, tmp_path):
 
 
 def test_runs_in_one_table(world, cli, reference, tmp_path):
-    changes = {"control": ["objective={name: sft}"], "own": ["objective={beta: 1}", "selfplay.guard=null"]}
+    changes = {
+        "control": ["objective={name: sft}"],
+        "own": ["objective={beta: 1}", "selfplay.guard={max_nll_increase: 9}"],
+    }
     for name, settings in changes.items():
         command = ("run", world.recipe, *settings, "selfplay.iterations=1", "train.epochs=1")
         cli(*command, "--run-dir", tmp_path / name, "--start-from", reference, folder=world.folder)
@@ -46,10 +49,9 @@ def test_runs_in_one_table(world, cli, reference, tmp_path):
     assert (values["metric"], values["baseline"], values["prompts"]) == ("task_score", "the start", 10)
     settings = [player["settings"] for player in values["players"]]
     shared = "train.epochs=1"
-    assert settings == [
-        *("", "spin", f"sft, {shared}"),
-        f"spin, objective.beta=1.0, selfplay.guard=null, {shared}",
-    ]
+    guard = {"max_nll_increase": 9.0, "max_truncated_increase": 0.2, "max_repetition_increase": 0.1}
+    guarded = ", ".join(f"selfplay.guard.{name}={value}" for name, value in guard.items())
+    assert settings == ["", "spin", f"sft, {shared}", f"spin, {guarded}, objective.beta=1.0, {shared}"]
     # 24 prompts in steps of 4 pairs, 2 epochs, the second iteration with twice the pairs: 12 + 24. One epoch: 6.
     assert [(row["iteration"], row["steps"]) for row in values["players"]] == [(-1, 0), (1, 36), (0, 6), (0, 6)]
     start = {row["id"]: row["nll"] for row in read_rows(tmp_path / "own" / "start" / "heldout_greedy.jsonl")}
@@ -63,6 +65,7 @@ def test_runs_in_one_table(world, cli, reference, tmp_path):
     shown = cli("compare", "own:0", f"{reference}:0", f"{reference}:1", "--baseline", "control", folder=tmp_path).out
     lines = [line.split() for line in shown.splitlines()]
     assert [line[0] for line in lines[2:] if line[0] != "Difference:" and "iteration" in line] == ["own", "run", "run"]
+    assert "selfplay.guard=null" in "".join(shown.split())  # of the reference, whose recipe has no guard
     assert "compared with control after iteration 0" in " ".join(shown.split())
 
 
