@@ -61,7 +61,7 @@ def test_every_pattern_matches_a_command() -> None:
     all_commands = [command for page in PAGES for command in commands(page)]
     for pattern in NOT_RUN:
         assert any(re.search(pattern, command) for command in all_commands), f"no command matches {pattern}"
-    assert len([command for command in all_commands if runs_here(command)]) > 40
+    assert len([command for command in all_commands if runs_here(command)]) > 30
 
 
 @pytest.fixture(scope="module")
