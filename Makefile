@@ -25,7 +25,7 @@ $(VENV)/model: $(VENV)/installed
 quickstart: $(VENV)/model
 	$(BIN)/spinlm run recipes/quickstart.yaml
 	@echo
-	@echo "This is one seed. Over five seeds, fine-tuning for about as many steps gained as much as self-play or more: docs/does-it-help.md"
+	@echo "This is one seed. Over several, fine-tuning on the same examples gained as much as self-play or more: docs/results.md"
 
 # GSM8K=FILE.jsonl: take prompts and lengths from a file of GSM8K.
 bench: $(VENV)/model $(VENV)/bench
