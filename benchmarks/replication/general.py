@@ -4,7 +4,7 @@
 
 For the start and the last player of each run: the NLL of reference responses, the KL divergence from the start, and
 repeated 4-grams and truncation of greedy and sampled responses. general.jsonl holds the default prompts and references.
-Results are kept beside the run folders, so a second call measures only what is missing.
+The results lie beside the run folders. A second call measures only players that have no results.
 """
 
 import argparse

@@ -114,7 +114,7 @@ class Plan:
         return next(iter(self.arms))
 
     def source(self, arm: Arm) -> str | None:
-        """Return the arm whose run an arm is made from by extrapolation; None for a run of its own."""
+        """Return the arm that this arm extrapolates; None if it extrapolates no arm."""
         return self.tuned if arm.extrapolate == "tuned" else arm.extrapolate
 
     def reported(self, split: str) -> list[str]:

@@ -7,6 +7,7 @@ This control has the same start, examples and number of steps as self-play in RU
 
 import argparse
 from pathlib import Path
+from unittest.mock import patch
 
 from spinlm import load_recipe, selfplay
 from spinlm.rundir.layout import RunDir
@@ -32,8 +33,8 @@ def main() -> None:
         target.write_text("".join(to_line(row) for row in read_lines(path, Example) if row.id in chosen), "utf-8")
         return SftDataset(target, batch_cost)
 
-    setattr(train, "SftDataset", dataset)  # noqa: B010  (the stage makes its data set by this name)
-    selfplay.run(load_recipe(args.recipe, args.settings), args.run_dir, start_from=args.start_from)
+    with patch.object(train, "SftDataset", dataset):
+        selfplay.run(load_recipe(args.recipe, args.settings), args.run_dir, start_from=args.start_from)
 
 
 if __name__ == "__main__":

@@ -388,9 +388,9 @@ def test_sentences():
     unsure = values_of()["forecast"] | {"beta_margin_train_error": 0.19}  # 0.12 + 0.19 > 0.3
     assert "below 0.3" not in describe_regime(values_of(forecast=unsure), fair, 0)[2]
     far = values_of()["forecast"] | {"beta_margin_train": 4.0, "beta_margin_train_error": 1.0}  # 3 > ln 19
-    assert "above 2.9, the pairs are told apart" in describe_regime(values_of(forecast=far), fair, 0)[2]
+    assert "above 2.9, the gradient of a pair is nearly 0" in describe_regime(values_of(forecast=far), fair, 0)[2]
     far["beta_margin_train_error"] = 1.1
-    assert "told apart" not in describe_regime(values_of(forecast=far), fair, 0)[2]
+    assert "nearly 0" not in describe_regime(values_of(forecast=far), fair, 0)[2]
     different = values_of(cosine_corrected=0.41, cosine_corrected_error=0.06)
     assert describe_regime(different, greedy, 0)[0].startswith("The pairs ask for something other than fine-tuning")
     unclear = values_of(cosine_corrected_error=0.4)
@@ -405,8 +405,8 @@ def test_sentences():
     assert "fair samples" in describe_regime(within, mixed, 0)[0]
     assert "too few to compare" in describe_regime(within, mixed, 1)[0]
     assert describe_regime(values_of(real_tokens=250.0), fair, 0)[1].startswith("Forecast")  # the paper's β and length
-    assert "stopped pulling" in describe_regime(values_of(), fair, 0, [20.0, 41.0])[-1]  # 2σ(−4.1) = 3%
-    assert "stopped pulling" in describe_regime(values_of(), fair, 0, [9000.0])[-1]  # e^900 is no float
+    assert "gradient is nearly 0" in describe_regime(values_of(), fair, 0, [20.0, 41.0])[-1]  # 2σ(−4.1) = 3%
+    assert "gradient is nearly 0" in describe_regime(values_of(), fair, 0, [9000.0])[-1]  # e^900 is no float
     assert "0.05, 0.10 (forecast 0.05)" in describe_regime(values_of(), fair, 0, [0.5, 1.0])[-1]
     assert "too little memory" in describe_regime({"not_measured": "too little memory"}, fair, 0)[0]
     assert "has a pair" in describe_regime({"pairs": 0, "prompts": 4}, fair, 0)[0]

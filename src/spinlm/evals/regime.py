@@ -104,7 +104,7 @@ def has_fair_samples(recipe: Section | Mapping[str, Any], t: int) -> bool:
 
 
 def has_fixed_weights(recipe: Section | Mapping[str, Any], t: int) -> bool:
-    """Return whether all pairs weigh the same at the start of iteration `t`, whatever their synthetic response is."""
+    """Return whether all pairs have one weight at the start of iteration `t`, independent of the synthetic response."""
     mixes_start = t > 0 and get_path(recipe, "objective.reference_mix") not in (None, 1)
     return (
         get_path(recipe, "objective.name") in ("spin", "space")
@@ -144,7 +144,7 @@ def _margin_sentences(
         expected = f" (forecast {_numbers(forecast['beta_margin_by_epoch'])})" if forecast else ""
         yield f"β·margin by epoch: {_numbers(measured)}{expected}."
         if _is_logistic(recipe) and measured[-1] > MAX_BETA_MARGIN:
-            yield f"The pairs are told apart (β·margin {measured[-1]:.1f}): the objective has stopped pulling."
+            yield f"The main player separates the pairs (β·margin {measured[-1]:.1f}): their gradient is nearly 0."
     elif forecast:
         train, heldout = (_with_error(forecast, key) for key in ("beta_margin_train", "beta_margin_heldout"))
         margin, error = forecast["beta_margin_train"], forecast["beta_margin_train_error"]
@@ -152,7 +152,7 @@ def _margin_sentences(
         if margin + error < LINEAR_BETA_MARGIN:
             limit = f"; below {LINEAR_BETA_MARGIN}, the pairs keep their initial weights"
         elif _is_logistic(recipe) and margin - error > MAX_BETA_MARGIN:
-            limit = f"; above {MAX_BETA_MARGIN:.1f}, the pairs are told apart and the objective stops pulling"
+            limit = f"; above {MAX_BETA_MARGIN:.1f}, the gradient of a pair is nearly 0"
         yield (
             f"Forecast: β·margin {train} on the training pairs when the iteration ends, {heldout} on held-out "
             f"ones{limit}."

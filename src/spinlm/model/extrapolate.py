@@ -38,7 +38,7 @@ def extrapolate(start: Path, trained: Path, factor: float, target: Path) -> None
     places = {name: path for path in sorted(start.glob("*.safetensors")) for name in _names(path)}
     for path in sorted(trained.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
-            tensors = {name: _combine(name, places, file.get_tensor(name), factor) for name in file.keys()}  # noqa: SIM118
+            tensors = {name: _combine(name, places, file.get_tensor(name), factor) for name in _names(path)}
             save_file(tensors, target / path.name, metadata=file.metadata())
     if (config := target / ADAPTER_CONFIG).exists():
         values = read_json(config)
